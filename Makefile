@@ -1,0 +1,68 @@
+# Every command sets itself up: `make train` on a machine with Python 3.11 or later and make is enough.
+
+# The first Python that is new enough; `make test PYTHON=/path/to/python` names another.
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo "$$python" && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Arguments for the scripts, e.g. `make train ARGS="--smoke --optimizer adamw"`.
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train sweep compare test quick format lint types floors clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+setup: $(READY)  ## the environment in .venv; every other command does this by itself
+
+# Made again when the dependencies change, and only then.
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or later was found. Install one, or say make PYTHON=/path/to/python." >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "Making $(VENV) with $(PYTHON)"; "$(PYTHON)" -m venv $(VENV); }
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+train: $(READY)  ## train a byte-level GPT with MuonClip (ARGS="--smoke" for a minute's worth)
+	$(BIN)/python examples/train_lm.py $(ARGS)
+
+sweep: $(READY)  ## find each optimizer's best learning rate
+	$(BIN)/python examples/sweep.py $(ARGS)
+
+compare: $(READY)  ## AdamW, Muon and MuonClip at those rates: picture and table
+	$(BIN)/python examples/compare.py $(ARGS)
+
+test: lint types floors  ## everything that must pass: format, lint, types, floors, tests
+	$(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+# The folders whose tests compile little. What a change is about runs beside them by
+# `make quick ARGS=tests/attention`.
+QUICK := tests/layouts tests/matrices/test_parts.py tests/matrices/test_stacks.py \
+	tests/matrices/test_scales.py tests/polar/test_coefficients.py tests/polar/test_generators.py \
+	tests/clipping/test_gamma.py tests/clipping/test_maxima.py tests/clipping/test_describe.py \
+	tests/transforms/test_muon.py tests/transforms/test_shape.py tests/test_muonclip.py \
+	tests/test_imports.py
+
+quick: lint floors  ## the inner loop, under two minutes: the tests that compile little
+	$(BIN)/basedpyright muonclip_jax
+	$(BIN)/python -m pytest -q -n 2 -m "not slow" $(QUICK) $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/basedpyright
+
+floors: $(READY)
+	$(BIN)/lint-imports
+
+format: $(READY)  ## format, and repair what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove the environment and what tools left
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist

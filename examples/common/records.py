@@ -1,0 +1,92 @@
+"""A run's folder: its settings, its metrics as JSON lines, and TensorBoard where asked."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from tensorboardX import SummaryWriter
+
+from common.training import Record
+
+
+def describe(settings: Any) -> dict[str, Any]:
+    """Returns a settings dataclass as what JSON gives back for it."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def open_folder(folder: Path, described: dict[str, Any], *, resume: bool) -> None:
+    """Prepares a run's folder: empty, or one whose settings are those that are resumed.
+
+    Raises:
+        ValueError: If there is nothing to resume, or it was trained with other settings.
+    """
+    file = folder / "settings.json"
+    if not resume:
+        if folder.exists() and not file.exists() and any(folder.iterdir()):
+            raise ValueError(
+                f"{folder} holds files that are no run's; give another --name or empty it yourself."
+            )
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        file.write_text(json.dumps(described, indent=2) + "\n")
+        return
+    if not file.exists():
+        raise ValueError(f"{folder} holds no run to resume; leave --resume out to begin one.")
+    before = json.loads(file.read_text())
+    changed = [
+        f"{name}: {before.get(name)!r} became {described.get(name)!r}"
+        for name in sorted(before | described)
+        if before.get(name) != described.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} was begun with other settings ({'; '.join(changed)}). A run resumes only as "
+            "itself: give the options it began with, or another --name."
+        )
+
+
+class Metrics:
+    """Appends records to `metrics.jsonl`, one JSON object a line and a step.
+
+    Args:
+        folder: The run's folder.
+        step: The step that the run goes on from; lines of later steps, which were written between
+            the last checkpoint and the end, are dropped, for those steps come again.
+        tensorboard: A folder for TensorBoard's event files, or None.
+    """
+
+    def __init__(self, folder: Path, *, step: int = 0, tensorboard: Path | None = None):
+        self._file = folder / "metrics.jsonl"
+        kept = [record for record in self.read() if record["step"] <= step]
+        self._file.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        self._board = (
+            None if tensorboard is None else SummaryWriter(str(tensorboard), purge_step=step + 1)
+        )
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Adds records to the file and the board."""
+        with self._file.open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+        if self._board is not None:
+            for record in records:
+                for name, value in record.items():
+                    if name != "step":
+                        self._board.add_scalar(name, value, int(record["step"]))
+            self._board.flush()
+
+    def read(self) -> list[Record]:
+        """Returns every whole line; a kill may have cut the last one short."""
+        if not self._file.exists():
+            return []
+        lines = self._file.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._board is not None:
+            self._board.close()

@@ -1,0 +1,41 @@
+"""Muon with QK-Clip for JAX, as composable Optax transformations."""
+
+from optax.contrib import MuonDimensionNumbers as MuonDimensionNumbers
+
+from muonclip_jax._muon import muon as muon
+from muonclip_jax._muonclip import MuonClipConfig as MuonClipConfig, muonclip as muonclip
+from muonclip_jax.attention import (
+    attention_max_logits as attention_max_logits,
+    dot_product_attention as dot_product_attention,
+    merge_max_logits as merge_max_logits,
+    reduce_max_logits as reduce_max_logits,
+)
+from muonclip_jax.clipping import (
+    QKClipInfo as QKClipInfo,
+    apply_qk_clip as apply_qk_clip,
+    apply_qk_clip_to_copies as apply_qk_clip_to_copies,
+    describe_attention as describe_attention,
+    qk_clip_info as qk_clip_info,
+)
+from muonclip_jax.layouts import (
+    AttentionLayout as AttentionLayout,
+    MatrixRules as MatrixRules,
+    MatrixSpec as MatrixSpec,
+    Projection as Projection,
+    Split as Split,
+    describe_labels as describe_labels,
+    infer_dimension_numbers as infer_dimension_numbers,
+    label_params as label_params,
+)
+from muonclip_jax.matrices import Distribution as Distribution
+from muonclip_jax.polar import orthogonalize as orthogonalize
+from muonclip_jax.transforms import (
+    AccumulateState as AccumulateState,
+    MuonState as MuonState,
+    QKClipState as QKClipState,
+    accumulate as accumulate,
+    clip_until as clip_until,
+    qk_clip as qk_clip,
+    scale_by_muon as scale_by_muon,
+    scale_by_shape as scale_by_shape,
+)

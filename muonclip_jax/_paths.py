@@ -1,0 +1,104 @@
+"""Key paths as the names that people use for parameters.
+
+A parameter is called "decoder/block_0/attention/query/kernel" whatever holds it: a Linen dict, a
+boxed `nn.Partitioned` leaf, an NNX state, a pure dict. JAX's key paths differ between them in one
+place only: boxes and NNX variables end in a `.value` attribute. That last attribute is dropped,
+and nothing else is, for attention modules have a submodule that is called "value" too.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+from muonclip_jax._typing import Tree
+
+SEPARATOR = "/"
+
+
+def _key_name(key: Any) -> str:
+    match key:
+        case DictKey():
+            return str(key.key)
+        case SequenceKey():
+            return str(key.idx)
+        case GetAttrKey():
+            return key.name
+        case FlattenedIndexKey():
+            return str(key.key)
+        case _:
+            return str(key)
+
+
+def path_names(key_path: Sequence[Any]) -> tuple[str, ...]:
+    """Returns the names along a JAX key path, without the `.value` of a box.
+
+    Example:
+        >>> import jax
+        >>> from jax.tree_util import DictKey, GetAttrKey
+        >>> path_names((DictKey("value"), DictKey("kernel"), GetAttrKey("value")))
+        ('value', 'kernel')
+    """
+    keys = tuple(key_path)
+    if len(keys) > 1 and isinstance(keys[-1], GetAttrKey) and keys[-1].name == "value":
+        keys = keys[:-1]
+    return tuple(_key_name(key) for key in keys)
+
+
+def join(names: Iterable[str]) -> str:
+    """Joins names into the path that messages and rules show."""
+    return SEPARATOR.join(names)
+
+
+def flatten_with_paths(
+    tree: Tree, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[tuple[str, Any]], Any]:
+    """Flattens `tree` into `(path, leaf)` pairs and its structure.
+
+    Example:
+        >>> flatten_with_paths({"dense": {"kernel": 1}})[0]
+        [('dense/kernel', 1)]
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    return [(join(path_names(key_path)), leaf) for key_path, leaf in leaves], treedef
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """Compiles a path pattern, or says what is wrong with it.
+
+    Raises:
+        TypeError: If the pattern is not a string.
+        ValueError: If it is no regular expression.
+    """
+    if not isinstance(pattern, str):
+        raise TypeError(
+            f"A rule's pattern must be a string such as 'attention/query/kernel$', got {pattern!r}."
+        )
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"The rule's pattern {pattern!r} is no regular expression ({error}). Patterns are "
+            "searched in paths such as 'decoder/block_0/attention/query/kernel'; escape special "
+            "characters with re.escape."
+        ) from error
+
+
+def nothing_matched(what: str, asked: str, paths: Iterable[str], limit: int = 12) -> ValueError:
+    """Builds the error for something that was asked for and matched no path.
+
+    Args:
+        what: What was asked for, as the sentence's subject, e.g. "The rule".
+        asked: The pattern or path that matched nothing.
+        paths: The paths there are.
+        limit: How many of them to show.
+    """
+    shown = list(paths)
+    tail = f" and {len(shown) - limit} more" if len(shown) > limit else ""
+    listing = ", ".join(repr(path) for path in shown[:limit]) or "none at all"
+    return ValueError(
+        f"{what} {asked!r} matches no path of the tree. Paths are: {listing}{tail}. "
+        "Correct it, or remove it."
+    )

@@ -1,0 +1,183 @@
+"""QK-Clip as a pure function of parameters and maxima."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from muonclip_jax._typing import ScalarLike, Tree
+from muonclip_jax.clipping.blocks import named_leaves, plan_clip
+from muonclip_jax.clipping.gamma import check_clip_settings, clip_gamma, role_factors
+from muonclip_jax.clipping.info import QKClipInfo
+from muonclip_jax.clipping.maxima import Recorded, merge_recordings
+from muonclip_jax.clipping.scaling import leaf_factor, scale
+from muonclip_jax.layouts.attention_finding import Blocks, block_rules
+from muonclip_jax.layouts.attention_plan import BlockPlan
+
+
+@functools.partial(jax.jit, static_argnames=("plans",))
+def clip_info(
+    recorded: Recorded, threshold: ScalarLike, *, plans: tuple[BlockPlan, ...]
+) -> QKClipInfo:
+    """Returns what a clip of these maxima does, without doing it."""
+    maxima = {
+        plan.path: merge_recordings(recorded[plan.path], plan.maxima_shape, plan.path)
+        for plan in plans
+    }
+    gamma = {plan.path: clip_gamma(maxima[plan.path], threshold) for plan in plans}
+    return QKClipInfo(
+        max_logits=maxima,
+        gamma=gamma,
+        clipped_heads={path: jnp.sum(g < 1.0, dtype=jnp.int32) for path, g in gamma.items()},
+    )
+
+
+def leaf_factors(
+    plans: tuple[BlockPlan, ...], gamma: dict[str, jax.Array], alpha: ScalarLike, shared_keys: str
+) -> dict[str, jax.Array]:
+    """Returns the factor of every leaf that a clip multiplies, by path."""
+    factors: dict[str, jax.Array] = {}
+    for plan in plans:
+        of_role = role_factors(gamma[plan.path], alpha, shared_keys, plan.kv_heads)
+        for leaf in plan.leaves:
+            if any(segment.role in of_role for segment in leaf.segments):
+                factors[leaf.path] = leaf_factor(leaf, of_role)
+    return factors
+
+
+@functools.partial(jax.jit, static_argnames=("plans", "shared_keys"))
+def clip_leaves(
+    leaves: dict[str, Any],
+    recorded: Recorded,
+    threshold: ScalarLike,
+    alpha: ScalarLike,
+    *,
+    plans: tuple[BlockPlan, ...],
+    shared_keys: str,
+) -> tuple[dict[str, Any], QKClipInfo]:
+    """Clips leaves given by path; they hold at least those of the plans."""
+    info = clip_info(recorded, threshold, plans=plans)
+    factors = leaf_factors(plans, info.gamma, alpha, shared_keys)
+    return {path: scale(leaves[path], factor) for path, factor in factors.items()}, info
+
+
+def apply_qk_clip(
+    params: Tree,
+    max_logits: Tree,
+    *,
+    threshold: ScalarLike = 100.0,
+    alpha: ScalarLike = 0.5,
+    shared_keys: str = "query",
+    blocks: Blocks = None,
+) -> tuple[Tree, QKClipInfo]:
+    """Scales the queries and keys of heads whose largest logit passed the threshold.
+
+    With `S` a head's largest pre-softmax logit in the forward pass that was just run, and
+    `gamma = threshold / S` where `S` is over the threshold, 1 elsewhere:
+
+        W_q[head] *= gamma ** alpha,    W_k[head] *= gamma ** (1 - alpha)
+
+    Biases are scaled like their kernels, for `q . k` is bilinear in both. Run again on the same
+    batch and weights, a clipped head's largest logit is the threshold, every other head's is what
+    it was. Heads that share their key (grouped-query attention) are clipped on the query alone;
+    latent attention's rotary key and all values stay as they are. Attention blocks are found by
+    the names of their projections; see `describe_attention`.
+
+    Where queries and keys are normalised, scaling kernels changes nothing: gains that every head
+    has for itself are clipped instead, else the block is refused. A normalisation that has no
+    parameters cannot be seen in the tree; leave such blocks out with `blocks`.
+
+    Call it after the weight update, with any optimizer:
+
+        params = optax.apply_updates(params, updates)
+        params, info = apply_qk_clip(params, max_logits)
+
+    Args:
+        params: Tree of parameters: Linen, NNX, boxed or plain.
+        max_logits: The tree of maxima: what Flax returned as `intermediates`, or a flat dict from
+            "decoder/block_0/attention" to `(heads,)`, `(layers, heads)` for stacked layers. Axes
+            before those, and several recordings, are reduced by the maximum. A logit that the
+            model caps (`cap * tanh(s / cap)`) is meant as it was before the cap.
+        threshold: Largest logit that stays, positive; may be traced. Infinity switches the clip
+            off.
+        alpha: Share of the queries, in [0, 1]; may be traced.
+        shared_keys: Rule for keys that heads share: "query", "group" or "balanced". See
+            `role_factors`.
+        blocks: None for every attention block with a known layout. A pattern selects blocks by
+            path; a pair `(pattern, AttentionLayout)` says what lies at matching paths; a sequence
+            of those takes the first that matches. Blocks that are not selected stay as they are.
+
+    Returns:
+        `(params, info)`: parameters of the same structure, dtypes and sharding, equal to the last
+        bit where no head was over the threshold, and a `QKClipInfo`.
+
+    Raises:
+        ValueError: If settings are out of range, a block has no maximum, a maximum no block,
+            shapes do not fit, or queries and keys are normalised with gains that heads share.
+        TypeError: If `blocks` is not what it can be.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> kernel = jnp.ones((6, 2, 4))  # (d_model, heads, head_dim)
+        >>> params = {"attn": {"query": {"kernel": kernel}, "key": {"kernel": kernel}}}
+        >>> clipped, info = apply_qk_clip(params, {"attn": jnp.asarray([400.0, 9.0])})
+        >>> clipped["attn"]["query"]["kernel"][0, :, 0].tolist()
+        [0.5, 1.0]
+        >>> int(info.clipped_heads["attn"])
+        1
+
+    References:
+        Kimi Team, Kimi K2, arXiv 2507.20534, Algorithm 1; Su, kexue.fm/11126.
+    """
+    check_clip_settings(threshold, alpha, shared_keys)
+    named = named_leaves(params)
+    plans, recorded = plan_clip(named, max_logits, block_rules(blocks))
+    leaves = named.by_path
+    touched = {leaf.path: leaves[leaf.path] for plan in plans for leaf in plan.leaves}
+    new, info = clip_leaves(
+        touched, recorded, threshold, alpha, plans=plans, shared_keys=shared_keys
+    )
+    return named.replaced(new), info
+
+
+def qk_clip_info(
+    params: Tree,
+    max_logits: Tree,
+    *,
+    threshold: ScalarLike = 100.0,
+    alpha: ScalarLike = 0.5,
+    shared_keys: str = "query",
+    blocks: Blocks = None,
+) -> QKClipInfo:
+    """Returns what `apply_qk_clip` would report, without touching a weight.
+
+    For the loop that clips through `muonclip(...)` or `qk_clip` and wants the figures: call it
+    inside the same `jit` with the same arguments.
+
+    Args:
+        params: As for `apply_qk_clip`; only paths and shapes are looked at.
+        max_logits: As for `apply_qk_clip`.
+        threshold: As for `apply_qk_clip`.
+        alpha: As for `apply_qk_clip`.
+        shared_keys: As for `apply_qk_clip`.
+        blocks: As for `apply_qk_clip`.
+
+    Returns:
+        The `QKClipInfo`.
+
+    Raises:
+        ValueError: As `apply_qk_clip`.
+        TypeError: As `apply_qk_clip`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> kernel = jnp.ones((6, 2, 4))
+        >>> params = {"attn": {"query": {"kernel": kernel}, "key": {"kernel": kernel}}}
+        >>> info = qk_clip_info(params, {"attn": jnp.asarray([400.0, 9.0])})
+        >>> float(info.largest), int(info.total_clipped)
+        (400.0, 1)
+    """
+    check_clip_settings(threshold, alpha, shared_keys)
+    plans, recorded = plan_clip(named_leaves(params), max_logits, block_rules(blocks))
+    return clip_info(recorded, threshold, plans=plans)

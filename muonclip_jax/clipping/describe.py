@@ -1,0 +1,135 @@
+"""A printable table of the attention blocks that were found and of what a clip scales in each."""
+
+from collections.abc import Iterator
+
+from muonclip_jax._typing import Tree
+from muonclip_jax.clipping.blocks import assign_maxima, find_in, named_leaves
+from muonclip_jax.clipping.gamma import check_clip_settings
+from muonclip_jax.clipping.maxima import read_maxima, trailing_shape
+from muonclip_jax.layouts.attention_finding import Blocks, FoundBlock, block_rules
+from muonclip_jax.layouts.attention_leaves import kernel_of
+from muonclip_jax.layouts.attention_plan import BlockPlan, LeafPlan
+from muonclip_jax.layouts.attention_reading import read_block
+
+_OWN_KEYS = {
+    "query": "gamma^alpha",
+    "query_alone": "gamma",
+    "key": "gamma^(1-alpha)",
+}
+#: shared_keys -> role -> what scales it, where several query heads share a key.
+_SHARED = {
+    "query": {"query": "gamma", "query_alone": "gamma"},
+    "group": {"query": "eta^alpha", "query_alone": "gamma", "key": "eta^(1-alpha)"},
+    "balanced": {"query": "gamma/eta^(1-alpha)", "query_alone": "gamma", "key": "eta^(1-alpha)"},
+}
+
+
+def describe_attention(
+    params: Tree,
+    max_logits: Tree = None,
+    *,
+    shared_keys: str = "query",
+    blocks: Blocks = None,
+) -> str:
+    """Describes the attention blocks of a tree and what QK-Clip would scale in each.
+
+    Args:
+        params: Tree of parameters; `jax.ShapeDtypeStruct` leaves will do.
+        max_logits: The tree of maxima, arrays or shapes. Without it the head counts are read off
+            the shapes where these show them, as in kernels `(d_model, heads, head_dim)`.
+        shared_keys: As for `apply_qk_clip`.
+        blocks: As for `apply_qk_clip`.
+
+    Returns:
+        One paragraph a block: its path, its layout, its heads, its stacked axes, and a line for
+        every leaf that is scaled, with what scales which part. `eta` is the least `gamma` in a
+        group of heads that share a key. A block that cannot be clipped says why.
+
+    Raises:
+        ValueError: If there is no attention block, or a pattern in `blocks` matches nothing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> kernel = jnp.ones((6, 2, 4))
+        >>> params = {"attn": {"query": {"kernel": kernel}, "key": {"kernel": kernel}}}
+        >>> print(describe_attention(params))
+        attn: separate q and k, 2 heads of 4
+          attn/query/kernel (6, 2, 4): query by gamma^alpha
+          attn/key/kernel (6, 2, 4): key by gamma^(1-alpha)
+    """
+    check_clip_settings(1.0, 0.5, shared_keys)
+    named = named_leaves(params)
+    found = find_in(named, block_rules(blocks))
+    shapes: dict[str, tuple[int, ...]] = {}
+    if max_logits is not None:
+        maxima = read_maxima(max_logits)
+        assigned = assign_maxima(found, list(maxima), bool(named.masked))
+        for path, modules in assigned.items():
+            shapes[path] = trailing_shape([x for module in modules for x in maxima[module]])
+    lines: list[str] = []
+    for block in found:
+        lines += _describe_block(block, shapes.get(block.path), shared_keys)
+    return "\n".join(lines)
+
+
+def _guessed_shapes(block: FoundBlock) -> Iterator[tuple[int, ...]]:
+    """Yields shapes that the maxima may have, judging by the query kernel's axes."""
+    found = kernel_of(block.leaves, block.layout.projections[0].path)
+    shape = tuple(found[1].shape) if found else ()
+    for count in range(max(len(shape) - 2, 0)):
+        for heads in shape[count:]:
+            yield (*shape[:count], heads)
+
+
+def _guess(block: FoundBlock) -> BlockPlan | None:
+    """Reads a block without its maxima; only a kernel with an axis for the heads shows them."""
+    for shape in _guessed_shapes(block):
+        try:
+            plan = read_block(block.layout, block.path, block.leaves, shape)
+        except ValueError:
+            continue
+        if any(len(leaf.feature_axes) > 1 for leaf in plan.leaves):
+            return plan
+    return None
+
+
+def _describe_block(
+    block: FoundBlock, shape: tuple[int, ...] | None, shared_keys: str
+) -> Iterator[str]:
+    name = block.path or "(the whole tree)"
+    if not block.selected:
+        yield f"{name}: {block.layout.name}, not selected by blocks="
+        return
+    if shape is None:
+        plan = _guess(block)
+        if plan is None:
+            yield f"{name}: {block.layout.name}, heads as many as the maxima say"
+            return
+    else:
+        try:
+            plan = read_block(block.layout, block.path, block.leaves, shape)
+        except ValueError as error:
+            yield f"{name}: {block.layout.name}, cannot be clipped: {error}"
+            return
+    heads = f"{plan.heads} heads"
+    if plan.kv_heads != plan.heads:
+        heads = f"{plan.heads} query heads on {plan.kv_heads} key heads"
+    stack = f", stacked {plan.stack}" if plan.stack else ""
+    note = f", {plan.note}" if plan.note else ""
+    yield f"{name}: {plan.layout}, {heads} of {plan.head_dim}{stack}{note}"
+    rule = _OWN_KEYS if plan.heads == plan.kv_heads else _SHARED[shared_keys]
+    for leaf in plan.leaves:
+        parts = _parts(leaf, rule)
+        if parts:
+            yield f"  {leaf.path} {leaf.shape}: {parts}"
+
+
+def _parts(leaf: LeafPlan, rule: dict[str, str]) -> str:
+    if not any(segment.role in rule for segment in leaf.segments):
+        return ""
+    whole = len(leaf.segments) == 1
+    return ", ".join(
+        f"{segment.role.removesuffix('_alone')}{'' if whole else f' ({segment.size} a head)'} "
+        + (f"by {rule[segment.role]}" if segment.role in rule else "untouched")
+        for segment in leaf.segments
+    )

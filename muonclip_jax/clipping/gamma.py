@@ -1,0 +1,154 @@
+"""How much each head is scaled: gamma from its largest logit, and its share for each role."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from muonclip_jax._typing import ScalarLike
+
+Factors = dict[str, jax.Array]
+
+
+def clip_gamma(max_logits: Float[Array, "..."], threshold: ScalarLike) -> Float[Array, "..."]:
+    """Computes by how much each head's logits must shrink to stay under the threshold.
+
+        gamma = tau / S   where S is finite and S > tau,   1 elsewhere
+
+    A maximum that is NaN, infinite, zero or negative never changes a weight.
+
+    Args:
+        max_logits: `S`, largest pre-softmax logit of each head, any shape.
+        threshold: `tau`, positive, a Python number or traced.
+
+    Returns:
+        `gamma`, in (0, 1], float32, the shape of `max_logits`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> clip_gamma(jnp.asarray([150.0, 90.0, -jnp.inf]), 100.0).tolist()
+        [0.6666666865348816, 1.0, 1.0]
+
+    References:
+        Kimi Team, Kimi K2, arXiv 2507.20534, Algorithm 1.
+    """
+    s = jnp.asarray(max_logits, jnp.float32)
+    tau = jnp.asarray(threshold, jnp.float32)
+    over = jnp.isfinite(s) & (s > tau)
+    return jnp.where(over, tau / jnp.where(over, s, 1.0), 1.0)
+
+
+def _power(gamma: jax.Array, alpha: ScalarLike) -> jax.Array:
+    """Returns gamma ** alpha, exact where it is gamma or 1: a root may be off by a bit there."""
+    alpha = jnp.asarray(alpha, jnp.float32)
+    power = jnp.where(alpha == 1.0, gamma, gamma**alpha)
+    return jnp.where((gamma == 1.0) | (alpha == 0.0), 1.0, power)
+
+
+def _rest(gamma: jax.Array, taken: jax.Array) -> jax.Array:
+    """Returns gamma / taken, what is left for the other side, so that both make gamma again."""
+    return jnp.where(gamma == taken, 1.0, gamma / taken)
+
+
+def _least(gamma: jax.Array, kv_heads: int) -> jax.Array:
+    """Returns eta: the least gamma among the query heads of each key head."""
+    grouped = gamma.reshape(*gamma.shape[:-1], kv_heads, -1)
+    return grouped.min(-1)
+
+
+def _spread(per_key: jax.Array, heads: int) -> jax.Array:
+    return jnp.repeat(per_key, heads // per_key.shape[-1], axis=-1)
+
+
+def _query(gamma: jax.Array, alpha: ScalarLike, kv_heads: int) -> Factors:
+    return {"query": gamma}
+
+
+def _group(gamma: jax.Array, alpha: ScalarLike, kv_heads: int) -> Factors:
+    eta = _least(gamma, kv_heads)
+    taken = _power(eta, alpha)
+    return {"query": _spread(taken, gamma.shape[-1]), "key": _rest(eta, taken)}
+
+
+def _balanced(gamma: jax.Array, alpha: ScalarLike, kv_heads: int) -> Factors:
+    eta = _least(gamma, kv_heads)
+    key = _rest(eta, _power(eta, alpha))
+    return {"query": _rest(gamma, _spread(key, gamma.shape[-1])), "key": key}
+
+
+#: Rules for keys that several query heads share, by name.
+SHARED_KEYS: dict[str, Callable[[jax.Array, Any, int], Factors]] = {
+    "query": _query,
+    "group": _group,
+    "balanced": _balanced,
+}
+
+
+def role_factors(
+    gamma: Float[Array, "*stack heads"], alpha: ScalarLike, shared_keys: str, kv_heads: int
+) -> Factors:
+    """Splits gamma over the roles of an attention layout.
+
+    With a key for every query head, queries take `gamma ** alpha` and keys the rest. Where heads
+    share keys, with `eta` the least gamma in the group of a key:
+
+    | shared_keys | queries | keys | maxima afterwards |
+    |---|---|---|---|
+    | "query" | gamma | as they are | the threshold where over it, else unchanged |
+    | "group" | eta ** alpha | eta ** (1 - alpha) | eta times what they were |
+    | "balanced" | gamma / eta ** (1 - alpha) | eta ** (1 - alpha) | as "query" |
+
+    "query" never raises a weight and is what Kimi K2 does for the rotary key that heads share.
+    "group" is Megatron's rule. "balanced" also shrinks keys, and makes up for it in the queries.
+
+    Args:
+        gamma: As from `clip_gamma`.
+        alpha: Share of the queries, in [0, 1].
+        shared_keys: A name from the table.
+        kv_heads: Key heads; they divide the query heads.
+
+    Returns:
+        Role -> factor `(*stack, heads)` or `(*stack, kv_heads)`. A role that is absent is not
+        scaled.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> factors = role_factors(jnp.asarray([0.25, 1.0]), 0.5, "query", 2)
+        >>> factors["query"].tolist(), factors["key"].tolist()
+        ([0.5, 1.0], [0.5, 1.0])
+    """
+    if kv_heads == gamma.shape[-1]:
+        taken = _power(gamma, alpha)
+        factors: Factors = {"query": taken, "key": _rest(gamma, taken)}
+    else:
+        factors = SHARED_KEYS[shared_keys](gamma, alpha, kv_heads)
+    return {**factors, "query_alone": gamma}
+
+
+def check_clip_settings(threshold: Any, alpha: Any, shared_keys: Any) -> None:
+    """Raises on settings that cannot be meant; traced values and schedules pass.
+
+    Raises:
+        ValueError: On a threshold that is not positive, an alpha outside [0, 1], an unknown rule.
+    """
+    if _is_number(threshold) and not threshold > 0:
+        raise ValueError(
+            f"threshold must be positive, got {threshold}. It is the largest pre-softmax logit "
+            "that a head may have after the step; Kimi K2 uses 100."
+        )
+    if _is_number(alpha) and not 0 <= alpha <= 1:
+        raise ValueError(
+            f"alpha must lie in [0, 1], got {alpha}. It is the share of the clip that queries "
+            "take; 0.5 divides it evenly, 1 leaves the keys alone."
+        )
+    if shared_keys not in SHARED_KEYS:
+        raise ValueError(
+            f"shared_keys must be one of {', '.join(map(repr, SHARED_KEYS))}, got {shared_keys!r}."
+        )
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float | np.number) or (isinstance(x, np.ndarray) and x.ndim == 0)

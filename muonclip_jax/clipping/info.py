@@ -1,0 +1,78 @@
+"""What a clip saw and did, with a fixed structure."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class QKClipInfo(NamedTuple):
+    """What a clip saw and did. Its structure depends on shapes alone, so it can leave a `jit`.
+
+    Attributes:
+        max_logits: Block -> largest logit of each head, `(*stack, heads)`, float32.
+        gamma: Block -> factor of each head's logits, 1 where nothing was done.
+        clipped_heads: Block -> number of heads with a factor below 1, over all its layers.
+    """
+
+    max_logits: dict[str, Float[Array, "..."]]
+    gamma: dict[str, Float[Array, "..."]]
+    clipped_heads: dict[str, Int[Array, ""]]
+
+    @property
+    def largest(self) -> Float[Array, ""]:
+        """The largest logit of all heads; -inf for a model without attention."""
+        return self._over(self.max_logits, jnp.max, -jnp.inf)
+
+    @property
+    def total_clipped(self) -> Int[Array, ""]:
+        """How many heads were clipped in all blocks."""
+        return sum(self.clipped_heads.values(), start=jnp.zeros((), jnp.int32))
+
+    @property
+    def total_heads(self) -> int:
+        """How many heads there are, clipped or not."""
+        return sum(gamma.size for gamma in self.gamma.values())
+
+    def _over(self, tree: dict[str, jax.Array], reduce, empty: float) -> jax.Array:
+        parts = [reduce(x) for x in tree.values()]
+        return reduce(jnp.stack(parts)) if parts else jnp.asarray(empty, jnp.float32)
+
+    def scalars(self, prefix: str = "qk_clip", *, blocks: bool = True) -> dict[str, jax.Array]:
+        """Returns flat scalars for TensorBoard, Weights & Biases or a JSON line.
+
+        Nothing is copied to the host here: the values are arrays, traced ones inside `jit`.
+
+        Args:
+            prefix: First part of every name.
+            blocks: Whether to add the figures of each block.
+
+        Returns:
+            "prefix/max_logit", "prefix/min_gamma", "prefix/clipped_heads",
+            "prefix/clipped_fraction", and with `blocks` the first three for
+            "prefix/path/of/block/...".
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> info = QKClipInfo(
+            ...     max_logits={"attn": jnp.asarray([150.0, 90.0])},
+            ...     gamma={"attn": jnp.asarray([2 / 3, 1.0])},
+            ...     clipped_heads={"attn": jnp.asarray(1)},
+            ... )
+            >>> sorted(info.scalars(blocks=False))[:2]
+            ['qk_clip/clipped_fraction', 'qk_clip/clipped_heads']
+        """
+        clipped = self.total_clipped
+        flat = {
+            f"{prefix}/max_logit": self.largest,
+            f"{prefix}/min_gamma": self._over(self.gamma, jnp.min, 1.0),
+            f"{prefix}/clipped_heads": clipped,
+            f"{prefix}/clipped_fraction": clipped / max(self.total_heads, 1),
+        }
+        for path in self.gamma if blocks else ():
+            name = f"{prefix}/{path}" if path else prefix + "/block"
+            flat[f"{name}/max_logit"] = self.max_logits[path].max()
+            flat[f"{name}/min_gamma"] = self.gamma[path].min()
+            flat[f"{name}/clipped_heads"] = self.clipped_heads[path]
+        return flat

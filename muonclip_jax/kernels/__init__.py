@@ -1,0 +1,1 @@
+"""Floor 1: named array operations, each with its XLA meaning."""

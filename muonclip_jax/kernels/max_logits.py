@@ -1,0 +1,159 @@
+"""The operation "per-head maxima": the largest logit of each head, over the pairs attended to.
+
+    S_h = max over b, t, s attended of  scale q[b, t, h] . k[b, s, h]
+
+The reference goes through the pairs in blocks of queries and keys. Each block is a small matrix
+product and a maximum; what lives at once is one block, and memory grows with `T + S` and not with
+their product. The last block of an axis is moved back until it fits: pairs seen twice do not
+change a maximum, and no padding is needed. Blocks that causality or the window rule out are never
+visited.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from muonclip_jax._typing import ScalarLike
+from muonclip_jax.kernels.pairs import (
+    Geometry,
+    PairArrays,
+    allowed_pairs,
+    bias_permits,
+    cut,
+)
+
+# Logits alive at once: 2 MB in float32, which a core's caches hold.
+_BLOCK_ELEMENTS = 1 << 19
+
+
+def dot_precision(dtype: jax.typing.DTypeLike) -> lax.DotAlgorithmPreset | None:
+    """Returns the algorithm of dot products that accumulate in float32.
+
+    For bfloat16 it is named, so that a gradient's products, whose cotangent is float32, stay
+    bfloat16 products too (https://github.com/jax-ml/jax/issues/24047). The same name for float16
+    exists, but not on every platform.
+    """
+    return lax.DotAlgorithmPreset.BF16_BF16_F32 if dtype == jnp.bfloat16 else None
+
+
+def block_logits(
+    query: Float[Array, "B t K G H"], key: Float[Array, "B s K H"], scale: ScalarLike
+) -> Float[Array, "B K G t s"]:
+    """Returns `scale q . k`, accumulated and kept in float32 (float64 for float64 input)."""
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    logits = jnp.einsum(
+        "btkgh,bskh->bkgts",
+        query,
+        key,
+        precision=dot_precision(query.dtype),
+        preferred_element_type=dtype,
+    )
+    return logits * jnp.asarray(scale, dtype)
+
+
+def _block_length(length: int, other: int, rows: int) -> int:
+    """Returns how much of an axis a block covers, given `rows` products of `other` each."""
+    wanted = _BLOCK_ELEMENTS // max(rows * other, 1)
+    return min(length, max(32, min(512, wanted // 32 * 32)))
+
+
+def _block_starts(
+    geometry: Geometry, queries: int, keys: int, query_block: int, key_block: int
+) -> list[tuple[int, int]]:
+    """Lists the blocks in which some pair is attended to, as far as geometry can tell."""
+    starts = []
+    for query_start in range(0, queries, query_block):
+        query_start = min(query_start, queries - query_block)
+        low, high = geometry.key_range(query_start, query_start + query_block, keys)
+        for key_start in range(low, high, key_block):
+            starts.append((query_start, min(key_start, keys - key_block)))
+    return starts
+
+
+def _max_logits_xla(
+    query: Float[Array, "B T K G H"],
+    key: Float[Array, "B S K H"],
+    scale: ScalarLike,
+    geometry: Geometry,
+    arrays: PairArrays,
+) -> Float[Array, "K G"]:
+    batch, queries, key_heads, groups, _ = query.shape
+    keys = key.shape[1]
+    rows = batch * key_heads * groups
+    key_block = _block_length(keys, 256, rows)
+    query_block = _block_length(queries, key_block, rows)
+
+    def maximum(start: tuple[jax.Array, jax.Array]) -> Float[Array, "K G"]:
+        query_start, key_start = start
+        logits = block_logits(
+            lax.dynamic_slice_in_dim(query, query_start, query_block, axis=1),
+            lax.dynamic_slice_in_dim(key, key_start, key_block, axis=1),
+            scale,
+        ).astype(jnp.float32)
+        block = (query_start, query_block, key_start, key_block)
+        allowed = allowed_pairs(geometry, arrays, *block)
+        if arrays.bias is not None:
+            permitted = bias_permits(cut(arrays.bias, *block))
+            allowed = permitted if allowed is None else allowed & permitted
+        if allowed is not None:
+            logits = jnp.where(allowed, logits, -jnp.inf)
+        return jnp.max(logits, axis=(0, 3, 4))
+
+    starts = []
+    if batch and queries and keys:
+        starts = _block_starts(geometry, queries, keys, query_block, key_block)
+    if not starts:
+        return jnp.full((key_heads, groups), -jnp.inf, jnp.float32)
+    if len(starts) == 1:
+        query_start, key_start = starts[0]
+        return maximum((jnp.asarray(query_start), jnp.asarray(key_start)))
+    query_starts, key_starts = (jnp.asarray(axis) for axis in zip(*starts, strict=True))
+    return jnp.max(lax.map(maximum, (query_starts, key_starts)), axis=0)
+
+
+#: Every implementation of the operation, the meaning first.
+MAX_LOGITS: dict[str, Callable[..., Float[Array, "K G"]]] = {"xla": _max_logits_xla}
+
+
+def max_logits(
+    query: Float[Array, "B T K G H"],
+    key: Float[Array, "B S K H"],
+    *,
+    scale: ScalarLike,
+    geometry: Geometry,
+    arrays: PairArrays,
+    implementation: str = "xla",
+) -> Float[Array, "K G"]:
+    """Returns the largest `scale q . k` of every head over the pairs attended to.
+
+    Args:
+        query: Queries `[B, T, K, G, H]`, their heads grouped by key head.
+        key: Keys `[B, S, K, H]`.
+        scale: What the dot products are multiplied by.
+        geometry: Causality and window.
+        arrays: Mask, bias and lengths. The bias is not added; it only hides pairs.
+        implementation: The name of an implementation.
+
+    Returns:
+        The maxima `[K, G]` in float32, -inf for a head with no pair at all. No gradient flows.
+
+    Raises:
+        ValueError: If there is no implementation of that name.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> query = jnp.array([3.0, -1.0]).reshape(1, 2, 1, 1, 1)
+        >>> key = jnp.array([1.0, -2.0]).reshape(1, 2, 1, 1)
+        >>> max_logits(query, key, scale=1.0, geometry=Geometry(), arrays=PairArrays()).tolist()
+        [[3.0]]
+    """
+    if implementation not in MAX_LOGITS:
+        raise ValueError(
+            f"implementation={implementation!r} is none of {', '.join(map(repr, MAX_LOGITS))}."
+        )
+    query, key, scale, arrays = lax.stop_gradient((query, key, jnp.asarray(scale), arrays))
+    with jax.named_scope("max_logits"):
+        return MAX_LOGITS[implementation](query, key, scale, geometry, arrays)

@@ -1,0 +1,156 @@
+"""Attention layouts: which features of which projection belong to which head, as values.
+
+The largest logit of a head is `scale * q . k`, so a head is brought under a threshold by scaling
+what makes its queries and its keys. Where that is, differs from model to model:
+
+* Multi-head attention has a query and a key projection; head `h` is one slice of each.
+* Grouped-query attention has fewer key heads, each shared by a group of query heads.
+* A fused projection makes queries, keys and values at once. They lie one after the other
+  (GPT-2), or head by head (`q k v q k v ...`, BLOOM), or group by group (Falcon).
+* Multi-head latent attention (DeepSeek, Kimi) has per head a part without rotation, with a key of
+  its own, and a rotary part whose key all heads share. The shared key is left alone, so that
+  part of the query takes the whole factor.
+* A gate may share the query's kernel, values may share the key's. Both stay as they are.
+
+So a layout is a tuple of `Projection`s, and a projection is a tuple of parts, each with a role:
+
+| role | heads | scaled by |
+|---|---|---|
+| "query" | query heads | gamma ** alpha; gamma where heads share the key |
+| "query_alone" | query heads | gamma: its key cannot be scaled for this head alone |
+| "key" | key heads | gamma ** (1 - alpha); nothing where heads share it |
+| "gate" | query heads | nothing |
+| "value" | key heads | nothing |
+
+Rotary embeddings, on all features or on some, rotate pairs of features inside a head. Scaling a
+whole head commutes with that, so no layout mentions them. Sizes are not part of a layout either,
+unless shapes cannot tell them: the number of query heads comes from the recorded maxima.
+"""
+
+import dataclasses
+
+#: Which head count a role has: True for the query heads, False for the key heads.
+ROLES: dict[str, bool] = {
+    "query": True,
+    "query_alone": True,
+    "key": False,
+    "gate": True,
+    "value": False,
+}
+#: Roles that a clip multiplies.
+SCALED = ("query", "query_alone", "key")
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """One projection of an attention block and what its output features are.
+
+    Args:
+        path: Where the projection is, relative to the block: "query", "c_attn", "core/wq".
+        parts: Roles of its output features in the order in which they lie.
+        interleaved: False where every part lists all its heads before the next part begins;
+            True where the parts alternate, head by head or group by group.
+        sizes: Features a head of each part; None where shapes tell.
+        input_axis: The kernel's input axis without stacked axes. None goes by the leaf's name:
+            the first for "kernel" and "w", the last for "weight", as in PyTorch and Equinox. A
+            tuple lists candidates among which shapes decide.
+
+    Raises:
+        ValueError: If a role is unknown or the sizes do not fit the parts.
+
+    Example:
+        >>> Projection("Wqkv", ("query", "key", "value"), interleaved=True).parts
+        ('query', 'key', 'value')
+    """
+
+    path: str
+    parts: tuple[str, ...]
+    interleaved: bool = False
+    sizes: tuple[int, ...] | None = None
+    input_axis: int | tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(self.parts))
+        unknown = [part for part in self.parts if part not in ROLES]
+        if unknown or not self.parts:
+            raise ValueError(
+                f"Projection {self.path!r} has the parts {self.parts}; each must be one of "
+                f"{', '.join(map(repr, ROLES))}, as in ('query', 'key', 'value')."
+            )
+        if self.sizes is not None:
+            object.__setattr__(self, "sizes", tuple(self.sizes))
+            if len(self.sizes) != len(self.parts):
+                raise ValueError(
+                    f"Projection {self.path!r} has {len(self.parts)} parts and {len(self.sizes)} "
+                    "sizes; give one size a part, the features of one of its heads."
+                )
+        if isinstance(self.input_axis, list):
+            object.__setattr__(self, "input_axis", tuple(self.input_axis))
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionLayout:
+    """How one kind of attention block holds its heads.
+
+    Args:
+        projections: The projections that make queries and keys.
+        name: What `describe_attention` calls the layout.
+        head_dim: Features of one query and key head where shapes cannot tell.
+        kv_heads: Key heads where shapes cannot tell.
+        stack_axes: Axes over which every leaf of the block is stacked (layers, pipeline stages),
+            counted in each leaf. None: from shapes, the first axes where several fit.
+        latent: For latent attention, the projections `(down, up)` of keys: `down` makes the
+            latent and the shared rotary key, so its surplus over the latent is the rotary size.
+
+    Raises:
+        ValueError: If no projection makes a query.
+
+    Example:
+        >>> layout = AttentionLayout(
+        ...     (
+        ...         Projection("my_q", ("query", "gate"), interleaved=True),
+        ...         Projection("my_k", ("key",)),
+        ...     )
+        ... )
+        >>> layout.name
+        'custom'
+    """
+
+    projections: tuple[Projection, ...]
+    name: str = "custom"
+    head_dim: int | None = None
+    kv_heads: int | None = None
+    stack_axes: tuple[int, ...] | None = None
+    latent: tuple[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "projections", tuple(self.projections))
+        if self.stack_axes is not None:
+            axes = (self.stack_axes,) if isinstance(self.stack_axes, int) else self.stack_axes
+            object.__setattr__(self, "stack_axes", tuple(axes))
+        roles = {role for projection in self.projections for role in projection.parts}
+        if not roles & {"query", "query_alone"}:
+            raise ValueError(
+                f"Attention layout {self.name!r} has no query. Give it a projection that makes "
+                "one, as in Projection('q_proj', ('query',))."
+            )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths that a block must have, relative to it, to be of this layout."""
+        return tuple(p.path for p in self.projections) + (self.latent or ())
+
+    @property
+    def own_keys(self) -> bool:
+        """Whether every query head has its own key, as in latent attention."""
+        return any("query_alone" in p.parts for p in self.projections)
+
+
+def separate(query: str, key: str, name: str = "separate q and k") -> AttentionLayout:
+    """Returns the layout of a query and a key projection with these names.
+
+    Example:
+        >>> separate("my_q", "my_k").paths
+        ('my_q', 'my_k')
+    """
+    return AttentionLayout((Projection(query, ("query",)), Projection(key, ("key",))), name)

@@ -1,0 +1,31 @@
+"""Floor 3: leaves as matrices, same-shaped matrices as stacks, factors by shape."""
+
+from muonclip_jax.matrices.distribution import (
+    Distribution as Distribution,
+    MeshShardings as MeshShardings,
+    align_shardings as align_shardings,
+    orthogonalize_distributed as orthogonalize_distributed,
+    place as place,
+    read_shardings as read_shardings,
+    spread_momentum as spread_momentum,
+)
+from muonclip_jax.matrices.parts import (
+    LeafPlan as LeafPlan,
+    Part as Part,
+    from_matrices as from_matrices,
+    join_leaf as join_leaf,
+    plan_leaf as plan_leaf,
+    split_leaf as split_leaf,
+    to_matrices as to_matrices,
+)
+from muonclip_jax.matrices.scales import (
+    SHAPE_RULE_ALIASES as SHAPE_RULE_ALIASES,
+    SHAPE_RULES as SHAPE_RULES,
+    shape_rule as shape_rule,
+)
+from muonclip_jax.matrices.stacks import (
+    Stack as Stack,
+    StackPlan as StackPlan,
+    map_stacks as map_stacks,
+    plan_stacks as plan_stacks,
+)

@@ -1,0 +1,177 @@
+"""Which matrices are worked on in which round.
+
+Matrices whose batch axes are sharded alike form a pool (those on another pipeline stage are that
+stage's own business). A pool's full rounds, a matrix of one shape for every device, run as they
+are; what is left of all shapes is dealt out together (`schedule`); matrices that are too large for
+a device are split over groups of them.
+"""
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+
+import jax.numpy as jnp
+
+from muonclip_jax.matrices.distribution.blocks import Axes, Sizes
+from muonclip_jax.matrices.distribution.jobs import Kind, Members, make_round
+from muonclip_jax.matrices.distribution.local import LocalLeaf
+from muonclip_jax.matrices.distribution.moves import Exchange
+from muonclip_jax.matrices.distribution.options import Distribution
+from muonclip_jax.matrices.distribution.plan import DistributionPlan, Item, Round
+from muonclip_jax.matrices.distribution.schedule import Hands, deal, spread
+
+#: `(rows, columns, dtype, ways) -> cost` of a matrix that is split `ways` ways, in
+#: floating-point operations a device, collectives included.
+Cost = Callable[[int, int, str, int], float]
+
+
+def plan_distribution(
+    leaves: Sequence[LocalLeaf],
+    homes: Sequence[LocalLeaf],
+    dtypes: Sequence[str],
+    sizes: tuple[tuple[str, int], ...],
+    shared: frozenset[str],
+    options: Distribution,
+    cost: Cost,
+) -> DistributionPlan:
+    """Plans who works on which matrix.
+
+    Args:
+        leaves: What a device holds of each parameter's update.
+        homes: What it shall hold of each result; batch axes are sharded as in `leaves`.
+        dtypes: Their dtypes, by name.
+        sizes: Names and sizes of the mesh axes, the slowest first.
+        shared: The axes whose devices share the work.
+        options: Bounds and the price of a byte.
+        cost: What a matrix costs.
+
+    Returns:
+        The plan; `map_distributed` follows it.
+    """
+    kinds: dict[frozenset[str], dict[Kind, Members]] = {}
+    lengths = dict(sizes)
+    for leaf, (local, home, dtype) in enumerate(zip(leaves, homes, dtypes, strict=True)):
+        for part, (block, back) in enumerate(zip(local.blocks, home.blocks, strict=True)):
+            rows, columns = block.whole(lengths)
+            if not rows * columns:
+                continue
+            kind = kinds.setdefault(local.batch, {}).setdefault((rows, columns, dtype), [])
+            count = local.plan.parts[part].count
+            kind += [((block, back), Item(leaf, part, index)) for index in range(count)]
+    rounds = []
+    for batch, pool in kinds.items():
+        axes = tuple(name for name, n in sizes if n > 1 and name in shared and name not in batch)
+        rounds += _plan_pool(pool, axes, lengths, options, cost)
+    return DistributionPlan(sizes, tuple(leaves), tuple(homes), tuple(rounds))
+
+
+def _plan_pool(
+    pool: dict[Kind, Members],
+    axes: Axes,
+    sizes: Sizes,
+    options: Distribution,
+    cost: Cost,
+) -> Iterator[Round]:
+    whole = Exchange(axes, ())
+    groups = whole.groups(sizes)
+    last: dict[Kind, Members] = {}
+    left: dict[Kind, Members] = {}
+    for kind, members in pool.items():
+        # Neighbours in a stack are held alike, so that they travel together.
+        members = sorted(members, key=lambda member: repr(member[0]))
+        rows, columns, dtype = kind
+        size = rows * columns * jnp.dtype(dtype).itemsize
+        if size > options.max_matrix_bytes:
+            yield from _split_rounds(kind, members, axes, sizes, options, size)
+            continue
+        full, limit = len(members) // groups, max(1, options.max_stack_bytes // size)
+        # Chunks of nearly equal size, as many as it takes to hold all rounds and the leftovers.
+        chunks = math.ceil(math.ceil(len(members) / groups) / limit)
+        length = math.ceil(full / chunks) * groups
+        bounds = list(range(0, full * groups, length)) if length else []
+        for start in bounds[:-1]:
+            chunk = members[start : start + length]
+            yield make_round(whole, [kind], [chunk], _even(chunk, groups))
+        last[kind] = members[bounds[-1] : full * groups] if bounds else []
+        left[kind] = members[full * groups :]
+    yield from _last_rounds(last, left, axes, sizes, cost)
+
+
+def _last_rounds(
+    last: dict[Kind, Members], left: dict[Kind, Members], axes: Axes, sizes: Sizes, cost: Cost
+) -> Iterator[Round]:
+    """The last full rounds and the leftovers: one stack, unless the leftovers are split."""
+    exchange, hands = _deal_leftovers(left, axes, sizes, cost)
+    whole = Exchange(axes, ())
+    apart = [kind for kind in last if exchange.split or not left[kind]]
+    for kind in apart:
+        if last[kind]:
+            yield make_round(whole, [kind], [last[kind]], _even(last[kind], whole.groups(sizes)))
+    kinds = [kind for kind in left if left[kind]]
+    if kinds:
+        depth = [0 if kind in apart else len(last[kind]) // len(hands.counts) for kind in kinds]
+        yield make_round(
+            exchange,
+            kinds,
+            [([] if kind in apart else last[kind]) + left[kind] for kind in kinds],
+            Hands(
+                tuple(tuple(map(operator.add, hand, depth)) for hand in hands.counts),
+                hands.makespan,
+                hands.padded,
+            ),
+        )
+
+
+def _deal_leftovers(
+    left: dict[Kind, Members], axes: Axes, sizes: Sizes, cost: Cost
+) -> tuple[Exchange, Hands]:
+    kinds = [kind for kind in left if left[kind]]
+    counts = [len(left[kind]) for kind in kinds]
+    best: tuple[float, int, Exchange, Hands] | None = None
+    for exchange in _exchanges(axes):
+        ways, groups = exchange.ways(sizes), exchange.groups(sizes)
+        costs = [cost(*kind, ways) for kind in kinds]
+        # On a tie, the even spread, for it has no branches.
+        for hands in (spread(counts, costs, groups), deal(counts, costs, groups)):
+            if best is None or (hands.makespan, ways) < best[:2]:
+                best = (hands.makespan, ways, exchange, hands)
+    assert best is not None
+    return best[2], best[3]
+
+
+def _split_rounds(
+    kind: Kind,
+    members: Members,
+    axes: Axes,
+    sizes: Sizes,
+    options: Distribution,
+    size: int,
+) -> Iterator[Round]:
+    """Rounds of matrices that are too large for one device."""
+    exchange = min(
+        _exchanges(axes),
+        key=lambda exchange: (
+            max(size / exchange.ways(sizes), options.max_matrix_bytes),
+            exchange.ways(sizes),
+        ),
+    )
+    groups = exchange.groups(sizes)
+    limit = max(1, options.max_stack_bytes * exchange.ways(sizes) // size)
+    for start in range(0, len(members), limit * groups):
+        chunk = members[start : start + limit * groups]
+        yield make_round(exchange, [kind], [chunk], _even(chunk, groups))
+
+
+def _even(members: Members, groups: int) -> Hands:
+    return spread([len(members)], [1.0], groups)
+
+
+def _exchanges(axes: Axes) -> list[Exchange]:
+    """Every way to use some axes for splitting; the fastest axes, which come last, first."""
+    choices = [
+        Exchange(tuple(axis for axis in axes if axis not in split), split)
+        for number in range(len(axes) + 1)
+        for split in itertools.combinations(axes, number)
+    ]
+    return sorted(choices, key=lambda choice: [-axes.index(axis) for axis in choice.split[::-1]])

@@ -1,0 +1,129 @@
+"""Orthogonalising the leaves of a tree, the devices of a mesh sharing the work."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from muonclip_jax.layouts import MatrixSpec
+from muonclip_jax.matrices.distribution.blocks import Axes
+from muonclip_jax.matrices.distribution.map import map_distributed
+from muonclip_jax.matrices.distribution.options import Distribution
+from muonclip_jax.matrices.distribution.plan import DistributionPlan
+from muonclip_jax.matrices.distribution.planning import plan_for
+from muonclip_jax.matrices.distribution.sharding import MeshShardings
+from muonclip_jax.polar import PolarPlan, apply_polar
+from muonclip_jax.polar.partitioned import apply_polar_partitioned
+
+# On a CPU one product fills the cores, so a stack is worked on matrix by matrix: up to this many
+# written out, more in a loop.
+_UNROLLED_ON_CPU = 4
+
+
+def orthogonalize_distributed(
+    polar: PolarPlan,
+    eps: jax.typing.ArrayLike,
+    leaves: Sequence[jax.Array],
+    specs: Sequence[MatrixSpec],
+    shardings: MeshShardings | None,
+    homes: MeshShardings | None = None,
+    axis_name: Axes = (),
+    options: Distribution | None = None,
+) -> list[jax.Array]:
+    """Replaces every matrix of every leaf by its polar factor.
+
+    Args:
+        polar: How to orthogonalise.
+        eps: Smallest divisor, as in `orthogonalize`.
+        leaves: The arrays.
+        specs: The normalised spec of each.
+        shardings: The mesh, and how it shards the leaves; None where `axis_name` alone counts.
+        homes: How the results shall be sharded; None is as the leaves are.
+        axis_name: Names of axes that are mapped already (by `pmap` or `shard_map`) and along which
+            the leaves are equal.
+        options: Who shares the work; None is `Distribution()`.
+
+    Returns:
+        The results.
+
+    Raises:
+        ValueError: If `options` names an axis that there is not, or `axis_name` is not mapped.
+    """
+    mapped = tuple((name, _mapped_size(name)) for name in axis_name)
+    sizes = mapped + (shardings.sizes if shardings else ())
+    held = shardings.leaves if shardings else tuple(((),) * leaf.ndim for leaf in leaves)
+    plan = plan_for(
+        polar,
+        tuple(leaf.shape for leaf in leaves),
+        tuple(leaf.dtype.name for leaf in leaves),
+        tuple(specs),
+        held,
+        homes.leaves if homes else held,
+        sizes,
+        Distribution() if options is None else options,
+    )
+    if shardings is None:
+        return _local_program(polar, plan, eps, *leaves)
+    return _program(
+        polar,
+        plan,
+        shardings.mesh,
+        frozenset(name for name, _ in shardings.sizes),
+        shardings.specs(),
+        (homes or shardings).specs(),
+        eps,
+        list(leaves),
+    )
+
+
+def _mapped_size(name: str) -> int:
+    try:
+        return lax.axis_size(name)
+    except NameError as error:
+        raise ValueError(
+            f"axis_name={name!r} is not the name of a mapped axis here. Call update inside "
+            f"jax.pmap(..., axis_name={name!r}) or jax.shard_map over it, or leave axis_name out."
+        ) from error
+
+
+def _work(polar: PolarPlan, eps: jax.typing.ArrayLike, stack: jax.Array, split: Axes) -> jax.Array:
+    if split:
+        return apply_polar_partitioned(polar, stack, split, eps)
+    count = stack.shape[0]
+    if jax.default_backend() != "cpu" or count == 1:
+        return apply_polar(polar, stack, eps)
+    if count <= _UNROLLED_ON_CPU:
+        return jnp.stack([apply_polar(polar, x, eps) for x in stack])
+    return lax.map(lambda x: apply_polar(polar, x, eps), stack)
+
+
+def _local_program(
+    polar: PolarPlan, plan: DistributionPlan, eps: jax.typing.ArrayLike, *leaves: jax.Array
+) -> list[jax.Array]:
+    return map_distributed(lambda stack, split: _work(polar, eps, stack, split), list(leaves), plan)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def _program(
+    polar: PolarPlan,
+    plan: DistributionPlan,
+    mesh: Mesh | AbstractMesh,
+    names: frozenset[str],
+    specs: tuple[PartitionSpec, ...],
+    homes: tuple[PartitionSpec, ...],
+    eps: jax.typing.ArrayLike,
+    leaves: list[jax.Array],
+) -> list[jax.Array]:
+    # Results are equal along the axes that replicate them because all of them gather the same
+    # matrices; JAX cannot see that (check_vma).
+    return jax.shard_map(
+        functools.partial(_local_program, polar, plan),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), *specs),
+        out_specs=list(homes),
+        axis_names=set(names),
+        check_vma=False,
+    )(eps, *leaves)

@@ -1,0 +1,73 @@
+"""How leaves lie on a mesh, as values: `MeshShardings`, what an array tells, and placing one."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from muonclip_jax.matrices.distribution.blocks import LeafAxes
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShardings:
+    """A mesh and the axes of it that shard every leaf.
+
+    Attributes:
+        mesh: The mesh, as `jax.shard_map` takes it.
+        sizes: Names and sizes of the axes that are not manual already, the slowest first.
+        leaves: For every leaf, the axes that shard each of its dimensions.
+    """
+
+    mesh: Mesh | AbstractMesh
+    sizes: tuple[tuple[str, int], ...]
+    leaves: tuple[LeafAxes, ...]
+
+    @property
+    def inside_manual(self) -> bool:
+        """Whether this is inside of a `shard_map` over other axes of the mesh."""
+        return AxisType.Manual in self.mesh.axis_types
+
+    def shardings(self) -> tuple[NamedSharding, ...]:
+        """The leaves' shardings."""
+        return tuple(NamedSharding(self.mesh, spec) for spec in self.specs())
+
+    def specs(self) -> tuple[PartitionSpec, ...]:
+        """The leaves' partition specs."""
+        return tuple(PartitionSpec(*(axes or None for axes in leaf)) for leaf in self.leaves)
+
+
+def place(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """Brings `x` to a sharding, whether it is traced or not and whatever the types of the axes."""
+    if not isinstance(x, Tracer):
+        return jax.device_put(x, sharding)
+    kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    for kind, move in (
+        (AxisType.Explicit, jax.reshard),
+        (AxisType.Auto, jax.lax.with_sharding_constraint),
+    ):
+        if kind in kinds.values():
+            spec = [
+                tuple(axis for axis in axes if kinds[axis] == kind) or None
+                for axes in axes_of(sharding.spec, x.ndim)
+            ]
+            x = move(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+    return x
+
+
+def sharding_of(x: Any) -> NamedSharding | None:
+    """What is known now: of an array, where it lies; of a traced one, what its type says."""
+    sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else getattr(x, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
+        return None
+    return sharding
+
+
+def axes_of(spec: PartitionSpec, rank: int) -> LeafAxes:
+    """The mesh axes that shard each of `rank` dimensions."""
+    entries = [*spec, *[None] * (rank - len(spec))]
+    return tuple(
+        entry if isinstance(entry, tuple) else (entry,) if isinstance(entry, str) else ()
+        for entry in entries
+    )

@@ -1,0 +1,156 @@
+"""A parameter as the matrices inside it, and back.
+
+A `MatrixSpec` says which axes of a parameter are read (reduction), which are written (output), and
+where a fused kernel has to be cut first. Everything else is a batch axis. An attention kernel
+`(d_model, heads, head_dim)` is one `(d_model, heads * head_dim)` matrix; twenty-four of them that
+`nn.scan` stacked are a batch of twenty-four; a fused `(d_model, 3 * d_model)` QKV kernel is three
+matrices, each `(d_model, d_model)`.
+
+The cutting is planned in Python from shapes (`plan_leaf`), the arrays only follow the plan
+(`to_matrices`, `from_matrices`).
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from muonclip_jax.layouts import MatrixSpec, Split
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a parameter: a batch of equally shaped matrices.
+
+    Attributes:
+        shape: Shape of the part in the parameter's own axes, after the cuts.
+        fan_in: Rows of each matrix: the product of the reduction axes.
+        fan_out: Columns of each matrix: the product of the output axes.
+        count: How many matrices there are: the product of the batch axes.
+        permutation: Axes in the order batch, reduction, output.
+    """
+
+    shape: tuple[int, ...]
+    fan_in: int
+    fan_out: int
+    count: int
+    permutation: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LeafPlan:
+    """How one parameter becomes matrices: the cuts, then a part for every combination of pieces."""
+
+    splits: tuple[Split, ...]
+    parts: tuple[Part, ...]
+
+
+def plan_leaf(shape: Sequence[int], spec: MatrixSpec) -> LeafPlan:
+    """Plans the matrices of a parameter.
+
+    Args:
+        shape: The parameter's shape.
+        spec: Its normalised spec (`layouts.normalize_spec`): non-negative axes, checked cuts.
+
+    Returns:
+        The plan; `to_matrices` and `from_matrices` follow it.
+
+    Example:
+        >>> from muonclip_jax.layouts import MatrixSpec
+        >>> plan = plan_leaf((24, 64, 4, 16), MatrixSpec(((1,), (2, 3))))
+        >>> [(part.count, part.fan_in, part.fan_out) for part in plan.parts]
+        [(24, 64, 64)]
+    """
+    reduction, output = (_axes(axes) for axes in spec.dims)
+    batch = tuple(axis for axis in range(len(shape)) if axis not in reduction + output)
+    parts = []
+    for lengths in itertools.product(*(split.part_lengths for split in spec.splits)):
+        cut = list(shape)
+        for split, length in zip(spec.splits, lengths, strict=True):
+            cut[split.axis] = length
+        parts.append(
+            Part(
+                shape=tuple(cut),
+                fan_in=math.prod(cut[axis] for axis in reduction),
+                fan_out=math.prod(cut[axis] for axis in output),
+                count=math.prod(cut[axis] for axis in batch),
+                permutation=batch + reduction + output,
+            )
+        )
+    return LeafPlan(splits=spec.splits, parts=tuple(parts))
+
+
+def to_matrices(x: jax.Array, plan: LeafPlan) -> list[jax.Array]:
+    """Returns the parts of `x`, each `(count, fan_in, fan_out)`."""
+    return [
+        piece.transpose(part.permutation).reshape(part.count, part.fan_in, part.fan_out)
+        for piece, part in zip(split_leaf(x, plan.splits), plan.parts, strict=True)
+    ]
+
+
+def from_matrices(matrices: Sequence[jax.Array], plan: LeafPlan) -> jax.Array:
+    """Puts the parts of `to_matrices` back into one parameter."""
+    pieces = []
+    for matrix, part in zip(matrices, plan.parts, strict=True):
+        permuted = tuple(part.shape[axis] for axis in part.permutation)
+        inverse = tuple(part.permutation.index(axis) for axis in range(len(part.shape)))
+        pieces.append(matrix.reshape(permuted).transpose(inverse))
+    return join_leaf(pieces, plan.splits)
+
+
+def split_leaf(x: jax.Array, splits: Sequence[Split]) -> list[jax.Array]:
+    """Cuts `x` by every split in turn; the first split varies slowest."""
+    pieces = [x]
+    for split in splits:
+        pieces = [part for piece in pieces for part in _cut(piece, split)]
+    return pieces
+
+
+def join_leaf(pieces: Sequence[jax.Array], splits: Sequence[Split]) -> jax.Array:
+    """Undoes `split_leaf`."""
+    joined = list(pieces)
+    for split in reversed(splits):
+        number = len(split.sizes)
+        joined = [
+            _join(joined[start : start + number], split) for start in range(0, len(joined), number)
+        ]
+    (whole,) = joined
+    return whole
+
+
+def _axes(axes: int | Sequence[int]) -> tuple[int, ...]:
+    return (axes,) if isinstance(axes, int) else tuple(axes)
+
+
+def _grid(split: Split) -> tuple[int, ...]:
+    return (sum(split.sizes),) if split.view is None else split.view
+
+
+def _cut(x: jax.Array, split: Split) -> list[jax.Array]:
+    grid = _grid(split)
+    before, after = x.shape[: split.axis], x.shape[split.axis + 1 :]
+    gridded = x.reshape(*before, *grid, *after)
+    along = len(before) + split.along
+    bounds = list(itertools.accumulate(split.sizes, initial=0))
+    return [
+        jax.lax.slice_in_dim(gridded, start, stop, axis=along).reshape(*before, length, *after)
+        for (start, stop), length in zip(
+            itertools.pairwise(bounds), split.part_lengths, strict=True
+        )
+    ]
+
+
+def _join(pieces: Sequence[jax.Array], split: Split) -> jax.Array:
+    grid = list(_grid(split))
+    gridded = []
+    for piece, size in zip(pieces, split.sizes, strict=True):
+        before, after = piece.shape[: split.axis], piece.shape[split.axis + 1 :]
+        view = (*grid[: split.along], size, *grid[split.along + 1 :])
+        gridded.append(piece.reshape(*before, *view, *after))
+    first = pieces[0]
+    before, after = first.shape[: split.axis], first.shape[split.axis + 1 :]
+    whole = jnp.concatenate(gridded, axis=len(before) + split.along)
+    return whole.reshape(*before, math.prod(grid), *after)

@@ -1,0 +1,233 @@
+"""Flax NNX: attention that records its largest logits, and their capture.
+
+A model that uses `nnx.MultiHeadAttention` needs no change at all:
+
+    logits, max_logits = muonclip_jax.nnx.capture_max_logits(model)(tokens)
+    optimizer.update(model, grads, max_logits=max_logits)
+
+A model may also record by itself, with `attention_fn=muonclip_jax.nnx.dot_product_attention` on
+the module. It then sows `nnx.Intermediate` variables called `max_logits`, which
+`nnx.capture(model, nnx.Intermediate)` collects at the path of the attention module. Outside of a
+capture nothing is recorded.
+
+NNX tells an attention function nothing about the module that calls it. It is found on the Python
+call stack while the function is traced, which costs nothing when the compiled program runs.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.nnx.nn import dtypes
+from jaxtyping import Array, Float
+
+from muonclip_jax.attention import batched_attention, batched_max_logits, only_max_logits
+
+_NAME = "max_logits"
+
+
+def _calling_module() -> nnx.Module | None:
+    """Returns the attention module on whose behalf this runs, or None."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, nnx.Module):
+            return module
+        frame = frame.f_back
+    return None
+
+
+def _record(module: nnx.Module | None, max_logits: Float[Array, " N"]) -> None:
+    """Sows maxima at the module's own path, inside a capture only."""
+    if module is not None and hasattr(module, "__captures__"):
+        module.sow(nnx.Intermediate, _NAME, max_logits)
+
+
+def dot_product_attention(
+    query: Float[Array, "*B T N H"],
+    key: Float[Array, "*B S K H"],
+    value: Float[Array, "*B S K D"],
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: nnx.Module | None = None,
+    promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+    is_causal: bool = False,
+    *,
+    implementation: str | None = None,
+    record_in: nnx.Module | None = None,
+) -> Float[Array, "*B T N D"]:
+    """Computes Flax's attention and sows the largest logit of every head as `max_logits`.
+
+    The arguments are those of `flax.nnx.dot_product_attention`, so that `nnx.MultiHeadAttention`
+    takes it as `attention_fn`. Without dropout and sown weights, attention is
+    `muonclip_jax.dot_product_attention`, which has the maxima at hand. Otherwise it is Flax's own,
+    and the maxima are computed beside it, block by block.
+
+    Args:
+        query: Queries `(*B, T, N, H)`.
+        key: Keys `(*B, S, K, H)`; `N` must be a multiple of `K`.
+        value: Values `(*B, S, K, D)`.
+        bias: Added to the logits; broadcasts to `(*B, N, T, S)`. It counts in the maxima only
+            where it forbids a pair.
+        mask: True or not zero where a pair takes part; broadcasts to `(*B, N, T, S)`.
+        broadcast_dropout: Whether batch and heads share a dropout mask.
+        dropout_rng: Key of the dropout.
+        dropout_rate: Share of weights that dropout removes. Maxima do not see dropout.
+        deterministic: Whether dropout is off.
+        dtype: What query, key and value are cast to.
+        precision: Precision of the products, where Flax's own attention computes them.
+        module: Given by Flax's module when the attention weights are to be sown too.
+        promote_dtype: Brings query, key and value to one dtype.
+        is_causal: Whether query `t` sees only keys up to `t`.
+        implementation: As in `muonclip_jax.dot_product_attention`. Set it with
+            `functools.partial`.
+        record_in: The module to record in; the calling one by default.
+
+    Returns:
+        The output `(*B, T, N, D)`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> model = nnx.MultiHeadAttention(
+        ...     2, 8, attention_fn=dot_product_attention, decode=False, rngs=nnx.Rngs(0)
+        ... )
+        >>> _, state = nnx.capture(model, nnx.Intermediate)(jnp.ones((1, 3, 8)))
+        >>> state["max_logits"].get_value()[0].shape
+        (2,)
+    """
+    target = record_in or module or _calling_module()
+    query, key, value = promote_dtype((query, key, value), dtype=dtype)
+    if module is None and (deterministic or dropout_rate == 0.0):
+        out, max_logits = batched_attention(
+            query, key, value, bias, mask, is_causal=is_causal, implementation=implementation
+        )
+    else:
+        max_logits = batched_max_logits(query, key, bias, mask, is_causal=is_causal)
+        out = nnx.dot_product_attention(
+            query,
+            key,
+            value,
+            bias,
+            mask,
+            broadcast_dropout=broadcast_dropout,
+            dropout_rng=dropout_rng,
+            dropout_rate=dropout_rate,
+            deterministic=deterministic,
+            precision=precision,
+            module=module,
+            is_causal=is_causal,
+        )
+    _record(target, max_logits)
+    return out
+
+
+def _records(attention_fn: Callable[..., Any]) -> bool:
+    while isinstance(attention_fn, functools.partial):
+        attention_fn = attention_fn.func
+    return attention_fn is dot_product_attention or hasattr(attention_fn, "records_max_logits")
+
+
+# One recorder per function: jit compares the functions that a module holds.
+@functools.cache
+def _recording(attention_fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Returns an attention function that computes the same and records."""
+    if attention_fn is nnx.dot_product_attention:
+        return dot_product_attention
+
+    @functools.wraps(attention_fn)
+    def record(query, key, value, *arguments, **keywords):
+        call = inspect.signature(attention_fn).bind_partial(
+            query, key, value, *arguments, **keywords
+        )
+        given = call.arguments | keywords
+        query_, key_ = dtypes.promote_dtype((query, key), dtype=given.get("dtype"))
+        pairs = {name: given[name] for name in ("bias", "mask", "is_causal") if name in given}
+        _record(_calling_module(), batched_max_logits(query_, key_, **pairs))
+        return attention_fn(query, key, value, *arguments, **keywords)
+
+    record.__dict__["records_max_logits"] = True
+    return record
+
+
+@contextmanager
+def _recording_modules(model: nnx.Module) -> Iterator[None]:
+    """Lets Flax's attention modules record for a while."""
+    changed = []
+    try:
+        for _, module in nnx.iter_modules(model):
+            if isinstance(module, nnx.MultiHeadAttention) and not _records(module.attention_fn):
+                changed.append((module, module.attention_fn))
+                module.attention_fn = _recording(module.attention_fn)
+        yield
+    finally:
+        for module, attention_fn in changed:
+            module.attention_fn = attention_fn
+
+
+def capture_max_logits(
+    function: Callable[..., Any],
+) -> Callable[..., tuple[Any, dict[Any, Any]]]:
+    """Makes a call of a model return the largest logit of every attention head beside its output.
+
+    The model stays as it is. `nnx.MultiHeadAttention` modules record while the call runs: with
+    Flax's default `attention_fn` from the very logits that attention computes, with another one by
+    computing them once more, block by block. Whatever else is sown as an `nnx.Intermediate` called
+    `max_logits` is returned too. It works inside `nnx.jit` and `nnx.value_and_grad` and around
+    them, and through `nnx.remat`, `nnx.scan` and `nnx.vmap`, where maxima are stacked like kernels.
+
+    Args:
+        function: A model, one of its methods, or a function whose first argument is the model.
+
+    Returns:
+        A function of the same arguments. It returns what `function` returns, and the tree of
+        maxima, which mirrors the paths of the attention modules.
+
+    Raises:
+        ValueError: From the returned function, if no attention recorded anything.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(
+        ...     nnx.Linear(8, 8, rngs=nnx.Rngs(0)),
+        ...     nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(1)),
+        ... )
+        >>> out, max_logits = capture_max_logits(model)(jnp.ones((1, 3, 8)))
+        >>> jax.tree.map(jnp.shape, max_logits)
+        {'layers': {1: {'max_logits': (2,)}}}
+    """
+    owner = getattr(function, "__self__", None)
+    bound = function if isinstance(function, nnx.Module) else owner
+
+    def captured(*arguments: Any, **keywords: Any) -> tuple[Any, dict[Any, Any]]:
+        model = bound if isinstance(bound, nnx.Module) else (arguments or (None,))[0]
+        if not isinstance(model, nnx.Module):
+            raise TypeError(
+                "capture_max_logits takes a model, one of its methods, or a function whose first "
+                f"argument is the model; the first argument is {type(model).__name__}."
+            )
+        with _recording_modules(model):
+            out, state = nnx.capture(function, nnx.Intermediate)(*arguments, **keywords)
+        max_logits = only_max_logits(nnx.to_pure_dict(state))
+        if not max_logits:
+            raise ValueError(
+                "The capture caught no logit. It sees nnx.MultiHeadAttention modules of the model "
+                "that the call runs. In other attention modules call "
+                "muonclip_jax.nnx.dot_product_attention, or sow maxima yourself: "
+                f"self.sow(nnx.Intermediate, {_NAME!r}, max_logits)."
+            )
+        return out, max_logits
+
+    return captured

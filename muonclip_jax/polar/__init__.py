@@ -1,0 +1,22 @@
+"""Floor 2: the polar factor of a matrix by Newton-Schulz: coefficients, iterations, oracle."""
+
+from muonclip_jax.polar.coefficients import (
+    ALIASES as ALIASES,
+    COEFFICIENT_SETS as COEFFICIENT_SETS,
+    CoefficientSet as CoefficientSet,
+)
+from muonclip_jax.polar.generators import (
+    cans_coefficients as cans_coefficients,
+    optimal_odd_polynomial as optimal_odd_polynomial,
+    polar_express_coefficients as polar_express_coefficients,
+    with_safety_factor as with_safety_factor,
+)
+from muonclip_jax.polar.orthogonalize import (
+    PolarPlan as PolarPlan,
+    apply_polar as apply_polar,
+    orthogonalize as orthogonalize,
+    plan_polar as plan_polar,
+)
+from muonclip_jax.polar.precision import NS_DTYPES as NS_DTYPES, NS_METHODS as NS_METHODS
+from muonclip_jax.polar.preconditioning import PRECONDITIONINGS as PRECONDITIONINGS
+from muonclip_jax.polar.restarts import choose_restarts as choose_restarts

@@ -1,0 +1,61 @@
+"""The plain Newton-Schulz iteration on wide matrices.
+
+    A = X X^H
+    X <- a X + (b A + c A^2) X
+
+In exact arithmetic this applies the odd quintic `a x + b x^3 + c x^5` to every singular value and
+leaves the singular vectors alone. The loop is unrolled and the coefficients are Python floats: a
+loop would keep XLA from fusing the scalings into the products, and five steps make a small program.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from muonclip_jax.polar.generators import Row, Rows
+from muonclip_jax.polar.preconditioning import rescale_first
+from muonclip_jax.polar.products import accumulator_dtype, gram, matmul
+from muonclip_jax.polar.shares import WHOLE, Shares
+
+
+def _step(x: jax.Array, product: jax.Array, row: Row, shares: Shares) -> jax.Array:
+    a, b, c = row
+    wide = accumulator_dtype(x.dtype)
+    update = b * product.astype(wide)
+    if c:
+        update = update + c * shares.square(product).astype(wide)
+    return (a * x.astype(wide) + matmul(update.astype(x.dtype), x)).astype(x.dtype)
+
+
+def newton_schulz(
+    x: jax.Array, rows: Rows, preconditioning: str, dtype: jnp.dtype, shares: Shares = WHOLE
+) -> jax.Array:
+    """Runs the plain iteration.
+
+    Args:
+        x: `(..., m, n)` with `m <= n`, normalised, of at least 32 bits; or the columns that a
+            device has of it.
+        rows: Coefficients, one `(a, b, c)` a step.
+        preconditioning: Which rescaling the first step applies.
+        dtype: What the products compute in; they accumulate in float32 or wider.
+        shares: How devices that share the columns compute together.
+
+    Returns:
+        The result in `dtype`.
+
+    References:
+        Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+    """
+    x, product = rescale_first(x, preconditioning, dtype, shares)
+    for index, row in enumerate(rows):
+        if index:
+            # Rounded before the sum: where there is one, half the bytes are sent.
+            product = shares.sum(gram(x).astype(dtype))
+        x = _step(x, product, row, shares)
+    return x
+
+
+def plain_flops(rows: Rows, m: int, n: int) -> int:
+    """Counts the multiply-adds (times two) of the plain iteration on one `(m, n)` matrix."""
+    small, large = min(m, n), max(m, n)
+    quintic = sum(1 for row in rows if row[2])
+    return len(rows) * 4 * small * small * large + quintic * 2 * small**3

@@ -1,0 +1,13 @@
+"""Floor 4: the Optax transformations."""
+
+from muonclip_jax.transforms.accumulate import (
+    AccumulateState as AccumulateState,
+    accumulate as accumulate,
+)
+from muonclip_jax.transforms.muon import MuonState as MuonState, scale_by_muon as scale_by_muon
+from muonclip_jax.transforms.qk_clip import (
+    QKClipState as QKClipState,
+    clip_until as clip_until,
+    qk_clip as qk_clip,
+)
+from muonclip_jax.transforms.shape import scale_by_shape as scale_by_shape

@@ -1,0 +1,181 @@
+"""The printed table, the telemetry, and the copies of the weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from muonclip_jax.clipping import (
+    QKClipInfo,
+    apply_qk_clip,
+    apply_qk_clip_to_copies,
+    describe_attention,
+)
+
+
+def leaf(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+PARAMS = {
+    "a": {"query": {"kernel": leaf(6, 4, 8), "bias": leaf(4, 8)}, "key": {"kernel": leaf(6, 2, 8)}},
+    "b": {
+        "wq_b": {"kernel": leaf(3, 5, 2, 6)},
+        "wkv_a": {"kernel": leaf(3, 9, 6)},
+        "wkv_b": {"kernel": leaf(3, 4, 2, 7)},
+    },
+}
+B = """\
+b: latent (low-rank query), 2 heads of 4, stacked (3,)
+  b/wq_b/kernel (3, 5, 2, 6): query (4 a head) by gamma^alpha, query (2 a head) by gamma
+  b/wkv_b/kernel (3, 4, 2, 7): key (4 a head) by gamma^(1-alpha), value (3 a head) untouched"""
+A = """\
+a: separate q and k, 4 query heads on 2 key heads of 8
+  a/query/bias (4, 8): query by {query}
+  a/query/kernel (6, 4, 8): query by {query}"""
+
+
+def test_the_table_without_maxima():
+    assert describe_attention(PARAMS) == f"{A.format(query='gamma')}\n{B}"
+
+
+def test_the_table_by_rule():
+    text = describe_attention(PARAMS, shared_keys="balanced", blocks="a")
+    key = "  a/key/kernel (6, 2, 8): key by eta^(1-alpha)"
+    unselected = "b: latent (low-rank query), not selected by blocks="
+    assert text == f"{A.format(query='gamma/eta^(1-alpha)')}\n{key}\n{unselected}"
+
+
+def test_merged_kernels_need_the_maxima():
+    params = {"attn": {"q_proj": {"kernel": leaf(6, 32)}, "k_proj": {"kernel": leaf(6, 16)}}}
+    assert describe_attention(params) == "attn: separate q and k, heads as many as the maxima say"
+    text = describe_attention(params, {"attn": leaf(4)})
+    assert text.startswith("attn: separate q and k, 4 query heads on 2 key heads of 8\n")
+
+
+def test_a_block_that_cannot_be_clipped_says_why():
+    params = {"attn": PARAMS["a"] | {"query_ln": {"scale": leaf(8)}, "key_ln": {"scale": leaf(8)}}}
+    text = describe_attention(params, {"attn": leaf(4)})
+    assert text.startswith("attn: separate q and k, cannot be clipped: ")
+    assert "'query_ln' and 'key_ln'" in text
+
+
+def test_no_attention_is_an_error():
+    with pytest.raises(ValueError, match="No attention block was found"):
+        describe_attention({"dense": {"kernel": leaf(3, 3)}})
+
+
+def info_of(threshold=100.0):
+    params = {name: {"query": jnp.ones((6, 2, 4)), "key": jnp.ones((6, 2, 4))} for name in "ab"}
+    maxima = {"a": jnp.asarray([400.0, 9.0]), "b": jnp.asarray([50.0, 200.0])}
+    return apply_qk_clip(params, maxima, threshold=threshold)[1]
+
+
+def test_flat_scalars():
+    scalars = {name: float(x) for name, x in info_of().scalars("clip").items()}
+    assert scalars == {
+        "clip/max_logit": 400.0,
+        "clip/min_gamma": 0.25,
+        "clip/clipped_heads": 2.0,
+        "clip/clipped_fraction": 0.5,
+        "clip/a/max_logit": 400.0,
+        "clip/a/min_gamma": 0.25,
+        "clip/a/clipped_heads": 1.0,
+        "clip/b/max_logit": 200.0,
+        "clip/b/min_gamma": 0.5,
+        "clip/b/clipped_heads": 1.0,
+    }
+    assert len(info_of().scalars(blocks=False)) == 4
+
+
+def test_structure_does_not_depend_on_values():
+    clipped, not_clipped = info_of(), info_of(1e9)
+    assert jax.tree.structure(clipped) == jax.tree.structure(not_clipped)
+    assert int(not_clipped.total_clipped) == 0
+    assert clipped.total_heads == 4
+
+
+def test_scalars_stay_on_the_device():
+    """Inside `jit` they are tracers: nothing asks for their values."""
+
+    @jax.jit
+    def scalars(info: QKClipInfo):
+        return info.scalars()
+
+    info = info_of()
+    with jax.transfer_guard("disallow"):
+        out = scalars(info)
+    assert float(out["qk_clip/max_logit"]) == 400.0
+
+
+def test_an_empty_info_has_scalars():
+    scalars = QKClipInfo(max_logits={}, gamma={}, clipped_heads={}).scalars()
+    assert float(scalars["qk_clip/clipped_fraction"]) == 0.0
+    assert float(scalars["qk_clip/max_logit"]) == -np.inf
+
+
+# Copies of the weights
+
+
+def params_like(seed):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return {
+        "attn": {
+            "query": {"kernel": jax.random.normal(keys[0], (6, 2, 4))},
+            "key": {"kernel": jax.random.normal(keys[1], (6, 2, 4))},
+        },
+        "dense": {"kernel": jax.random.normal(keys[2], (6, 6))},
+    }
+
+
+MAXIMA = {"attn": jnp.asarray([400.0, 9.0])}
+
+
+def test_schedule_free_keeps_its_blend():
+    """In the blend x = (y - (1 - b) z) / b clipped y and z give the clipped x."""
+    params = params_like(0)
+    tx = optax.contrib.schedule_free_sgd(0.1, b1=0.9)
+    state = tx.init(params)
+    grads = params_like(1)
+    updates, state = tx.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    x = optax.contrib.schedule_free_eval_params(state, params)
+    expected, _ = apply_qk_clip(x, MAXIMA)
+    state = apply_qk_clip_to_copies(state, params, MAXIMA)
+    params, _ = apply_qk_clip(params, MAXIMA)
+    got = optax.contrib.schedule_free_eval_params(state, params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), got, expected)
+
+
+def test_lookahead_clips_fast_and_slow():
+    params = optax.LookaheadParams.init_synced(params_like(0))
+    new = apply_qk_clip_to_copies(params, params.fast, MAXIMA)
+    expected, _ = apply_qk_clip(params.fast, MAXIMA)
+    for copy in (new.fast, new.slow):
+        jax.tree.map(np.testing.assert_array_equal, copy, expected)
+
+
+def test_master_weights_are_clipped_and_momenta_are_not():
+    params = params_like(0)
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    state = {"master_params": params, "mu": params_like(1)}
+    new = apply_qk_clip_to_copies(state, low, MAXIMA)
+    jax.tree.map(
+        np.testing.assert_array_equal, new["master_params"], apply_qk_clip(params, MAXIMA)[0]
+    )
+    jax.tree.map(np.testing.assert_array_equal, new["mu"], state["mu"])
+    assert new["master_params"]["attn"]["query"]["kernel"].dtype == jnp.float32
+
+
+def test_a_state_without_copies_is_an_error():
+    params = params_like(0)
+    with pytest.raises(ValueError, match="copy of the parameters under one of the names 'z, fast"):
+        apply_qk_clip_to_copies(optax.adam(0.1).init(params), params, MAXIMA)
+
+
+def test_a_copy_with_a_hole_is_an_error():
+    params = params_like(0)
+    part = {"attn": {"query": params["attn"]["query"]}}
+    with pytest.raises(ValueError, match=r"copy of the weights at .*ema.* lacks 'attn/key/kernel'"):
+        apply_qk_clip_to_copies({"ema": part}, params, MAXIMA)

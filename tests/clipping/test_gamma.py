@@ -1,0 +1,95 @@
+"""Gamma and its split over queries and keys, against the published table."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from muonclip_jax.clipping.gamma import (
+    SHARED_KEYS,
+    check_clip_settings,
+    clip_gamma,
+    role_factors,
+)
+
+# One group of four query heads on one key head, threshold 100 (Megatron's rule, "query only" and
+# the compensated rule of the table in the documentation).
+MAXIMA = np.array([150.0, 90.0, 40.0, 300.0])
+AFTERWARDS = {
+    "group": [50.0, 30.0, 13.3333333, 100.0],
+    "query": [100.0, 90.0, 40.0, 100.0],
+    "balanced": [100.0, 90.0, 40.0, 100.0],
+}
+
+
+@pytest.mark.parametrize("shared_keys", SHARED_KEYS)
+@pytest.mark.parametrize("alpha", [0.5, 0.3])
+def test_table_of_rules_for_shared_keys(shared_keys, alpha):
+    gamma = clip_gamma(jnp.asarray(MAXIMA), 100.0)
+    factors = role_factors(gamma, alpha, shared_keys, 1)
+    after = MAXIMA * factors["query"] * factors.get("key", jnp.ones(1))
+    np.testing.assert_allclose(after, AFTERWARDS[shared_keys], rtol=1e-6)
+
+
+def test_balanced_raises_queries_by_at_most_the_published_factor():
+    gamma = clip_gamma(jnp.asarray(MAXIMA), 100.0)
+    factors = role_factors(gamma, 0.5, "balanced", 1)
+    assert float(factors["query"].max()) == pytest.approx(np.sqrt(3.0), rel=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+def test_own_keys_divide_gamma_by_alpha(alpha):
+    gamma = np.array([2 / 3, 1.0, 0.01])
+    factors = role_factors(jnp.asarray(gamma, jnp.float32), alpha, "query", 3)
+    np.testing.assert_allclose(factors["query"], gamma**alpha, rtol=1e-6)
+    np.testing.assert_allclose(factors["key"], gamma ** (1 - alpha), rtol=1e-6)
+    assert factors["query"][1] == factors["key"][1] == 1.0
+
+
+@pytest.mark.parametrize("bad", [-5.0, 0.0, -0.0, np.nan, np.inf, -np.inf, np.finfo("f4").min])
+@pytest.mark.parametrize("shared_keys", SHARED_KEYS)
+def test_a_maximum_that_is_no_positive_number_changes_nothing(bad, shared_keys):
+    gamma = clip_gamma(jnp.asarray([bad, 50.0]), 10.0)
+    assert gamma.tolist() == pytest.approx([1.0, 0.2])
+    for kv_heads in (1, 2):
+        factors = role_factors(gamma[jnp.asarray([0, 0])], 0.5, shared_keys, kv_heads)
+        assert all((factor == 1.0).all() for factor in factors.values())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_gamma_is_float32(dtype):
+    gamma = clip_gamma(jnp.asarray([48.0], dtype), 16.0)
+    assert gamma.dtype == jnp.float32
+    np.testing.assert_allclose(gamma, [1 / 3], rtol=1e-7)
+
+
+def test_a_maximum_at_the_threshold_is_left_alone():
+    assert clip_gamma(jnp.asarray([100.0]), 100.0).tolist() == [1.0]
+
+
+def test_an_infinite_threshold_switches_the_clip_off():
+    assert clip_gamma(jnp.asarray([1e30]), jnp.inf).tolist() == [1.0]
+
+
+def test_traced_settings_pass():
+    out = jax.jit(clip_gamma)(jnp.asarray([20.0]), 10.0)
+    assert out.tolist() == [0.5]
+    check_clip_settings(jnp.asarray(-1.0), jnp.asarray(7.0), "query")
+    check_clip_settings(lambda count: 100.0, lambda count: 0.5, "query")
+
+
+@pytest.mark.parametrize("threshold", [0, -1.0, np.float32(-2), np.nan])
+def test_threshold_must_be_positive(threshold):
+    with pytest.raises(ValueError, match=r"threshold must be positive, got .* largest pre-softmax"):
+        check_clip_settings(threshold, 0.5, "query")
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.5, 2, np.nan])
+def test_alpha_must_lie_in_its_interval(alpha):
+    with pytest.raises(ValueError, match=r"alpha must lie in \[0, 1\], got"):
+        check_clip_settings(100.0, alpha, "query")
+
+
+def test_unknown_rule_lists_the_known_ones():
+    with pytest.raises(ValueError, match="'query', 'group', 'balanced', got 'megatron'"):
+        check_clip_settings(100.0, 0.5, "megatron")

@@ -1,0 +1,137 @@
+"""Fail closed: what was asked for and cannot be done is an error with a path.
+
+The refusals are traps too: in other implementations each of these passed in silence.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from muonclip_jax.clipping import apply_qk_clip, qk_clip_info
+from muonclip_jax.layouts.attention import AttentionLayout, Projection
+from tests.clipping.models import attention, normal
+
+
+def test_a_block_without_a_maximum_is_an_error():
+    params = {"a": attention(), "b": attention()}
+    with pytest.raises(ValueError, match=r"block 'b' .* has no maximum. Maxima are there for: 'a'"):
+        apply_qk_clip(params, {"a": jnp.ones(4)})
+
+
+def test_a_maximum_without_a_block_is_an_error():
+    with pytest.raises(ValueError, match=r"recorded for 'layer_0/attn'.*Blocks are: 'attn'"):
+        apply_qk_clip({"attn": attention()}, {"attn": jnp.ones(4), "layer_0/attn": jnp.ones(4)})
+
+
+def test_no_attention_block_at_all_is_an_error():
+    with pytest.raises(ValueError, match="No attention block was found in parameters 'dense/kern"):
+        apply_qk_clip({"dense": {"kernel": jnp.ones((3, 3))}}, {"attn": jnp.ones(4)})
+
+
+def test_a_wrong_head_count_is_an_error():
+    with pytest.raises(
+        ValueError,
+        match=r"'attn/query/kernel' of shape \(6, 4, 8\).*maxima of shape \(3,\).*do not fit",
+    ):
+        apply_qk_clip({"attn": attention()}, {"attn": jnp.ones(3)})
+
+
+def test_one_number_for_all_heads_is_an_error():
+    with pytest.raises(ValueError, match=r"maxima of shape \(\) do not fit.*\(query heads,\)"):
+        apply_qk_clip({"attn": attention()}, {"attn": jnp.asarray(7.0)})
+
+
+def test_heads_alone_on_a_stacked_kernel_are_an_error():
+    with pytest.raises(
+        ValueError, match=r"\(3, 6, 4, 8\).*Expected maxima \(query heads,\), or \("
+    ):
+        apply_qk_clip({"attn": attention(stack=(3,))}, {"attn": jnp.ones(4)})
+
+
+@pytest.mark.parametrize(
+    "norms",
+    [("query_ln", "key_ln"), ("q_norm", "k_norm"), ("query_norm", "key_norm")],
+)
+@pytest.mark.parametrize("scale", [8, None])
+def test_normalised_queries_and_keys_are_refused(norms, scale):
+    attn = attention()
+    for norm in norms:
+        attn[norm] = {"scale": jnp.ones(scale)} if scale else {"bias": jnp.ones(8)}
+    with pytest.raises(ValueError, match=f"cannot clip.*'attn'.*normalised .'{norms[0]}'.*blocks="):
+        apply_qk_clip({"attn": attn}, {"attn": jnp.ones(4)})
+
+
+def test_a_shift_for_every_head_is_no_gain():
+    attn = attention() | {name: {"bias": jnp.ones((4, 8))} for name in ("query_ln", "key_ln")}
+    with pytest.raises(ValueError, match="share or do not have"):
+        apply_qk_clip({"attn": attn}, {"attn": jnp.ones(4)})
+
+
+def test_a_low_rank_query_norm_of_latent_attention_is_no_query_norm():
+    attn = {
+        "wq_b": {"kernel": normal(3, 2, 6)},
+        "q_norm": {"scale": jnp.ones(3)},
+        "wkv_a": {"kernel": normal(5, 4 + 2)},
+        "wkv_b": {"kernel": normal(4, 2, 4 + 3)},
+    }
+    _, info = apply_qk_clip({"attn": attn}, {"attn": jnp.asarray([200.0, 1.0])})
+    assert int(info.total_clipped) == 1
+
+
+def test_an_unknown_leaf_of_a_projection_is_refused():
+    attn = attention()
+    attn["query"]["mystery"] = jnp.ones(3)
+    with pytest.raises(ValueError, match=r"'attn/query/mystery'.*Known names are kernel"):
+        apply_qk_clip({"attn": attn}, {"attn": jnp.ones(4)})
+
+
+def test_a_gate_that_hides_in_the_query_kernel_is_refused():
+    attn = {
+        "q_proj": {"kernel": normal(6, 2 * 4 * 8)},
+        "k_proj": {"kernel": normal(6, 4 * 8)},
+        "o_proj": {"kernel": normal(4 * 8, 6)},
+    }
+    with pytest.raises(ValueError, match=r"as if half of them were a gate.*'gate'"):
+        apply_qk_clip({"attn": attn}, {"attn": jnp.ones(4)})
+
+
+def test_a_fused_kernel_without_the_size_of_a_head_is_refused_and_can_be_told():
+    params = {"attn": {"qkv": {"kernel": normal(6, 48)}}}
+    maxima = {"attn": jnp.asarray([200.0, 1.0, 1.0, 1.0])}
+    with pytest.raises(ValueError, match=r"how large a head is; .*head_dim=.* or kv_heads="):
+        apply_qk_clip(params, maxima)
+    layout = AttentionLayout((Projection("qkv", ("query", "key", "value")),), kv_heads=1)
+    new, _ = apply_qk_clip(params, maxima, blocks=layout)
+    old = params["attn"]["qkv"]["kernel"]
+    np.testing.assert_allclose(new["attn"]["qkv"]["kernel"][:, :8], old[:, :8] / 2, rtol=1e-6)
+    np.testing.assert_array_equal(new["attn"]["qkv"]["kernel"][:, 8:], old[:, 8:])
+
+
+def test_a_masked_norm_is_not_overlooked():
+    attn = attention() | {"query_ln": {"scale": optax.MaskedNode()}}
+    with pytest.raises(ValueError, match="'attn/query_ln/scale' is hidden"):
+        apply_qk_clip({"attn": attn}, {"attn": jnp.ones(4)})
+
+
+def test_masked_trees_say_where_the_clip_belongs():
+    attn = attention()
+    kernels_only = {
+        name: {leaf: x if leaf == "kernel" else optax.MaskedNode() for leaf, x in module.items()}
+        for name, module in attn.items()
+    }
+    with pytest.raises(ValueError, match=r"only partly visible: .*'attn/query/bias'.*outer chain"):
+        apply_qk_clip({"attn": kernels_only}, {"attn": jnp.ones(4)})
+    hidden = jax.tree.map(lambda _: optax.MaskedNode(), attn)
+    other = {"dense": {"kernel": jnp.ones((3, 3))}}
+    with pytest.raises(ValueError, match=r"No attention block .*multi_transform"):
+        apply_qk_clip({"attn": hidden, **other}, {"attn": jnp.ones(4)})
+
+
+def test_settings_are_checked():
+    params, maxima = {"attn": attention()}, {"attn": jnp.ones(4)}
+    with pytest.raises(ValueError, match="threshold must be positive"):
+        apply_qk_clip(params, maxima, threshold=0.0)
+    with pytest.raises(ValueError, match="alpha must lie"):
+        qk_clip_info(params, maxima, alpha=1.1)

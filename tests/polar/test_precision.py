@@ -1,0 +1,144 @@
+"""Which form and dtype are chosen, and that nothing diverges in any of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from muonclip_jax.polar import COEFFICIENT_SETS, apply_polar, plan_polar
+from muonclip_jax.polar.generators import evaluate
+from muonclip_jax.polar.gram import gram_flops
+from muonclip_jax.polar.newton_schulz import plain_flops
+from muonclip_jax.polar.precision import choose_dtype, choose_method, guarded_rows
+
+KJ = COEFFICIENT_SETS["keller_jordan"].rows
+WIDE, SQUARE = (64, 256), (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "ns_dtype", "method", "platform", "expected"),
+    [
+        ("float32", None, "standard", "cpu", "float32"),
+        ("bfloat16", None, "standard", "cpu", "float32"),
+        ("float32", None, "gram", "cpu", "float32"),
+        ("float32", None, "standard", "gpu", "float16"),
+        ("bfloat16", None, "gram", "cuda", "float16"),
+        ("float32", None, "standard", "tpu", "bfloat16"),
+        ("float32", None, "gram", "tpu", "float32"),
+        ("float64", None, "standard", "gpu", "float64"),
+        ("complex64", None, "gram", "gpu", "float32"),
+        ("complex128", None, "gram", "tpu", "float64"),
+        ("float32", None, "svd", "gpu", "float32"),
+        ("float32", "bfloat16", "standard", "cpu", "bfloat16"),
+        ("float64", "float32", "standard", "cpu", "float32"),
+    ],
+)
+def test_dtype_rule(x_dtype, ns_dtype, method, platform, expected) -> None:
+    assert choose_dtype(x_dtype, ns_dtype, method, platform) == expected
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "ns_dtype", "method", "message"),
+    [
+        ("complex64", "bfloat16", "standard", "not possible for input of dtype complex64"),
+        ("float32", "float16", "svd", 'not possible for ns_method="svd"'),
+        ("float32", "float64", "standard", "jax_enable_x64"),
+    ],
+)
+def test_impossible_dtypes(x_dtype, ns_dtype, method, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_dtype(x_dtype, ns_dtype, method, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("shape", "ns_dtype", "platform", "rows", "expected"),
+    [
+        (WIDE, None, "cpu", KJ, "gram"),
+        (WIDE[::-1], None, "cpu", KJ, "gram"),
+        (SQUARE, None, "cpu", KJ, "standard"),
+        (WIDE, None, "gpu", KJ, "gram"),
+        (WIDE, "bfloat16", "gpu", KJ, "standard"),
+        (WIDE, None, "tpu", KJ, "standard"),
+        (WIDE, None, "gpu", COEFFICIENT_SETS["cans"].rows, "standard"),
+        (WIDE, None, "cpu", COEFFICIENT_SETS["cans"].rows, "gram"),
+    ],
+)
+def test_auto(shape, ns_dtype, platform, rows, expected) -> None:
+    assert choose_method(rows, "auto", "float32", ns_dtype, platform, *shape) == expected
+
+
+def test_flops_count_the_products_of_the_program() -> None:
+    # XLA's own count of the compiled program, whose products dominate at this size.
+    x = jax.ShapeDtypeStruct((128, 512), jnp.float32)
+    for method, restarts in (("standard", ()), ("gram", ())):
+        plan = plan_polar("keller_jordan", ns_method=method)
+        compiled = jax.jit(lambda y, plan=plan: apply_polar(plan, y)).lower(x).compile()
+        counted = (
+            plain_flops(KJ, 128, 512)
+            if method == "standard"
+            else gram_flops(KJ, 128, 512, restarts)
+        )
+        cost = compiled.cost_analysis()
+        assert cost is not None
+        assert cost["flops"] == pytest.approx(counted, rel=0.05)
+
+
+def test_guard_leaves_safe_sets_alone() -> None:
+    for name in ("keller_jordan", "you", "polar_express_1.05", "deepseek_v4", "turbo"):
+        rows = COEFFICIENT_SETS[name].rows
+        for dtype in ("float64", "float32", "float16", "bfloat16"):
+            assert guarded_rows(rows, dtype) == rows, (name, dtype)
+    for name, dataset in COEFFICIENT_SETS.items():
+        assert guarded_rows(dataset.rows, "float64") == dataset.rows, name
+
+
+def test_guard_gives_steep_sets_room() -> None:
+    rows = COEFFICIENT_SETS["cans"].rows
+    assert abs(evaluate(rows, 1.004)) > 1e3
+    assert abs(evaluate(guarded_rows(rows, "bfloat16"), 1.004)) < 1.2
+
+
+DEGENERATE = {
+    "rank one": lambda rng: np.outer(rng.normal(size=48), rng.normal(size=192)),
+    "all ones": lambda rng: np.ones((48, 192)),
+    "one large entry": lambda rng: np.eye(48, 192) * ([1.0] + [1e-4] * 191),
+    "gaussian": lambda rng: rng.normal(size=(48, 192)),
+    "rank two": lambda rng: rng.normal(size=(48, 2)) @ rng.normal(size=(2, 192)),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", COEFFICIENT_SETS)
+def test_nothing_diverges(name: str, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(np.stack([f(rng) for f in DEGENERATE.values()]), jnp.float32)
+    plan = plan_polar(name, ns_method="standard", ns_dtype=dtype)
+    with jax.disable_jit():  # each 16-bit rounding really takes place
+        y = np.asarray(apply_polar(plan, x), np.float64)
+    assert np.isfinite(y).all()
+    largest = np.linalg.norm(y, ord=2, axis=(-2, -1))
+    np.testing.assert_array_less(largest, 1.3)
+    # and none of them points backwards
+    assert ((np.asarray(x) * y).sum(axis=(-2, -1)) > 0).all()
+
+
+# Relative distance from the same polynomial in float64, Gaussian matrices; the documented bounds.
+BOUNDS = {
+    ("standard", "float32"): 5e-6,
+    ("standard", "float16"): 4e-3,
+    ("standard", "bfloat16"): 3e-2,
+    ("gram", "float32"): 2e-5,
+    ("gram", "float16"): 8e-3,
+}
+
+
+@pytest.mark.parametrize(("method", "dtype"), BOUNDS)
+@pytest.mark.parametrize("name", ["keller_jordan", "you", "polar_express_1.05", "deepseek_v4"])
+def test_error_bounds(name: str, method: str, dtype: str) -> None:
+    x = np.random.default_rng(1).normal(size=(48, 192)).astype(np.float32)
+    u, s, vh = np.linalg.svd(x.astype(np.float64), full_matrices=False)
+    exact = (u * evaluate(COEFFICIENT_SETS[name].rows, s / np.linalg.norm(s))) @ vh
+    plan = plan_polar(name, ns_method=method, ns_dtype=dtype)
+    with jax.disable_jit():
+        y = np.asarray(apply_polar(plan, jnp.asarray(x)), np.float64)
+    assert np.linalg.norm(y - exact) / np.linalg.norm(exact) < BOUNDS[method, dtype]

@@ -1,0 +1,43 @@
+"""What importing the package costs: no Flax, no test tools, no device."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def modules_after(statement: str) -> set[str]:
+    """Returns the top-level modules that a fresh interpreter holds after `statement`."""
+    script = (
+        f"{statement}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.split())
+
+
+@pytest.fixture(scope="module")
+def loaded() -> set[str]:
+    return modules_after("import muonclip_jax")
+
+
+@pytest.mark.parametrize("name", ["flax", "orbax", "chex", "hypothesis", "beartype", "torch"])
+def test_importing_the_package_loads_no_optional_dependency(loaded: set[str], name: str):
+    assert name not in loaded
+
+
+def test_importing_the_package_does_not_touch_a_device():
+    # A library that starts a backend on import takes away jax.distributed.initialize, which must
+    # come before.
+    modules_after(
+        "import muonclip_jax\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge.backends_are_initialized(), 'the import started a backend'"
+    )
+
+
+@pytest.mark.parametrize("module", ["linen", "nnx"])
+def test_the_flax_modules_load_flax(module: str):
+    assert "flax" in modules_after(f"import muonclip_jax.{module}")
