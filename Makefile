@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sweep compare test quick format lint types floors clean
+.PHONY: help setup train sweep compare bench kernels test quick format lint types floors clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -34,6 +34,34 @@ sweep: $(READY)  ## find each optimizer's best learning rate
 
 compare: $(READY)  ## AdamW, Muon and MuonClip at those rates: picture and table
 	$(BIN)/python examples/compare.py $(ARGS)
+
+# The only extra that brings torch, so nothing else asks for it.
+$(VENV)/.bench: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	@touch $@
+
+MOMENTUM := runs/bench/momentum.npz
+
+bench: $(VENV)/.bench  ## measure on this CPU (under 15 minutes, keep it idle): docs/performance.md
+	$(BIN)/python benchmarks/momentum.py --out $(MOMENTUM)
+	$(BIN)/python benchmarks/step_time.py --momentum $(MOMENTUM)
+	$(BIN)/python benchmarks/polar_time.py
+	$(BIN)/python benchmarks/compile_time.py
+	$(BIN)/python benchmarks/polar_quality.py --momentum $(MOMENTUM)
+	$(BIN)/python benchmarks/report.py
+
+# Two compilers of 2 GB together: an environment of their own, which nothing else asks for.
+KERNELS := .venv-kernels
+
+$(KERNELS)/.ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or later was found. Install one, or say make PYTHON=/path/to/python." >&2; exit 1; }
+	@test -x $(KERNELS)/bin/python || { echo "Making $(KERNELS) with $(PYTHON)"; "$(PYTHON)" -m venv $(KERNELS); }
+	$(KERNELS)/bin/python -m pip install --quiet --upgrade pip
+	$(KERNELS)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test,tpu,cuda13]'
+	@touch $@
+
+kernels: $(KERNELS)/.ready  ## compile every kernel with the real TPU and GPU compilers, no such machine needed
+	$(KERNELS)/bin/python benchmarks/kernels.py $(ARGS)
 
 test: lint types floors  ## everything that must pass: format, lint, types, floors, tests
 	$(BIN)/python -m pytest -q -n 2 $(ARGS)
@@ -65,4 +93,4 @@ format: $(READY)  ## format, and repair what the linter can
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove the environment and what tools left
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	rm -rf $(VENV) $(KERNELS) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist

@@ -1,31 +1,28 @@
 """What recording the largest logits costs a training step of attention.
 
-Three programs compute the output and the gradients of query, key and value: ours, which returns
-the maxima too; ours without recording, otherwise the same; and `jax.nn.dot_product_attention`.
-They run in turns, so that a busy machine is busy for all of them, and medians are compared. The
-shapes are those of GPT-2's heads (64) and of Llama's (128).
+Programs compute the output and the gradients of query, key and value: ours, which returns the
+maxima too; ours without recording, otherwise the same; and `jax.nn.dot_product_attention`. On a GPU
+or TPU also the kernel for the maxima beside `jax.nn`'s attention, by XLA and, on a GPU, by cuDNN,
+each against that attention alone. They run in turns, so that a busy machine is busy for all of
+them, and medians are compared. The shapes are those of GPT-2's heads (64) and of Llama's (128).
 
-    python benchmarks/attention_recording.py [--quick]
+    PYTHONPATH=. python benchmarks/attention_recording.py [--smoke]
 """
 
-import argparse
-import json
-import platform
+import functools
+import itertools
 import statistics
-import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.harness import interleave, parser, ratio, store
 from muonclip_jax.attention import attention_max_logits, dot_product_attention
 from muonclip_jax.attention.arguments import read_arguments
 from muonclip_jax.attention.xla import attend_xla
 
-RESULTS = Path(__file__).parent / "results" / "attention_recording.json"
 HEADS = 8
 
 
@@ -47,10 +44,49 @@ def without_recording(query: jax.Array, key: jax.Array, value: jax.Array, **keyw
     return out.reshape(query.shape)
 
 
-PROGRAMS: dict[str, Callable[..., tuple[jax.Array, Any]]] = {
-    "recording": dot_product_attention,
-    "without recording": lambda *a, **k: (without_recording(*a, **k), None),
-    "jax.nn": lambda *a, **k: (jax.nn.dot_product_attention(*a, **k), None),
+def beside(implementation: Any) -> Callable[..., tuple[jax.Array, Any]]:
+    """Returns attention by `jax.nn`, with the kernel for the maxima beside it."""
+
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array, **keywords: Any) -> Any:
+        out = jax.nn.dot_product_attention(
+            query, key, value, implementation=implementation, **keywords
+        )
+        return out, attention_max_logits(query, key, implementation="pallas", **keywords)
+
+    return attend
+
+
+def alone(implementation: Any) -> Callable[..., tuple[jax.Array, Any]]:
+    """Returns attention by `jax.nn`, without maxima."""
+    attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+    return lambda *a, **k: (attend(*a, **k), None)
+
+
+def programs(dtype: str) -> dict[str, Callable[..., tuple[jax.Array, Any]]]:
+    """Returns what is compared on this platform, those that record first."""
+    found = {
+        "recording": dot_product_attention,
+        "without recording": lambda *a, **k: (without_recording(*a, **k), None),
+        "jax.nn": alone(None),
+    }
+    if jax.default_backend() in ("gpu", "tpu"):
+        found["jax.nn and kernel"] = beside(None)
+    if jax.default_backend() == "gpu" and dtype != "float32":
+        found |= {
+            "cudnn": alone("cudnn"),
+            "cudnn and kernel": beside("cudnn"),
+            "cudnn and bound": functools.partial(dot_product_attention, implementation="cudnn"),
+        }
+    return found
+
+
+#: What recording costs: a program over the same attention without maxima.
+RATIOS = {
+    "recording_over_without": ("recording", "without recording"),
+    "recording_over_jax_nn": ("recording", "jax.nn"),
+    "kernel_beside_jax_nn_over_jax_nn": ("jax.nn and kernel", "jax.nn"),
+    "kernel_beside_cudnn_over_cudnn": ("cudnn and kernel", "cudnn"),
+    "cudnn_and_bound_over_cudnn": ("cudnn and bound", "cudnn"),
 }
 
 
@@ -59,91 +95,77 @@ def training_step(attend: Callable[..., tuple[jax.Array, Any]], is_causal: bool)
 
     def loss(query, key, value, cotangent):
         out, max_logits = attend(query, key, value, is_causal=is_causal)
-        return jnp.vdot(out, cotangent), max_logits
+        return jnp.sum(out * cotangent, dtype=jnp.float32), max_logits
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
 
 
-def measure(length: int, head_dim: int, is_causal: bool, rounds: int) -> dict[str, Any]:
-    """Times the three programs in turns and checks that they agree."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    shape = (1, length, HEADS, head_dim)
-    arguments = [jax.random.normal(key, shape) for key in keys]
-    steps = {name: training_step(attend, is_causal) for name, attend in PROGRAMS.items()}
-    answers = {name: jax.block_until_ready(step(*arguments)) for name, step in steps.items()}
-
-    (_, max_logits), expected = answers["recording"]
-    exact = attention_max_logits(*arguments[:2], is_causal=is_causal)
-    assert jnp.allclose(max_logits, exact, rtol=1e-5), "the maxima are not the maxima"
-    for _, gradients in answers.values():
+def check(answers: dict[str, Any], exact: Any, tolerance: float) -> None:
+    """Checks that all programs compute the same gradients, and the maxima that they should."""
+    _, expected = answers["without recording"]
+    for name, ((_, max_logits), gradients) in answers.items():
         for actual, wanted in zip(gradients, expected, strict=True):
-            assert jnp.allclose(actual, wanted, rtol=1e-3, atol=1e-4), "the gradients differ"
+            error = jnp.max(jnp.abs(actual - wanted)) / jnp.max(jnp.abs(wanted))
+            assert error < tolerance, f"the gradients of {name!r} differ by {error}"
+        if max_logits is not None and "bound" not in name:
+            assert jnp.allclose(max_logits, exact, rtol=tolerance), f"the maxima of {name!r} differ"
 
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds):
-        names = list(steps) if turn % 2 else list(reversed(steps))
-        for name in names:
-            start = time.perf_counter()
-            jax.block_until_ready(steps[name](*arguments))
-            times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    fastest = {name: min(values) for name, values in times.items()}
+
+def measure(length: int, head_dim: int, is_causal: bool, dtype: str, rounds: int) -> dict[str, Any]:
+    """Times the programs in turns and checks that they agree."""
+    on_cpu = jax.default_backend() == "cpu"
+    # An accelerator gets enough work to hide what launching it costs.
+    batch, repeats = (1, 1) if on_cpu else (8, 20)
+    keys = jax.random.split(jax.random.key(0), 4)
+    shape = (batch, length, HEADS, head_dim)
+    arguments = [jax.random.normal(key, shape, dtype) for key in keys]
+    steps = {name: training_step(attend, is_causal) for name, attend in programs(dtype).items()}
+    answers = {name: jax.block_until_ready(step(*arguments)) for name, step in steps.items()}
+    exact = attention_max_logits(*arguments[:2], is_causal=is_causal, implementation="xla")
+    check(answers, exact, 1e-4 if on_cpu else 3e-2)
+
+    def run(step: Callable[..., Any]) -> Any:
+        for _ in range(repeats - 1):
+            step(*arguments)
+        return step(*arguments)
+
+    runs = {name: functools.partial(run, step) for name, step in steps.items()}
+    times = interleave(runs, rounds, warmup=0 if on_cpu else 1)
+    known = {
+        name: (times[a], times[b]) for name, (a, b) in RATIOS.items() if a in times and b in times
+    }
     return {
         "shape": shape,
+        "dtype": dtype,
         "is_causal": is_causal,
         "rounds": rounds,
-        "median_seconds": medians,
-        "fastest_seconds": fastest,
-        # Pairs of neighbouring runs: what the machine does to both cancels.
-        "recording_over_without": statistics.median(
-            a / b for a, b in zip(times["recording"], times["without recording"], strict=True)
-        ),
-        "fastest_recording_over_without": fastest["recording"] / fastest["without recording"],
-        "recording_over_jax_nn": statistics.median(
-            a / b for a, b in zip(times["recording"], times["jax.nn"], strict=True)
-        ),
+        "median_seconds": {n: statistics.median(t) / repeats for n, t in times.items()},
+        "fastest_seconds": {n: min(t) / repeats for n, t in times.items()},
+        # Runs of the same round: what the machine does to both cancels.
+        **{name: ratio(a, b)["median"] for name, (a, b) in known.items()},
+        **{f"fastest_{name}": min(a) / min(b) for name, (a, b) in known.items()},
     }
 
 
 def main() -> None:
-    """Measures, prints and, unless quick, stores."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one short shape, nothing stored")
-    options = parser.parse_args()
-    shapes = [(256, 64)] if options.quick else [(2048, 64), (2048, 128)]
+    """Measures, prints and stores."""
+    made = parser(__doc__, "attention_recording")
+    made.set_defaults(rounds=11)
+    options = made.parse_args()
+    shapes = [(256, 64)] if options.smoke else [(2048, 64), (2048, 128)]
+    dtypes = ["float32"] if jax.default_backend() == "cpu" else ["bfloat16", "float32"]
     rows = []
-    for length, head_dim in shapes:
-        for is_causal in (True, False):
-            row = measure(length, head_dim, is_causal, 3 if options.quick else 11)
-            rows.append(row)
-            print(
-                f"T={length} head={head_dim} causal={is_causal}: recording costs "
-                f"{100 * (row['recording_over_without'] - 1):+.1f} % "
-                f"(fastest runs {100 * (row['fastest_recording_over_without'] - 1):+.1f} %), "
-                f"{row['recording_over_jax_nn']:.2f} x jax.nn",
-                flush=True,
-            )
-    if options.quick:
-        return
-    RESULTS.parent.mkdir(exist_ok=True)
-    machine = {
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "jax": jax.__version__,
-        "jaxlib": version("jaxlib"),
-        "python": platform.python_version(),
-    }
-    RESULTS.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
+    for (length, head_dim), dtype, is_causal in itertools.product(shapes, dtypes, (True, False)):
+        rounds = 3 if options.smoke else options.rounds
+        row = measure(length, head_dim, is_causal, dtype, rounds)
+        rows.append(row)
+        print(f"T={length} head={head_dim} causal={is_causal} {dtype}:")
+        for name in RATIOS:
+            if name in row:
+                cost, fastest = (100 * (row[prefix + name] - 1) for prefix in ("", "fastest_"))
+                words = name.replace("_", " ")
+                print(f"  {words:34s} {cost:+7.1f} % (fastest runs {fastest:+.1f} %)", flush=True)
+    store("attention_recording", {"rows": rows}, options)
 
 
 if __name__ == "__main__":

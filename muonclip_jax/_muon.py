@@ -38,6 +38,7 @@ def muon(
     consistent_rms: ScalarLike | None = None,
     ns_method: str = "auto",
     ns_dtype: Any = None,
+    ns_implementation: str | None = "xla",
     rules: MatrixRules | None = None,
     param_shardings: Any = None,
     axis_name: str | tuple[str, ...] | None = None,
@@ -80,6 +81,7 @@ def muon(
         consistent_rms: RMS of Muon's updates (see `scale_by_shape`); None scales by width.
         ns_method: How to iterate (see `orthogonalize`). Not in Optax.
         ns_dtype: What Newton-Schulz computes in (see `orthogonalize`). Not in Optax.
+        ns_implementation: Who computes symmetric products (see `orthogonalize`). Not in Optax.
         rules: `MatrixRules` that choose the leaves and their matrices in place of
             `muon_weight_dimension_numbers`. Not in Optax.
         param_shardings: How the parameters lie on a mesh, needed where it has Auto axes (see
@@ -144,6 +146,7 @@ def muon(
                     bias_correction=True,
                     ns_method=ns_method,
                     ns_dtype=ns_dtype,
+                    ns_implementation=ns_implementation,
                     relative_eps=False,
                     param_shardings=param_shardings,
                     axis_name=axis_name,

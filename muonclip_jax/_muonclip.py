@@ -7,7 +7,9 @@ from typing import Any
 import optax
 
 from muonclip_jax._typing import ScalarLike, ScalarOrSchedule
+from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.layouts import MatrixRules, decay_mask, label_params
+from muonclip_jax.layouts.attention_finding import block_rules
 from muonclip_jax.matrices import Distribution
 from muonclip_jax.transforms import qk_clip, scale_by_muon, scale_by_shape
 from muonclip_jax.transforms._checks import (
@@ -48,6 +50,7 @@ class MuonClipConfig:
     ns_steps: int | None = None
     ns_method: str = "auto"
     ns_dtype: Any = None
+    ns_implementation: str | None = "xla"
     preconditioning: str | None = None
     eps: float = 1e-8
     mu_dtype: Any = None
@@ -109,6 +112,7 @@ def muonclip(
     ns_steps: int | None = MuonClipConfig.ns_steps,
     ns_method: str = MuonClipConfig.ns_method,
     ns_dtype: Any = MuonClipConfig.ns_dtype,
+    ns_implementation: str | None = MuonClipConfig.ns_implementation,
     preconditioning: str | None = MuonClipConfig.preconditioning,
     eps: ScalarLike = MuonClipConfig.eps,
     mu_dtype: Any = MuonClipConfig.mu_dtype,
@@ -150,6 +154,7 @@ def muonclip(
         ns_steps: Number of Newton-Schulz steps (see `orthogonalize`). Static.
         ns_method: How to iterate (see `orthogonalize`). Static.
         ns_dtype: What Newton-Schulz computes in (see `orthogonalize`). Static.
+        ns_implementation: Who computes symmetric products (see `orthogonalize`). Static.
         preconditioning: The first rescaling (see `orthogonalize`). Static.
         eps: Term that guards Newton-Schulz against the zero matrix (see `scale_by_muon`).
         mu_dtype: Dtype of the first moments of both groups. Static.
@@ -187,6 +192,11 @@ def muonclip(
     References:
         Kimi K2, arXiv 2507.20534, Algorithm 1; Liu et al. 2025, arXiv 2502.16982.
     """
+    if qk_clip_threshold is not None:
+        check_clip_settings(
+            qk_clip_threshold, qk_clip_alpha, qk_clip_shared_keys, prefix="qk_clip_"
+        )
+        block_rules(qk_clip_blocks, "qk_clip_blocks")
     check_rate("learning_rate", learning_rate)
     if adam_learning_rate is not None:
         check_rate("adam_learning_rate", adam_learning_rate)
@@ -212,6 +222,7 @@ def muonclip(
             preconditioning=preconditioning,
             ns_method=ns_method,
             ns_dtype=ns_dtype,
+            ns_implementation=ns_implementation,
             rules=rules,
             param_shardings=param_shardings,
             axis_name=axis_name,

@@ -15,7 +15,6 @@ call stack while the function is traced, which costs nothing when the compiled p
 """
 
 import functools
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,13 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jaxtyping import Array, Float
 
-from muonclip_jax.attention import batched_attention, batched_max_logits, only_max_logits
+from muonclip_jax.attention import (
+    batched_attention,
+    batched_max_logits,
+    only_max_logits,
+    recording_beside,
+    records,
+)
 
 _NAME = "max_logits"
 
@@ -133,32 +138,17 @@ def dot_product_attention(
     return out
 
 
-def _records(attention_fn: Callable[..., Any]) -> bool:
-    while isinstance(attention_fn, functools.partial):
-        attention_fn = attention_fn.func
-    return attention_fn is dot_product_attention or hasattr(attention_fn, "records_max_logits")
-
-
 # One recorder per function: jit compares the functions that a module holds.
 @functools.cache
 def _recording(attention_fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Returns an attention function that computes the same and records."""
     if attention_fn is nnx.dot_product_attention:
         return dot_product_attention
-
-    @functools.wraps(attention_fn)
-    def record(query, key, value, *arguments, **keywords):
-        call = inspect.signature(attention_fn).bind_partial(
-            query, key, value, *arguments, **keywords
-        )
-        given = call.arguments | keywords
-        query_, key_ = dtypes.promote_dtype((query, key), dtype=given.get("dtype"))
-        pairs = {name: given[name] for name in ("bias", "mask", "is_causal") if name in given}
-        _record(_calling_module(), batched_max_logits(query_, key_, **pairs))
-        return attention_fn(query, key, value, *arguments, **keywords)
-
-    record.__dict__["records_max_logits"] = True
-    return record
+    return recording_beside(
+        attention_fn,
+        lambda query, key, dtype: dtypes.promote_dtype((query, key), dtype=dtype),
+        lambda max_logits: _record(_calling_module(), max_logits),
+    )
 
 
 @contextmanager
@@ -167,7 +157,9 @@ def _recording_modules(model: nnx.Module) -> Iterator[None]:
     changed = []
     try:
         for _, module in nnx.iter_modules(model):
-            if isinstance(module, nnx.MultiHeadAttention) and not _records(module.attention_fn):
+            if isinstance(module, nnx.MultiHeadAttention) and not records(
+                module.attention_fn, dot_product_attention
+            ):
                 changed.append((module, module.attention_fn))
                 module.attention_fn = _recording(module.attention_fn)
         yield

@@ -14,3 +14,7 @@ from muonclip_jax.attention.maxima import (
     only_max_logits as only_max_logits,
     reduce_max_logits as reduce_max_logits,
 )
+from muonclip_jax.attention.recording import (
+    recording_beside as recording_beside,
+    records as records,
+)

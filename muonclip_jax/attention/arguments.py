@@ -46,6 +46,12 @@ class AttentionArguments:
         """Returns the same call with other mask, bias and lengths, traced anew for example."""
         return replace(self, arrays=arrays)
 
+    def with_sequences(
+        self, query: jax.Array, key: jax.Array, value: jax.Array | None
+    ) -> "AttentionArguments":
+        """Returns the same call with other queries, keys and values."""
+        return replace(self, query=query, key=key, value=value)
+
 
 def _as_batched(array: Any) -> jax.Array:
     array = jnp.asarray(array)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import jax
 from jax import lax
@@ -10,7 +9,13 @@ from jaxtyping import Array, Float
 
 from muonclip_jax._typing import ScalarLike
 from muonclip_jax.attention.arguments import AnyArray, AttentionArguments, read_arguments
-from muonclip_jax.attention.log_sum_exp import bound_from_log_sum_exp
+from muonclip_jax.attention.jax_nn import (
+    attend_cudnn,
+    attend_pallas,
+    merge_groups,
+    refuse_cudnn,
+    refuse_pallas,
+)
 from muonclip_jax.attention.tokamax import attend_tokamax, refuse_tokamax
 from muonclip_jax.attention.xla import attend_xla
 
@@ -30,53 +35,9 @@ class Implementation:
     is_exact: bool
 
 
-def _merge_groups(array: jax.Array) -> jax.Array:
-    batch, queries, key_heads, groups, depth = array.shape
-    return array.reshape(batch, queries, key_heads * groups, depth)
-
-
-def _merge_pair_groups(array: jax.Array | None) -> jax.Array | None:
-    if array is None:
-        return None
-    batch, key_heads, groups, queries, keys = array.shape
-    return array.reshape(batch, key_heads * groups, queries, keys)
-
-
 def _attend_xla(arguments: AttentionArguments) -> tuple[jax.Array, jax.Array]:
     out, maxima = attend_xla(arguments)
-    return _merge_groups(out), maxima.reshape(-1)
-
-
-def _attend_cudnn(arguments: AttentionArguments) -> tuple[jax.Array, jax.Array]:
-    arrays, geometry = arguments.arrays, arguments.geometry
-    assert arguments.value is not None
-    out, log_sum_exp = jax.nn.dot_product_attention(
-        _merge_groups(arguments.query),
-        arguments.key,
-        arguments.value,
-        mask=_merge_pair_groups(arrays.mask),
-        scale=cast(float, arguments.scale),
-        is_causal=geometry.is_causal,
-        query_seq_lengths=arrays.query_seq_lengths,
-        key_value_seq_lengths=arrays.key_value_seq_lengths,
-        local_window_size=geometry.local_window_size,
-        implementation="cudnn",
-        return_residual=True,
-    )
-    return out, bound_from_log_sum_exp(log_sum_exp, arrays.query_seq_lengths)
-
-
-def _refuse_cudnn(arguments: AttentionArguments) -> str | None:
-    if arguments.arrays.bias is not None:
-        return (
-            "its log-sum-exp includes the additive bias, which no clip can change; use 'xla', or "
-            "pass what only forbids pairs as mask"
-        )
-    if arguments.query.dtype not in (jax.numpy.bfloat16, jax.numpy.float16):
-        return f"it takes bfloat16 and float16, not {arguments.query.dtype}; use 'xla'"
-    if jax.default_backend() != "gpu":
-        return f"it runs on NVIDIA GPUs, not on {jax.default_backend()!r}; use 'xla'"
-    return None
+    return merge_groups(out), maxima.reshape(-1)
 
 
 def _never(arguments: AttentionArguments) -> str | None:
@@ -87,7 +48,8 @@ def _never(arguments: AttentionArguments) -> str | None:
 #: Every implementation by name. The first one is exact and serves every call: it is the default.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla": Implementation(_attend_xla, _never, is_exact=True),
-    "cudnn": Implementation(_attend_cudnn, _refuse_cudnn, is_exact=False),
+    "pallas": Implementation(attend_pallas, refuse_pallas, is_exact=True),
+    "cudnn": Implementation(attend_cudnn, refuse_cudnn, is_exact=False),
     "tokamax": Implementation(attend_tokamax, refuse_tokamax, is_exact=True),
 }
 
@@ -118,12 +80,16 @@ def dot_product_attention(
     Implementations:
         - "xla": everywhere, exact. Memory is linear in the sequence; the maximum is the one that
           softmax subtracts, so recording costs next to nothing.
+        - "pallas": NVIDIA GPUs and TPUs. The output comes from `jax.nn.dot_product_attention`: from
+          cuDNN where that serves the call, which forward-mode derivatives then refuse, and from XLA
+          elsewhere. The maxima come from a kernel beside it and are exact.
         - "cudnn": NVIDIA GPUs, half precision. The maxima come from the kernel's log-sum-exp: an
           upper bound, at most `ln(keys)` and one unit of rounding in the dtype of the output too
           high. Refused with an additive bias, which is part of that sum.
         - "tokamax": where the package is installed, by its fused kernels. Exact. Refused with an
           additive bias, which its residuals include.
-        - None: the best exact one that serves the call. It never fails.
+        - None: "xla", which serves every call on every platform, in forward mode and any order of
+          derivatives too. It never fails.
 
     Args:
         query: Queries `(B, T, N, H)` or `(T, N, H)`.
@@ -146,7 +112,8 @@ def dot_product_attention(
 
     Raises:
         ValueError: If shapes or dtypes do not fit together, or no implementation has that name.
-        NotImplementedError: If the named implementation cannot serve the call; says why.
+        NotImplementedError: If the named implementation cannot serve the call; says why. That there
+            is no kernel for a platform is said when the program is lowered for it.
 
     Example:
         >>> import jax.numpy as jnp

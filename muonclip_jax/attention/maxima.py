@@ -39,6 +39,7 @@ def attention_max_logits(
     query_seq_lengths: AnyArray | None = None,
     key_value_seq_lengths: AnyArray | None = None,
     local_window_size: int | tuple[int, int] | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, " N"]:
     r"""Returns the largest logit of every head over the pairs attended to.
 
@@ -46,7 +47,18 @@ def attention_max_logits(
 
     Arguments have the shapes and the order of `jax.nn.dot_product_attention`. The dot products
     accumulate in float32; they are computed block by block, so that memory grows with `T + S` and
-    not with `T S`. No gradient flows.
+    not with `T S`. No gradient flows. It runs beside any attention that keeps its logits to itself.
+
+    Implementations:
+        - "xla": everywhere.
+        - "pallas": NVIDIA GPUs and TPUs, a kernel that keeps the logits in the core. Products of
+          float32 are what JAX makes of them there by default: in TF32 on a GPU, from bfloat16 on a
+          TPU; `jax.default_matmul_precision` raises that. On many devices each works on its own
+          sequences and key heads: inside a `jax.shard_map` over all axes of a mesh, on meshes with
+          Explicit axes, and on GPUs under Auto axes too. On TPUs under Auto axes the partitioner
+          cannot split a kernel; map over the axes there.
+        - None: the kernel where the platform has one that serves the call, and "xla" elsewhere. It
+          never fails.
 
     Args:
         query: Queries `(B, T, N, H)` or `(T, N, H)`.
@@ -62,6 +74,7 @@ def attention_max_logits(
         key_value_seq_lengths: Valid keys of each sequence `(B,)`.
         local_window_size: Query `t` sees keys from `t - left` to `t + right`; one number stands
             for both.
+        implementation: A name from the list above, or None.
 
     Returns:
         The maxima `(N,)` in float32. A query with nothing to attend to counts for nothing; a head
@@ -69,7 +82,9 @@ def attention_max_logits(
         whichever XLA's maximum does on the platform: output and gradients are NaN then anyway.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit together.
+        ValueError: If shapes or dtypes do not fit together, or no implementation has that name.
+        NotImplementedError: If the named implementation cannot serve the call; says why. That there
+            is no kernel for a platform is said when the program is lowered for it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -101,6 +116,7 @@ def attention_max_logits(
         scale=arguments.scale,
         geometry=arguments.geometry,
         arrays=arguments.arrays,
+        implementation=implementation,
     ).reshape(-1)
 
 

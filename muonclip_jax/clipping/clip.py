@@ -1,6 +1,7 @@
 """QK-Clip as a pure function of parameters and maxima."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from muonclip_jax.clipping.blocks import named_leaves, plan_clip
 from muonclip_jax.clipping.gamma import check_clip_settings, clip_gamma, role_factors
 from muonclip_jax.clipping.info import QKClipInfo
 from muonclip_jax.clipping.maxima import Recorded, merge_recordings
-from muonclip_jax.clipping.scaling import leaf_factor, scale
+from muonclip_jax.clipping.scaling import leaf_factor, scale_if
 from muonclip_jax.layouts.attention_finding import Blocks, block_rules
 from muonclip_jax.layouts.attention_plan import BlockPlan
 
@@ -59,7 +60,25 @@ def clip_leaves(
     """Clips leaves given by path; they hold at least those of the plans."""
     info = clip_info(recorded, threshold, plans=plans)
     factors = leaf_factors(plans, info.gamma, alpha, shared_keys)
-    return {path: scale(leaves[path], factor) for path, factor in factors.items()}, info
+    needed = {
+        leaf.path: _any_over(recorded[plan.path], threshold)
+        for plan in plans
+        for leaf in plan.leaves
+    }
+    return {
+        path: scale_if(needed[path], leaves[path], factor) for path, factor in factors.items()
+    }, info
+
+
+def _any_over(recordings: Sequence[Any], threshold: ScalarLike) -> jax.Array:
+    """Whether `clip_gamma` of these recordings is below 1 anywhere.
+
+    The recordings are asked, not gamma: the partitioner may lay gamma out over devices like the
+    kernels that it scales, and would have to gather the answer.
+    """
+    tau = jnp.asarray(threshold, jnp.float32)
+    over = [jnp.any(jnp.isfinite(x) & (jnp.asarray(x, jnp.float32) > tau)) for x in recordings]
+    return functools.reduce(jnp.logical_or, over)
 
 
 def apply_qk_clip(
@@ -177,6 +196,9 @@ def qk_clip_info(
         >>> info = qk_clip_info(params, {"attn": jnp.asarray([400.0, 9.0])})
         >>> float(info.largest), int(info.total_clipped)
         (400.0, 1)
+
+    References:
+        Kimi Team, Kimi K2, arXiv 2507.20534, Algorithm 1.
     """
     check_clip_settings(threshold, alpha, shared_keys)
     plans, recorded = plan_clip(named_leaves(params), max_logits, block_rules(blocks))

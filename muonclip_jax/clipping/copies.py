@@ -81,6 +81,10 @@ def apply_qk_clip_to_copies(
         [0.5, 1.0]
         >>> state["mu"]["attn"]["query"]["kernel"][0, :, 0].tolist()
         [1.0, 1.0]
+
+    References:
+        Kimi Team, Kimi K2, arXiv 2507.20534, Algorithm 1. Defazio et al. 2024, arXiv
+        2405.15682 (schedule-free); Zhang et al. 2019, arXiv 1907.08610 (lookahead).
     """
     check_clip_settings(threshold, alpha, shared_keys)
     plans, recorded = plan_clip(named_leaves(params), max_logits, block_rules(blocks))

@@ -56,6 +56,9 @@ def describe_attention(
         attn: separate q and k, 2 heads of 4
           attn/query/kernel (6, 2, 4): query by gamma^alpha
           attn/key/kernel (6, 2, 4): key by gamma^(1-alpha)
+
+    References:
+        Kimi Team, Kimi K2, arXiv 2507.20534, Algorithm 1.
     """
     check_clip_settings(1.0, 0.5, shared_keys)
     named = named_leaves(params)
@@ -113,7 +116,8 @@ def _describe_block(
             return
     heads = f"{plan.heads} heads"
     if plan.kv_heads != plan.heads:
-        heads = f"{plan.heads} query heads on {plan.kv_heads} key heads"
+        keys = "1 key head" if plan.kv_heads == 1 else f"{plan.kv_heads} key heads"
+        heads = f"{plan.heads} query heads on {keys}"
     stack = f", stacked {plan.stack}" if plan.stack else ""
     note = f", {plan.note}" if plan.note else ""
     yield f"{name}: {plan.layout}, {heads} of {plan.head_dim}{stack}{note}"

@@ -128,25 +128,32 @@ def role_factors(
     return {**factors, "query_alone": gamma}
 
 
-def check_clip_settings(threshold: Any, alpha: Any, shared_keys: Any) -> None:
+def check_clip_settings(threshold: Any, alpha: Any, shared_keys: Any, prefix: str = "") -> None:
     """Raises on settings that cannot be meant; traced values and schedules pass.
+
+    Args:
+        threshold: The threshold.
+        alpha: The share of the queries.
+        shared_keys: The name of a rule.
+        prefix: What stands before these names where the user wrote them.
 
     Raises:
         ValueError: On a threshold that is not positive, an alpha outside [0, 1], an unknown rule.
     """
     if _is_number(threshold) and not threshold > 0:
         raise ValueError(
-            f"threshold must be positive, got {threshold}. It is the largest pre-softmax logit "
-            "that a head may have after the step; Kimi K2 uses 100."
+            f"{prefix}threshold must be positive, got {threshold}. It is the largest pre-softmax "
+            "logit that a head may have after the step; Kimi K2 uses 100."
         )
     if _is_number(alpha) and not 0 <= alpha <= 1:
         raise ValueError(
-            f"alpha must lie in [0, 1], got {alpha}. It is the share of the clip that queries "
-            "take; 0.5 divides it evenly, 1 leaves the keys alone."
+            f"{prefix}alpha must lie in [0, 1], got {alpha}. It is the share of the clip that "
+            "queries take; 0.5 divides it evenly, 1 leaves the keys alone."
         )
     if shared_keys not in SHARED_KEYS:
         raise ValueError(
-            f"shared_keys must be one of {', '.join(map(repr, SHARED_KEYS))}, got {shared_keys!r}."
+            f"{prefix}shared_keys must be one of {', '.join(map(repr, SHARED_KEYS))}, got "
+            f"{shared_keys!r}."
         )
 
 

@@ -1,10 +1,16 @@
-"""The one array operation of a clip: a leaf times a broadcast factor."""
+"""The one array operation of a clip: a leaf times a broadcast factor.
+
+A factor is as small as the maxima. Where heads are sharded over devices, maxima and weights alike,
+it is laid out without leaving them; where they are sharded differently, it is the factor that
+moves, never a weight.
+"""
 
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array, Bool, Float
 
 from muonclip_jax.layouts.attention_plan import LeafPlan
 
@@ -24,21 +30,55 @@ def leaf_factor(leaf: LeafPlan, factors: Mapping[str, jax.Array]) -> Float[Array
     """
     stack = tuple(leaf.shape[axis] for axis in leaf.stack_axes)
     features = tuple(leaf.shape[axis] for axis in leaf.feature_axes)
+    first = leaf.segments[0]
+    if leaf.repeat == len(leaf.segments) == 1 and features == (first.heads, first.size):
+        # Heads have an axis for themselves: no axis is split or joined.
+        row = jnp.expand_dims(factors[first.role], -1)
+    else:
+        row = _flat_row(leaf, factors, stack).reshape(*stack, *features)
+    # Into the leaf's order of axes: stack and features are ascending, but may alternate.
+    axes = leaf.stack_axes + leaf.feature_axes
+    row = row.transpose(sorted(range(len(axes)), key=axes.__getitem__))
+    return jnp.expand_dims(row, tuple(i for i in range(len(leaf.shape)) if i not in axes))
+
+
+def _flat_row(
+    leaf: LeafPlan, factors: Mapping[str, jax.Array], stack: tuple[int, ...]
+) -> Float[Array, "..."]:
+    """The factors along the features in one row, `(*stack, features)`."""
     rows: list[jax.Array] = []
+    joined = leaf.repeat == len(leaf.segments) == len(leaf.feature_axes) == 1
     for segment in leaf.segments:
         shape = (*stack, leaf.repeat, segment.heads, segment.size)
         factor = factors.get(segment.role)
         if factor is None:
             row = jnp.ones(shape, jnp.float32)
         else:
+            factor = factor if joined else _whole(factor)
             row = jnp.broadcast_to(factor.reshape(*shape[:-1], 1), shape)
         rows.append(row.reshape(*stack, leaf.repeat, -1))
     row = jnp.concatenate(rows, axis=-1) if len(rows) > 1 else rows[0]
-    row = row.reshape(*stack, *features)
-    # Into the leaf's order of axes: stack and features are ascending, but may alternate.
-    axes = leaf.stack_axes + leaf.feature_axes
-    row = row.transpose(sorted(range(len(axes)), key=axes.__getitem__))
-    return jnp.expand_dims(row, tuple(i for i in range(len(leaf.shape)) if i not in axes))
+    return row.reshape(*stack, -1)
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """Gathers what Explicit axes shard: an axis that they shard cannot be split."""
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
+        return jax.reshard(x, PartitionSpec())
+    return x
+
+
+def beside(factor: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Brings a factor to the sharding of the leaf that it multiplies, where axes are Explicit."""
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return factor
+    spec = [
+        axes if length > 1 else None
+        for axes, length in zip(sharding.spec, factor.shape, strict=True)
+    ]
+    return jax.reshard(factor, PartitionSpec(*spec))
 
 
 def scale(x: Float[Array, "..."], factor: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -49,13 +89,41 @@ def scale(x: Float[Array, "..."], factor: Float[Array, "..."]) -> Float[Array, "
         >>> scale(jnp.asarray([1.0, 3.0], jnp.bfloat16), jnp.asarray([1.0, 0.5])).tolist()
         [1.0, 1.5]
     """
+    factor = beside(factor, x)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     scaled = (x.astype(wide) * factor.astype(wide)).astype(x.dtype)
     return keep_unscaled(x, scaled, factor)
+
+
+def scale_if(
+    needed: Bool[Array, ""], x: Float[Array, "..."], factor: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """Returns what `scale` does where it is needed, and `x` without reading it where it is not.
+
+    Most steps clip no head of most blocks. Memory that is donated is then neither read nor written.
+
+    Args:
+        needed: Whether any factor differs from 1. It is not read off `factor`, which may be laid
+            out over devices like `x`.
+        x: The leaf.
+        factor: What to multiply it by; broadcasts against it.
+
+    Example:
+        >>> factor = jnp.asarray([1.0, 0.5])
+        >>> scale_if(jnp.asarray(True), jnp.asarray([1.0, 3.0]), factor).tolist()
+        [1.0, 1.5]
+    """
+    return jax.lax.cond(needed, scale, lambda x, _: x, x, factor)
 
 
 def keep_unscaled(x: jax.Array, scaled: jax.Array, factor: jax.Array) -> jax.Array:
     """Returns `scaled`, and `x` itself to the bit where the factor, which broadcasts, is 1."""
     # A select wants its condition sharded as its cases are; a product takes over their sharding.
     laid_out = factor * jnp.ones_like(x, dtype=factor.dtype)
-    return jnp.where(laid_out == 1.0, x, scaled)
+    one = laid_out == 1.0
+    if x.dtype.itemsize != 2:
+        return jnp.where(one, x, scaled)
+    # A CPU computes on 16-bit floats in float32, selections too, and rounds once more after each.
+    # It selects integers as they are.
+    bits = [jax.lax.bitcast_convert_type(y, jnp.uint16) for y in (x, scaled)]
+    return jax.lax.bitcast_convert_type(jnp.where(one, *bits), x.dtype)

@@ -37,6 +37,8 @@ ROLES: dict[str, bool] = {
     "gate": True,
     "value": False,
 }
+#: How the parts of one projection may alternate.
+INTERLEAVED = (False, True, "group")
 #: Roles that a clip multiplies.
 SCALED = ("query", "query_alone", "key")
 
@@ -49,14 +51,15 @@ class Projection:
         path: Where the projection is, relative to the block: "query", "c_attn", "core/wq".
         parts: Roles of its output features in the order in which they lie.
         interleaved: False where every part lists all its heads before the next part begins;
-            True where the parts alternate, head by head or group by group.
+            True where the parts alternate head by head, or, where queries lie beside shared
+            keys, group by group; "group" where queries and gates alternate by key head.
         sizes: Features a head of each part; None where shapes tell.
         input_axis: The kernel's input axis without stacked axes. None goes by the leaf's name:
             the first for "kernel" and "w", the last for "weight", as in PyTorch and Equinox. A
             tuple lists candidates among which shapes decide.
 
     Raises:
-        ValueError: If a role is unknown or the sizes do not fit the parts.
+        ValueError: If a role or an order is unknown, or the sizes do not fit the parts.
 
     Example:
         >>> Projection("Wqkv", ("query", "key", "value"), interleaved=True).parts
@@ -65,7 +68,7 @@ class Projection:
 
     path: str
     parts: tuple[str, ...]
-    interleaved: bool = False
+    interleaved: bool | str = False
     sizes: tuple[int, ...] | None = None
     input_axis: int | tuple[int, ...] | None = None
 
@@ -76,6 +79,11 @@ class Projection:
             raise ValueError(
                 f"Projection {self.path!r} has the parts {self.parts}; each must be one of "
                 f"{', '.join(map(repr, ROLES))}, as in ('query', 'key', 'value')."
+            )
+        if self.interleaved not in INTERLEAVED:
+            raise ValueError(
+                f"Projection {self.path!r} has interleaved={self.interleaved!r}; it must be one of "
+                f"{', '.join(map(repr, INTERLEAVED))}."
             )
         if self.sizes is not None:
             object.__setattr__(self, "sizes", tuple(self.sizes))

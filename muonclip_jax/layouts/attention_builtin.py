@@ -18,14 +18,32 @@ QUERY_KEY_NAMES: tuple[tuple[str, str], ...] = (
     ("linear_q", "linear_k"),
 )
 
+#: What the value projection beside them is called.
+VALUE_NAMES: tuple[str, ...] = (
+    "value",
+    "v_proj",
+    "value_proj",
+    "wv",
+    "v",
+    "to_v",
+    "v_lin",
+    "c_v",
+    "Wv",
+    "W_v",
+    "v_linear",
+    "linear_v",
+)
+
 _GEMMA_AXES = -2  # (heads, d_model, head_dim): einsum kernels keep the input in the middle
 
 
 def _latent(query: str, down: str, up: str, name: str) -> AttentionLayout:
+    """Latent attention; `up` makes keys and values together, or keys alone."""
+    parts = ("key",) if up in ("wk_b", "k_b_proj") else ("key", "value")
     return AttentionLayout(
         (
             Projection(query, ("query", "query_alone"), interleaved=True),
-            Projection(up, ("key", "value"), interleaved=True),
+            Projection(up, parts, interleaved=True),
         ),
         name,
         latent=(down, up),
@@ -34,11 +52,20 @@ def _latent(query: str, down: str, up: str, name: str) -> AttentionLayout:
 
 #: Tried in this order under every module; the first whose projections are all there is taken.
 BUILTIN_LAYOUTS: tuple[AttentionLayout, ...] = (
-    _latent("wq_b", "wkv_a", "wkv_b", "latent (low-rank query)"),
-    _latent("query", "wkv_a", "wkv_b", "latent"),
-    _latent("wq", "wkv_a", "wkv_b", "latent"),
-    _latent("q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "latent (low-rank query)"),
-    _latent("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "latent"),
+    *(
+        _latent(query, "wkv_a", up, name)  # MaxText
+        for up in ("wkv_b", "wk_b")
+        for query, name in (
+            ("wq_b", "latent (low-rank query)"),
+            ("query", "latent"),
+            ("wq", "latent"),
+        )
+    ),
+    *(
+        _latent(query, "kv_a_proj_with_mqa", up, name)  # DeepSeek and Kimi of Hugging Face
+        for up in ("kv_b_proj", "k_b_proj")
+        for query, name in (("q_b_proj", "latent (low-rank query)"), ("q_proj", "latent"))
+    ),
     AttentionLayout(
         (
             Projection("q_nope", ("query",)),

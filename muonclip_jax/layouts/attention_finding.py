@@ -54,8 +54,12 @@ def strip_outer(path: str) -> str:
     return path.removeprefix("params/")
 
 
-def block_rules(blocks: Any) -> tuple[Rule, ...] | None:
+def block_rules(blocks: Any, argument: str = "blocks") -> tuple[Rule, ...] | None:
     """Returns `blocks=` as rules, validated; None where every built-in block is meant.
+
+    Args:
+        blocks: What the user wrote.
+        argument: As which argument, for the messages.
 
     Example:
         >>> block_rules("encoder")
@@ -70,7 +74,7 @@ def block_rules(blocks: Any) -> tuple[Rule, ...] | None:
     if isinstance(blocks, str | AttentionLayout) or _is_pair(blocks):
         blocks = (blocks,)
     if not isinstance(blocks, Iterable):
-        raise TypeError(_what_blocks_are(blocks))
+        raise TypeError(_what_blocks_are(blocks, argument))
     rules: list[Rule] = []
     for entry in blocks:
         match entry:
@@ -81,12 +85,12 @@ def block_rules(blocks: Any) -> tuple[Rule, ...] | None:
             case (str() as pattern, AttentionLayout() as layout):
                 rules.append((pattern, layout))
             case _:
-                raise TypeError(_what_blocks_are(entry))
+                raise TypeError(_what_blocks_are(entry, argument))
         compile_pattern(rules[-1][0])
     if not rules:
         raise ValueError(
-            "blocks=() selects no attention block. Write blocks=None for all of them, or leave "
-            "QK-Clip out."
+            f"{argument}=() selects no attention block. Write {argument}=None for all of them, or "
+            "leave QK-Clip out."
         )
     return tuple(rules)
 
@@ -95,9 +99,9 @@ def _is_pair(blocks: Any) -> bool:
     return isinstance(blocks, tuple) and len(blocks) == 2 and isinstance(blocks[1], AttentionLayout)
 
 
-def _what_blocks_are(given: Any) -> str:
+def _what_blocks_are(given: Any, argument: str) -> str:
     return (
-        f"blocks= got {given!r}. Expected a pattern such as 'encoder/.*attention$', an "
+        f"{argument}= got {given!r}. Expected a pattern such as 'encoder/.*attention$', an "
         "AttentionLayout, a pair (pattern, AttentionLayout), or a sequence of those."
     )
 
@@ -123,19 +127,22 @@ def _holds(layout: AttentionLayout, inside: dict[str, str], leaves: Leaves) -> b
     return True
 
 
-def find_blocks(leaves: Leaves, rules: tuple[Rule, ...] | None) -> list[FoundBlock]:
+def find_blocks(
+    leaves: Leaves, rules: tuple[Rule, ...] | None, *, strict: bool = True
+) -> list[FoundBlock]:
     """Finds attention blocks.
 
     Args:
         leaves: The parameters by their path, without an outer "params" level.
         rules: What `block_rules` returned.
+        strict: Whether a rule that matches nothing is an error; not so in part of a tree.
 
     Returns:
         The blocks in order of their paths in the tree. Where rules are given, the built-in ones
         that no rule asks for are there too, not selected.
 
     Raises:
-        ValueError: If a rule matches nothing.
+        ValueError: If a rule matches nothing, unless `strict` is False.
     """
     found: list[FoundBlock] = []
     used: set[int] = set()
@@ -155,7 +162,7 @@ def find_blocks(leaves: Leaves, rules: tuple[Rule, ...] | None) -> list[FoundBlo
             block = {name: leaves[whole] for name, whole in inside.items()}
             found.append(FoundBlock(path, layout, selected, block))
     for number, (pattern, wanted) in enumerate(rules or ()):
-        if number in used:
+        if number in used or not strict:
             continue
         if wanted is None:
             raise nothing_matched("The pattern in blocks=", pattern, [b.path for b in found])

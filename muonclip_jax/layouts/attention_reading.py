@@ -7,180 +7,69 @@ takes one head's values a query head. So every reading is tried on all of that, 
 kept. Where several fit, the stack on the first axes wins; a tie beyond that is an error.
 """
 
-import dataclasses
 import itertools
-import math
 from collections.abc import Iterator
 
 from muonclip_jax._paths import join
 from muonclip_jax.layouts.attention import SCALED, AttentionLayout, Projection
-from muonclip_jax.layouts.attention_builtin import (
-    ADAPTER_NAMES,
-    BIAS_NAMES,
-    KERNEL_NAMES,
-    OUT_NAMES,
-)
+from muonclip_jax.layouts.attention_builtin import ADAPTER_NAMES, BIAS_NAMES, KERNEL_NAMES
+from muonclip_jax.layouts.attention_kernels import Choice, Heads
 from muonclip_jax.layouts.attention_leaves import (
     Leaves,
     MisfitError,
     RefusalError,
     kernel_of,
     under,
-    unstack,
 )
 from muonclip_jax.layouts.attention_norms import gains_instead
-from muonclip_jax.layouts.attention_plan import BlockPlan, LeafPlan, Segment
-from muonclip_jax.layouts.attention_sizes import (
-    fits_feature_shape,
-    head_size,
-    key_heads,
-    segments_of,
-)
+from muonclip_jax.layouts.attention_plan import BlockPlan, LeafPlan
 
 
-@dataclasses.dataclass(frozen=True)
-class _Kernel:
-    """A projection's kernel under one reading."""
+def _block_plan(block: str, choice: Choice) -> tuple[BlockPlan, bool]:
+    """Returns the block's plan under one choice, and whether the output projection agrees."""
+    reading = choice.read()
+    leaves: list[LeafPlan] = []
+    for projection, found in reading.projections:
+        if any(segment.role in SCALED for segment in found.segments):
+            leaves += _leaf_plans(block, choice, projection, found)
+    plan = BlockPlan(
+        path=block,
+        layout=reading.layout.name,
+        heads=choice.heads,
+        kv_heads=reading.kv_heads,
+        head_dim=reading.head_dim,
+        stack=choice.stack,
+        leaves=tuple(leaves),
+    )
+    latent = choice.layout.own_keys
+    return gains_instead(plan, choice.leaves, choice.stack_axes, latent), reading.agrees
 
-    name: str
-    features: tuple[int, ...]
-    inputs: int
-    feature_axes: tuple[int, ...]
-    stack_axes: tuple[int, ...]
 
-    @property
-    def total(self) -> int:
-        return math.prod(self.features)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reading:
-    """One choice of stacked axes and of input axes, to be checked on every leaf of a block."""
-
-    layout: AttentionLayout
-    block: str
-    leaves: Leaves
-    stack_axes: tuple[int, ...]
-    stack: tuple[int, ...]
-    heads: int
-    choice: int
-
-    def one_layer(self, leaf) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return unstack(tuple(leaf.shape), self.stack_axes, self.stack)
-
-    def kernel(self, path: str, input_axis: int | tuple[int, ...] | None) -> _Kernel:
-        found = kernel_of(self.leaves, path)
-        if found is None:
-            raise MisfitError(f"{path} has no leaf named {', '.join(filter(None, KERNEL_NAMES))}")
-        name, leaf = found
-        shape, stacked = self.one_layer(leaf)
-        axes = KERNEL_NAMES[name] if input_axis is None else input_axis
-        axes = axes if isinstance(axes, tuple) else (axes,)
-        axis = axes[min(self.choice, len(axes) - 1)]
-        if len(shape) < 2 or not -len(shape) <= axis < len(shape):
-            raise MisfitError(f"{path}: {shape} is no kernel of one layer")
-        axis %= len(shape)
-        free = [i for i in range(len(leaf.shape)) if i not in stacked]
-        return _Kernel(
-            name=name,
-            features=tuple(n for i, n in enumerate(shape) if i != axis),
-            inputs=shape[axis],
-            feature_axes=tuple(a for i, a in enumerate(free) if i != axis),
-            stack_axes=stacked,
-        )
-
-    def out_features(self) -> int | None:
-        """Returns the input features of the output projection, where there is one."""
-        for path in OUT_NAMES:
-            found = kernel_of(self.leaves, path)
-            if found is None:
-                continue
-            shape, _ = self.one_layer(found[1])
-            inputs = shape[1:] if found[0] == "weight" else shape[:-1]
-            if len(inputs) not in (1, 2):
-                raise MisfitError(f"{path}: {shape} is no output kernel of one layer")
-            return math.prod(inputs) if len(inputs) == 1 or inputs[0] == self.heads else None
-        return None
-
-    def plan(self) -> BlockPlan:
-        """Returns the block's plan under this reading, or raises `MisfitError`."""
-        layout, heads = self.layout, self.heads
-        kernels = {p.path: self.kernel(p.path, p.input_axis) for p in layout.projections}
-        totals = {path: kernel.total for path, kernel in kernels.items()}
-        rope = None if layout.latent is None else self._rope(*layout.latent)
-        out = self.out_features()
-        size = head_size(layout, totals, heads, layout.kv_heads, rope, out)
-        self._refuse_hidden_gate(size, out)
-        kv_heads = key_heads(layout, totals, heads, size)
-        leaves: list[LeafPlan] = []
-        for p in layout.projections:
-            kernel = kernels[p.path]
-            segments, repeat = segments_of(p, kernel.total, heads, kv_heads, size, rope)
-            if not fits_feature_shape(kernel.features, segments, repeat):
-                raise MisfitError(
-                    f"{p.path}: its features {kernel.features} do not hold {heads} heads"
-                )
-            if any(segment.role in SCALED for segment in segments):
-                leaves += self._leaf_plans(p, kernel, segments, repeat)
-        plan = BlockPlan(
-            path=self.block,
-            layout=layout.name,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=size,
-            stack=self.stack,
-            leaves=tuple(leaves),
-        )
-        return gains_instead(plan, self.leaves, self.stack_axes, latent=layout.own_keys)
-
-    def _rope(self, down: str, up: str) -> int:
-        """Returns the size of latent attention's shared rotary key."""
-        made, taken = self.kernel(down, None).total, self.kernel(up, None).inputs
-        if made <= taken:
-            raise MisfitError(
-                f"{down} makes {made} features and {up} takes {taken}: no rotary key left"
-            )
-        return made - taken
-
-    def _refuse_hidden_gate(self, size: int, out: int | None) -> None:
-        """Refuses a query projection with twice the features that the output takes."""
-        layout = self.layout
-        first = layout.projections[0]
-        if first.parts != ("query",) or layout.head_dim is not None or layout.own_keys:
-            return
-        if out is not None and self.heads * size == 2 * out:
+def _leaf_plans(
+    block: str, choice: Choice, projection: Projection, found: Heads
+) -> Iterator[LeafPlan]:
+    """Yields the plans of a projection's kernel, its bias and its adapters."""
+    path, kernel = projection.path, found.kernel
+    for name, leaf in under(choice.leaves, path).items():
+        full = join(filter(None, (block, path, name)))
+        shape = tuple(leaf.shape)
+        if name == kernel.name:
+            axes, stacked = kernel.feature_axes, kernel.stack_axes
+        elif ADAPTER_NAMES.get(name) is False:
+            continue
+        elif name in BIAS_NAMES or name in ADAPTER_NAMES:
+            inputs = 0 if name in BIAS_NAMES else 1
+            one, stacked = choice.one_layer(leaf)
+            if one[inputs:] not in (kernel.features, (kernel.total,)):
+                raise MisfitError(f"{path}/{name}: {one} does not end in {kernel.features}")
+            axes = tuple(i for i in range(len(shape)) if i not in stacked)[inputs:]
+        else:
+            known = (*filter(None, KERNEL_NAMES), *BIAS_NAMES, *ADAPTER_NAMES)
             raise RefusalError(
-                f"{first.path!r} makes {2 * out} features and the output projection takes {out}, "
-                f"as if half of them were a gate. If so, pass an AttentionLayout with "
-                f"Projection({first.path!r}, ('query', 'gate'), interleaved=True); if not, "
-                f"one with head_dim={size}"
+                f"{full!r} belongs to a projection that QK-Clip multiplies, and how it enters "
+                f"the result is not known. Known names are {', '.join(known)}"
             )
-
-    def _leaf_plans(
-        self, projection: Projection, kernel: _Kernel, segments: tuple[Segment, ...], repeat: int
-    ) -> Iterator[LeafPlan]:
-        """Yields the plans of a projection's kernel, its bias and its adapters."""
-        path = projection.path
-        for name, leaf in under(self.leaves, path).items():
-            full = join(filter(None, (self.block, path, name)))
-            shape = tuple(leaf.shape)
-            if name == kernel.name:
-                axes, stacked = kernel.feature_axes, kernel.stack_axes
-            elif ADAPTER_NAMES.get(name) is False:
-                continue
-            elif name in BIAS_NAMES or name in ADAPTER_NAMES:
-                inputs = 0 if name in BIAS_NAMES else 1
-                one, stacked = self.one_layer(leaf)
-                if one[inputs:] not in (kernel.features, (kernel.total,)):
-                    raise MisfitError(f"{path}/{name}: {one} does not end in {kernel.features}")
-                axes = tuple(i for i in range(len(shape)) if i not in stacked)[inputs:]
-            else:
-                known = (*filter(None, KERNEL_NAMES), *BIAS_NAMES, *ADAPTER_NAMES)
-                raise RefusalError(
-                    f"{full!r} belongs to a projection that QK-Clip multiplies, and how it enters "
-                    f"the result is not known. Known names are {', '.join(known)}"
-                )
-            yield LeafPlan(full, shape, stacked, axes, segments, repeat)
+        yield LeafPlan(full, shape, stacked, axes, found.segments, found.repeat)
 
 
 def _stackings(rank: int, count: int) -> Iterator[tuple[int, ...]]:
@@ -209,10 +98,10 @@ def _plans(
             misfits.append(MisfitError(f"layers are stacked on axes {axes}"))
             continue
         stack = maxima_shape[len(maxima_shape) - 1 - len(axes) : -1]
-        reading = _Reading(layout, block, leaves, axes, stack, maxima_shape[-1], choice)
         try:
-            plan = reading.plan()
-            agrees = reading.out_features() == plan.heads * plan.head_dim
+            plan, agrees = _block_plan(
+                block, Choice(layout, leaves, axes, stack, maxima_shape[-1], choice)
+            )
         except MisfitError as misfit:
             misfits.append(misfit)
         else:
@@ -265,6 +154,26 @@ def read_block(
     raise ValueError(
         f"The attention kernel {kernel!r} of shape {shape} ({layout.name}) and its maxima of shape "
         f"{maxima_shape} do not fit together. Expected maxima (query heads,), or (stacked layers, "
-        "query heads) where the kernels are stacked; axes before those are reduced. "
+        "query heads) where the kernels are stacked; axes before those are reduced."
+        f"{_without_batch(layout, block, leaves, maxima_shape)} "
         f"Tried: {reasons or 'nothing, for there are too few axes'}."
     )
+
+
+def _without_batch(
+    layout: AttentionLayout, block: str, leaves: Leaves, maxima_shape: tuple[int, ...]
+) -> str:
+    """Says what to write where the maxima would fit without axes between layers and heads.
+
+    A module that records `(batch, heads)` under `nn.scan` gives `(layers, batch, heads)`.
+    """
+    for count in range(1, len(maxima_shape) - 1):
+        if _plans(layout, block, leaves, (*maxima_shape[:count], maxima_shape[-1]))[0]:
+            axes = tuple(range(count, len(maxima_shape) - 1))
+            axis = f"axis={axes[0] if len(axes) == 1 else axes}"
+            return (
+                " If their axes are (stacked layers, batch, query heads), as of a module that "
+                "records (batch, query heads) under nn.scan, take the maximum over the batch: "
+                f"jax.tree.map(lambda s: s.max({axis}), max_logits)."
+            )
+    return ""

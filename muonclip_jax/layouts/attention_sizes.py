@@ -110,7 +110,9 @@ def segments_of(
         MisfitError: If the parts do not add up to `total` features.
     """
     repeat = 1
-    if projection.interleaved:
+    if projection.interleaved == "group":
+        repeat = kv_heads
+    elif projection.interleaved:
         repeat = heads if all(ROLES[part] for part in projection.parts) else kv_heads
     counts = [heads if ROLES[part] else kv_heads for part in projection.parts]
     sizes: list[int | None]
@@ -144,19 +146,30 @@ def segments_of(
     )
 
 
-def fits_feature_shape(shape: tuple[int, ...], segments: tuple[Segment, ...], repeat: int) -> bool:
-    """Whether feature axes of these sizes can hold the segments head by head.
+def feature_grid(shape: tuple[int, ...], segments: tuple[Segment, ...], repeat: int) -> str | None:
+    """Says how feature axes of these sizes hold the segments head by head, if they can.
 
-    A merged axis always can. Several axes must be the grid that the heads make: `(heads, size)`,
-    `(parts, heads, size)`, or a group and its heads.
+    One merged axis ("flat") always can. Several axes must be the grid that the heads make:
+    repetitions and what lies in each ("rows"), repetitions, heads and size ("units"), all heads and
+    size ("heads"), or parts, heads and size ("parts").
+
+    Example:
+        >>> fused = (Segment("query", 2, 8), Segment("key", 2, 8), Segment("value", 2, 8))
+        >>> [feature_grid(shape, fused, 1) for shape in ((48,), (3, 2, 8), (6, 8), (2, 24))]
+        ['flat', 'parts', 'heads', None]
     """
     row = sum(s.heads * s.size for s in segments)
-    grids: set[tuple[int, ...]] = {(repeat * row,)}
-    if repeat > 1 or len(segments) == 1 or all(s.heads == 1 for s in segments):
-        grids.add((repeat, row))
-    if len({s.size for s in segments}) == 1:
-        units, size = sum(s.heads for s in segments), segments[0].size
-        grids |= {(repeat, units, size), (repeat * units, size)}
-        if repeat == 1 and len({s.heads for s in segments}) == 1:
-            grids.add((len(segments), segments[0].heads, size))
-    return shape in grids
+    if shape == (repeat * row,):
+        return "flat"
+    one_head_each = all(s.heads == 1 for s in segments)
+    if shape == (repeat, row) and (repeat > 1 or len(segments) == 1 or one_head_each):
+        return "rows"
+    if len({s.size for s in segments}) > 1:
+        return None
+    units, size = sum(s.heads for s in segments), segments[0].size
+    if shape == (repeat, units, size):
+        return "units"
+    if shape == (repeat * units, size):
+        return "heads"
+    alike = repeat == 1 and len({s.heads for s in segments}) == 1
+    return "parts" if alike and shape == (len(segments), segments[0].heads, size) else None

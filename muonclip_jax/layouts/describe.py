@@ -30,6 +30,9 @@ def describe_labels(params: Tree, rules: MatrixRules | None = None) -> str:
         mlp/wi_0/kernel  (6, 8, 32)  muon   6 x (8, 32)  stacked matrices
         <BLANKLINE>
         muon: 1 leaf, 1,536 numbers (97.0 %); adamw: 1 leaf, 48 numbers (3.0 %)
+
+    References:
+        Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982.
     """
     rules = as_rules(rules)
     decided = rules.decisions(params)

@@ -1,18 +1,21 @@
 """MatrixRules: one value that decides for every leaf how it becomes matrices and who trains it."""
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import optax
 
-from muonclip_jax._paths import compile_pattern, flatten_with_paths, nothing_matched
+from muonclip_jax._paths import flatten_with_paths, nothing_matched
 from muonclip_jax._typing import Tree
+from muonclip_jax.layouts.attention_cuts import attention_cuts
+from muonclip_jax.layouts.attention_finding import Rule, block_rules, find_blocks, strip_outer
+from muonclip_jax.layouts.attention_matrices import ATTENTION, MERGED
 from muonclip_jax.layouts.fitting import normalize_spec, simplify_spec
 from muonclip_jax.layouts.inference import Decision, infer_leaf, unknown_leaves
-from muonclip_jax.layouts.specs import SpecLike, hashable_spec, is_spec
+from muonclip_jax.layouts.rule_pairs import check_rule, rule_pairs
+from muonclip_jax.layouts.specs import SpecLike
 
 MUON = "muon"
 ADAMW = "adamw"
@@ -25,15 +28,30 @@ class MatrixRules:
     A leaf is decided by its path and its shape alone. The user's rules come first, the first one
     that matches wins; then names that the libraries share decide (`layouts/table.py`).
 
+    With `attention="split"` or "per_head" the kernels of attention blocks are cut further, each
+    part with the scale of its own shape. Sizes of parts show only in a block as a whole, so the
+    kernels of one block must be there together; of a masked tree those that AdamW trains may be
+    missing. "per_head" cuts queries, keys, values and gates, not the output projection.
+
     Args:
         rules: Pairs of a regular expression, searched in the "/"-joined path, and a `MatrixSpec`,
             `MuonDimensionNumbers` or None (AdamW).
         scan_axis: The parameter axis that holds stacked layers, the `variable_axes` of `nn.scan`.
             It cannot be told from shapes.
+        attention: "merged": all heads of a projection are one matrix; "split": fused kernels fall
+            into queries, keys, values and gates, those of latent attention also into the parts
+            with and without rotation and into latent and shared key; "per_head": every head of
+            each of those is a matrix.
+        head_dim: Features of one query head, where kernels `(d_model, heads * head_dim)` do not
+            show it. Only with `attention`.
+        blocks: Which attention blocks to cut and what their layouts are, as for `apply_qk_clip`;
+            None is every block with a known layout. Only with `attention`.
 
     Raises:
-        TypeError: If a rule is no such pair, or `scan_axis` no integer.
-        ValueError: If a pattern is no regular expression.
+        TypeError: If a rule is no such pair, `blocks` is not what it can be, or `scan_axis` or
+            `head_dim` is no integer.
+        ValueError: If a pattern is no regular expression, `attention` is unknown, or `head_dim` or
+            `blocks` is given without it.
 
     Example:
         >>> import jax
@@ -44,22 +62,62 @@ class MatrixRules:
         {'stem': {'w': 'muon'}}
         >>> rules.dimension_numbers(params)["stem"]["w"]
         MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))
+
+        Every head of an attention projection by itself:
+
+        >>> kernel = jax.ShapeDtypeStruct((64, 4, 16), "float32")
+        >>> params = {"attn": {name: {"kernel": kernel} for name in ("query", "key", "value")}}
+        >>> dims = MatrixRules(attention="per_head").dimension_numbers(params)
+        >>> dims["attn"]["value"]["kernel"]
+        MuonDimensionNumbers(reduction_axis=0, output_axis=2)
+
+    References:
+        Jordan et al. 2024, kellerjordan.github.io/posts/muon, splits queries, keys and values;
+        GLM-5 Team 2026, arXiv 2602.15763, orthogonalises head by head.
     """
 
     rules: tuple[tuple[str, SpecLike | None], ...] = ()
     scan_axis: int = 0
+    attention: str = MERGED
+    head_dim: int | None = None
+    blocks: tuple[Rule, ...] | None = None
 
-    def __init__(self, rules: Any = (), scan_axis: Any = 0):
+    def __init__(
+        self,
+        rules: Any = (),
+        scan_axis: Any = 0,
+        attention: Any = MERGED,
+        *,
+        head_dim: Any = None,
+        blocks: Any = None,
+    ):
         if isinstance(scan_axis, bool) or not isinstance(scan_axis, int):
             raise TypeError(
                 f"scan_axis must be an integer such as 0 or 1, got {scan_axis!r}: it is the "
                 "parameter axis that holds stacked layers."
             )
-        object.__setattr__(self, "rules", tuple(_check_rule(rule) for rule in _pairs(rules)))
+        object.__setattr__(self, "rules", tuple(check_rule(rule) for rule in rule_pairs(rules)))
         object.__setattr__(self, "scan_axis", scan_axis)
+        if attention not in ATTENTION:
+            raise ValueError(
+                f"attention must be one of {', '.join(map(repr, ATTENTION))}, got {attention!r}. "
+                "It says into which matrices attention kernels fall."
+            )
+        if head_dim is not None and (isinstance(head_dim, bool) or not isinstance(head_dim, int)):
+            raise TypeError(f"head_dim must be an integer such as 64, got {head_dim!r}.")
+        if attention == MERGED and (head_dim, blocks) != (None, None):
+            given = "head_dim" if blocks is None else "blocks"
+            raise ValueError(
+                f"{given}= says how attention kernels fall into parts or heads, and with "
+                f"attention={MERGED!r} they do not. Leave it out, or write attention='split' or "
+                "attention='per_head'."
+            )
+        object.__setattr__(self, "attention", attention)
+        object.__setattr__(self, "head_dim", head_dim)
+        object.__setattr__(self, "blocks", block_rules(blocks))
 
     def decide(self, path: str, shape: tuple[int, ...]) -> Decision:
-        """Decides for one leaf; the spec, where there is one, is normalised."""
+        """Decides for one leaf by itself; the spec, where there is one, is normalised."""
         for pattern, spec in self.rules:
             if re.search(pattern, path):
                 why = f"rule {pattern!r}"
@@ -72,14 +130,41 @@ class MatrixRules:
         """Decides for every leaf, in the order in which `params` flattens.
 
         Raises:
-            ValueError: If a leaf of rank three or more is not known.
+            ValueError: If a leaf of rank three or more is not known, or an attention block that is
+                to be cut cannot be read.
         """
         leaves = flatten_with_paths(params)[0]
         decided = [(path, leaf, self.decide(path, tuple(leaf.shape))) for path, leaf in leaves]
+        if self.attention != MERGED:
+            decided = self._cut_attention(params, decided)
         unknown = [(path, leaf.shape, d.why) for path, leaf, d in decided if d.unknown]
         if unknown:
             raise unknown_leaves(unknown, self.scan_axis)
         return decided
+
+    def _cut_attention(
+        self, params: Tree, decided: list[tuple[str, Any, Decision]]
+    ) -> list[tuple[str, Any, Decision]]:
+        """Puts what attention layouts say in the place of what names say, not of rules."""
+        nodes = flatten_with_paths(params, is_leaf=is_masked)[0]
+        cuts = attention_cuts(
+            {strip_outer(path): leaf for path, leaf, _ in decided},
+            {
+                strip_outer(path): decision.spec
+                for path, _, decision in decided
+                if (decision.spec is not None or decision.unknown)
+                and not any(re.search(pattern, path) for pattern, _ in self.rules)
+            },
+            [strip_outer(path) for path, node in nodes if is_masked(node)],
+            attention=self.attention,
+            scan_axis=self.scan_axis,
+            head_dim=self.head_dim,
+            blocks=self.blocks,
+        )
+        return [
+            (path, leaf, Decision(*cuts[strip_outer(path)]) if strip_outer(path) in cuts else was)
+            for path, leaf, was in decided
+        ]
 
     def labels(self, params: Tree) -> Tree:
         """The same tree of "muon" and "adamw".
@@ -109,7 +194,7 @@ class MatrixRules:
         return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
     def check_all_matched(self, params: Tree) -> None:
-        """Raises if a rule matches no leaf of a full tree.
+        """Raises if a rule matches no leaf of a full tree, or nothing of it is attention to cut.
 
         A masked tree is partial, and `optax.tree.map_params` calls `init` with an empty one: they
         are not asked.
@@ -121,6 +206,15 @@ class MatrixRules:
         for pattern, _ in self.rules:
             if not any(re.search(pattern, path) for path in paths):
                 raise nothing_matched("The rule", pattern, paths)
+        if self.attention == MERGED:
+            return
+        leaves = {strip_outer(path): leaf for path, leaf in flatten_with_paths(params)[0]}
+        if not any(block.selected for block in find_blocks(leaves, self.blocks)):
+            raise ValueError(
+                f"attention={self.attention!r} found no attention block among {paths[:8]}. Say "
+                "what its projections are called, by blocks=[(pattern, AttentionLayout(...))], or "
+                "leave attention out."
+            )
 
 
 def label_params(params: Tree, rules: MatrixRules | None = None) -> Tree:
@@ -169,6 +263,9 @@ def infer_dimension_numbers(params: Tree, rules: MatrixRules | None = None) -> T
         >>> params = {"attention": {"query": {"kernel": jnp.ones((8, 2, 4))}}}
         >>> infer_dimension_numbers(params)["attention"]["query"]["kernel"]
         MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))
+
+    References:
+        Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982.
     """
     return as_rules(rules).dimension_numbers(params)
 
@@ -196,34 +293,3 @@ def is_masked(x: Any) -> bool:
         (True, False)
     """
     return isinstance(x, optax.MaskedNode)
-
-
-def _pairs(rules: Any) -> Iterable[Any]:
-    if isinstance(rules, dict):
-        return tuple(rules.items())
-    if isinstance(rules, str) or not isinstance(rules, Iterable):
-        raise TypeError(
-            f"rules must be a list of (pattern, spec) pairs, got {rules!r}. Write, for example, "
-            'MatrixRules([("foo/w$", MatrixSpec((0, 1)))]).'
-        )
-    return tuple(rules)
-
-
-def _check_rule(rule: Any) -> tuple[str, SpecLike | None]:
-    if not isinstance(rule, tuple | list) or len(rule) != 2:
-        raise TypeError(
-            f"A rule must be a pair (pattern, spec), got {rule!r}. Write, for example, "
-            '("foo/w$", MatrixSpec((0, 1))), or ("foo/w$", None) for AdamW.'
-        )
-    pattern, spec = rule
-    if not isinstance(pattern, str):
-        raise TypeError(
-            f"A rule's pattern must be a string such as 'query/kernel$', got {pattern!r}."
-        )
-    compile_pattern(pattern)
-    if spec is not None and not is_spec(spec):
-        raise TypeError(
-            f"The rule for {pattern!r} must give a MatrixSpec, MuonDimensionNumbers or None, got "
-            f"{spec!r}. Write, for example, MatrixSpec((0, 1))."
-        )
-    return pattern, None if spec is None else hashable_spec(spec)

@@ -29,3 +29,9 @@ from muonclip_jax.matrices.stacks import (
     map_stacks as map_stacks,
     plan_stacks as plan_stacks,
 )
+from muonclip_jax.matrices.turns import (
+    Turn as Turn,
+    TurnPlan as TurnPlan,
+    map_in_turn as map_in_turn,
+    plan_turns as plan_turns,
+)

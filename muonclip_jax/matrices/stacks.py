@@ -93,30 +93,42 @@ def plan_stacks(
 
 
 def map_stacks(
-    function: Callable[[jax.Array], jax.Array], leaves: Sequence[jax.Array], plan: StackPlan
+    function: Callable[[jax.Array], jax.Array],
+    combine: Callable[..., jax.Array],
+    trees: Sequence[Sequence[jax.Array]],
+    plan: StackPlan,
 ) -> list[jax.Array]:
-    """Applies `function` to every stack and puts the results where the matrices came from.
+    """Applies `function` to every stack of `combine(*leaves)`.
 
     Args:
         function: From `(count, rows, columns)` to the same shape and dtype.
-        leaves: The arrays that the plan was made for.
+        combine: Entry by entry, from arrays of each of `trees` to one; it is applied stack by
+            stack, so that the combined tree is never alive as a whole.
+        trees: The arrays that the plan was made for, once or several times.
         plan: The plan.
 
     Returns:
-        The leaves with every matrix replaced.
+        The combined leaves, every matrix of them replaced.
     """
-    parts = [to_matrices(x, leaf) for x, leaf in zip(leaves, plan.leaves, strict=True)]
+    parts = [
+        [to_matrices(x, leaf) for x, leaf in zip(tree, plan.leaves, strict=True)] for tree in trees
+    ]
     # Runs of a part arrive in order of `start`, for that is the order they were planned in.
     done: dict[tuple[int, int], list[jax.Array]] = {}
     for stack in plan.stacks:
-        result = function(_gather(parts, stack.runs))
+        result = function(_gather(combine, parts, stack.runs))
         bounds = itertools.accumulate((run.stop - run.start for run in stack.runs), initial=0)
         for run, (start, stop) in zip(stack.runs, itertools.pairwise(bounds), strict=True):
             piece = jax.lax.slice_in_dim(result, start, stop)
             done.setdefault((run.leaf, run.part), []).append(piece.mT if run.transposed else piece)
     return [
         from_matrices(
-            [_concatenate(done.get((leaf, part), [x])) for part, x in enumerate(parts[leaf])],
+            [
+                _concatenate(done[leaf, part])
+                if (leaf, part) in done
+                else combine(*(tree[leaf][part] for tree in parts))
+                for part in range(len(leaf_plan.parts))
+            ],
             leaf_plan,
         )
         for leaf, leaf_plan in enumerate(plan.leaves)
@@ -146,10 +158,16 @@ def _chunks(runs: Sequence[Run], limit: int | None) -> Iterator[tuple[Run, ...]]
         yield tuple(chunk)
 
 
-def _gather(parts: Sequence[Sequence[jax.Array]], runs: Sequence[Run]) -> jax.Array:
+def _gather(
+    combine: Callable[..., jax.Array],
+    parts: Sequence[Sequence[Sequence[jax.Array]]],
+    runs: Sequence[Run],
+) -> jax.Array:
     pieces = []
     for run in runs:
-        piece = jax.lax.slice_in_dim(parts[run.leaf][run.part], run.start, run.stop)
+        piece = combine(
+            *(jax.lax.slice_in_dim(tree[run.leaf][run.part], run.start, run.stop) for tree in parts)
+        )
         pieces.append(piece.mT if run.transposed else piece)
     return _concatenate(pieces)
 

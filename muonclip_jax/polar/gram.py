@@ -9,39 +9,43 @@
 `n x m` matrix with `m = alpha n` a step costs `8 n^3` here instead of `(4 alpha + 2) n^3`.
 """
 
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 
+from muonclip_jax.kernels.symmetric import accumulator, gram, matmul_add, symmetric_product
 from muonclip_jax.polar.generators import Rows
 from muonclip_jax.polar.preconditioning import rescale_first
-from muonclip_jax.polar.products import accumulator_dtype, commuting, gram, matmul
+from muonclip_jax.polar.shares import WHOLE, Shares
 
 
-def _segment(r: jax.Array, rows: Rows) -> jax.Array:
+def _segment(r: jax.Array, rows: Rows, shares: Shares) -> jax.Array:
     """Returns the factor Q that the rows accumulate, starting from the Gram matrix `r`."""
-    dtype, wide = r.dtype, accumulator_dtype(r.dtype)
+    dtype, wide = r.dtype, accumulator(r.dtype)
+    # Polynomials of one matrix: the product of two is Hermitian.
+    product = functools.partial(symmetric_product, implementation=shares.implementation)
     identity = jnp.eye(r.shape[-1], dtype=wide)
     q = None
     for index, (a, b, c) in enumerate(rows):
-        z = b * r.astype(wide)
-        if c:
-            z = z + c * commuting(r, r)
-        z = z.astype(dtype)
-        if q is None:
-            q = (z.astype(wide) + a * identity).astype(dtype)
-        else:
-            q = (commuting(q, z) + a * q.astype(wide)).astype(dtype)
+        z = shares.quadratic(r, b, c) if c else (b * r.astype(wide)).astype(dtype)
+        start = q is None
+        q = (z.astype(wide) + a * identity).astype(dtype) if start else product(q, z, q, beta=a)
         if index < len(rows) - 1:
-            w = (commuting(r, z) + a * r.astype(wide)).astype(dtype)
-            r = (commuting(z, w) + a * w.astype(wide)).astype(dtype)
+            w = product(r, z, r, beta=a)
+            r = product(z, w, w, beta=a)
     assert q is not None
     return q
 
 
 def gram_newton_schulz(
-    x: jax.Array, rows: Rows, preconditioning: str, dtype: jnp.dtype, restarts: tuple[int, ...]
+    x: jax.Array,
+    rows: Rows,
+    preconditioning: str,
+    dtype: jnp.dtype,
+    restarts: tuple[int, ...],
+    shares: Shares = WHOLE,
 ) -> jax.Array:
     """Runs the Gram form.
 
@@ -51,6 +55,7 @@ def gram_newton_schulz(
         preconditioning: Which rescaling the first step applies.
         dtype: What the products compute in; they accumulate in float32 or wider.
         restarts: After which steps to restart (`choose_restarts`).
+        shares: Who computes the products; one device has all columns.
 
     Returns:
         The result in `dtype`.
@@ -58,11 +63,11 @@ def gram_newton_schulz(
     References:
         Zhang, Amsel, Chen and Dao 2026, "Gram Newton-Schulz".
     """
-    x, r = rescale_first(x, preconditioning, dtype)
+    x, r = rescale_first(x, preconditioning, dtype, shares)
     for start, stop in itertools.pairwise((0, *restarts, len(rows))):
         if start:
-            r = gram(x).astype(dtype)
-        x = matmul(_segment(r, rows[start:stop]), x).astype(dtype)
+            r = gram(x, implementation=shares.implementation)
+        x = matmul_add(_segment(r, rows[start:stop], shares), x, implementation="xla")
     return x
 
 

@@ -11,19 +11,17 @@ loop would keep XLA from fusing the scalings into the products, and five steps m
 import jax
 import jax.numpy as jnp
 
+from muonclip_jax.kernels.symmetric import accumulator, gram, matmul_add
 from muonclip_jax.polar.generators import Row, Rows
 from muonclip_jax.polar.preconditioning import rescale_first
-from muonclip_jax.polar.products import accumulator_dtype, gram, matmul
 from muonclip_jax.polar.shares import WHOLE, Shares
 
 
 def _step(x: jax.Array, product: jax.Array, row: Row, shares: Shares) -> jax.Array:
     a, b, c = row
-    wide = accumulator_dtype(x.dtype)
-    update = b * product.astype(wide)
-    if c:
-        update = update + c * shares.square(product).astype(wide)
-    return (a * x.astype(wide) + matmul(update.astype(x.dtype), x)).astype(x.dtype)
+    wide = accumulator(x.dtype)
+    update = shares.quadratic(product, b, c) if c else (b * product.astype(wide)).astype(x.dtype)
+    return matmul_add(update, x, x, beta=a, implementation="xla")
 
 
 def newton_schulz(
@@ -49,7 +47,7 @@ def newton_schulz(
     for index, row in enumerate(rows):
         if index:
             # Rounded before the sum: where there is one, half the bytes are sent.
-            product = shares.sum(gram(x).astype(dtype))
+            product = shares.sum(gram(x, implementation=shares.implementation))
         x = _step(x, product, row, shares)
     return x
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Inexact
 
+from muonclip_jax.kernels.platform import default_platform
 from muonclip_jax.polar.coefficients import changes_direction, resolve_coefficients
 from muonclip_jax.polar.generators import Rows
 from muonclip_jax.polar.gram import gram_flops, gram_newton_schulz
@@ -30,8 +31,8 @@ from muonclip_jax.polar.preconditioning import (
     divide_by_largest_entry,
     normalize,
 )
-from muonclip_jax.polar.products import default_platform
 from muonclip_jax.polar.restarts import choose_restarts
+from muonclip_jax.polar.shares import whole_on
 from muonclip_jax.polar.svd import svd_polar
 
 
@@ -45,6 +46,8 @@ class PolarPlan:
         dtype: A name of `NS_DTYPES`, or None for the rule of the platform.
         preconditioning: A name of `PRECONDITIONINGS`.
         relative_eps: Whether `eps` bounds the norm in units of a matrix's largest entry.
+        implementation: Who computes the symmetric products: "xla", or None for a Pallas kernel
+            where one is expected to save time.
     """
 
     rows: Rows
@@ -52,6 +55,7 @@ class PolarPlan:
     dtype: str | None
     preconditioning: str
     relative_eps: bool = True
+    implementation: str | None = "xla"
 
     def resolve(
         self, shape: tuple[int, ...], dtype: Any, platform: str | None = None
@@ -119,6 +123,7 @@ def plan_polar(
     ns_dtype: Any = None,
     preconditioning: str | None = None,
     relative_eps: bool = True,
+    ns_implementation: str | None = "xla",
 ) -> PolarPlan:
     """Validates the arguments of `orthogonalize` once, and remembers what they mean.
 
@@ -130,6 +135,7 @@ def plan_polar(
         preconditioning: The first rescaling; None is the one that the set was made for.
         relative_eps: Whether `eps` bounds the norm in units of a matrix's largest entry, which
             keeps the result independent of scale, or is added to it as it is, as in Optax.
+        ns_implementation: "xla" or None, see `orthogonalize`.
 
     Returns:
         A frozen, hashable plan for `apply_polar`.
@@ -151,6 +157,11 @@ def plan_polar(
         except TypeError:
             dtype = ns_dtype
         dtype = _choice("ns_dtype", dtype, NS_DTYPES)
+    if ns_implementation not in (None, "xla"):
+        raise ValueError(
+            f"ns_implementation={ns_implementation!r} is not known. Pass 'xla', or None for a "
+            "Pallas kernel wherever one is expected to save time."
+        )
     if preconditioning is None:
         preconditioning = source.preconditioning
     _choice("preconditioning", preconditioning, PRECONDITIONINGS)
@@ -167,7 +178,7 @@ def plan_polar(
             "bound): the update would point the wrong way. Coefficients must keep (0, 1] positive, "
             "as (2, -1.5, 0.5) and every named set do."
         )
-    return PolarPlan(rows, method, dtype, preconditioning, relative_eps)
+    return PolarPlan(rows, method, dtype, preconditioning, relative_eps, ns_implementation)
 
 
 def _replicate_matrix_axes(
@@ -230,10 +241,13 @@ def apply_polar(
     tall = x.shape[-2] > x.shape[-1]
     y = jnp.swapaxes(y, -1, -2) if tall else y
     y = normalize(y, plan.preconditioning, eps, plan.relative_eps).astype(wide)
+    shares = whole_on(plan.implementation)
     if resolved.method == "gram":
-        y = gram_newton_schulz(y, resolved.rows, plan.preconditioning, work, resolved.restarts)
+        y = gram_newton_schulz(
+            y, resolved.rows, plan.preconditioning, work, resolved.restarts, shares
+        )
     else:
-        y = newton_schulz(y, resolved.rows, plan.preconditioning, work)
+        y = newton_schulz(y, resolved.rows, plan.preconditioning, work, shares)
     return restore((jnp.swapaxes(y, -1, -2) if tall else y).astype(x.dtype))
 
 
@@ -246,6 +260,7 @@ def orthogonalize(
     ns_dtype: Any = None,
     preconditioning: str | None = None,
     eps: jax.typing.ArrayLike = 1e-7,
+    ns_implementation: str | None = "xla",
 ) -> Inexact[Array, "*batch m n"]:
     r"""Brings the singular values of each matrix near one: an approximate polar factor.
 
@@ -274,6 +289,11 @@ def orthogonalize(
             "schatten8". None takes the one that the set was made for: "aol" for "turbo",
             "schatten8" for "minimax4", else "frobenius".
         eps: Smallest divisor once the largest entry is one; it guards the zero matrix alone.
+        ns_implementation: Who computes the symmetric products. "xla", or None, which takes a Pallas
+            kernel that computes one triangle of them, on a Hopper GPU or a TPU, where counts of its
+            tiles say that it saves time. The kernels are held against float64 in JAX's interpreter
+            and accepted by the real compilers; they have not been timed on their machines, so they
+            are not the default.
 
     Returns:
         As `x`, in shape and dtype.
@@ -292,5 +312,12 @@ def orthogonalize(
         Jordan et al. 2024, kellerjordan.github.io/posts/muon; Bernstein and Newhouse,
         arXiv 2409.20325; the coefficient sets name theirs.
     """
-    plan = plan_polar(ns_coeffs, ns_steps, ns_method, ns_dtype, preconditioning)
+    plan = plan_polar(
+        ns_coeffs,
+        ns_steps,
+        ns_method,
+        ns_dtype,
+        preconditioning,
+        ns_implementation=ns_implementation,
+    )
     return apply_polar(plan, jnp.asarray(x), eps)

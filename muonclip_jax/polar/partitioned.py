@@ -59,7 +59,7 @@ def apply_polar_partitioned(
     """
     if plan.method == "svd":
         return _svd(plan, x, axes, eps)
-    shares = shares_along(axes)
+    shares = shares_along(axes, plan.implementation)
     whole = (*x.shape[:-1], x.shape[-1] * lax.axis_size(axes))
     resolved = dataclasses.replace(plan, method="standard").resolve(whole, x.dtype)
     wide, work = resolved.dtypes(x.dtype)

@@ -24,7 +24,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from muonclip_jax.polar.products import gram
+from muonclip_jax.kernels.symmetric import accumulator, gram
 from muonclip_jax.polar.shares import WHOLE, Shares
 
 #: The names that `preconditioning` allows; those in `INSIDE` act on the first Gram matrix.
@@ -111,7 +111,7 @@ def normalize(
     norm = frobenius_norm(x, shares)
     if preconditioning == "spectral":
         safe = jnp.where(norm > 0, norm, 1)
-        product = shares.sum(gram(x / safe.astype(x.dtype)))
+        product = shares.sum(gram(x / safe.astype(x.dtype), implementation="xla"))
         square = jnp.linalg.eigvalsh(product)[..., -1:, None]
         norm = safe * jnp.sqrt(jnp.abs(square))
     if relative_eps:
@@ -137,9 +137,10 @@ def rescale_first(
         The rescaled `x` and its Gram matrix `x x^H`, both in `dtype`.
     """
     low = x.astype(dtype)
-    product = shares.sum(gram(low))
+    multiply = functools.partial(gram, low, implementation=shares.implementation)
     if preconditioning not in INSIDE:
-        return low, product.astype(dtype)
+        return low, shares.sum(multiply())
+    product = shares.sum(multiply(out_dtype=accumulator(dtype)))
     tiny = jnp.finfo(product.dtype).tiny
     if preconditioning == "aol":
         rows = jnp.sum(jnp.abs(product), axis=-1, keepdims=True)
@@ -149,7 +150,7 @@ def rescale_first(
     bound = frobenius_norm(product)
     product = product / jnp.maximum(bound, tiny).astype(product.dtype)
     if preconditioning == "schatten8":
-        square = shares.square(product.astype(dtype)).astype(product.dtype)
+        square = shares.quadratic(product.astype(dtype), 0.0, 1.0).astype(product.dtype)
         tighter = jnp.sqrt(frobenius_norm(square))
         product = product / jnp.maximum(tighter, tiny).astype(product.dtype)
         bound = bound * tighter

@@ -1,4 +1,4 @@
-"""What couples the devices that share a matrix's columns: sums, maxima and one square.
+"""What couples the devices that share a matrix's columns: sums, maxima and one product.
 
 `X = [X_1 ... X_k]` lies on `k` devices. Whatever Newton-Schulz needs to know of the whole matrix is
 small: its norm, its largest entry, and `X X^H = sum_i X_i X_i^H`, an `m x m` matrix whatever the
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from muonclip_jax.polar.products import commuting, matmul
+from muonclip_jax.kernels.symmetric import matmul_add, symmetric_product
 
 
 class Shares(NamedTuple):
@@ -22,43 +22,52 @@ class Shares(NamedTuple):
     Attributes:
         sum: Adds arrays of all devices, entry by entry.
         max: Their largest, entry by entry.
-        square: From a Hermitian matrix that every device has to its product with itself.
+        quadratic: `(R, b, c)` to `b R + c R R`, of a Hermitian matrix that every device has.
+        implementation: Who computes the symmetric products (`kernels.symmetric`).
     """
 
     sum: Callable[[jax.Array], jax.Array]
     max: Callable[[jax.Array], jax.Array]
-    square: Callable[[jax.Array], jax.Array]
+    quadratic: Callable[[jax.Array, float, float], jax.Array]
+    implementation: str | None
 
 
 def _identity(x: jax.Array) -> jax.Array:
     return x
 
 
-def _square(product: jax.Array) -> jax.Array:
-    return commuting(product, product)
+def whole_on(implementation: str | None) -> Shares:
+    """Returns how one device computes that has all columns."""
+
+    def quadratic(r: jax.Array, b: float, c: float) -> jax.Array:
+        addend = r if b else None
+        return symmetric_product(r, r, addend, alpha=c, beta=b, implementation=implementation)
+
+    return Shares(_identity, _identity, quadratic, implementation)
 
 
-#: All columns on one device.
-WHOLE = Shares(_identity, _identity, _square)
+#: All columns on one device, and XLA's products.
+WHOLE = whole_on("xla")
 
 
-def shares_along(axes: tuple[str, ...]) -> Shares:
+def shares_along(axes: tuple[str, ...], implementation: str | None = "xla") -> Shares:
     """Returns how devices along mapped axes compute together, each with some columns."""
     return Shares(
         functools.partial(lax.psum, axis_name=axes),
         functools.partial(lax.pmax, axis_name=axes),
-        functools.partial(_shared_square, axes=axes),
+        functools.partial(_shared_quadratic, axes=axes),
+        implementation,
     )
 
 
-def _shared_square(product: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """`product @ product`, each device computing some rows; in the dtype of `product`."""
-    m, rank = product.shape[-1], product.ndim
+def _shared_quadratic(r: jax.Array, b: float, c: float, axes: tuple[str, ...]) -> jax.Array:
+    """`b r + c r r`, each device computing some rows; in the dtype of `r`."""
+    m, rank = r.shape[-1], r.ndim
     ways = lax.axis_size(axes)
     rows = -(-m // ways)
-    padded = jnp.pad(product, [(0, 0)] * (rank - 2) + [(0, rows * ways - m), (0, 0)])
+    padded = jnp.pad(r, [(0, 0)] * (rank - 2) + [(0, rows * ways - m), (0, 0)])
     mine = lax.dynamic_slice_in_dim(padded, lax.axis_index(axes) * rows, rows, axis=rank - 2)
     # Rounded before it is sent: half the bytes.
-    squared = matmul(mine, product).astype(product.dtype)
-    gathered = lax.all_gather(squared, axes, axis=rank - 2, tiled=True, to="invarying")
+    result = matmul_add(mine, r, mine if b else None, alpha=c, beta=b, implementation="xla")
+    gathered = lax.all_gather(result, axes, axis=rank - 2, tiled=True, to="invarying")
     return lax.slice_in_dim(gathered, 0, m, axis=rank - 2)

@@ -119,6 +119,9 @@ def accumulate(
         ...     print(updates["attn"]["key"]["kernel"][0, :, 0])
         [0. 0.]
         [1. 3.]
+
+    References:
+        Kimi Team, Kimi K2, arXiv 2507.20534, Algorithm 1: a head's maximum is taken over the batch.
     """
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(

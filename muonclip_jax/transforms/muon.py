@@ -1,6 +1,7 @@
 """`scale_by_muon`: momentum, then the polar factor of every matrix."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -10,16 +11,20 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from muonclip_jax._typing import ScalarLike
+from muonclip_jax.kernels.platform import default_platform
 from muonclip_jax.layouts import MatrixRules, MatrixSpec, resolve_muon_specs
 from muonclip_jax.matrices import (
     Distribution,
     MeshShardings,
     StackPlan,
+    TurnPlan,
+    map_in_turn,
     map_stacks,
     orthogonalize_distributed,
     place,
     plan_leaf,
     plan_stacks,
+    plan_turns,
     read_shardings,
     spread_momentum,
 )
@@ -29,11 +34,18 @@ from muonclip_jax.transforms._checks import check_fraction, check_non_negative
 #: One spec for all leaves, a tree of them (full, prefix or masked), or a function of the tree.
 WeightDimNumOrFn: TypeAlias = Any
 
-# A stack is the unit of work and of temporary memory. On a CPU the matrices of a stack are worked
-# on one at a time (one of them fills the cores, and stays in their caches), so the stack only has
-# to be long enough to keep programs short.
-_STACK_BYTES = {"cpu": 32 * 2**20}
+# A stack is the unit of work and of temporary memory. On a CPU, where matrices are worked on one
+# after another, it is a share of the tree: the number of stacks, and with it the program, then
+# stays as it is however deep the tree. Smaller ones than the second bound save nothing that counts.
+_CPU_STACK_SHARE = 12
+_CPU_STACK_BYTES = 24 * 2**20
 _ACCELERATOR_STACK_BYTES = 512 * 2**20
+
+
+#: Of each leaf: shape, dtype, and where its matrices are.
+_Shapes: TypeAlias = tuple[tuple[tuple[int, ...], str, MatrixSpec], ...]
+#: `(beta, 1 - beta)` or None without Nesterov; corrections of momentum and gradient or None.
+_Ahead: TypeAlias = tuple[tuple[ScalarLike, ScalarLike] | None, tuple[jax.Array, jax.Array] | None]
 
 
 class MuonState(NamedTuple):
@@ -62,6 +74,7 @@ def scale_by_muon(
     bias_correction: bool = False,
     ns_method: str = "auto",
     ns_dtype: Any = None,
+    ns_implementation: str | None = "xla",
     relative_eps: bool = True,
     rules: MatrixRules | None = None,
     param_shardings: Any = None,
@@ -107,6 +120,8 @@ def scale_by_muon(
             `optax.contrib.muon` does (with `t + 1` for a Nesterov momentum). Static.
         ns_method: "auto", "standard", "gram" or "svd" (see `orthogonalize`). Static.
         ns_dtype: What Newton-Schulz computes in (see `orthogonalize`). Static.
+        ns_implementation: Who computes symmetric products: "xla", or None, which takes a Pallas
+            kernel where one should save time (see `orthogonalize`). Static.
         relative_eps: False adds `eps`, as it is, to the norm, as `optax.contrib.muon` does;
             gradients near it then give smaller updates. Static.
         rules: `MatrixRules`; None is the built-in inference. Static.
@@ -142,7 +157,9 @@ def scale_by_muon(
     """
     check_fraction("beta", beta, "the momentum's decay, such as 0.95")
     check_non_negative("eps", eps)
-    polar = plan_polar(ns_coeffs, ns_steps, ns_method, ns_dtype, preconditioning, relative_eps)
+    polar = plan_polar(
+        ns_coeffs, ns_steps, ns_method, ns_dtype, preconditioning, relative_eps, ns_implementation
+    )
     options = Distribution() if distribution is None else distribution
     mapped_axes = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
 
@@ -172,28 +189,23 @@ def scale_by_muon(
         if momentum_shardings is not shardings:
             updates = _placed(updates, momentum_shardings)
         count = jnp.asarray(optax.safe_increment(jnp.asarray(state.count)))
-        mu = jax.tree.map(functools.partial(_average, beta=beta), state.mu, updates)
+        weights = (beta, 1 - beta)
+        mu = jax.tree.map(functools.partial(_average, weights=weights), state.mu, updates)
+        corrections = None
         if bias_correction:
             ahead = jnp.asarray(optax.safe_increment(count)) if nesterov else count
-            mu_hat = jax.tree.map(lambda m: m / _correction(beta, ahead), mu)
-            g_hat = jax.tree.map(lambda g: g / _correction(beta, count), updates)
-        else:
-            mu_hat, g_hat = mu, updates
-        if nesterov:
-            direction = jax.tree.map(functools.partial(_average, beta=beta), mu_hat, g_hat)
-        else:
-            direction = mu_hat
-        direction = jax.tree.map(lambda u, g: u.astype(g.dtype), direction, updates)
-
-        leaves, treedef = jax.tree.flatten(direction)
+            corrections = (_correction(beta, ahead), _correction(beta, count))
+        how = (weights if nesterov else None, corrections)
+        momenta, treedef = jax.tree.flatten(mu)
+        gradients = jax.tree.leaves(updates)
         if shardings is None and not mapped_axes:
-            plan = _plan(tuple((leaf.shape, leaf.dtype.name, spec) for _, leaf, spec in specs))
-            polars = map_stacks(functools.partial(_polar_of_stack, polar, eps), leaves, plan)
+            shapes = tuple((leaf.shape, leaf.dtype.name, spec) for _, leaf, spec in specs)
+            polars = _polars(polar, shapes, eps, how, momenta, gradients, count)
         else:
             polars = orthogonalize_distributed(
                 polar,
                 eps,
-                leaves,
+                _directions(momenta, gradients, how),
                 [spec for _, _, spec in specs],
                 momentum_shardings,
                 shardings,
@@ -202,7 +214,8 @@ def scale_by_muon(
             )
         if adaptive:
             # The dual norm: <U, O> is the sum of U's singular values where O is its polar factor.
-            polars = [jnp.sum(u.conj() * o) * o for u, o in zip(leaves, polars, strict=True)]
+            directions = _directions(momenta, gradients, how)
+            polars = [jnp.sum(u.conj() * o) * o for u, o in zip(directions, polars, strict=True)]
         mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
         if momentum_shardings is not shardings:
             mu = _placed(mu, momentum_shardings)
@@ -211,10 +224,25 @@ def scale_by_muon(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _average(m: jax.Array, g: jax.Array, beta: ScalarLike) -> jax.Array:
+def _average(m: jax.Array, g: jax.Array, weights: tuple[ScalarLike, ScalarLike]) -> jax.Array:
     """`beta m + (1 - beta) g`, accumulated in float32 or wider."""
     dtype = jnp.promote_types(jnp.promote_types(m.dtype, g.dtype), jnp.float32)
-    return jnp.asarray(beta * m.astype(dtype) + (1 - beta) * g.astype(dtype), dtype)
+    return jnp.asarray(weights[0] * m.astype(dtype) + weights[1] * g.astype(dtype), dtype)
+
+
+def _direction(m: jax.Array, g: jax.Array, how: _Ahead) -> jax.Array:
+    """What is orthogonalised, entry by entry: the momentum, or one step ahead of it."""
+    dtype = g.dtype
+    weights, corrections = how
+    if corrections is not None:
+        m, g = m / corrections[0], g / corrections[1]
+    return (m if weights is None else _average(m, g, weights)).astype(dtype)
+
+
+def _directions(
+    momenta: Sequence[jax.Array], gradients: Sequence[jax.Array], how: _Ahead
+) -> list[jax.Array]:
+    return [_direction(m, g, how) for m, g in zip(momenta, gradients, strict=True)]
 
 
 def _momentum_shardings(
@@ -248,18 +276,41 @@ def _correction(beta: ScalarLike, count: jax.Array) -> jax.Array:
     return 1 - jnp.asarray(beta, jnp.float32) ** count
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _polars(
+    polar: PolarPlan,
+    shapes: _Shapes,
+    eps: ScalarLike,
+    how: _Ahead,
+    momenta: Sequence[jax.Array],
+    gradients: Sequence[jax.Array],
+    count: jax.Array,
+) -> list[jax.Array]:
+    """The polar factors of all directions, on one device."""
+    # An inner jit: a call outside of one compiles as a whole, and once.
+    function = functools.partial(_polar, polar, eps)
+    combine = functools.partial(_direction, how=how)
+    trees = (momenta, gradients)
+    if default_platform() == "cpu":
+        return map_in_turn(function, combine, trees, _turns(shapes), count >= 0)
+    return map_stacks(function, combine, trees, _stacks(shapes))
+
+
 @functools.lru_cache(maxsize=64)
-def _plan(leaves: tuple[tuple[tuple[int, ...], str, MatrixSpec], ...]) -> StackPlan:
-    return plan_stacks(
-        [plan_leaf(shape, spec) for shape, _, spec in leaves],
-        [dtype for _, dtype, _ in leaves],
-        _STACK_BYTES.get(jax.default_backend(), _ACCELERATOR_STACK_BYTES),
-    )
+def _stacks(shapes: _Shapes) -> StackPlan:
+    leaves = [plan_leaf(shape, spec) for shape, _, spec in shapes]
+    return plan_stacks(leaves, [dtype for _, dtype, _ in shapes], _ACCELERATOR_STACK_BYTES)
+
+
+@functools.lru_cache(maxsize=64)
+def _turns(shapes: _Shapes) -> TurnPlan:
+    total = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype, _ in shapes)
+    leaves = [plan_leaf(shape, spec) for shape, _, spec in shapes]
+    max_bytes = max(_CPU_STACK_BYTES, total // _CPU_STACK_SHARE)
+    return plan_turns(leaves, [dtype for _, dtype, _ in shapes], max_bytes)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _polar_of_stack(polar: PolarPlan, eps: ScalarLike, stack: jax.Array) -> jax.Array:
-    # An inner jit, so that stacks of one shape are traced once.
-    if jax.default_backend() == "cpu" and stack.shape[0] > 1:
-        return jax.lax.map(lambda x: apply_polar(polar, x, eps), stack)
-    return apply_polar(polar, stack, eps)
+def _polar(polar: PolarPlan, eps: ScalarLike, x: jax.Array) -> jax.Array:
+    # An inner jit, so that matrices of one shape are traced once.
+    return apply_polar(polar, x, eps)

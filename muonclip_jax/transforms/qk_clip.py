@@ -13,7 +13,7 @@ from muonclip_jax.clipping.blocks import find_in, named_leaves, plan_clip
 from muonclip_jax.clipping.clip import clip_info, leaf_factors
 from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.clipping.maxima import Recorded
-from muonclip_jax.clipping.scaling import keep_unscaled
+from muonclip_jax.clipping.scaling import beside, keep_unscaled
 from muonclip_jax.layouts.attention_finding import Blocks, block_rules
 from muonclip_jax.layouts.attention_plan import BlockPlan
 
@@ -48,6 +48,10 @@ def clip_until(step: int, threshold: ScalarOrSchedule = 100.0) -> Callable[[Any]
         >>> schedule = clip_until(70_000)
         >>> float(schedule(69_999)), float(schedule(70_000))
         (100.0, inf)
+
+    References:
+        Kimi Team, Kimi K2, arXiv 2507.20534: no head triggered after the first 70 000
+        steps.
     """
     check_clip_settings(threshold, 0.5, "query")
 
@@ -78,6 +82,7 @@ def _clip_updates(
     new: dict[str, Any] = {}
     for path, factor in leaf_factors(plans, info.gamma, alpha, shared_keys).items():
         p, u = params[path], updates[path]
+        factor = beside(factor, p)
         wide = jnp.promote_types(jnp.promote_types(p.dtype, u.dtype), jnp.float32)
         moved = p.astype(wide) + u.astype(wide)
         clipped = moved * factor.astype(wide) - p.astype(wide)

@@ -229,11 +229,13 @@ def test_log_sum_exp_of_rows_with_nothing_counts_for_nothing():
 
 def test_unknown_implementation_lists_the_known_ones():
     query, key, value, _ = CASES["plain"].make()
-    with pytest.raises(ValueError, match=r"'flash' is unknown; choose one of 'xla', 'cudnn'"):
+    with pytest.raises(
+        ValueError, match=r"'flash' is unknown; choose one of 'xla', 'pallas', 'cudnn'"
+    ):
         dot_product_attention(query, key, value, implementation="flash")
 
 
-@pytest.mark.parametrize("name", [n for n, i in IMPLEMENTATIONS.items() if n != "xla"])
+@pytest.mark.parametrize("name", [n for n in IMPLEMENTATIONS if n not in ("xla", "pallas")])
 def test_others_refuse_an_additive_bias(name):
     query, key, value, keywords = CASES["bias that adds"].make(jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="additive bias, which no clip can change"):

@@ -5,48 +5,12 @@ tree to `q, k`, both `(tokens, query heads, size)`: what the model would multipl
 largest logit is then the largest `q . k / sqrt(size)`.
 """
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
 from muonclip_jax.layouts.attention import AttentionLayout, Projection
-from tests.clipping.oracle import linear, normal, per_query, wide
-
-Array = np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Sizes of one model."""
-
-    model: int = 10
-    heads: int = 4
-    kv_heads: int = 2
-    head: int = 6
-    rope: int = 2
-    value: int = 5
-    latent: int = 7
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One kind of attention."""
-
-    name: str
-    params: Callable[[np.random.Generator, Sizes], dict[str, Any]]
-    heads_of: Callable[[dict[str, Any], Array, Sizes], tuple[Array, Array]]
-    blocks: Any = None
-    own_keys: bool = True  # as many keys as queries
-
-    def sizes(self, **changes: int) -> Sizes:
-        sizes = Sizes(**changes)
-        return dataclasses.replace(sizes, kv_heads=sizes.heads) if self.own_keys else sizes
-
-
-def _heads(y: Array, heads: int) -> Array:
-    return y.reshape(len(y), heads, -1)
+from tests.clipping.gated_cases import GATED
+from tests.clipping.oracle import Array, Case, heads_in as _heads, linear, normal, per_query, wide
+from tests.clipping.positions_cases import POSITIONS
 
 
 def _separate(query: str, key: str, merged: bool, bias: bool):
@@ -108,28 +72,6 @@ def _fused(name: str, order: str, split_axes: bool = False, transposed: bool = F
     return {"params": params, "heads_of": heads_of}
 
 
-def _gated(interleaved: bool):
-    def params(rng, s):
-        return {
-            "my_q": {"kernel": normal(rng, s.model, 2 * s.heads * s.head)},
-            "my_k": {"kernel": normal(rng, s.model, s.kv_heads * s.head)},
-        }
-
-    def heads_of(p, x, s):
-        y = linear(x, p["my_q"])
-        q = y.reshape(len(x), s.heads, 2, s.head)[:, :, 0] if interleaved else None
-        q = _heads(y[:, : s.heads * s.head], s.heads) if q is None else q
-        return q, per_query(_heads(linear(x, p["my_k"]), s.kv_heads), s.heads)
-
-    layout = AttentionLayout(
-        (
-            Projection("my_q", ("query", "gate"), interleaved=interleaved),
-            Projection("my_k", ("key",)),
-        )
-    )
-    return {"params": params, "heads_of": heads_of, "blocks": [("attn$", layout)]}
-
-
 def _fused_kv(query: str, key_value: str):
     def params(rng, s):
         return {
@@ -157,8 +99,15 @@ def _gemma_heads(p, x, s):
     return q, per_query(k, s.heads)
 
 
-def _latent(query: str, down: str, up: str, merged: bool, low_rank: str | None = None):
-    """Latent attention: keys from a latent, one rotary key for all heads."""
+def _latent(
+    query: str,
+    down: str,
+    up: str,
+    merged: bool,
+    low_rank: str | None = None,
+    values: int | None = None,
+):
+    """Latent attention: keys from a latent, one rotary key for all heads; values beside them."""
 
     def params(rng, s):
         shape = (lambda n: (s.heads * n,)) if merged else (lambda n: (s.heads, n))
@@ -166,7 +115,11 @@ def _latent(query: str, down: str, up: str, merged: bool, low_rank: str | None =
         p = {
             query: {"kernel": normal(rng, inputs, *shape(s.head))},
             down: {"kernel": normal(rng, s.model, s.latent + s.rope)},
-            up: {"kernel": normal(rng, s.latent, *shape(s.head - s.rope + s.value))},
+            up: {
+                "kernel": normal(
+                    rng, s.latent, *shape(s.head - s.rope + (s.value if values is None else values))
+                )
+            },
             "kv_norm": {"scale": np.ones(s.latent, np.float32)},
         }
         if low_rank:
@@ -254,6 +207,7 @@ CASES = (
     Case("grouped", **_separate("query", "key", merged=False, bias=True), own_keys=False),
     Case("merged", **_separate("q_proj", "k_proj", merged=True, bias=True)),
     Case("merged, grouped", **_separate("wq", "wk", merged=True, bias=True), own_keys=False),
+    Case("multi-query", **_separate("query", "key", merged=False, bias=True), key_heads=1),
     Case("diffusion", **_separate("to_q", "to_k", merged=True, bias=False)),
     Case(
         "other names",
@@ -268,8 +222,8 @@ CASES = (
     Case("maxtext fused", **_fused("qkv_proj", "concatenated", split_axes=True)),
     Case("bloom", **_fused("query_key_value", "interleaved")),
     Case("falcon", **_fused("query_key_value", "interleaved"), own_keys=False),
-    Case("gate, interleaved", **_gated(interleaved=True), own_keys=False),
-    Case("gate, concatenated", **_gated(interleaved=False), own_keys=False),
+    *GATED,
+    *POSITIONS,
     Case("fused kv", **_fused_kv("to_q", "to_kv"), own_keys=False),
     Case("gemma", _gemma_params, _gemma_heads, own_keys=False),
     Case("maxtext latent", **_latent("wq_b", "wkv_a", "wkv_b", False, low_rank="wq_a")),
@@ -279,6 +233,10 @@ CASES = (
         **_latent("q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", True, low_rank="q_a_proj"),
     ),
     Case("deepseek lite", **_latent("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", True)),
+    Case(
+        "latent, separate k and v",
+        **_latent("wq_b", "wkv_a", "wk_b", False, low_rank="wq_a", values=0),
+    ),
     Case("latent, separate parts", _latent_parts_params, _latent_parts_heads),
     Case("gains", **_gains(shared_key_gain=False)),
     Case("gains, grouped", **_gains(shared_key_gain=False), own_keys=False),

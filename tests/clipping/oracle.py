@@ -1,13 +1,45 @@
-"""What every case of attention shares: random weights, a linear layer, the definition of a maximum.
+"""What every case of attention shares: sizes, random weights, a linear layer, what a maximum is.
 
 All in float64 NumPy, apart from the weights, which are float32 as a model keeps them.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 Array = np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Sizes of one model."""
+
+    model: int = 10
+    heads: int = 4
+    kv_heads: int = 2
+    head: int = 6
+    rope: int = 2
+    value: int = 5
+    latent: int = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kind of attention."""
+
+    name: str
+    params: Callable[[np.random.Generator, Sizes], dict[str, Any]]
+    heads_of: Callable[[dict[str, Any], Array, Sizes], tuple[Array, Array]]
+    blocks: Any = None
+    own_keys: bool = True  # as many keys as queries
+    key_heads: int | None = None  # where that is part of the case
+
+    def sizes(self, **changes: int) -> Sizes:
+        sizes = Sizes(**changes)
+        kv_heads = sizes.heads if self.own_keys else sizes.kv_heads
+        return dataclasses.replace(sizes, kv_heads=self.key_heads or kv_heads)
 
 
 def normal(rng: np.random.Generator, *shape: int) -> Array:
@@ -33,3 +65,8 @@ def linear(x: Array, module: dict[str, Any]) -> Array:
 def maxima_of(q: Array, k: Array) -> Array:
     """The definition: the largest scaled product over all pairs of tokens, `(heads,)`."""
     return np.einsum("thd,shd->hts", q, k).max((1, 2)) / np.sqrt(q.shape[-1])
+
+
+def heads_in(y: Array, heads: int) -> Array:
+    """Returns `(tokens, features)` as `(tokens, heads, size)`."""
+    return y.reshape(len(y), heads, -1)

@@ -216,6 +216,24 @@ def test_it_runs_in_scan_and_keeps_structure():
     assert infos.clipped_heads["attn"].tolist() == [4, 4, 4]
 
 
+def test_what_is_not_clipped_is_not_computed():
+    """A branch a leaf, so that weights of other blocks are neither read nor written."""
+    params = {"a": attention(), "b": attention()}
+    maxima = {"a": jnp.full(4, 400.0), "b": jnp.full(4, 4.0)}
+    text = str(jax.make_jaxpr(lambda p, m: apply_qk_clip(p, m)[0])(params, maxima))
+    assert text.count(" cond[") == 2 * len(("query", "key")) * len(("kernel", "bias"))
+
+
+def test_under_vmap_every_model_has_its_own_clip():
+    models = [attention(), jax.tree.map(lambda x: 2 * x, attention())]
+    maxima = jnp.asarray([[400.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *models)
+    new, _ = jax.vmap(lambda p, m: apply_qk_clip({"attn": p}, {"attn": m}))(stacked, maxima)
+    for i, model in enumerate(models):
+        alone, _ = apply_qk_clip({"attn": model}, {"attn": maxima[i]})
+        same_bits(jax.tree.map(lambda x, i=i: x[i], new), alone)
+
+
 def test_info_alone_is_the_info_of_the_clip():
     params = {"attn": attention()}
     maxima = {"attn": jnp.asarray([1.0, 150.0, 90.0, 7.0])}

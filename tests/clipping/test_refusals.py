@@ -97,6 +97,65 @@ def test_a_gate_that_hides_in_the_query_kernel_is_refused():
         apply_qk_clip({"attn": attn}, {"attn": jnp.ones(4)})
 
 
+def test_a_gate_that_values_reveal_still_needs_its_place():
+    attn = {
+        "q_proj": {"kernel": normal(6, 2 * 4 * 8)},
+        "k_proj": {"kernel": normal(6, 2 * 8)},
+        "v_proj": {"kernel": normal(6, 2 * 8)},
+        "o_proj": {"kernel": normal(4 * 8, 6)},
+    }
+    with pytest.raises(
+        ValueError, match=r"a gate\. Say where .*head by head .*interleaved='group'"
+    ):
+        apply_qk_clip({"attn": attn}, {"attn": jnp.ones(4)})
+    # The layout that the message names.
+    query = Projection("q_proj", ("query", "gate"), interleaved=True)
+    layout = AttentionLayout((query, Projection("k_proj", ("key",))))
+    maxima = {"attn": jnp.asarray([400.0, 1.0, 1.0, 1.0])}
+    new, _ = apply_qk_clip({"attn": attn}, maxima, blocks=layout)
+    ratio = np.asarray(new["attn"]["q_proj"]["kernel"] / attn["q_proj"]["kernel"])
+    np.testing.assert_allclose(ratio[:, :8], 0.25, rtol=1e-6)
+    assert (ratio[:, 8:] == 1).all()
+
+
+def test_values_half_as_large_as_queries_are_no_gate():
+    attn = {
+        "q_proj": {"kernel": normal(6, 4 * 8)},
+        "k_proj": {"kernel": normal(6, 2 * 8)},
+        "v_proj": {"kernel": normal(6, 2 * 4)},
+        "o_proj": {"kernel": normal(4 * 4, 6)},
+    }
+    maxima = {"attn": jnp.asarray([400.0, 1.0, 1.0, 1.0])}
+    new, _ = apply_qk_clip({"attn": attn}, maxima)
+    ratio = np.asarray(new["attn"]["q_proj"]["kernel"] / attn["q_proj"]["kernel"])
+    np.testing.assert_allclose(ratio[:, :8], 0.25, rtol=1e-6)
+    assert (ratio[:, 8:] == 1).all()
+
+
+MAXTEXT = {
+    "wq_a": {"kernel": normal(5, 3, 2)},
+    "wq_b": {"kernel": normal(2, 3, 2, 6)},
+    "wkv_a": {"kernel": normal(5, 3, 4)},
+    "wkv_b": {"kernel": normal(2, 3, 2, 7)},
+}
+
+
+def test_maxima_with_a_batch_between_layers_and_heads_say_what_to_write():
+    """What MaxText records under its scan: `(layers, batch, heads)`."""
+    params = {"decoder": {"layers": {"self_attention": MAXTEXT}}}
+    maxima = jnp.asarray(normal(3, 4, 2)).at[1, 2, 0].set(400.0)
+    path = "decoder/layers/self_attention"
+    message = r"do not fit.*\(stacked layers, batch, query heads\).*lambda s: s.max\(axis=1\)"
+    with pytest.raises(ValueError, match=message):
+        apply_qk_clip(params, {path: maxima})
+    new, info = apply_qk_clip(params, jax.tree.map(lambda s: s.max(axis=1), {path: maxima}))
+    assert info.gamma[path].tolist() == [[1.0, 1.0], [0.25, 1.0], [1.0, 1.0]]
+    kernel = new["decoder"]["layers"]["self_attention"]["wq_b"]["kernel"]
+    np.testing.assert_array_equal(kernel[:, ::2], MAXTEXT["wq_b"]["kernel"][:, ::2])
+    with pytest.raises(ValueError, match=r"s\.max\(axis=\(1, 2\)\)"):
+        apply_qk_clip(params, {path: maxima[:, None]})
+
+
 def test_a_fused_kernel_without_the_size_of_a_head_is_refused_and_can_be_told():
     params = {"attn": {"qkv": {"kernel": normal(6, 48)}}}
     maxima = {"attn": jnp.asarray([200.0, 1.0, 1.0, 1.0])}

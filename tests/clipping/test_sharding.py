@@ -1,11 +1,16 @@
-"""A clip is elementwise: the partitioner has nothing to move."""
+"""A clip is elementwise: the partitioner moves no weight, and of the maxima as little as can be."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
+import muonclip_jax as mc
+from benchmarks.hlo import tally
 from muonclip_jax.clipping import apply_qk_clip
 
 MAXIMA = jnp.asarray([150.0, 90.0, 40.0, 300.0, 1.0, 1.0, 200.0, 1.0])
@@ -68,3 +73,163 @@ def test_inside_shard_map_over_heads():
     step = jax.shard_map(clip, mesh=mesh(AxisType.Auto), in_specs=(heads, P("x")), out_specs=heads)
     new = jax.jit(step)(params, MAXIMA)
     jax.tree.map(np.testing.assert_array_equal, new, expected)
+
+
+# Heads over tensor-parallel axes, maxima over data, and stages
+
+# name -> (kernel shape, its sharding, maxima shape, their sharding)
+SHARDED = {
+    "heads": ((16, 8, 8), P(None, "y"), (8,), P("y")),
+    "heads and inputs": ((16, 8, 8), P("x", "y"), (8,), P("y")),
+    "merged heads": ((16, 64), P("x", "y"), (8,), P("y")),
+    "maxima of shards of the batch": ((16, 8, 8), P(None, "y"), (4, 8), P("x", "y")),
+    "stages": ((4, 16, 8, 8), P("x", None, "y"), (4, 8), P("x", "y")),
+    "stages, merged heads": ((4, 16, 64), P("x", None, "y"), (4, 8), P("x", "y")),
+    "stages, micro-batches": ((4, 16, 8, 8), P("x", None, "y"), (3, 4, 8), P(None, "x", "y")),
+    "maxima over heads, weights over inputs": ((16, 8, 8), P("y"), (8,), P("y")),
+}
+SLOW = ("heads and inputs", "stages", "stages, merged heads")
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, case in SHARDED.items()
+    ],
+)
+def test_weights_stay_and_maxima_travel_once(kind, case):
+    shape, weights_at, maxima_shape, maxima_at = case
+    layers = 3
+    params = {str(layer): tree(shape)["attn"] for layer in range(layers)}
+    maxima = {
+        name: 200 * jax.random.uniform(jax.random.key(int(name)), maxima_shape) for name in params
+    }
+    expected, _ = apply_qk_clip(params, maxima)
+    on = mesh(kind)
+    params = jax.device_put(params, NamedSharding(on, weights_at))
+    maxima = jax.device_put(maxima, NamedSharding(on, maxima_at))
+    with jax.set_mesh(on):
+        program = jax.jit(apply_qk_clip).lower(params, maxima).compile()
+        new, info = program(params, maxima)
+    jax.tree.map(np.testing.assert_array_equal, new, expected)
+    assert not jax.tree.all(jax.tree.map(np.array_equal, new, params))
+    assert int(info.total_clipped) > 0
+    for leaf in jax.tree.leaves(new):
+        assert leaf.sharding.is_equivalent_to(NamedSharding(on, weights_at), leaf.ndim)
+    counted = tally(program.as_text()).by_kind()
+    # Less than a number a head, layer and purpose: no weight is among them.
+    assert counted.get("all-gather", {"bytes": 0})["bytes"] <= 4 * 4 * layers * 8 * 8
+    if weights_at != P("y"):
+        assert set(counted) <= {"all-reduce"}
+        # The maxima of all layers together; how many heads were clipped; whether any was.
+        assert counted["all-reduce"]["count"] <= 4
+        assert counted["all-reduce"]["bytes"] < 1000
+
+
+# A train step where the user maps: gradients by `lax.pmean`, maxima by `reduce_max_logits`
+
+
+LAYERS, HEADS, SIZE, WIDTH = 2, 4, 4, 8
+
+
+def model():
+    keys = iter(jax.random.split(jax.random.key(1), 3 * LAYERS))
+    return {
+        f"block_{layer}": {
+            "attn": {
+                name: {"kernel": 3 * jax.random.normal(next(keys), (WIDTH, HEADS, SIZE))}
+                for name in ("query", "key", "value")
+            }
+        }
+        for layer in range(LAYERS)
+    }
+
+
+def loss(params, batch):
+    """The loss, and every layer's largest logits."""
+    x, maxima = batch, {}
+    for name, block in params.items():
+        q, k, v = (
+            jnp.einsum("btd,dhk->bthk", x, block["attn"][role]["kernel"])
+            for role in ("query", "key", "value")
+        )
+        maxima[f"{name}/attn"] = mc.attention_max_logits(q, k)
+        out = jax.nn.dot_product_attention(q, k, v)
+        x = x + out.reshape(*x.shape[:2], -1)[..., :WIDTH]
+    return jnp.mean(x**2), maxima
+
+
+def train_step(tx, axis_name, params, state, batch):
+    grads, maxima = jax.grad(loss, has_aux=True)(params, batch)
+    if axis_name is not None:
+        grads = jax.lax.pmean(grads, axis_name)
+        maxima = mc.reduce_max_logits(maxima, axis_name)
+    updates, state = tx.update(grads, state, params, max_logits=maxima)
+    return optax.apply_updates(params, updates), state, maxima
+
+
+def on_one_device(steps=2):
+    tx = mc.muonclip(0.01, ns_steps=2, qk_clip_threshold=20.0)
+    params = model()
+    state, maxima = tx.init(params), {}
+    for batch in batches(steps):
+        params, state, maxima = jax.jit(functools.partial(train_step, tx, None))(
+            params, state, batch
+        )
+    assert max(float(m.max()) for m in maxima.values()) > 20.0
+    return params
+
+
+def batches(steps=2):
+    return [jax.random.normal(jax.random.key(step), (8, 3, WIDTH)) for step in range(steps)]
+
+
+def assert_close(params, expected, rows=None):
+    for got, want in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got if rows is None else got[rows], want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_train_step_in_shard_map_equals_one_device():
+    tx = mc.muonclip(0.01, ns_steps=2, qk_clip_threshold=20.0, axis_name=("x", "y"))
+    params, expected = model(), on_one_device()
+    state = tx.init(params)
+    step = jax.jit(
+        jax.shard_map(
+            functools.partial(train_step, tx, ("x", "y")),
+            mesh=mesh(AxisType.Auto),
+            in_specs=(P(), P(), P(("x", "y"))),
+            out_specs=P(),
+            check_vma=False,
+        )
+    )
+    for batch in batches():
+        params, state, _ = step(params, state, batch)
+    assert_close(params, expected)
+
+
+def test_a_train_step_in_pmap_equals_one_device():
+    tx = mc.muonclip(0.01, ns_steps=2, qk_clip_threshold=20.0, axis_name="batch")
+    expected = on_one_device()
+    copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (8, *x.shape)), model())
+    state = jax.pmap(tx.init, axis_name="batch")(copies)
+    step = jax.pmap(functools.partial(train_step, tx, "batch"), axis_name="batch")
+    for batch in batches():
+        copies, state, _ = step(copies, state, batch.reshape(8, 1, 3, WIDTH))
+    for device in (0, 7):
+        assert_close(copies, expected, device)
+
+
+def test_maxima_of_all_layers_are_one_collective():
+    reduced = jax.jit(
+        jax.shard_map(
+            lambda maxima: mc.reduce_max_logits(maxima, ("x", "y")),
+            mesh=mesh(AxisType.Auto),
+            in_specs=P(("x", "y")),
+            out_specs=P(),
+        )
+    )
+    maxima = {f"layers_{n}/attn": jnp.ones((8, 2 + n)) for n in range(9)}
+    counted = tally(reduced.lower(maxima).compile().as_text()).by_kind()
+    assert {kind: row["count"] for kind, row in counted.items()} == {"all-reduce": 1}

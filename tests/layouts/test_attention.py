@@ -34,6 +34,11 @@ def test_a_size_for_every_part():
         Projection("Wq", ("query", "gate"), sizes=(4,))
 
 
+def test_unknown_orders_list_the_known_ones():
+    with pytest.raises(ValueError, match="interleaved='heads'; it must be one of False, True, 'g"):
+        Projection("Wq", ("query", "gate"), interleaved="heads")
+
+
 def test_a_layout_needs_a_query():
     with pytest.raises(ValueError, match="'mine' has no query"):
         AttentionLayout((Projection("Wk", ("key",)),), "mine")
@@ -64,6 +69,8 @@ def test_vectors_called_query_and_key_are_no_attention():
         (("query", "wkv_a", "wkv_b"), "latent"),
         (("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"), "latent (low-rank query)"),
         (("q_proj", "kv_a_proj_with_mqa", "kv_b_proj"), "latent"),
+        (("wq_b", "wkv_a", "wk_b", "wv_b"), "latent (low-rank query)"),
+        (("q_proj", "kv_a_proj_with_mqa", "k_b_proj", "v_b_proj"), "latent"),
         (("q_nope", "q_rope", "k_nope", "k_rope"), "latent (separate parts)"),
         (("c_attn", "c_proj"), "fused q k v"),
         (("query_key_value", "dense"), "fused q k v, interleaved"),

@@ -24,6 +24,7 @@ class LocalLeaf:
         blocks: For every part of the plan, what the device holds of each matrix.
         permutations: For every part, its dimensions in the order batch, rows, columns.
         batch: The axes that shard batch dimensions: the matrices themselves differ along them.
+        shared: The mesh axes whose devices share the work on it.
     """
 
     plan: LeafPlan
@@ -31,6 +32,7 @@ class LocalLeaf:
     blocks: tuple[Block, ...]
     permutations: tuple[tuple[int, ...], ...]
     batch: frozenset[str]
+    shared: frozenset[str]
 
 
 def plan_local(
@@ -88,7 +90,7 @@ def plan_local(
         batch + (output + reduction if block.transposed else reduction + output) for block in blocks
     )
     differ = frozenset(name for axis in batch for name in held[axis])
-    return LocalLeaf(plan, tuple(gathered), blocks, permutations, differ)
+    return LocalLeaf(plan, tuple(gathered), blocks, permutations, differ, shared)
 
 
 def _local_split(split: Split, ways: int) -> Split | None:

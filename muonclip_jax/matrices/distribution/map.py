@@ -2,21 +2,41 @@
 
 import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from muonclip_jax.matrices.distribution.blocks import Block
+from muonclip_jax.matrices.distribution.blocks import Block, Sizes
 from muonclip_jax.matrices.distribution.hands import Work, concatenate, work_by_hand
 from muonclip_jax.matrices.distribution.local import blocks_of, leaf_of
-from muonclip_jax.matrices.distribution.moves import bring_home, make_whole
-from muonclip_jax.matrices.distribution.plan import DistributionPlan, Item
+from muonclip_jax.matrices.distribution.moves import (
+    Exchange,
+    bring_home,
+    by_free_and_held,
+    held_and_free,
+    make_whole,
+    position,
+)
+from muonclip_jax.matrices.distribution.plan import DistributionPlan, Group, Item, Job, Round
+
+# More matrices than this to be chosen one by one make the program long: then the whole stack is put
+# together and cut.
+_CHOSEN = 16
+
+
+def _as_it_is(job: Job, turn: Round) -> str:
+    del turn
+    return job.dtype
 
 
 def map_distributed(
-    work: Work, leaves: Sequence[jax.Array], plan: DistributionPlan
+    work: Work,
+    leaves: Sequence[jax.Array],
+    plan: DistributionPlan,
+    sent: Callable[[Job, Round], str] = _as_it_is,
 ) -> list[jax.Array]:
     """Replaces every matrix of a tree by what `work` makes of it, the devices sharing the work.
 
@@ -24,6 +44,7 @@ def map_distributed(
         work: What to do with a stack of wide matrices.
         leaves: This device's piece of every parameter.
         plan: The plan.
+        sent: The dtype in which the results of a job travel home.
 
     Returns:
         This device's piece of every result, as `plan.homes` says.
@@ -37,7 +58,10 @@ def map_distributed(
         for job in turn.jobs:
             received = [
                 make_whole(
-                    _gather(parts, group.order, group.block), group.block, turn.exchange, sizes
+                    _given(parts, group, job.dtype, turn.exchange, sizes),
+                    group.block,
+                    turn.exchange,
+                    sizes,
                 )
                 for group in job.groups
             ]
@@ -45,13 +69,18 @@ def map_distributed(
             stacks.append(concatenate(received))
         results = work_by_hand(work, stacks, turn)
         for job, lengths, result in zip(turn.jobs, exchanged, results, strict=True):
+            result = result.astype(sent(job, turn))
             bounds = itertools.accumulate(lengths, initial=0)
             for group, (start, stop) in zip(job.groups, itertools.pairwise(bounds), strict=True):
-                home = bring_home(result[start:stop], group.home, turn.exchange, sizes)
-                for first, run, offset in _runs(group.order):
-                    if first is not None:
-                        piece = lax.slice_in_dim(home, offset, offset + run)
-                        done.setdefault((first.leaf, first.part), []).append((first.index, piece))
+                owners = [item and (item.leaf, item.part) for item in group.order]
+                for home, places in bring_home(
+                    result[start:stop], group.home, turn.exchange, sizes, owners
+                ):
+                    for first, run, offset in _runs([group.order[place] for place in places]):
+                        if first is not None:
+                            piece = lax.slice_in_dim(home, offset, offset + run).astype(job.dtype)
+                            key = first.leaf, first.part
+                            done.setdefault(key, []).append((first.index, piece))
     results = []
     for leaf, (home, blocks) in enumerate(zip(plan.homes, parts, strict=True)):
         pieces = [
@@ -80,10 +109,56 @@ def _follows(item: Item | None, successor: Item | None) -> bool:
     return successor == Item(item.leaf, item.part, item.index + 1)
 
 
-def _gather(
-    parts: Sequence[Sequence[jax.Array]], order: Sequence[Item | None], block: Block
+def _given(
+    parts: Sequence[Sequence[jax.Array]],
+    group: Group,
+    dtype: str,
+    exchange: Exchange,
+    sizes: Sizes,
 ) -> jax.Array:
-    dtype = next(parts[item.leaf][item.part].dtype for item in order if item is not None)
+    """What this device gives of a group: its own choice of places along the replicating axes."""
+    _, free = held_and_free(group.block, exchange.positions)
+    if not free:
+        return _gather(parts, group.order, group.block, dtype)
+    numbers = by_free_and_held(group.block, exchange, sizes)
+    slots = len(group.order) // numbers.size
+    # table[place along free axes][slot, place along held axes]: the matrix.
+    table = [
+        [group.order[slot * numbers.size + int(n)] for slot in range(slots) for n in row]
+        for row in numbers
+    ]
+    me = position(free)
+    if len(table[0]) > _CHOSEN:
+        stack = _gather(parts, [item for row in table for item in row], group.block, dtype)
+        return lax.dynamic_slice_in_dim(stack, me * len(table[0]), len(table[0]))
+    return concatenate(
+        [
+            _chosen(parts, column, me)
+            if any(column)
+            else _gather(parts, (None,), group.block, dtype)
+            for column in zip(*table, strict=True)
+        ]
+    )
+
+
+def _chosen(
+    parts: Sequence[Sequence[jax.Array]], choices: Sequence[Item | None], me: jax.Array
+) -> jax.Array:
+    """The matrix `choices[me]`, with an axis of length one before it; any where it is None."""
+    sources = sorted({(item.leaf, item.part) for item in choices if item is not None})
+    number = {source: index for index, source in enumerate(sources)}
+    rows = [(0, 0) if x is None else (number[x.leaf, x.part], x.index) for x in choices]
+    source, index = jnp.asarray(np.array(rows, np.int32))[me]
+
+    def of(leaf: int, part: int) -> Callable[[jax.Array], jax.Array]:
+        return lambda index: lax.dynamic_slice_in_dim(parts[leaf][part], index, 1)
+
+    return lax.switch(source, [of(*source) for source in sources], index)
+
+
+def _gather(
+    parts: Sequence[Sequence[jax.Array]], order: Sequence[Item | None], block: Block, dtype: str
+) -> jax.Array:
     return concatenate(
         [
             jnp.zeros((run, *block.shape), dtype)

@@ -17,7 +17,7 @@ def spread_momentum(
         shardings: The parameters'.
         shapes: The leaves' shapes.
         specs: Their normalised specs. Only axes of rows and columns that are in one part are
-            sharded further.
+            sharded further, and only over axes that do not cross a slow network.
 
     Returns:
         The shardings of the momentum. A leaf keeps the parameter's where no axis can be divided.
@@ -37,7 +37,7 @@ def spread_momentum(
         ]
         leaf = list(axes)
         for name, size in shardings.sizes:
-            if size == 1 or any(name in names for names in leaf):
+            if size == 1 or name in shardings.slow or any(name in names for names in leaf):
                 continue
             lengths = {
                 axis: shape[axis] // math.prod(dict(shardings.sizes)[other] for other in leaf[axis])

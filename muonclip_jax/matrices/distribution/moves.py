@@ -2,18 +2,26 @@
 
 To work on whole matrices the devices trade: everyone gives away blocks of matrices that others will
 work on, and gets the missing blocks of its own. That is one `all_to_all` over the axes that shard
-the matrix. Along axes that replicate the matrix nothing has to move: everyone keeps its own share
-of the stack, and results are gathered at the end.
+the matrix. Along axes that replicate the matrix nothing has to move: everyone takes its own share
+of the stack, and results are gathered at the end. Where many places of the stack are padding (fewer
+matrices than devices), results are cut into a piece for every device first and traded, so that what
+is gathered are the matrices and no padding.
 """
 
 import math
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from muonclip_jax.matrices.distribution.blocks import Axes, Block, Sizes
+
+# Enough to fill a link. So much padding is worth a collective more; so much is gathered before the
+# next leaf's results are, so that one parameter's can be used before the next one's arrive.
+_GATHERED_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,9 @@ def make_whole(x: jax.Array, block: Block, exchange: Exchange, sizes: Sizes) -> 
     """Brings blocks of many matrices to few matrices that are whole (or split by columns).
 
     Args:
-        x: `(slots * groups, *block.shape)`; entry `s * groups + p` goes to group `p`.
+        x: `(slots * held groups, *block.shape)`, what this device's place along the axes that
+            replicate the matrix has to give: entry `s * held groups + h` goes to place `h` along
+            the positions that shard it.
         block: What a device holds of each.
         exchange: How the work is shared.
         sizes: Sizes of the mesh axes.
@@ -58,14 +68,10 @@ def make_whole(x: jax.Array, block: Block, exchange: Exchange, sizes: Sizes) -> 
         `(slots, rows, columns)` or, where the exchange splits matrices, `(slots, rows, share)` with
         a share of the columns, in an order that `bring_home` knows.
     """
-    held, free = _held_and_free(block, exchange.positions)
-    slots = x.shape[0] // exchange.groups(sizes)
-    lengths = [sizes[axis] for axis in exchange.positions]
-    x = x.reshape(slots, *lengths, *block.shape)
-    for number, axis in enumerate(exchange.positions):
-        if axis in free:
-            x = lax.dynamic_slice_in_dim(x, lax.axis_index(axis), 1, axis=1 + number)
-    x = x.reshape(slots, math.prod(sizes[axis] for axis in held), *block.shape)
+    held, _ = held_and_free(block, exchange.positions)
+    ways = math.prod(sizes[axis] for axis in held)
+    slots = x.shape[0] // ways
+    x = x.reshape(slots, ways, *block.shape)
     if held:
         x = lax.all_to_all(x, held, split_axis=1, concat_axis=1, tiled=True)
     x = x.reshape(slots, *(sizes[axis] for axis in held), *block.shape)
@@ -84,9 +90,24 @@ def make_whole(x: jax.Array, block: Block, exchange: Exchange, sizes: Sizes) -> 
     return x
 
 
-def bring_home(x: jax.Array, block: Block, exchange: Exchange, sizes: Sizes) -> jax.Array:
-    """Undoes `make_whole`, with the same arguments."""
-    held, free = _held_and_free(block, exchange.positions)
+def bring_home(
+    x: jax.Array, block: Block, exchange: Exchange, sizes: Sizes, owners: Sequence[Hashable | None]
+) -> list[tuple[jax.Array, list[int]]]:
+    """Brings results home.
+
+    Args:
+        x: What `make_whole` returned, worked on.
+        block: What a device shall hold of each.
+        exchange: As for `make_whole`.
+        sizes: Sizes of the mesh axes.
+        owners: For place `s * groups + p` of the stack, what the matrix is a part of, or None
+            where there is none.
+
+    Returns:
+        Pieces `(places, *block.shape)`, with the places of the stack that they are, in order.
+        Together they have all places where there is a matrix.
+    """
+    held, free = held_and_free(block, exchange.positions)
     slots = x.shape[0]
     _, columns = _local_lengths(block, held, sizes)
     across, apart = _split_axes(block, exchange)
@@ -99,21 +120,84 @@ def bring_home(x: jax.Array, block: Block, exchange: Exchange, sizes: Sizes) -> 
     whole = (slots, *(sizes[axis] for axis in held), *block.shape)
     x = x.reshape([whole[axis] for axis in placing])
     x = x.transpose([placing.index(axis) for axis in range(len(placing))])
-    x = x.reshape(slots, math.prod(sizes[axis] for axis in held), *block.shape)
+    ways = math.prod(sizes[axis] for axis in held)
+    x = x.reshape(slots, ways, *block.shape)
     if held:
         x = lax.all_to_all(x, held, split_axis=1, concat_axis=1, tiled=True)
-    x = x.reshape(slots, *(sizes[axis] for axis in held), *block.shape)
-    if free:
-        x = lax.all_gather(x, free, axis=1, to="invarying")
-        x = x.reshape(
-            slots, *(sizes[axis] for axis in free), *(sizes[axis] for axis in held), *block.shape
-        )
-        order = [1 + (free + held).index(axis) for axis in exchange.positions]
-        x = x.transpose([0, *order, *range(1 + len(order), x.ndim)])
-    return x.reshape(slots * exchange.groups(sizes), *block.shape)
+    if not free:
+        return [(x.reshape(slots * ways, *block.shape), list(range(slots * ways)))]
+    padding = sum(owner is None for owner in owners)
+    size = math.prod(block.shape) * x.dtype.itemsize
+    if padding > len(owners) // 4 and padding * size >= _GATHERED_BYTES:
+        return _without_padding(x, block, exchange, sizes, owners)
+    x = lax.all_gather(x, free, axis=1, to="invarying")
+    x = x.reshape(
+        slots, *(sizes[axis] for axis in free), *(sizes[axis] for axis in held), *block.shape
+    )
+    order = [1 + (free + held).index(axis) for axis in exchange.positions]
+    x = x.transpose([0, *order, *range(1 + len(order), x.ndim)])
+    return [(x.reshape(len(owners), *block.shape), list(range(len(owners))))]
 
 
-def _held_and_free(block: Block, positions: Axes) -> tuple[Axes, Axes]:
+def _without_padding(
+    x: jax.Array, block: Block, exchange: Exchange, sizes: Sizes, owners: Sequence[Hashable | None]
+) -> list[tuple[jax.Array, list[int]]]:
+    """Gathers `(slots, places along held axes, *block.shape)` along the axes that replicate it."""
+    _, free = held_and_free(block, exchange.positions)
+    devices = math.prod(sizes[axis] for axis in free)
+    shape, slots = block.shape, x.shape[0]
+    cut = next((axis for axis, length in enumerate(shape) if length % devices == 0), None)
+    if cut is None:
+        # No dimension falls into equal pieces, but all entries in a row do, with some at the end.
+        x = x.reshape(*x.shape[:2], -1)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % devices)))
+    at = 2 + (cut or 0)
+    # Everyone gets a piece of every matrix.
+    x = lax.all_to_all(x[:, None], free, split_axis=1 + at, concat_axis=1, tiled=True)
+    numbers = by_free_and_held(block, exchange, sizes)
+    where = {
+        slot * numbers.size + int(number): (slot, *place)
+        for slot in range(slots)
+        for place, number in np.ndenumerate(numbers)
+    }
+    pieces = []
+    size = math.prod(shape) * x.dtype.itemsize
+    for places in _chunks(owners, size):
+        piece = jnp.stack([x[where[place]] for place in places])
+        piece = lax.all_gather(piece, free, axis=at - 1, tiled=True, to="invarying")
+        if cut is None:
+            piece = piece[:, : math.prod(shape)]
+        pieces.append((piece.reshape(len(places), *shape), places))
+    return pieces
+
+
+def _chunks(owners: Sequence[Hashable | None], size: int) -> Iterator[list[int]]:
+    """Places with matrices, cut where the owner changes and there is enough for a collective."""
+    chunk: list[int] = []
+    for place, owner in enumerate(owners):
+        if owner is None:
+            continue
+        if chunk and owner != owners[chunk[-1]] and len(chunk) * size >= _GATHERED_BYTES:
+            yield chunk
+            chunk = []
+        chunk.append(place)
+    if chunk:
+        yield chunk
+
+
+def by_free_and_held(block: Block, exchange: Exchange, sizes: Sizes) -> np.ndarray:
+    """Numbers of the groups of devices as an array `(places along free axes, along held ones)`."""
+    held, free = held_and_free(block, exchange.positions)
+    lengths = [sizes[axis] for axis in exchange.positions]
+    numbers = np.arange(math.prod(lengths)).reshape(lengths)
+    numbers = numbers.transpose([exchange.positions.index(axis) for axis in free + held])
+    return numbers.reshape(
+        math.prod(sizes[axis] for axis in free), math.prod(sizes[axis] for axis in held)
+    )
+
+
+def held_and_free(block: Block, positions: Axes) -> tuple[Axes, Axes]:
+    """The positions that shard a matrix, and those that replicate it."""
     held = tuple(axis for axis in positions if axis in block.axes)
     return held, tuple(axis for axis in positions if axis not in block.axes)
 

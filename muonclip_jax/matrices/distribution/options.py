@@ -10,9 +10,11 @@ class Distribution:
     """How the devices of a mesh share the orthogonalisation.
 
     Attributes:
-        axes: The mesh axes whose devices share the work; None is all of them. Along the others the
-            work is repeated, and a matrix that they shard is gathered. Leave out the slow axis of a
-            mesh across data centres or slices.
+        axes: The mesh axes whose devices share the work. Along the others the work is repeated, and
+            a matrix that they shard is gathered. None is all of them, but for axes that cross the
+            slow network between slices (along which every device has another
+            `device.slice_index`): those share only matrices that they shard, which have to cross in
+            any case.
         max_matrix_bytes: A matrix larger than this (in the gradient's dtype) is never made whole on
             one device: a group of devices shares its columns.
         max_stack_bytes: Bound on the stack of whole matrices that a device works on at once; a

@@ -7,11 +7,12 @@ import math
 import jax.numpy as jnp
 
 from muonclip_jax.layouts import MatrixSpec
-from muonclip_jax.matrices.distribution.blocks import LeafAxes
+from muonclip_jax.matrices.distribution.blocks import Axes, LeafAxes
 from muonclip_jax.matrices.distribution.local import plan_local
 from muonclip_jax.matrices.distribution.options import Distribution
 from muonclip_jax.matrices.distribution.plan import DistributionPlan
 from muonclip_jax.matrices.distribution.rounds import plan_distribution
+from muonclip_jax.matrices.distribution.slow import sharing_axes
 from muonclip_jax.polar import PolarPlan
 
 
@@ -25,6 +26,7 @@ def plan_for(
     homes: tuple[LeafAxes, ...],
     sizes: tuple[tuple[str, int], ...],
     options: Distribution,
+    slow: Axes = (),
 ) -> DistributionPlan:
     """Plans the distribution of a tree; everything is hashable, and plans are remembered.
 
@@ -37,6 +39,7 @@ def plan_for(
         homes: The axes that shall shard those of the results.
         sizes: Names and sizes of the axes.
         options: Who shares the work.
+        slow: The axes that cross a slow network.
 
     Returns:
         The plan.
@@ -44,23 +47,26 @@ def plan_for(
     Raises:
         ValueError: If `options` names an axis that there is not.
     """
-    names = [name for name, _ in sizes]
+    names = tuple(name for name, _ in sizes)
     for axis in options.axes or ():
         if axis not in names:
             raise ValueError(
                 f"Distribution's axes={options.axes} name {axis!r}, and the mesh has the axes "
                 f"{', '.join(map(repr, names))}. Name some of those, or pass None for all."
             )
-    shared = frozenset(names if options.axes is None else options.axes)
+    shared = [
+        sharing_axes(names, slow, options.axes, axes, spec.dims)
+        for spec, axes in zip(specs, held, strict=True)
+    ]
     leaves, results = (
         [
-            plan_local(shape, spec, axes, shared, dict(sizes))
-            for shape, spec, axes in zip(shapes, specs, sharded, strict=True)
+            plan_local(shape, spec, axes, sharing, dict(sizes))
+            for shape, spec, axes, sharing in zip(shapes, specs, sharded, shared, strict=True)
         ]
         for sharded in (held, homes)
     )
     return plan_distribution(
-        leaves, results, dtypes, sizes, shared, options, functools.partial(_cost, polar, options)
+        leaves, results, dtypes, sizes, options, functools.partial(_cost, polar, options)
     )
 
 

@@ -19,6 +19,7 @@ from muonclip_jax._typing import Tree
 from muonclip_jax.matrices.distribution.alignment import align_shardings
 from muonclip_jax.matrices.distribution.blocks import Axes, LeafAxes
 from muonclip_jax.matrices.distribution.sharding import MeshShardings, axes_of, sharding_of
+from muonclip_jax.matrices.distribution.slow import slow_axes
 
 AUTO_WARNING = (
     "Muon's matrices are on a mesh of {devices} devices with Auto axes {axes}, where their "
@@ -79,6 +80,7 @@ def read_shardings(
             axes_of(sharding.spec if sharding else PartitionSpec(), leaf.ndim)
             for _, leaf, sharding in aligned
         ],
+        devices=given,
     )
 
 
@@ -115,8 +117,12 @@ def _axes_and_sizes(mesh: Mesh | AbstractMesh) -> tuple[tuple[str, int], ...]:
 
 
 def _shardings(
-    mesh: Mesh | AbstractMesh, leaves: Sequence[LeafAxes], unseen: frozenset[str] = frozenset()
+    mesh: Mesh | AbstractMesh,
+    leaves: Sequence[LeafAxes],
+    unseen: frozenset[str] = frozenset(),
+    devices: Mesh | AbstractMesh | None = None,
 ) -> MeshShardings | None:
+    """Puts together what is known; `devices` is a mesh that may know more of its devices."""
     ours: Axes = tuple(
         axis
         for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
@@ -130,4 +136,5 @@ def _shardings(
         tuple(
             tuple(tuple(axis for axis in axes if axis in ours) for axes in leaf) for leaf in leaves
         ),
+        tuple(axis for axis in slow_axes(mesh if devices is None else devices) if axis in ours),
     )

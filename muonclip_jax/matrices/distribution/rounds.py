@@ -1,9 +1,10 @@
 """Which matrices are worked on in which round.
 
-Matrices whose batch axes are sharded alike form a pool (those on another pipeline stage are that
-stage's own business). A pool's full rounds, a matrix of one shape for every device, run as they
-are; what is left of all shapes is dealt out together (`schedule`); matrices that are too large for
-a device are split over groups of them.
+Matrices whose batch axes are sharded alike and which the same devices share form a pool (those on
+another pipeline stage are that stage's own business). A pool's full rounds, a matrix of one shape
+for every device, run as they are, but for the last ones where that balances better; what is left of
+all shapes is dealt out together (`schedule`); matrices that are too large for a device are split
+over groups of them.
 """
 
 import itertools
@@ -31,7 +32,6 @@ def plan_distribution(
     homes: Sequence[LocalLeaf],
     dtypes: Sequence[str],
     sizes: tuple[tuple[str, int], ...],
-    shared: frozenset[str],
     options: Distribution,
     cost: Cost,
 ) -> DistributionPlan:
@@ -42,25 +42,25 @@ def plan_distribution(
         homes: What it shall hold of each result; batch axes are sharded as in `leaves`.
         dtypes: Their dtypes, by name.
         sizes: Names and sizes of the mesh axes, the slowest first.
-        shared: The axes whose devices share the work.
         options: Bounds and the price of a byte.
         cost: What a matrix costs.
 
     Returns:
         The plan; `map_distributed` follows it.
     """
-    kinds: dict[frozenset[str], dict[Kind, Members]] = {}
+    pools: dict[tuple[frozenset[str], frozenset[str]], dict[Kind, Members]] = {}
     lengths = dict(sizes)
     for leaf, (local, home, dtype) in enumerate(zip(leaves, homes, dtypes, strict=True)):
         for part, (block, back) in enumerate(zip(local.blocks, home.blocks, strict=True)):
             rows, columns = block.whole(lengths)
             if not rows * columns:
                 continue
-            kind = kinds.setdefault(local.batch, {}).setdefault((rows, columns, dtype), [])
+            pool = pools.setdefault((local.batch, local.shared), {})
+            kind = pool.setdefault((rows, columns, dtype), [])
             count = local.plan.parts[part].count
             kind += [((block, back), Item(leaf, part, index)) for index in range(count)]
     rounds = []
-    for batch, pool in kinds.items():
+    for (batch, shared), pool in pools.items():
         axes = tuple(name for name, n in sizes if n > 1 and name in shared and name not in batch)
         rounds += _plan_pool(pool, axes, lengths, options, cost)
     return DistributionPlan(sizes, tuple(leaves), tuple(homes), tuple(rounds))
@@ -104,6 +104,16 @@ def _last_rounds(
     """The last full rounds and the leftovers: one stack, unless the leftovers are split."""
     exchange, hands = _deal_leftovers(left, axes, sizes, cost)
     whole = Exchange(axes, ())
+    groups = whole.groups(sizes)
+    rest = {kind: last[kind] + left[kind] for kind in last if last[kind] or left[kind]}
+    costs = [cost(*kind, 1) for kind in rest]
+    together = deal([len(members) for members in rest.values()], costs, groups)
+    apart_cost = hands.makespan + sum(
+        len(last[kind]) // groups * price for kind, price in zip(rest, costs, strict=True)
+    )
+    if not together.padded and together.makespan < apart_cost:
+        yield make_round(whole, list(rest), list(rest.values()), together)
+        return
     apart = [kind for kind in last if exchange.split or not left[kind]]
     for kind in apart:
         if last[kind]:

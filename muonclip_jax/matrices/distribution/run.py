@@ -1,5 +1,6 @@
 """Orthogonalising the leaves of a tree, the devices of a mesh sharing the work."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -8,11 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from muonclip_jax.kernels.platform import default_platform
 from muonclip_jax.layouts import MatrixSpec
 from muonclip_jax.matrices.distribution.blocks import Axes
 from muonclip_jax.matrices.distribution.map import map_distributed
 from muonclip_jax.matrices.distribution.options import Distribution
-from muonclip_jax.matrices.distribution.plan import DistributionPlan
+from muonclip_jax.matrices.distribution.plan import DistributionPlan, Job, Round
 from muonclip_jax.matrices.distribution.planning import plan_for
 from muonclip_jax.matrices.distribution.sharding import MeshShardings
 from muonclip_jax.polar import PolarPlan, apply_polar
@@ -64,6 +66,7 @@ def orthogonalize_distributed(
         homes.leaves if homes else held,
         sizes,
         Distribution() if options is None else options,
+        shardings.slow if shardings else (),
     )
     if shardings is None:
         return _local_program(polar, plan, eps, *leaves)
@@ -93,7 +96,7 @@ def _work(polar: PolarPlan, eps: jax.typing.ArrayLike, stack: jax.Array, split: 
     if split:
         return apply_polar_partitioned(polar, stack, split, eps)
     count = stack.shape[0]
-    if jax.default_backend() != "cpu" or count == 1:
+    if default_platform() != "cpu" or count == 1:
         return apply_polar(polar, stack, eps)
     if count <= _UNROLLED_ON_CPU:
         return jnp.stack([apply_polar(polar, x, eps) for x in stack])
@@ -103,7 +106,21 @@ def _work(polar: PolarPlan, eps: jax.typing.ArrayLike, stack: jax.Array, split: 
 def _local_program(
     polar: PolarPlan, plan: DistributionPlan, eps: jax.typing.ArrayLike, *leaves: jax.Array
 ) -> list[jax.Array]:
-    return map_distributed(lambda stack, split: _work(polar, eps, stack, split), list(leaves), plan)
+    return map_distributed(
+        lambda stack, split: _work(polar, eps, stack, split),
+        list(leaves),
+        plan,
+        functools.partial(_sent, polar),
+    )
+
+
+def _sent(polar: PolarPlan, job: Job, turn: Round) -> str:
+    """Results travel home in what they were computed in, where that is narrower."""
+    if turn.exchange.split and polar.method != "svd":
+        polar = dataclasses.replace(polar, method="standard")
+    resolved = polar.resolve((job.rows, job.columns), job.dtype)
+    _, work = resolved.dtypes(jnp.dtype(job.dtype))
+    return job.dtype if work.itemsize >= jnp.dtype(job.dtype).itemsize else work.name
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))

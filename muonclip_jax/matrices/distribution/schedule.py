@@ -2,15 +2,16 @@
 
 One program runs everywhere, so a stack of 13 matrices on 8 devices is padded to 16, and three
 devices work for nothing. With stacks of several shapes the leftovers of one fill the gaps of
-another: every full round (a matrix of the shape for each device) runs as it is, and what is left of
-all shapes is handed out together, longest processing time first. A device then runs the branch of
-the program that its hand calls for.
+another: full rounds (a matrix of the shape for each device) run as they are, but for the last ones,
+and what is left of all shapes is handed out together, longest processing time first. A device then
+runs the branch of the program that its hand calls for.
 
 Where there are fewer matrices than devices, a group of devices can share each one by columns. That
 costs two collectives of the small Gram matrix a step, so it is done where the devices gain more
 than that.
 """
 
+import heapq
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -55,17 +56,17 @@ def deal(counts: Sequence[int], costs: Sequence[float], groups: int) -> Hands:
         Graham 1969, "Bounds on multiprocessing timing anomalies".
     """
     hands = [[0] * len(counts) for _ in range(groups)]
-    loads = [0.0] * groups
+    loads = [(0.0, group) for group in range(groups)]
     for kind in sorted(range(len(counts)), key=lambda kind: -costs[kind]):
         for _ in range(counts[kind]):
-            group = min(range(groups), key=loads.__getitem__)
+            load, group = loads[0]
             hands[group][kind] += 1
-            loads[group] += costs[kind]
+            heapq.heapreplace(loads, (load + costs[kind], group))
     # Equal hands side by side keep consecutive matrices together.
     hands.sort(reverse=True)
     if len({tuple(hand) for hand in hands}) > MAX_BRANCHES:
         return spread(counts, costs, groups)
-    return Hands(tuple(map(tuple, hands)), max(loads))
+    return Hands(tuple(map(tuple, hands)), max(loads)[0])
 
 
 def spread(counts: Sequence[int], costs: Sequence[float], groups: int) -> Hands:

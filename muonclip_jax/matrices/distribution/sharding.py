@@ -7,7 +7,7 @@ import jax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from muonclip_jax.matrices.distribution.blocks import LeafAxes
+from muonclip_jax.matrices.distribution.blocks import Axes, LeafAxes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +18,13 @@ class MeshShardings:
         mesh: The mesh, as `jax.shard_map` takes it.
         sizes: Names and sizes of the axes that are not manual already, the slowest first.
         leaves: For every leaf, the axes that shard each of its dimensions.
+        slow: Those of the axes that cross a slow network.
     """
 
     mesh: Mesh | AbstractMesh
     sizes: tuple[tuple[str, int], ...]
     leaves: tuple[LeafAxes, ...]
+    slow: Axes = ()
 
     @property
     def inside_manual(self) -> bool:

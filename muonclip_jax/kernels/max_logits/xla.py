@@ -1,15 +1,11 @@
-"""The operation "per-head maxima": the largest logit of each head, over the pairs attended to.
+"""What per-head maxima mean: the operation in XLA, block by block.
 
-    S_h = max over b, t, s attended of  scale q[b, t, h] . k[b, s, h]
-
-The reference goes through the pairs in blocks of queries and keys. Each block is a small matrix
+It goes through the pairs in blocks of queries and keys. Each block is a small matrix
 product and a maximum; what lives at once is one block, and memory grows with `T + S` and not with
 their product. The last block of an axis is moved back until it fits: pairs seen twice do not
 change a maximum, and no padding is needed. Blocks that causality or the window rule out are never
 visited.
 """
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -73,13 +69,14 @@ def _block_starts(
     return starts
 
 
-def _max_logits_xla(
+def max_logits_xla(
     query: Float[Array, "B T K G H"],
     key: Float[Array, "B S K H"],
     scale: ScalarLike,
     geometry: Geometry,
     arrays: PairArrays,
 ) -> Float[Array, "K G"]:
+    """Returns the maxima, as `max_logits` describes them."""
     batch, queries, key_heads, groups, _ = query.shape
     keys = key.shape[1]
     rows = batch * key_heads * groups
@@ -112,48 +109,3 @@ def _max_logits_xla(
         return maximum((jnp.asarray(query_start), jnp.asarray(key_start)))
     query_starts, key_starts = (jnp.asarray(axis) for axis in zip(*starts, strict=True))
     return jnp.max(lax.map(maximum, (query_starts, key_starts)), axis=0)
-
-
-#: Every implementation of the operation, the meaning first.
-MAX_LOGITS: dict[str, Callable[..., Float[Array, "K G"]]] = {"xla": _max_logits_xla}
-
-
-def max_logits(
-    query: Float[Array, "B T K G H"],
-    key: Float[Array, "B S K H"],
-    *,
-    scale: ScalarLike,
-    geometry: Geometry,
-    arrays: PairArrays,
-    implementation: str = "xla",
-) -> Float[Array, "K G"]:
-    """Returns the largest `scale q . k` of every head over the pairs attended to.
-
-    Args:
-        query: Queries `[B, T, K, G, H]`, their heads grouped by key head.
-        key: Keys `[B, S, K, H]`.
-        scale: What the dot products are multiplied by.
-        geometry: Causality and window.
-        arrays: Mask, bias and lengths. The bias is not added; it only hides pairs.
-        implementation: The name of an implementation.
-
-    Returns:
-        The maxima `[K, G]` in float32, -inf for a head with no pair at all. No gradient flows.
-
-    Raises:
-        ValueError: If there is no implementation of that name.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> query = jnp.array([3.0, -1.0]).reshape(1, 2, 1, 1, 1)
-        >>> key = jnp.array([1.0, -2.0]).reshape(1, 2, 1, 1)
-        >>> max_logits(query, key, scale=1.0, geometry=Geometry(), arrays=PairArrays()).tolist()
-        [[3.0]]
-    """
-    if implementation not in MAX_LOGITS:
-        raise ValueError(
-            f"implementation={implementation!r} is none of {', '.join(map(repr, MAX_LOGITS))}."
-        )
-    query, key, scale, arrays = lax.stop_gradient((query, key, jnp.asarray(scale), arrays))
-    with jax.named_scope("max_logits"):
-        return MAX_LOGITS[implementation](query, key, scale, geometry, arrays)

@@ -1,0 +1,148 @@
+"""What every benchmark shares: timing in turns, ratios with their spread, machine and versions.
+
+Contenders run in turns within one process, so that whatever the machine does, it does to all of
+them; a ratio is taken between runs of the same round, and its median and range are kept. A run ends
+when the device is done.
+"""
+
+import argparse
+import gc
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+#: Fewest rounds behind a number that is published.
+ROUNDS = 5
+_PACKAGES = ("jax", "jaxlib", "optax", "numpy", "flax", "torch")
+
+
+def cores() -> int:
+    """Returns how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def machine() -> dict[str, Any]:
+    """Describes what a number must be read with."""
+    installed = [name for name in _PACKAGES if importlib.util.find_spec(name) is not None]
+    return {
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
+        "processor": _processor(),
+        "cores": cores(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in installed},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], Any]], rounds: int, *, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Times contenders in turns, every second round in the opposite order.
+
+    Args:
+        contenders: Functions by name; each returns when its work is done, or returns JAX arrays,
+            which are then waited for.
+        rounds: How often each is timed.
+        warmup: How often each runs before, untimed.
+
+    Returns:
+        Seconds by name, one for each round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    gc.collect()
+    for turn in range(-warmup, rounds):
+        for name in list(contenders)[:: 1 if turn % 2 == 0 else -1]:
+            start = time.perf_counter()
+            jax.block_until_ready(contenders[name]())
+            elapsed = time.perf_counter() - start
+            if turn >= 0:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def summary(seconds: Sequence[float]) -> dict[str, Any]:
+    """Returns median, quartiles and extremes, and the times themselves.
+
+    Example:
+        >>> summary([3.0, 1.0, 2.0])["median"]
+        2.0
+    """
+    if len(seconds) > 1:
+        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    else:
+        low = high = seconds[0]
+    return {
+        "median": statistics.median(seconds),
+        "quartiles": [low, high],
+        "range": [min(seconds), max(seconds)],
+        "rounds": list(seconds),
+    }
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, Any]:
+    """Returns median and range of the ratios between runs of the same round.
+
+    Example:
+        >>> ratio([2.0, 9.0, 8.0], [1.0, 3.0, 2.0])["median"]
+        3.0
+    """
+    ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
+    return {"median": statistics.median(ratios), "range": [min(ratios), max(ratios)]}
+
+
+def parser(description: str | None, name: str) -> argparse.ArgumentParser:
+    """Returns a command line with what all scripts understand: `--smoke`, `--rounds`, `--out`."""
+    made = argparse.ArgumentParser(
+        description=(description or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    made.add_argument("--smoke", action="store_true", help="tiny shapes, to see that it runs")
+    made.add_argument("--rounds", type=int, default=ROUNDS, help="timings of every contender")
+    made.add_argument(
+        "--out", type=Path, help=f"where {name}.json goes; default {RESULTS}, nowhere for --smoke"
+    )
+    return made
+
+
+def store(name: str, content: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Writes `NAME.json`, off the CPU `NAME_PLATFORM.json`, with machine, versions and command.
+
+    `--smoke` writes only where `--out` says so.
+    """
+    folder = options.out or (None if options.smoke else RESULTS)
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {
+        "machine": machine(),
+        "command": " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        **content,
+    }
+    platform_name = jax.default_backend()
+    path = folder / (f"{name}.json" if platform_name == "cpu" else f"{name}_{platform_name}.json")
+    path.write_text(json.dumps(described, indent=1) + "\n")
+    print(f"written to {path}", flush=True)

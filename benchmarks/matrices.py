@@ -1,0 +1,119 @@
+"""Matrices to orthogonalise, by family, and how near a result comes to their polar factor."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+Shape = tuple[int, int]
+
+#: A singular value beyond this is on its way out; no set is meant to pass 1.21.
+DIVERGED = 1.6
+MOMENTUM = "momentum"
+#: Values below this share of the largest are the rounding of the float32 input.
+_ROUNDING = 3e-7
+
+
+def spectra(m: int, n: int) -> dict[str, np.ndarray]:
+    """Returns one `(m, n)` matrix a family, in float64."""
+    rng = np.random.default_rng(0)
+    small = min(m, n)
+    left, _ = np.linalg.qr(rng.normal(size=(m, small)))
+    right, _ = np.linalg.qr(rng.normal(size=(n, small)))
+
+    def with_values(values: np.ndarray) -> np.ndarray:
+        return (left * values) @ right.T
+
+    low_rank = rng.normal(size=(m, 8)) @ rng.normal(size=(8, n)) / np.sqrt(8)
+    return {
+        "gaussian": rng.normal(size=(m, n)),
+        "low rank + 1 % noise": low_rank + 0.01 * rng.normal(size=(m, n)),
+        "cond 1e3": with_values(np.logspace(0, -3, small)),
+        "cond 1e4": with_values(np.logspace(0, -4, small)),
+        "cond 1e5": with_values(np.logspace(0, -5, small)),
+        "cond 1e6": with_values(np.logspace(0, -6, small)),
+        "power law": with_values(1 / np.arange(1, small + 1)),
+        "rank one": np.outer(rng.normal(size=m), rng.normal(size=n)),
+    }
+
+
+def load_momentum(path: Path) -> dict[Shape, np.ndarray]:
+    """Reads the matrices that `momentum.py` saved: stacks `(count, rows, columns)`, wide, by shape.
+
+    Raises:
+        ValueError: If there is no matrix other than zero.
+    """
+    groups: dict[Shape, list[np.ndarray]] = {}
+    with np.load(path) as archive:
+        for name in archive.files:
+            x = np.asarray(archive[name], np.float64)
+            if x.ndim == 2 and x.any():
+                x = x if x.shape[0] <= x.shape[1] else x.T
+                groups.setdefault((x.shape[0], x.shape[1]), []).append(x)
+    if not groups:
+        raise ValueError(
+            f"{path} holds no matrix that is not zero; benchmarks/momentum.py makes it."
+        )
+    return {shape: np.stack(found) for shape, found in groups.items()}
+
+
+class Reference:
+    """The exact polar factors of a stack of matrices, kept to compare many results with.
+
+    Args:
+        x: `(count, rows, columns)`, wide.
+    """
+
+    def __init__(self, x: np.ndarray):
+        self.x = np.asarray(x, np.float64)
+        self.left, self.values, self.right = np.linalg.svd(self.x, full_matrices=False)
+        self.keep = self.values > _ROUNDING * self.values[:, :1]
+        self.polar = (self.left * self.keep[:, None, :]) @ self.right
+
+    def quality(self, y: np.ndarray) -> list[dict[str, float]]:
+        """Measures each result.
+
+        Args:
+            y: `(count, rows, columns)`, the results.
+
+        Returns:
+            For each matrix `largest`, the largest singular value; `worst` and `rms`, the largest
+            distance and the root mean square of the distances of its singular values from one;
+            `mean`, the mean distance; `cosine` to the exact polar factor. All NaN where `y` is not
+            finite.
+        """
+        found = []
+        for i, result in enumerate(np.asarray(y, np.float64)):
+            names = ("largest", "worst", "rms", "mean", "cosine")
+            if not np.isfinite(result).all():
+                found.append(dict.fromkeys(names, float("nan")))
+                continue
+            # By the eigenvalues of the small Gram matrix: to 1e-8, and far quicker than by an SVD.
+            squares = np.linalg.eigvalsh(result @ result.T)[::-1][: int(self.keep[i].sum())]
+            out = np.sqrt(np.maximum(squares, 0))
+            error = np.abs(out - 1)
+            size = np.linalg.norm(self.polar[i]) * np.linalg.norm(result)
+            cosine = (self.polar[i] * result).sum() / size
+            numbers = (out[0], error.max(), np.sqrt((error**2).mean()), error.mean(), cosine)
+            found.append(dict(zip(names, map(float, numbers), strict=True)))
+        return found
+
+
+def over_all(qualities: list[dict[str, float]]) -> dict[str, float]:
+    """Summarises qualities: the largest of what must be small, the smallest cosine, the mean RMS.
+
+    NaN anywhere is NaN in the result.
+    """
+    columns = {name: np.array([q[name] for q in qualities]) for name in qualities[0]}
+    reduced = {
+        name: values.min() if name == "cosine" else values.max() for name, values in columns.items()
+    }
+    reduced["rms"] = np.sqrt((columns["rms"] ** 2).mean())
+    reduced["mean"] = columns["mean"].mean()
+    reduced["mean_cosine"] = columns["cosine"].mean()
+    return {name: float(value) for name, value in reduced.items()}
+
+
+def diverges(quality: Mapping[str, float]) -> bool:
+    """Tells whether a result is not finite or has a singular value beyond `DIVERGED`."""
+    return not bool(quality["largest"] <= DIVERGED)

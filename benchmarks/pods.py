@@ -1,0 +1,293 @@
+"""Compiles the optimizer step of named models for TPU pods and for H200s, and says what it costs.
+
+    JAX_PLATFORMS=cpu python benchmarks/pods.py [--only REGEX] [--again] [--timeout SECONDS]
+    JAX_PLATFORMS=cpu python benchmarks/pods.py --table
+
+The whole step (`tx.update` and `optax.apply_updates`, parameters and state donated) goes through
+the real compilers for machines that are not here (`compilers.py`); nothing runs. Needs the extras
+`tpu` and `cuda13`. Each row compiles in a process of its own, so that a refusal or a timeout is one
+row's result. Writes results/pods.json after every row and leaves rows that are there alone; prints
+a Markdown table.
+
+FLOPs a device are those of the products, read from the program (`hlo.py`). `optimal_seconds` is the
+TPU compiler's own estimate of a step that waits for nothing; there is none for GPUs.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import muonclip_jax as mc
+from benchmarks import compilers, hlo, pod_models
+from benchmarks.pod_models import LAYOUTS, MAXIMA, MODELS, Layout
+
+RESULTS = Path(__file__).parent / "results" / "pods.json"
+#: TPU slices by their number of devices.
+SLICES = {64: "v5p:4x4x4", 512: "v5p:8x8x8", 1024: "v5p:8x8x16"}
+HBM = {"v5p": 95e9, "h200": 141e9}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One program: a model laid out on a machine, and the optimizer."""
+
+    model: str
+    layout: str
+    machine: str
+    optimizer: str
+
+    @property
+    def name(self) -> str:
+        """What `--only` searches."""
+        return " | ".join(dataclasses.astuple(self))
+
+    @property
+    def on(self) -> Layout:
+        """The layout."""
+        return LAYOUTS[self.model][self.layout]
+
+
+def rows() -> Iterator[Row]:
+    """All rows, a layout's optimizers one after another."""
+    for model, layouts in LAYOUTS.items():
+        for layout, on in layouts.items():
+            machine = SLICES.get(on.devices, f"h200 x {on.devices}")
+            for optimizer in OPTIMIZERS:
+                yield Row(model, layout, machine, optimizer)
+
+
+# The default of 256 MB would be 17 rounds for Kimi K2's experts, and a program that compiles long.
+_OPTIONS = {"Kimi K2": mc.Distribution(max_stack_bytes=2**30)}
+
+
+def _muonclip(model: Any, shardings: Any, options: Any) -> Any:
+    del model
+    return mc.muonclip(1e-3, param_shardings=shardings, distribution=options)
+
+
+def _muon(model: Any, shardings: Any, options: Any) -> Any:
+    return mc.muon(
+        1e-3,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=_dimension_numbers(model),
+        param_shardings=shardings,
+        distribution=options,
+    )
+
+
+def _optax_muon(model: Any, shardings: Any, options: Any) -> Any:
+    del shardings, options
+    numbers = _dimension_numbers(model)
+    return optax.contrib.muon(1e-3, consistent_rms=0.2, muon_weight_dimension_numbers=numbers)
+
+
+def _adamw(model: Any, shardings: Any, options: Any) -> Any:
+    del model, shardings, options
+    return optax.adamw(1e-3)
+
+
+#: Name -> `(model, shardings, options) -> transformation`.
+OPTIMIZERS = {
+    "muonclip_jax.muonclip": _muonclip,
+    "muonclip_jax.muon": _muon,
+    "optax.contrib.muon": _optax_muon,
+    "optax.adamw": _adamw,
+}
+
+
+def _dimension_numbers(model: Any) -> Any:
+    """The same matrices for both libraries."""
+    return mc.infer_dimension_numbers(pod_models.shapes(model))
+
+
+def compile_step(row: Row) -> Any:
+    """Compiles a row's step."""
+    model, layout = MODELS[row.model](), row.on
+    is_gpu = row.machine.startswith("h200")
+    if is_gpu:
+        devices = compilers.h200_devices(layout.devices)
+    else:
+        devices = compilers.tpu_devices(row.machine)
+    mesh = layout.on(devices)
+    shardings = pod_models.shardings_of(model, layout, mesh)
+    params = pod_models.shapes(model, shardings)
+    tx = OPTIMIZERS[row.optimizer](model, shardings, _OPTIONS.get(row.model))
+    extra = {}
+    if row.optimizer.endswith("muonclip"):
+        maxima = MAXIMA[row.model]()
+        extra["max_logits"] = pod_models.shapes(
+            maxima, pod_models.shardings_of(maxima, layout, mesh)
+        )
+
+    def step(params: Any, state: Any, grads: Any, extra: Any) -> Any:
+        updates, state = tx.update(grads, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    with compilers.compiling_for("gpu" if is_gpu else "tpu"):
+        state = _state(tx, params, shardings, mesh)
+        jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=_shardings_of((params, state)))
+        return jitted.lower(params, state, params, extra).compile()
+
+
+def _shardings_of(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def _state(tx: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
+    """The state's shapes: what ends in a parameter's path is sharded as it is, the rest not."""
+    places = {_keys(path): at for path, at in jax.tree_util.tree_flatten_with_path(shardings)[0]}
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def placed(path: Any, x: Any) -> Any:
+        keys = _keys(path)
+        at = next((places[keys[n:]] for n in range(len(keys)) if keys[n:] in places), everywhere)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
+
+    return jax.tree_util.tree_map_with_path(placed, jax.eval_shape(tx.init, params))
+
+
+def _keys(path: Any) -> tuple[str, ...]:
+    return tuple(map(str, path))
+
+
+def measure(row: Row) -> dict[str, Any]:
+    """Compiles a row and returns what there is to say of it."""
+    start = time.perf_counter()
+    program = compile_step(row)
+    seconds = time.perf_counter() - start
+    counted = hlo.tally(program.as_text())
+    memory, costs = program.memory_analysis(), program.cost_analysis() or {}
+    return {
+        "flops": counted.flops,
+        "flops_by_compiler": costs.get("flops"),
+        "optimal_seconds": costs.get("optimal_seconds"),
+        "bytes_accessed": costs.get("bytes accessed"),
+        "collectives": counted.by_kind(),
+        "collectives_in_loops": counted.by_kind(in_loops=True),
+        "bytes_sent": counted.bytes_sent,
+        "loops": counted.loops,
+        "loops_of_unknown_length": counted.unknown_loops,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "aliased_bytes": memory.alias_size_in_bytes,
+        "compile_seconds": round(seconds, 1),
+    }
+
+
+def in_a_process(row: Row, timeout: float) -> dict[str, Any]:
+    """Runs `measure` in a process of its own; what went wrong is a result too."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.pods",
+        "--row",
+        json.dumps(dataclasses.astuple(row)),
+    ]
+    try:
+        child = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=Path(__file__).parents[1],
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"refusal": f"not compiled within {timeout:.0f} s"}
+    if child.returncode == 0:
+        return json.loads(child.stdout.splitlines()[-1])
+    return {"refusal": _refusal(child.stderr, child.returncode)}
+
+
+def _refusal(text: str, code: int) -> str:
+    said = [line for line in text.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (said[-1] if said else f"exit status {code}: {text[-300:]}")[:600]
+
+
+def versions() -> dict[str, str]:
+    """The versions of what took part."""
+    found = {"python": sys.version.split()[0]}
+    for name in ("jax", "jaxlib", "optax", "libtpu", "jax-cuda13-plugin", "muonclip_jax"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| model, machine | sharding | optimizer | TFLOPs | optimal s | temporary GB | sent GB "
+        "| collectives |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    before: tuple[str, str] = ("", "")
+    for name, result in results["rows"].items():
+        model, layout, machine, optimizer = name.split(" | ")
+        place = (f"{model}, {machine}", layout)
+        shown = [new if place != before else "" for new in place]
+        before = place
+        lines.append(f"| {' | '.join([*shown, f'`{optimizer}`', *_cells(result)])} |")
+    return "\n".join(lines)
+
+
+def _cells(result: Mapping[str, Any]) -> list[str]:
+    if "refusal" in result:
+        said = re.sub(r"^([\w.]+: )*", "", result["refusal"])
+        return ["", "", "", "", f"refused: {said[:150]}"]
+    seconds = result["optimal_seconds"]
+    kinds = ", ".join(f"{row['count']} {kind}" for kind, row in result["collectives"].items())
+    return [
+        f"{result['flops'] / 1e12:.3g}",
+        "" if seconds is None else f"{seconds:.4f}",
+        f"{result['temp_bytes'] / 1e9:.2f}",
+        f"{result['bytes_sent'] / 1e9:.3g}",
+        kinds or "none",
+    ]
+
+
+def main() -> None:
+    """Runs the rows that are asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", default="", help="a regular expression for the rows' names")
+    parser.add_argument("--again", action="store_true", help="also those that have a result")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one row")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row:
+        print(json.dumps(measure(Row(*json.loads(options.row)))))
+        return
+    old = json.loads(options.out.read_text()) if options.out.exists() else {}
+    results = {"versions": versions(), "rows": old.get("rows", {})}
+    order = [row.name for row in rows()]
+    for row in [] if options.table else rows():
+        if not re.search(options.only, row.name):
+            continue
+        if row.name in results["rows"] and not options.again:
+            continue
+        result = in_a_process(row, options.timeout)
+        print(row.name, result, flush=True)
+        results["rows"][row.name] = result
+        results["rows"] = {name: results["rows"][name] for name in order if name in results["rows"]}
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,336 @@
+"""What a Muon step costs on a pod, on paper: FLOPs, bytes, memory and time of a device.
+
+    python benchmarks/scaling.py
+
+A model is a list of matrices and a number of other parameters; a machine is four numbers. The terms
+are those of docs/scaling.md, which also says how far they are from what the compilers report
+(results/pods.json). Prints Markdown tables. Pure Python: nothing is compiled and nothing runs.
+"""
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+STEPS = 5
+#: Bytes of a parameter, a gradient and a moment; of what products and results travel in.
+WIDE, NARROW = 4, 2
+#: The bound on a stack in bytes (`Distribution.max_stack_bytes`).
+STACK = 2**28
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One device of a machine.
+
+    Attributes:
+        name: What it is.
+        flops: Dense 16-bit FLOPs a second.
+        memory_rate: Bytes a second to and from its memory, as compilers count on them.
+        link: Bytes a second that it sends over all its links together.
+        slow_link: Bytes a second that it sends out of its slice.
+    """
+
+    name: str
+    flops: float
+    memory_rate: float
+    link: float
+    slow_link: float
+
+
+# Published: 459 TFLOP/s, 2765 GB/s (XLA counts on 85 % of that), six links of 100 GB/s each way.
+# Assumed: 50 Gbit/s a chip out of the slice.
+V5P = Machine("TPU v5p", 459e12, 2.35e12, 600e9, 6.25e9)
+# Published: 989 TFLOP/s, 4.8 TB/s, NVLink 450 GB/s each way. Assumed: one 400 Gbit/s adapter a GPU.
+H200 = Machine("H200", 989e12, 0.85 * 4.8e12, 450e9, 50e9)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as its optimizer sees it.
+
+    Attributes:
+        name: What it is.
+        matrices: `(count, rows, columns)` of what Muon trains, a row for each kind.
+        others: How many numbers AdamW trains.
+        active: How many parameters a token uses.
+    """
+
+    name: str
+    matrices: tuple[tuple[int, int, int], ...]
+    others: int
+    active: float
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers Muon trains."""
+        return sum(count * rows * columns for count, rows, columns in self.matrices)
+
+
+# By how they are held, for only what is held alike shares a stack's places: query, key and value;
+# out; gate and up; down.
+DENSE_7B = Model(
+    "7B dense",
+    ((72, 4096, 4096), (24, 4096, 4096), (48, 4096, 11008), (24, 11008, 4096)),
+    262_344_704,
+    5.1e9,
+)
+KIMI_K2 = Model(
+    "Kimi K2",
+    (
+        (60 * 384 * 3 + 60 * 3, 2048, 7168),
+        (61, 1536, 7168),
+        (61, 1536, 12288),
+        (61, 576, 7168),
+        (61, 512, 16384),
+        (61, 7168, 8192),
+        (3, 7168, 18432),
+    ),
+    2_514_967_552,
+    32e9,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model lies on devices.
+
+    Attributes:
+        devices: How many there are.
+        split: How many of them share one matrix by columns.
+        replicated: Whether every device holds every parameter.
+        hops: Links that a byte of an all-to-all crosses: on a torus three quarters of its side.
+        regrouped: Which part of the shared matrices has rows sharded over the axis that shares
+            columns.
+        bounded: Whether stacks are worked on one after another, each bounded by `STACK`; where
+            there are few matrices they are one stack anyway.
+    """
+
+    devices: int
+    split: int = 1
+    replicated: bool = False
+    hops: float = 1.0
+    regrouped: float = 0.0
+    bounded: bool = False
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one device does in a step.
+
+    Attributes:
+        flops: Products of Newton-Schulz.
+        sent: Bytes sent.
+        temporary: Bytes of temporary memory.
+        accessed: Bytes to and from memory.
+        compute: Seconds of products.
+        memory: Seconds of memory traffic.
+        network: Seconds of sending.
+    """
+
+    flops: float
+    sent: float
+    temporary: float
+    accessed: float
+    compute: float
+    memory: float
+    network: float
+
+    @property
+    def seconds(self) -> float:
+        """One after another: nothing overlaps."""
+        return self.compute + self.memory + self.network
+
+
+def work(rows: int, columns: int) -> float:
+    """FLOPs of the plain iteration on one matrix: `T (4 m^2 n + 2 m^3)`."""
+    m, n = sorted((rows, columns))
+    return STEPS * (4.0 * m * m * n + 2.0 * m**3)
+
+
+def deal(counts: Sequence[int], shapes: Sequence[Sequence[int]], groups: int) -> list[list[int]]:
+    """Deals matrices to groups, the costliest first; returns each group's count of every kind."""
+    dealt = [[0] * len(counts) for _ in range(groups)]
+    loads = [(0.0, group) for group in range(groups)]
+    for kind in sorted(range(len(counts)), key=lambda kind: -work(*shapes[kind])):
+        for _ in range(counts[kind]):
+            load, group = loads[0]
+            dealt[group][kind] += 1
+            heapq.heapreplace(loads, (load + work(*shapes[kind]), group))
+    return dealt
+
+
+@dataclass(frozen=True)
+class _Hand:
+    """What devices work on: the busiest one's counts, places in stacks, most small numbers."""
+
+    ways: int
+    counts: Sequence[int]
+    places: Sequence[int]
+    most: float
+
+
+def _hand(counts: Sequence[int], shapes: Sequence[Sequence[int]], plan: Plan, ways: int) -> _Hand:
+    return _of_hands(deal(counts, shapes, plan.devices // ways), shapes, ways)
+
+
+def _of_hands(dealt: list[list[int]], shapes: Sequence[Sequence[int]], ways: int) -> _Hand:
+    busiest = max(dealt, key=lambda hand: _sum(hand, [work(*shape) for shape in shapes]))
+    places = [max(column) for column in zip(*dealt, strict=True)]
+    # One shape at a time has its m x m matrices.
+    most = max(
+        _sum(hand, [m * m * (one == (m, n)) for m, n in shapes])
+        for hand in set(map(tuple, dealt))
+        for one in {(m, n) for m, n in shapes}
+    )
+    return _Hand(ways, busiest, places, most)
+
+
+def muon_cost(model: Model, plan: Plan, machine: Machine) -> Cost:
+    """The cost of a step of Muon on the matrices and AdamW on the rest.
+
+    Whole matrices are dealt to the devices; or full rounds are whole, and what is left over is
+    split over `plan.split` devices a matrix, where that is less work for the busiest one.
+
+    Args:
+        model: The model.
+        plan: How it lies on the devices.
+        machine: The device.
+
+    Returns:
+        The cost of the busiest device.
+    """
+    counts = [count for count, *_ in model.matrices]
+    shapes = [sorted(shape) for _, *shape in model.matrices]
+    flops = [work(*shape) for shape in shapes]
+    rounds = [count // plan.devices for count in counts]
+    choices = [
+        [_hand(counts, shapes, plan, 1)],
+        [
+            _of_hands([rounds], shapes, 1),
+            _hand([count % plan.devices for count in counts], shapes, plan, plan.split),
+        ],
+    ]
+    chosen = min(choices, key=lambda hands: sum(_sum(h.counts, flops) / h.ways for h in hands))
+    whole = sum(_sum(h.places, [m * n for m, n in shapes]) / h.ways for h in chosen)
+    shared = sum(_sum(h.places, [m * n for m, n in shapes]) / h.ways * (h.ways > 1) for h in chosen)
+    small = sum(_sum(h.counts, [m * m for m, _ in shapes]) for h in chosen)
+    coupled = sum(_sum(h.counts, [m * m for m, _ in shapes]) * (1 - 1 / h.ways) for h in chosen)
+    held = model.numbers / (1 if plan.replicated else plan.devices)
+    # Everyone gives what it holds of others' matrices, and gets the rest of its own.
+    trades = 0.0 if plan.replicated else (1 - 1 / plan.devices) * (WIDE + NARROW) * whole
+    # Replicated: all results come to everyone; a torus does it as a sum, which sends twice.
+    gathers = 2 * NARROW * model.numbers * (1 - 1 / plan.devices) if plan.replicated else 0.0
+    # A shared matrix: every step sums the Gram matrix (twice its size) and gathers its square.
+    couples = 3 * STEPS * NARROW * coupled
+    # Where the axis that shares columns shards rows so far, they are regrouped on both ways.
+    regroups = (WIDE + NARROW) * shared * (1 - 1 / plan.split) * plan.regrouped
+    accessed = (
+        # Gradient, momentum and parameter read, momentum and parameter written; the direction and
+        # the update in between, written and read.
+        9 * WIDE * held
+        # Packed, received, unpacked on both ways.
+        + 4 * (WIDE + NARROW) * whole
+        # A step reads X twice and writes it, and writes and reads the m x m matrices.
+        + STEPS * NARROW * (3 * whole + 6 * small)
+        + 7 * WIDE * model.others / (1 if plan.replicated else plan.devices)
+    )
+    # The direction; a stack as it was received; the small matrices of the shape that has most.
+    stack = min(whole, STACK / WIDE) if plan.bounded else whole
+    most = max(h.most for h in chosen)
+    if plan.bounded:
+        most = max(m * m * max(1, STACK // (WIDE * m * n)) for m, n in shapes)
+    temporary = WIDE * held + WIDE * stack + 3 * NARROW * most
+    network = (trades * plan.hops + regroups + couples + gathers) / machine.link
+    busiest = sum(_sum(h.counts, flops) / h.ways for h in chosen)
+    return Cost(
+        busiest,
+        trades + gathers + couples + regroups,
+        temporary,
+        accessed,
+        busiest / machine.flops,
+        accessed / machine.memory_rate,
+        network,
+    )
+
+
+def adamw_cost(model: Model, plan: Plan, machine: Machine) -> Cost:
+    """The cost of a step of AdamW on everything: four arrays are read, three are written."""
+    numbers = (model.numbers + model.others) / (1 if plan.replicated else plan.devices)
+    accessed = 7.0 * WIDE * numbers
+    return Cost(0.0, 0.0, 0.0, accessed, 0.0, accessed / machine.memory_rate, 0.0)
+
+
+def break_even_tokens(
+    model: Model, plan: Plan, machine: Machine, share: float, utilisation: float = 0.4
+) -> float:
+    """Tokens a step from which Muon adds at most `share` to a step with AdamW."""
+    extra = muon_cost(model, plan, machine).seconds - adamw_cost(model, plan, machine).seconds
+    a_token = 6 * model.active / (plan.devices * machine.flops * utilisation)
+    return max(0.0, extra / share / a_token)
+
+
+def sharing_across_pays(rows: int, columns: int, machine: Machine, slices: int) -> bool:
+    """Whether slices should share a matrix that each of them has, rather than all work on it."""
+    saved = (1 - 1 / slices) * work(rows, columns) / machine.flops
+    return NARROW * rows * columns * (1 - 1 / slices) / machine.slow_link < saved
+
+
+def _sum(counts: Sequence[float], values: Sequence[float]) -> float:
+    return math.fsum(count * value for count, value in zip(counts, values, strict=True))
+
+
+# The output projections have the axis "tp" on their rows: one place of square ones in all four.
+REGROUPED = 4096 / (2 * 4096 + 2 * 11008)
+#: Layouts of results/pods.json that the model is checked with: model, layout, devices -> plan.
+CHECKED = {
+    ("7B dense", "fsdp x tp", "v5p:8x8x8"): (
+        DENSE_7B,
+        Plan(512, split=4, hops=6, regrouped=REGROUPED),
+    ),
+    ("7B dense", "pipeline x fsdp x tp", "v5p:8x8x8"): (
+        DENSE_7B,
+        Plan(512, split=4, hops=6, regrouped=REGROUPED),
+    ),
+    ("7B dense", "replicated, 64", "v5p:4x4x4"): (DENSE_7B, Plan(64, replicated=True)),
+}
+
+
+def main() -> None:
+    """Prints the tables of docs/scaling.md."""
+    print(
+        "| model | devices | TFLOPs | sent GB | temporary GB | compute ms | memory ms "
+        "| network ms |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for model, plan in dict.fromkeys([*CHECKED.values(), *LARGE]):
+        cost = muon_cost(model, plan, V5P)
+        numbers = (cost.flops / 1e12, cost.sent / 1e9, cost.temporary / 1e9)
+        times = (cost.compute * 1e3, cost.memory * 1e3, cost.network * 1e3)
+        cells = [f"{number:.3g}" for number in numbers + times]
+        print(f"| {model.name} | {plan.devices} | {' | '.join(cells)} |")
+    print()
+    print("| model | devices | AdamW ms | Muon ms | tokens a step: 1 % more | 0.1 % more |")
+    print("|---|---|---|---|---|---|")
+    for model, plan in LARGE:
+        muon, adamw = (cost(model, plan, V5P).seconds * 1e3 for cost in (muon_cost, adamw_cost))
+        tokens = [break_even_tokens(model, plan, V5P, share) / 1e6 for share in (0.01, 0.001)]
+        cells = [f"{adamw:.2f}", f"{muon:.2f}", *(f"{number:.0f} M" for number in tokens)]
+        print(f"| {model.name} | {plan.devices} | {' | '.join(cells)} |")
+    print()
+    for machine in (V5P, H200):
+        for rows, columns in ((2048, 7168), (4096, 4096), (8192, 8192)):
+            pays = sharing_across_pays(rows, columns, machine, 2)
+            print(f"{machine.name}, {rows} x {columns}: sharing across two slices pays: {pays}")
+
+
+#: Past what can be compiled: model and plan. The side of a torus of 8192 chips is about 20.
+LARGE = (
+    (DENSE_7B, Plan(512, split=4, hops=6, regrouped=REGROUPED)),
+    (KIMI_K2, Plan(1024, split=8, hops=7.5, bounded=True)),
+    (KIMI_K2, Plan(8192, split=8, hops=15, bounded=True)),
+)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""One step of each optimizer on the tree of a named model, in turns, with the answers compared.
+
+    python benchmarks/step_time.py
+    python benchmarks/step_time.py --model 1.3b --rounds 11          on a GPU
+
+Ours with the same five Keller-Jordan steps as Optax and torch; ours with settings that cost less
+and orthogonalise at least as well; `optax.contrib.muon`, `optax.adamw`, momentum SGD;
+`torch.optim.Muon` in float32 and as it ships, in bfloat16; on a GPU torch's Newton-Schulz under
+`torch.compile` and other people's kernels, where their packages are installed. All take the same
+random gradients, on the same cores; embeddings and head go to AdamW.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+# Contenders of two libraries share a GPU; neither may take all of its memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from optax.contrib import MuonDimensionNumbers, _muon as optax_muon
+
+import muonclip_jax as mc
+from benchmarks.harness import interleave, parser, ratio, store, summary
+from benchmarks.matrices import Reference, load_momentum, over_all
+from benchmarks.models import MODELS, Model
+from benchmarks.optimizers import (
+    FAST,
+    KERNELS,
+    LEARNING_RATE,
+    OPTAX,
+    OPTIMIZERS,
+    OURS,
+    POLAR_SETTINGS,
+    jitted_step,
+)
+
+torch_muon: Any = (
+    importlib.import_module("benchmarks.torch_muon") if importlib.util.find_spec("torch") else None
+)
+
+JAX_CONTENDERS = (OURS, FAST, KERNELS, OPTAX, "optax.adamw", "momentum SGD")
+KELLER_JORDAN = (3.4445, -4.7750, 2.0315)
+
+
+def random_gradients(tree: Any, seed: int = 0) -> Any:
+    """Returns Gaussian gradients of the tree's shapes and dtypes."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
+    values = [draw(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, values)
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    """Returns the leaves by path; None and `MuonDimensionNumbers` are leaves here."""
+    leaves = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers)
+    )[0]
+    return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
+class JaxStep:
+    """A compiled step that keeps its parameters and state between calls, from zeros."""
+
+    def __init__(self, tx: Any, grads: Any):
+        self.grads = grads
+        self.params = jax.tree.map(jnp.zeros_like, grads)
+        self.state = jax.jit(tx.init)(self.params)
+        self.compiled = jitted_step(tx).lower(self.params, self.state, grads).compile()
+
+    def __call__(self) -> None:
+        """Takes one step and waits for it."""
+        self.params, self.state = self.compiled(self.params, self.state, self.grads)
+        jax.block_until_ready((self.params, self.state))
+
+    def value(self, path: str) -> np.ndarray:
+        """Returns a parameter."""
+        return np.asarray(flat(self.params)[path], np.float32)
+
+    def temporary_bytes(self) -> int | None:
+        """Returns what the compiler plans beside arguments and results."""
+        memory = self.compiled.memory_analysis()
+        return None if memory is None else memory.temp_size_in_bytes
+
+
+def contenders(model: Model, grads: Any, stacked: bool, wanted: list[str] | None) -> dict[str, Any]:
+    """Builds all steps; those that `wanted` does not name are left out."""
+
+    def is_wanted(name: str) -> bool:
+        if name == KERNELS and jax.default_backend() == "cpu":
+            return False
+        return not wanted or any(part in name for part in wanted)
+
+    numbers = model.dimension_numbers(stacked=stacked)
+    steps: dict[str, Any] = {
+        name: JaxStep(OPTIMIZERS[name](numbers), grads)
+        for name in JAX_CONTENDERS
+        if is_wanted(name)
+    }
+    if torch_muon is None:
+        print("torch is not installed: its contenders are left out", flush=True)
+        return steps
+    matrices = {path for path, spec in flat(numbers).items() if spec is not None}
+    if any(leaf.ndim != 2 for path, leaf in flat(grads).items() if path in matrices):
+        print("torch.optim.Muon takes single matrices only: left out for this tree", flush=True)
+        return steps
+    functions = torch_muon.newton_schulz_functions()
+    functions = {name: function for name, function in functions.items() if is_wanted(name)}
+    if functions:
+        torch_muon.prepare()
+        tensors = torch_muon.gradients(flat(grads), matrices)
+        for name, function in functions.items():
+            steps[name] = torch_muon.Step(tensors, matrices, LEARNING_RATE, function)
+    return steps
+
+
+def answers(steps: Mapping[str, Any], model: Model, grads: Any, stacked: bool) -> dict[str, Any]:
+    """Compares what the first step from zeros came to.
+
+    Returns:
+        For each Muon `difference_from_optax`, the largest over all matrices of the relative
+        Frobenius norm, and `quality` on one matrix of each shape (see `matrices.Reference`).
+    """
+    numbers = flat(model.dimension_numbers(stacked=stacked))
+    matrices = [path for path, spec in numbers.items() if spec is not None]
+    flat_grads = flat(grads)
+    sample = {flat_grads[path].shape: path for path in matrices if flat_grads[path].ndim == 2}
+    references = {
+        path: Reference(_wide(np.asarray(flat_grads[path], np.float64))[None])
+        for path in sample.values()
+    }
+    found: dict[str, Any] = {}
+    for name, step in steps.items():
+        if "uon" not in name and not name.startswith("ours"):
+            continue
+        row: dict[str, Any] = {}
+        if OPTAX in steps:
+            row["difference_from_optax"] = max(
+                _difference(step.value(path), steps[OPTAX].value(path)) for path in matrices
+            )
+        qualities = []
+        for path, reference in references.items():
+            fan_in, fan_out = flat_grads[path].shape
+            scale = -LEARNING_RATE * np.sqrt(max(1, fan_out / fan_in))
+            qualities += reference.quality(_wide(step.value(path) / scale)[None])
+        if qualities:
+            row["quality"] = over_all(qualities)
+        found[name] = row
+    return found
+
+
+def _wide(x: np.ndarray) -> np.ndarray:
+    return x if x.shape[0] <= x.shape[1] else x.T
+
+
+def _difference(x: np.ndarray, y: np.ndarray) -> float:
+    return float(np.linalg.norm(x - y) / np.linalg.norm(y))
+
+
+def momentum_quality(path: Path) -> dict[str, dict[str, float]]:
+    """Orthogonalises real momentum with each setting, alone: quality over all its matrices."""
+    groups = load_momentum(path)
+    functions: dict[str, Callable[[Any], Any]] = {
+        name: functools.partial(mc.orthogonalize, **settings)
+        for name, settings in POLAR_SETTINGS.items()
+    }
+    plain = functools.partial(
+        optax_muon.orthogonalize_via_newton_schulz, ns_coeffs=jnp.asarray(KELLER_JORDAN)
+    )
+    functions[OPTAX] = jax.vmap(plain)
+    found: dict[str, dict[str, float]] = {}
+    references = {shape: Reference(stack) for shape, stack in groups.items()}
+    for name, function in functions.items():
+        qualities = []
+        for shape, stack in groups.items():
+            result = jax.jit(function)(jnp.asarray(stack, jnp.float32))
+            qualities += references[shape].quality(np.asarray(result))
+        found[name] = over_all(qualities)
+    return found
+
+
+def main() -> None:
+    """Measures, prints and stores."""
+    made = parser(__doc__, "step_time")
+    made.add_argument("--model", choices=tuple(MODELS), default="gpt2-small")
+    made.add_argument("--layers", type=int, help="that many instead of the model's")
+    made.add_argument("--dtype", default="float32", help="of parameters and gradients")
+    made.add_argument("--stacked", action="store_true", help="equal layers as one leaf")
+    made.add_argument("--contenders", nargs="+", help="only those whose names contain one of these")
+    made.add_argument("--momentum", type=Path, help="the .npz of benchmarks/momentum.py")
+    options = made.parse_args()
+    model = MODELS["layers-of-256"] if options.smoke else MODELS[options.model]
+    if options.smoke or options.layers:
+        model = model.with_layers(options.layers or 1)
+    grads = random_gradients(model.tree(options.dtype, stacked=options.stacked))
+    steps = contenders(model, grads, options.stacked, options.contenders)
+    for name, step in steps.items():  # the first step, whose answer is known
+        step()
+        print(f"first step done: {name}", flush=True)
+    found = answers(steps, model, grads, options.stacked)
+    seconds = interleave(steps, 1 if options.smoke else options.rounds, warmup=0)
+    itemsize = jnp.dtype(options.dtype).itemsize
+    rows = []
+    for name, step in steps.items():
+        row: dict[str, Any] = {"contender": name, "seconds": summary(seconds[name])}
+        if OURS in steps:
+            row["over_ours"] = ratio(seconds[name], seconds[OURS])
+        if FAST in steps:
+            row["over_fast"] = ratio(seconds[name], seconds[FAST])
+        if isinstance(step, JaxStep):
+            row["temporary_bytes"] = step.temporary_bytes()
+        rows.append(row | found.get(name, {}))
+        print(f"{name}: {row['seconds']['median']:.3f} s", flush=True)
+    content = {
+        "model": "layers-of-256" if options.smoke else options.model,
+        "layers": [count for _, count, _ in model.stacks],
+        "stacked": options.stacked,
+        "dtype": options.dtype,
+        "matrix_bytes": itemsize * model.entries(),
+        "rows": rows,
+    }
+    if options.momentum:
+        content["momentum_quality"] = momentum_quality(options.momentum)
+    store(
+        "step_time" if options.model == "gpt2-small" else f"step_time_{options.model}",
+        content,
+        options,
+    )
+
+
+if __name__ == "__main__":
+    main()

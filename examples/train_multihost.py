@@ -1,0 +1,253 @@
+"""Trains the byte-level GPT with MuonClip on all devices of all hosts, and goes on after a loss.
+
+    python examples/train_multihost.py --processes 2 --smoke    two processes on this machine
+    python examples/train_multihost.py --processes 1            this process alone
+    srun python examples/train_multihost.py                     Slurm; a TPU pod is the same
+
+Every host runs this same program; docs/multihost.md says how to start it on Cloud TPU, Slurm and
+Kubernetes. Parameters, optimizer and batch are sharded over all devices. Started again with the
+same options, it goes on from its newest checkpoint, on as many devices as there are then.
+"""
+
+import argparse
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from common.data import Corpus, load_corpus
+from common.model import ModelConfig
+from common.records import Metrics, describe, open_folder
+from common.training import Settings, State, Training
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+import muonclip_jax as mc
+from muonclip_jax import checkpoint
+
+#: Which axis of the mesh shards which dimension: heads and hidden units over "tp", the other one
+#: over "fsdp". What matches nothing is whole everywhere.
+SPECS = (
+    (r"(query|key|value)/kernel$", P("fsdp", "tp", None)),
+    (r"out/kernel$", P("tp", None, "fsdp")),
+    (r"(gate|up|head)/kernel$", P("fsdp", "tp")),
+    (r"down/kernel$", P("tp", "fsdp")),
+    (r"embedding$", P("tp", "fsdp")),
+)
+#: How a launcher that JAX does not know by itself, such as ours, tells a process its place.
+ADDRESS = "JAX_COORDINATOR_ADDRESS"  # JAX reads this one itself
+PLACE = COUNT, NUMBER = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--processes", type=int, help="processes to start on this machine; None joins a cluster")
+    add("--devices", type=int, default=1, help="CPU devices of a process that --processes starts")
+    add("--tp", type=int, default=1, help="devices that share the heads of a layer")
+    add("--steps", type=int, default=Settings.steps)
+    add("--batch-size", type=int, default=Settings.batch_size, help="windows, over all devices")
+    add("--layers", type=int, default=ModelConfig.layers)
+    add("--width", type=int, default=ModelConfig.width)
+    add("--data", nargs="+", type=Path, default=(), help="files or folders instead of the stdlib")
+    add("--folder", type=Path, default=Path("runs/multihost"), help="on storage that all hosts see")
+    add("--checkpoint-every", type=int, default=50)
+    add("--heartbeat", type=int, default=100, help="seconds of silence until a host counts as dead")
+    add("--smoke", action="store_true", help="a short run, to see that everything works")
+    options = parser.parse_args(arguments)
+    if options.smoke:
+        options.steps, options.checkpoint_every = min(options.steps, 20), 5
+        options.batch_size, options.layers, options.width = 8, 1, 32
+    return options
+
+
+def connect(heartbeat: int) -> None:
+    """Joins the other processes. Nothing before it may touch a device."""
+    count, number = (int(os.environ[name]) if name in os.environ else None for name in PLACE)
+    try:
+        jax.distributed.initialize(
+            num_processes=count, process_id=number, heartbeat_timeout_seconds=heartbeat
+        )
+    except ValueError as error:
+        raise SystemExit(
+            f"No cluster was found ({error}) Write --processes 1 to train in this process alone, "
+            f"--processes 2 to start two on this machine, or set {ADDRESS}, {' and '.join(PLACE)} "
+            "for every process."
+        ) from error
+
+
+class ShardedTraining(Training):
+    """The training of the other examples on a mesh; every process has a part of each array."""
+
+    def __init__(self, settings: Settings, corpus: Corpus, mesh: Mesh):
+        super().__init__(settings, corpus)
+        self.rows = NamedSharding(mesh, P("fsdp"))
+        params = jax.eval_shape(super().init).params
+        shardings = jax.tree.map_with_path(partial(param_sharding, mesh), params)
+        self.tx = mc.muonclip(
+            settings.schedule(),
+            weight_decay=settings.weight_decay,
+            qk_clip_threshold=settings.threshold,
+            param_shardings=shardings,
+        )
+        #: Shapes and shardings of the state: what `init` makes and what a restore aims at.
+        self.target: Any = State(
+            step=cast(Any, jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))),
+            params=checkpoint.abstract_params(params, shardings),
+            optimizer=checkpoint.abstract_state(self.tx, params, shardings),
+        )
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.target)
+        self.scored: Any = self.on_mesh(self.scored)
+        # No process ever holds the whole state, not even while it is made. The loss and the
+        # maxima are over the global batch: XLA adds the collectives.
+        init = jax.jit(super().init, out_shardings=places)
+        step = jax.jit(self._step, donate_argnums=0, out_shardings=(places, None))
+        # Compiled before any of it runs: gloo gives the processes 30 seconds to meet in their
+        # first collective, and they do not compile at the same speed.
+        self.init: Any = init.lower().compile()
+        self.step: Any = step.lower(self.target, self.batch(0)).compile()
+        self.score: Any = self.score.lower(self.target.params, self.scored).compile()
+        everyone = set(range(jax.process_count()))
+        ocp.multihost.sync_global_processes("compiled", processes=everyone)
+
+    def batch(self, step: int) -> jax.Array:
+        """The windows of a step, a function of seed and step: the data position of a restart."""
+        return self.on_mesh(super().batch(step))
+
+    def on_mesh(self, windows: np.ndarray) -> jax.Array:
+        """Returns the batch of all processes; each gives the rows of its own devices alone."""
+        mine = {
+            row
+            for index in self.rows.addressable_devices_indices_map(windows.shape).values()
+            for row in range(*(index or (slice(None),))[0].indices(len(windows)))
+        }
+        local = windows[sorted(mine)]
+        return jax.make_array_from_process_local_data(self.rows, local, windows.shape)
+
+
+def param_sharding(mesh: Mesh, key_path: Any, leaf: Any) -> NamedSharding:
+    """Returns where a parameter lies; a dimension that an axis does not divide is left whole."""
+    path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+    spec = next((spec for pattern, spec in SPECS if re.search(pattern, path)), P())
+    fitting = [
+        axis if axis and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(spec, leaf.shape, strict=False)
+    ]
+    return NamedSharding(mesh, P(*fitting))
+
+
+def train(options: argparse.Namespace) -> None:
+    """Trains as one of the processes, or as the only one."""
+    if options.processes != 1:
+        connect(options.heartbeat)
+    number = jax.process_index()
+    say = partial(print, f"[{number}]", flush=True)
+    settings = Settings(
+        learning_rate=Settings().rate,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        model=ModelConfig(options.layers, options.width, hidden=8 * (options.width // 3)),
+    )
+    shape = (jax.device_count() // options.tp, options.tp)
+    mesh = jax.make_mesh(shape, ("fsdp", "tp"), (AxisType.Auto,) * 2)
+    if number == 0:
+        described = describe(settings) | {"data": [str(path) for path in options.data]}
+        open_folder(options.folder, described, resume=(options.folder / "settings.json").exists())
+    training = ShardedTraining(settings, load_corpus(options.data), mesh)
+
+    # Saves while training goes on. All processes take part in everything that this object does.
+    checkpoints = ocp.CheckpointManager(
+        (options.folder / "checkpoints").resolve(),
+        options=ocp.CheckpointManagerOptions(max_to_keep=2),
+        item_handlers=ocp.StandardCheckpointHandler(),
+    )
+    newest = checkpoints.latest_step()
+    if newest is None:
+        state = training.init()
+    else:
+        checkpoint.check_saved(checkpoints.item_metadata(newest), training.target)
+        restored = checkpoints.restore(newest, args=ocp.args.StandardRestore(training.target))
+        state = cast(State, restored)
+    begin = int(state.step)
+    say(f"{jax.process_count()} processes, mesh {dict(mesh.shape)}, from step {begin}")
+    metrics = Metrics(options.folder, step=begin) if number == 0 else None
+
+    pending: list[dict[str, jax.Array]] = []
+    for step in range(begin, settings.steps):
+        state, record = training.step(state, training.batch(step))
+        pending.append(record)
+        done = step + 1
+        # A cluster that takes its machines back says so before; all processes agree on the step.
+        told_to_end = checkpoints.reached_preemption(done)
+        last = told_to_end or done == settings.steps
+        if done % settings.score_every == 0 or last:
+            records = [
+                {"step": done - len(pending) + i} | {k: v.item() for k, v in values.items()}
+                for i, values in enumerate(jax.device_get(pending), start=1)
+            ]
+            if metrics is not None:
+                metrics.write(records)
+            say(f"step {done}: loss {records[-1]['train_loss']:.6f}")
+            pending = []
+        if done % options.checkpoint_every == 0 or last:
+            checkpoints.save(done, args=ocp.args.StandardSave(state))
+        if told_to_end:
+            break
+    loss = float(training.score(state.params, training.scored))
+    checkpoints.close()
+    say(f"held-out loss {loss:.6f} after step {int(state.step)}")
+
+
+def launch(options: argparse.Namespace, arguments: list[str]) -> int:
+    """Starts the processes on this machine, and ends them all when one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} "
+    flags += f"--xla_force_host_platform_device_count={options.devices}"
+    shared = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    shared |= {ADDRESS: address, COUNT: str(options.processes)}
+    places = [shared | {NUMBER: str(number)} for number in range(options.processes)]
+    running = [subprocess.Popen([sys.executable, __file__, *arguments], env=e) for e in places]
+    try:
+        while (codes := {process.poll() for process in running}) <= {None, 0}:
+            if codes == {0}:
+                return 0
+            time.sleep(0.1)
+        return 1
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def main(arguments: list[str]) -> int:
+    """Starts the processes, or is one of them."""
+    options = parse(arguments)
+    if (options.processes or 1) > 1 and NUMBER not in os.environ:
+        return launch(options, arguments)
+    try:
+        train(options)
+    except Exception:
+        # The others wait for this process; at a normal exit it would wait for them.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

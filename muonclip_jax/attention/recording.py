@@ -1,0 +1,81 @@
+"""Wrapping an attention function of the user's own, so that its maxima are recorded beside it.
+
+What a framework calls an attention function has Flax's arguments: query, key and value, then bias,
+mask and the rest by name. Where the maxima go, and how inputs come to one dtype, is the
+framework's affair and passed in.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from muonclip_jax.attention.batches import batched_max_logits
+
+#: What marks a function that records by itself.
+_MARK = "records_max_logits"
+#: Arguments that say which pairs take part.
+_PAIRS = ("bias", "mask", "is_causal")
+
+
+def records(attention_fn: Callable[..., Any], *ours: Callable[..., Any]) -> bool:
+    """Whether a function, or what `functools.partial` made it from, records by itself.
+
+    Args:
+        attention_fn: The function.
+        *ours: Functions that do.
+
+    Example:
+        >>> records(functools.partial(max, default=0), max), records(min, max)
+        (True, False)
+    """
+    while isinstance(attention_fn, functools.partial):
+        attention_fn = attention_fn.func
+    known = [inspect.unwrap(own) for own in ours]
+    return inspect.unwrap(attention_fn) in known or hasattr(attention_fn, _MARK)
+
+
+def recording_beside(
+    attention_fn: Callable[..., jax.Array],
+    to_one_dtype: Callable[[jax.Array, jax.Array, Any], Sequence[jax.Array]],
+    record: Callable[[jax.Array], None],
+) -> Callable[..., jax.Array]:
+    """Returns an attention function that computes the same and records its maxima.
+
+    They are computed once more, block by block. The signature stays, for Flax's modules pass only
+    the arguments that they find in it.
+
+    Args:
+        attention_fn: A function of `(query, key, value, ...)`.
+        to_one_dtype: Of query, key and the dtype asked for, how attention brings them together.
+        record: What takes the maxima `(heads,)`.
+
+    Returns:
+        The function.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> def half(query, key, value, mask=None):
+        ...     return value / 2
+        >>> x = jnp.full((1, 2, 1, 4), 3.0)
+        >>> attend = recording_beside(half, lambda q, k, dtype: (q, k), print)
+        >>> float(attend(x, x, x)[0, 0, 0, 0])
+        [18.]
+        1.5
+    """
+
+    @functools.wraps(attention_fn)
+    def recorded(query: Any, key: Any, value: Any, *arguments: Any, **keywords: Any) -> Any:
+        call = inspect.signature(attention_fn).bind_partial(
+            query, key, value, *arguments, **keywords
+        )
+        given: Mapping[str, Any] = call.arguments | keywords
+        query_, key_ = to_one_dtype(query, key, given.get("dtype"))
+        pairs = {name: given[name] for name in _PAIRS if name in given}
+        record(batched_max_logits(query_, key_, **pairs))
+        return attention_fn(query, key, value, *arguments, **keywords)
+
+    recorded.__dict__[_MARK] = True
+    return recorded

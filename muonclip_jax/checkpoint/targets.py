@@ -1,0 +1,166 @@
+"""What to restore and where: trees of shapes, dtypes and shardings."""
+
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from muonclip_jax._paths import flatten_with_paths
+from muonclip_jax._typing import Tree
+from muonclip_jax.checkpoint.names import owner_of
+from muonclip_jax.matrices import align_shardings
+
+
+def abstract_params(params: Tree, param_shardings: Tree = None, mesh: Mesh | None = None) -> Tree:
+    """Describes parameters without their values: shape, dtype, and where they shall lie.
+
+    Args:
+        params: Arrays or `jax.ShapeDtypeStruct`s, as from `jax.eval_shape` of a model's init.
+        param_shardings: A tree of `NamedSharding`, or with `mesh` of `PartitionSpec`, with an
+            entry for every leaf or for a subtree that holds it; a single one for all; or a
+            function from `params` to such a tree. An entry None is replicated. None: the
+            parameters' own.
+        mesh: The mesh that `PartitionSpec`s are for. It need not be the one of a checkpoint.
+
+    Returns:
+        The tree of `jax.ShapeDtypeStruct`, with shardings where they are known.
+
+    Raises:
+        TypeError: If an entry is no sharding.
+        ValueError: With the leaf's path, if a leaf has no entry, or its entry names an axis that
+            the mesh has not, has too many dimensions or does not divide the shape.
+
+    Example:
+        >>> mesh = jax.make_mesh((jax.device_count(),), ("fsdp",))
+        >>> params = {"w": jax.ShapeDtypeStruct((16, 4), jax.numpy.float32)}
+        >>> target = abstract_params(params, {"w": PartitionSpec("fsdp")}, mesh)
+        >>> target["w"].shape, target["w"].sharding.spec
+        ((16, 4), P('fsdp',))
+    """
+    if param_shardings is None:
+        if mesh is not None:
+            raise ValueError(
+                "abstract_params got a mesh and no param_shardings. Write "
+                "param_shardings=PartitionSpec() to replicate all parameters on it."
+            )
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_named(x)), params
+        )
+    if callable(param_shardings):
+        param_shardings = param_shardings(params)
+    entries, structure = flatten_with_paths(param_shardings, is_leaf=_is_entry)
+    placed = [_with_mesh(path, entry, mesh) for path, entry in entries]
+    known = [sharding.mesh for sharding in placed if isinstance(sharding, NamedSharding)]
+    aligned = align_shardings(params, jax.tree.unflatten(structure, placed))
+    rest = NamedSharding(known[0], PartitionSpec()) if known else None
+    return jax.tree.unflatten(
+        jax.tree.structure(params),
+        [
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or rest)
+            for _, leaf, sharding in aligned
+        ],
+    )
+
+
+def abstract_state(
+    tx: optax.GradientTransformation,
+    params: Tree,
+    param_shardings: Tree = None,
+    mesh: Mesh | None = None,
+) -> Tree:
+    """Describes the state of a transformation without making it: the target of a restore.
+
+    A leaf that belongs to a parameter lies as the parameter does, or as the transformation's own
+    `init` places it (momentum under `Distribution(shard_momentum=True)`); everything else, the
+    counts above all, is whole on every device.
+
+    Args:
+        tx: Any transformation, built for the mesh of now.
+        params: As in `abstract_params`.
+        param_shardings: As in `abstract_params`.
+        mesh: As in `abstract_params`.
+
+    Returns:
+        The tree that `tx.init(params)` has, of `jax.ShapeDtypeStruct`, with shardings where those
+        of the parameters are known.
+
+    Raises:
+        TypeError: As in `abstract_params`.
+        ValueError: As in `abstract_params`, and where the parameters are on several meshes.
+
+    Example:
+        >>> from muonclip_jax.transforms import scale_by_muon
+        >>> mesh = jax.make_mesh((jax.device_count(),), ("fsdp",))
+        >>> params = {"w": jax.ShapeDtypeStruct((16, 4), jax.numpy.float32)}
+        >>> target = abstract_state(scale_by_muon(), params, PartitionSpec("fsdp"), mesh)
+        >>> target.mu["w"].sharding.spec, target.count.sharding.spec
+        (P('fsdp',), P())
+    """
+    params = abstract_params(params, param_shardings, mesh)
+    by_path = dict(flatten_with_paths(params)[0])
+    meshes = {x.sharding.mesh for x in by_path.values() if x.sharding is not None}
+    if len(meshes) > 1:
+        first, second, *_ = (dict(mesh.shape) for mesh in meshes)
+        raise ValueError(
+            f"The parameters are on the meshes {first} and {second}. A state is restored to one "
+            "mesh: give all parameters shardings on it."
+        )
+    if not meshes:
+        return jax.eval_shape(tx.init, params)
+    (on,) = meshes
+    with jax.set_mesh(on):
+        state = jax.eval_shape(tx.init, params)
+        # What `init` asks for shows in its compiled program, under Auto axes nowhere else.
+        compiled = jax.jit(tx.init).lower(params).compile().output_shardings
+    leaves, structure = flatten_with_paths(state)
+    targets = []
+    for (path, leaf), asked in zip(leaves, jax.tree.leaves(compiled), strict=True):
+        sharding = NamedSharding(on, PartitionSpec())
+        owner = owner_of(path, by_path)
+        if owner is not None and by_path[owner].shape == leaf.shape:
+            sharding = by_path[owner].sharding
+        if not (asked.is_fully_replicated or asked.is_equivalent_to(sharding, leaf.ndim)):
+            sharding = NamedSharding(on, asked.spec)
+        targets.append(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding))
+    return jax.tree.unflatten(structure, targets)
+
+
+def _is_entry(x: Any) -> bool:
+    return x is None or isinstance(x, Sharding | PartitionSpec)
+
+
+def _named(x: Any) -> NamedSharding | None:
+    sharding = getattr(x, "sharding", None)
+    known = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
+    return sharding if known else None
+
+
+def _with_mesh(path: str, entry: Any, mesh: Mesh | None) -> Any:
+    """Returns a spec as a sharding on `mesh`, and anything else as it is."""
+    if not isinstance(entry, PartitionSpec):
+        return entry
+    where = f" at {path!r}" if path else ""
+    if mesh is None:
+        raise ValueError(
+            f"param_shardings has {entry}{where}, which needs a mesh. Pass mesh=, or "
+            "NamedSharding(mesh, spec)."
+        )
+    names = [
+        name
+        for part in entry
+        for name in (part if isinstance(part, tuple) else (part,))
+        if isinstance(name, str)
+    ]
+    for name in names:
+        if name not in mesh.axis_names:
+            raise ValueError(
+                f"param_shardings has {entry}{where}, and the mesh has no axis {name!r}. Its axes "
+                f"are {dict(mesh.shape)}; name one of them, or None for a dimension that is whole."
+            )
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"param_shardings has {entry}{where}, which names an axis twice. An axis can shard "
+            "one dimension of a parameter."
+        )
+    return NamedSharding(mesh, entry)

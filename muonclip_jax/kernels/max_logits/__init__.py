@@ -1,0 +1,16 @@
+"""The operation "per-head maxima": the largest logit of each head, over the pairs attended to.
+
+    S_h = max over b, t, s attended of  scale q[b, t, h] . k[b, s, h]
+
+`xla` says what it means, `pallas_gpu` and `pallas_tpu` are kernels for it, `pallas` launches them
+on one device or many, and `dispatch` chooses.
+"""
+
+from muonclip_jax.kernels.max_logits.dispatch import (
+    MAX_LOGITS as MAX_LOGITS,
+    max_logits as max_logits,
+)
+from muonclip_jax.kernels.max_logits.xla import (
+    block_logits as block_logits,
+    dot_precision as dot_precision,
+)

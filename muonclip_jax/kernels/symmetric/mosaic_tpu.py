@@ -1,0 +1,183 @@
+"""The symmetric product on TPUs.
+
+The grid goes over matrices, tiles of the upper triangle and, innermost, the depth. A tile has one
+step more than it has blocks of depth: the step before the last writes the tile and the last writes
+its transpose. To Pallas these are two blocks of one output, so it pipelines both writes behind the
+next tile's products, clips what sticks out of the array, and fetches nothing for the extra step.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from muonclip_jax.kernels.symmetric.problem import Problem, dtype_refusal, result_type
+from muonclip_jax.kernels.symmetric.triangle import tiles_along, triangle
+
+_DTYPES = ("bfloat16", "float32")
+# A tile of s x s needs s / 2 operations a byte read in bfloat16: 512 is past what separates
+# memory-bound from compute-bound on a v5e (240) and a v5p (166). Smaller ones waste less of a small
+# matrix's diagonal.
+_TILES = (512, 384, 256, 128)
+_DEPTH = {"bfloat16": 1024, "float32": 512}
+_VMEM_BYTES = 48 << 20
+
+
+def refusal(problem: Problem) -> str | None:
+    """Returns why this implementation does not take a problem, or None where it does."""
+    return dtype_refusal(problem, _DTYPES)
+
+
+def work(rows: int, size: int | None = None) -> float:
+    """Estimates the time of a product, in entries computed at full speed, times two."""
+    size = tile_size(rows) if size is None else size
+    tiles = tiles_along(rows, size)
+    return tiles * (tiles + 1) * size**2 * max(1.0, _TILES[0] / size) ** 0.5
+
+
+def tile_size(rows: int) -> int:
+    """Returns the side of the tiles that `rows` are cut into: little work, then few reads."""
+    return min(_TILES, key=lambda size: work(rows, size))
+
+
+def _kernel(
+    table_ref,
+    factors_ref,
+    x_ref,
+    y_ref,
+    *refs,
+    depth: int,
+    steps: int,
+    block: int,
+):
+    addend_ref = refs[0] if len(refs) == 3 else None
+    out_ref, sum_ref = refs[-2:]
+    tile, step = pl.program_id(1), pl.program_id(2)
+
+    @pl.when(step == 0)
+    def _clear():
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    @pl.when(step < steps)
+    def _multiply():
+        x, y = x_ref[...], y_ref[...]
+        if depth % block:
+            # What lies past the end of the array is anything, NaN included.
+            inside = lax.broadcasted_iota(jnp.int32, (1, block), 1) < depth - step * block
+            x, y = jnp.where(inside, x, 0), jnp.where(inside, y, 0)
+        wide = x.dtype == jnp.float32
+        sum_ref[...] += lax.dot_general(
+            x,
+            y,
+            (((1,), (1,)), ((), ())),
+            precision=lax.Precision.HIGHEST if wide else lax.Precision.DEFAULT,
+            preferred_element_type=jnp.float32,
+        )
+
+    @pl.when(step == steps - 1)
+    def _write():
+        result = factors_ref[0] * sum_ref[...]
+        if addend_ref is not None:
+            result += factors_ref[1] * addend_ref[...].astype(jnp.float32)
+        sum_ref[...] = result
+
+        @pl.when(table_ref[0, tile] == table_ref[1, tile])
+        def _mirror():
+            # On the diagonal both triangles are in one tile, and the upper one decides.
+            row = lax.broadcasted_iota(jnp.int32, result.shape, 0)
+            column = lax.broadcasted_iota(jnp.int32, result.shape, 1)
+            sum_ref[...] = jnp.where(row <= column, result, result.T)
+
+        out_ref[...] = sum_ref[...].astype(out_ref.dtype)
+
+    @pl.when(step == steps)
+    def _write_transpose():
+        out_ref[...] = sum_ref[...].T.astype(out_ref.dtype)
+
+
+def run(
+    x: Float[Array, "B m n"],
+    y: Float[Array, "B m n"],
+    addend: Float[Array, "B m m"] | None,
+    factors: Float[Array, "2"],
+    out_dtype: str,
+    *,
+    interpret: bool = False,
+    size: int | None = None,
+) -> Float[Array, "B m m"]:
+    """Computes one triangle of `alpha x y^T + beta addend` and writes both.
+
+    Args:
+        x: `(B, m, n)`, bfloat16 or float32.
+        y: `(B, m, n)` with `x y^T` symmetric.
+        addend: `(B, m, m)`, symmetric, or None.
+        factors: `alpha` and `beta`.
+        out_dtype: The result's dtype.
+        interpret: Run on any platform, slowly.
+        size: Side of the tiles, where not `tile_size`'s.
+
+    Returns:
+        `(B, m, m)`, symmetric to the bit.
+    """
+    batch, rows, depth = x.shape
+    size = tile_size(rows) if size is None else size
+    block = min(_DEPTH[x.dtype.name], tiles_along(depth, 128) * 128)
+    steps = tiles_along(depth, block)
+    tiles = tiles_along(rows, size)
+    table = jnp.asarray(triangle(tiles, tiles))
+
+    def operand(which: int):
+        def index(b, tile, step, table_ref, _):
+            return b, table_ref[which, tile], jnp.minimum(step, steps - 1)
+
+        return pl.BlockSpec((None, size, block), index)
+
+    def upper(b, tile, step, table_ref, _):
+        del step
+        return b, table_ref[0, tile], table_ref[1, tile]
+
+    def both(b, tile, step, table_ref, _):
+        row, column = table_ref[0, tile], table_ref[1, tile]
+        last = step == steps
+        return b, jnp.where(last, column, row), jnp.where(last, row, column)
+
+    addends = [] if addend is None else [addend]
+    return pl.pallas_call(
+        functools.partial(_kernel, depth=depth, steps=steps, block=block),
+        out_shape=result_type(x, rows, out_dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(batch, table.shape[1], steps + 1),
+            in_specs=[
+                operand(0),
+                operand(1),
+                *(pl.BlockSpec((None, size, size), upper) for _ in addends),
+            ],
+            out_specs=pl.BlockSpec((None, size, size), both),
+            scratch_shapes=[pltpu.VMEM((size, size), jnp.float32)],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=_VMEM_BYTES,
+        ),
+        cost_estimate=cost(x, y, addends, out_dtype, table.shape[1] * size * size),
+        interpret=interpret,
+        name="symmetric_product",
+    )(table, factors, x, y, *addends)
+
+
+def cost(
+    x: jax.Array, y: jax.Array, addends: list[jax.Array], out_dtype: str, entries: int
+) -> pl.CostEstimate:
+    """Returns what XLA's scheduler is told of the kernel, `entries` being computed a matrix."""
+    batch, rows, depth = x.shape
+    read = sum(array.size * array.dtype.itemsize for array in (x, y, *addends))
+    return pl.CostEstimate(
+        flops=2 * batch * entries * depth,
+        bytes_accessed=read + batch * rows * rows * jnp.dtype(out_dtype).itemsize,
+        transcendentals=0,
+    )

@@ -1,0 +1,202 @@
+"""Flax's attention function that records its largest logits in the module that calls it."""
+
+import functools
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import errors
+from flax.linen.dtypes import promote_dtype
+from jax import lax
+from jaxtyping import Array, Float
+
+from muonclip_jax._paths import join
+from muonclip_jax.attention import batched_attention
+from muonclip_jax.kernels.pairs import bias_permits
+
+COLLECTION = "intermediates"
+NAME = "max_logits"
+
+# Whether a capture is under way: what cannot be recorded is an error then.
+capturing: ContextVar[bool] = ContextVar("capturing", default=False)
+
+
+class _Probe(nn.Module):
+    """An empty module: Linen gives it the module that is being called as its parent."""
+
+
+def calling_module() -> nn.Module | None:
+    """Returns the module whose method is running, or None outside of any."""
+    try:
+        parent = _Probe().parent
+    except errors.AssignSubModuleError as error:
+        raise ValueError(
+            "The module that computes this attention cannot be told from a method that is not "
+            "@nn.compact. Pass it: dot_product_attention(..., record_in=self)."
+        ) from error
+    return parent if isinstance(parent, nn.Module) else None
+
+
+def record_in_module(module: nn.Module | None, max_logits: Float[Array, " N"]) -> None:
+    """Sows maxima at the module's own path, where somebody collects them."""
+    if module is None or module.scope is None or module.is_initializing():
+        return
+    if not module.sow(COLLECTION, NAME, max_logits) and capturing.get():
+        raise ValueError(
+            f"The maxima of {join(module.path)!r} cannot leave the transformation it runs in, for "
+            f"that does not carry the collection {COLLECTION!r}. Name it beside 'params', for "
+            "example nn.scan(..., variable_axes={'params': 0, 'intermediates': 0})."
+        )
+
+
+def _dense_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    *,
+    precision: Any,
+    einsum_dot_general: Callable[..., jax.Array] | None,
+    qk_attn_weights_einsum: Callable[..., jax.Array] | None,
+    attn_weights_value_einsum: Callable[..., jax.Array] | None,
+    **keywords: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs Flax's own attention, and takes the maxima from the logits that it computes.
+
+    Flax lets the caller supply the product that makes the logits. This one hands them on as Flax
+    would have made them, and looks at them in float32 before they are rounded to Flax's dtype.
+    """
+    plain = functools.partial(
+        jnp.einsum, precision=precision, _dot_general=einsum_dot_general or lax.dot_general
+    )
+    seen: list[jax.Array] = []
+
+    def logits_einsum(subscripts: str, query: jax.Array, key: jax.Array) -> jax.Array:
+        if qk_attn_weights_einsum is not None:
+            logits = qk_attn_weights_einsum(subscripts, query, key)
+        else:
+            dtype = jnp.promote_types(query.dtype, jnp.float32)
+            logits = plain(subscripts, query, key, preferred_element_type=dtype)
+        seen.append(lax.stop_gradient(logits).astype(jnp.float32))
+        return logits.astype(query.dtype)
+
+    out = nn.dot_product_attention(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        qk_attn_weights_einsum=logits_einsum,
+        attn_weights_value_einsum=attn_weights_value_einsum or plain,
+        **keywords,
+    )
+    (logits,) = seen
+    if mask is not None:
+        logits = jnp.where(jnp.asarray(mask).astype(bool), logits, -jnp.inf)
+    if bias is not None:
+        logits = jnp.where(bias_permits(lax.stop_gradient(bias)), logits, -jnp.inf)
+    heads = logits.ndim - 3
+    other_axes = tuple(axis for axis in range(logits.ndim) if axis != heads)
+    return out, jnp.max(logits, axis=other_axes, initial=-jnp.inf)
+
+
+def dot_product_attention(
+    query: Float[Array, "*B T N H"],
+    key: Float[Array, "*B S K H"],
+    value: Float[Array, "*B S K D"],
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: nn.Module | None = None,
+    force_fp32_for_softmax: bool = False,
+    einsum_dot_general: Callable[..., jax.Array] | None = None,
+    qk_attn_weights_einsum: Callable[..., jax.Array] | None = None,
+    attn_weights_value_einsum: Callable[..., jax.Array] | None = None,
+    *,
+    implementation: str | None = None,
+    record_in: nn.Module | None = None,
+) -> Float[Array, "*B T N D"]:
+    """Computes Flax's attention and sows the largest logit of every head as `max_logits`.
+
+    The arguments are those of `flax.linen.dot_product_attention`, so that Flax's modules take it
+    as `attention_fn`. Without dropout, sown weights and products of the user's own, attention is
+    `muonclip_jax.dot_product_attention`: its memory is linear in the sequence, key heads may be
+    shared, and logits and softmax are in float32 whatever the dtype. With any of those it is
+    Flax's own attention, and the maxima are taken from the logits that it computes.
+
+    Args:
+        query: Queries `(*B, T, N, H)`.
+        key: Keys `(*B, S, K, H)`.
+        value: Values `(*B, S, K, D)`.
+        bias: Added to the logits; broadcasts to `(*B, N, T, S)`. It counts in the maxima only
+            where it forbids a pair.
+        mask: True or not zero where a pair takes part; broadcasts to `(*B, N, T, S)`.
+        broadcast_dropout: Whether batch and heads share a dropout mask.
+        dropout_rng: Key of the dropout.
+        dropout_rate: Share of weights that dropout removes. Maxima do not see dropout.
+        deterministic: Whether dropout is off.
+        dtype: What query, key and value are cast to.
+        precision: Precision of the products.
+        module: Given by Flax's modules when the attention weights are to be sown too.
+        force_fp32_for_softmax: Whether Flax's own attention computes softmax in float32.
+        einsum_dot_general: The `dot_general` of the products.
+        qk_attn_weights_einsum: The product that makes the logits.
+        attn_weights_value_einsum: The product of weights and values.
+        implementation: As in `muonclip_jax.dot_product_attention`. Set it with
+            `functools.partial`.
+        record_in: The module to record in. The module that is being called by default, which
+            Linen tells in `@nn.compact` methods only. Outside of a module nothing is recorded.
+
+    Returns:
+        The output `(*B, T, N, D)`.
+
+    Raises:
+        ValueError: If the calling module cannot be told, or during a capture if the maxima cannot
+            leave a transformation.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> model = nn.MultiHeadDotProductAttention(2, attention_fn=dot_product_attention)
+        >>> x = jnp.ones((1, 3, 8))
+        >>> params = model.init(jax.random.key(0), x)
+        >>> _, state = model.apply(params, x, mutable=["intermediates"])
+        >>> state["intermediates"]["max_logits"][0].shape
+        (2,)
+    """
+    target = record_in or module or calling_module()
+    drops = dropout_rate > 0.0 and not deterministic
+    products = (precision, einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum)
+    query, key, value = promote_dtype(query, key, value, dtype=dtype)
+    if module is None and not drops and all(product is None for product in products):
+        out, max_logits = batched_attention(
+            query, key, value, bias, mask, implementation=implementation
+        )
+    else:
+        out, max_logits = _dense_attention(
+            query,
+            key,
+            value,
+            bias,
+            mask,
+            broadcast_dropout=broadcast_dropout,
+            dropout_rng=dropout_rng,
+            dropout_rate=dropout_rate,
+            deterministic=deterministic,
+            precision=precision,
+            module=module,
+            force_fp32_for_softmax=force_fp32_for_softmax,
+            einsum_dot_general=einsum_dot_general,
+            qk_attn_weights_einsum=qk_attn_weights_einsum,
+            attn_weights_value_einsum=attn_weights_value_einsum,
+        )
+    record_in_module(target, max_logits)
+    return out

@@ -1,0 +1,57 @@
+"""A Linen train state whose `apply_gradients` forwards the maxima."""
+
+import dataclasses
+from typing import Any
+
+import optax
+from flax import struct
+from flax.training import train_state
+
+from muonclip_jax._typing import Tree
+
+
+class TrainState(train_state.TrainState):
+    """Flax's train state, whose `apply_gradients` forwards what the optimizer asks for.
+
+    Flax's own passes `tx.update` the gradients and parameters alone, so that `max_logits` never
+    reaches the clip.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> params = {"kernel": jnp.ones((2, 2))}
+        >>> state = TrainState.create(apply_fn=None, params=params, tx=optax.sgd(1.0))
+        >>> state = state.apply_gradients(grads=params, max_logits={})
+        >>> state.params["kernel"].tolist()
+        [[0.0, 0.0], [0.0, 0.0]]
+    """
+
+    # Flax's fields once more: it declares parameters a FrozenDict, which they need not be.
+    step: Any
+    apply_fn: Any = struct.field(pytree_node=False)
+    params: Any = struct.field(pytree_node=True)
+    tx: Any = struct.field(pytree_node=False)
+    opt_state: Any = struct.field(pytree_node=True)
+
+    def apply_gradients(self, *, grads: Tree, **kwargs: Any) -> "TrainState":
+        """Updates step, parameters and optimizer state.
+
+        Args:
+            grads: Gradients, in the tree of the parameters.
+            **kwargs: Fields of this dataclass are replaced. Everything else, `max_logits=` above
+                all, goes to `tx.update`; a transformation that takes no extra arguments does not
+                see it.
+
+        Returns:
+            The new train state.
+        """
+        names = {field.name for field in dataclasses.fields(self)}
+        replaced = {name: value for name, value in kwargs.items() if name in names}
+        extra = {name: value for name, value in kwargs.items() if name not in names}
+        tx = optax.with_extra_args_support(self.tx)
+
+        def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
+            return tx.update(updates, state, params, **extra)
+
+        forwarding = self.replace(tx=optax.GradientTransformation(tx.init, update))
+        stepped = super(TrainState, forwarding).apply_gradients(grads=grads, **replaced)
+        return stepped.replace(tx=replaced.get("tx", self.tx))

@@ -1,0 +1,83 @@
+"""Reading compiled programs: against XLA's own count, and against what was written."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec as P
+
+from benchmarks.hlo import tally
+
+
+def compiled(function, *shapes):
+    return jax.jit(function).lower(*(jnp.zeros(shape) for shape in shapes)).compile().as_text()
+
+
+def test_products():
+    assert tally(compiled(jnp.matmul, (4, 8), (8, 16))).flops == 2 * 4 * 8 * 16
+    batched = compiled(lambda x, y: jnp.einsum("bij,bkj->bik", x, y), (3, 4, 8), (3, 5, 8))
+    assert tally(batched).flops == 2 * 3 * 4 * 5 * 8
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    def run(x, w):
+        return jax.lax.fori_loop(0, 7, lambda _, x: x @ w, x)
+
+    counted = tally(compiled(run, (4, 8), (8, 8)))
+    assert counted.flops == 7 * 2 * 4 * 8 * 8
+    assert (counted.loops, counted.unknown_loops) == (1, 0)
+
+
+def test_of_branches_the_costliest_counts():
+    def run(x, w, n):
+        return jax.lax.switch(n.astype(int), [lambda: x, lambda: x @ w, lambda: x @ w @ w])
+
+    assert tally(compiled(run, (8, 8), (8, 8), ())).flops == 2 * 2 * 8**3
+
+
+def test_collectives():
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+
+    def body(x):
+        x = jax.lax.fori_loop(0, 3, lambda _, x: jax.lax.psum(x, "x"), x)
+        x = jax.lax.all_gather(x, ("x", "y"), axis=0, tiled=True)
+        return jax.lax.all_to_all(x, "y", split_axis=0, concat_axis=1, tiled=True)
+
+    run = jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    counted = tally(compiled(run, (2, 5)))
+    size = 2 * 5 * 4
+    assert counted.by_kind(in_loops=True) == {
+        "all-reduce": {"count": 3, "bytes": 3 * 2 * size * 3 / 4}
+    }
+    assert counted.by_kind(in_loops=False) == {
+        "all-gather": {"count": 1, "bytes": 8 * size * 7 / 8},
+        "all-to-all": {"count": 1, "bytes": 8 * size / 2},
+    }
+
+
+TPU = """HloModule jit_f, is_scheduled=true, num_partitions=512
+
+%fused (p: bf16[2,64,96], q: bf16[2,96,32]) -> f32[2,64,32] {
+  %p = bf16[2,64,96]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %q = bf16[2,96,32]{2,1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %c = f32[2,64,32]{2,1,0:T(8,128)} convolution(%p, %q), window=HOLES, dim_labels=0bf_0io->0bf
+}
+
+ENTRY %main (a: bf16[2,64,96], b: bf16[2,96,32]) -> f32[2,64,32] {
+  %a = bf16[2,64,96]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[2,96,32]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %s = (f32[8,128]{1,0}, f32[32,128]{1,0}) all-gather-start(%a), replica_groups=[128,4]<=[512]
+  %d = f32[32,128]{1,0:T(8,128)} all-gather-done(%s)
+  %r = f32[8,128]{1,0:T(8,128)} all-reduce(%d), replica_groups={}, to_apply=%add
+  ROOT %f = f32[2,64,32]{2,1,0:T(8,128)} fusion(%a, %b), kind=kOutput, calls=%fused
+}
+""".replace("HOLES", "{size=2 pad=0_0 lhs_dilate=2}")
+
+
+def test_what_a_tpu_writes():
+    """A batched product is a convolution with holes; a start counts, its end does not."""
+    counted = tally(TPU)
+    assert counted.flops == 2 * 2 * 64 * 96 * 32
+    kinds = counted.by_kind()
+    assert kinds["all-gather"] == {"count": 1, "bytes": 32 * 128 * 4 * 3 / 4}
+    assert kinds["all-reduce"]["bytes"] == pytest.approx(2 * 8 * 128 * 4 * 511 / 512)

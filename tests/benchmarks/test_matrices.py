@@ -1,0 +1,62 @@
+"""The measures of quality on results that are known."""
+
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks.matrices import Reference, diverges, load_momentum, over_all, spectra
+
+
+def test_the_polar_factor_itself_is_perfect():
+    x = np.random.default_rng(0).normal(size=(2, 6, 9))
+    left, _, right = np.linalg.svd(x, full_matrices=False)
+    for quality in Reference(x).quality(left @ right):
+        assert quality["largest"] == pytest.approx(1)
+        assert quality["rms"] == pytest.approx(0, abs=1e-7)
+        assert quality["cosine"] == pytest.approx(1)
+
+
+def test_known_singular_values():
+    x = np.diag([3.0, 2.0, 1.0])[None]
+    quality = Reference(x).quality(np.diag([1.2, 0.9, 0.5])[None])[0]
+    assert quality["largest"] == pytest.approx(1.2)
+    assert quality["worst"] == pytest.approx(0.5)
+    assert quality["mean"] == pytest.approx(0.8 / 3)
+    assert quality["rms"] == pytest.approx(math.sqrt((0.04 + 0.01 + 0.25) / 3))
+    assert quality["cosine"] == pytest.approx(2.6 / math.sqrt(3 * (1.44 + 0.81 + 0.25)))
+
+
+def test_directions_that_the_matrix_does_not_have_are_not_asked_for():
+    x = np.diag([1.0, 0.0])[None]
+    quality = Reference(x).quality(np.diag([1.0, 0.0])[None])[0]
+    assert quality["worst"] == pytest.approx(0, abs=1e-7)
+    assert quality["cosine"] == pytest.approx(1)
+
+
+def test_what_is_not_finite_or_too_large_diverges():
+    reference = Reference(np.eye(2)[None])
+    for bad in (np.full((1, 2, 2), np.nan), 1.7 * np.eye(2)[None]):
+        assert diverges(reference.quality(bad)[0])
+    good = reference.quality(1.2 * np.eye(2)[None])
+    assert not diverges(good[0])
+    assert diverges(over_all(good + reference.quality(np.full((1, 2, 2), np.inf))))
+
+
+def test_spectra_have_the_condition_of_their_name():
+    found = spectra(12, 20)
+    for power in (3, 4, 5, 6):
+        assert np.linalg.cond(found[f"cond 1e{power}"]) == pytest.approx(10.0**power)
+    assert np.linalg.matrix_rank(found["rank one"]) == 1
+
+
+def test_momentum_is_read_wide_and_by_shape(tmp_path):
+    rng = np.random.default_rng(0)
+    tall, wide = rng.normal(size=(5, 3)), rng.normal(size=(3, 5))
+    np.savez(tmp_path / "m.npz", a=tall, b=wide, zero=np.zeros((3, 5)), vector=np.ones(3))
+    groups = load_momentum(tmp_path / "m.npz")
+    assert {shape: len(stack) for shape, stack in groups.items()} == {(3, 5): 2}
+    np.testing.assert_array_equal(groups[3, 5][0], tall.T)
+    np.savez(tmp_path / "none.npz", zero=np.zeros((3, 5)))
+    with pytest.raises(ValueError, match="holds no matrix"):
+        load_momentum(tmp_path / "none.npz")
