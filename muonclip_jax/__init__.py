@@ -31,11 +31,16 @@ from muonclip_jax.matrices import Distribution as Distribution
 from muonclip_jax.polar import orthogonalize as orthogonalize
 from muonclip_jax.transforms import (
     AccumulateState as AccumulateState,
+    MetricsSample as MetricsSample,
+    MetricsState as MetricsState,
+    MuonMetrics as MuonMetrics,
     MuonState as MuonState,
     QKClipState as QKClipState,
     accumulate as accumulate,
     clip_until as clip_until,
+    metrics as metrics,
     qk_clip as qk_clip,
+    read_metrics as read_metrics,
     scale_by_muon as scale_by_muon,
     scale_by_shape as scale_by_shape,
 )

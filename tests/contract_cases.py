@@ -98,6 +98,20 @@ def accumulated_muonclip(
     )
 
 
+def measured_muonclip(
+    learning_rate: Any, qk_clip_threshold: Any, param_shardings: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """A sample on every call, so that what is asked of steps is asked of it."""
+    return mc.metrics(
+        mc.muonclip(
+            learning_rate, qk_clip_threshold=qk_clip_threshold, param_shardings=param_shardings
+        ),
+        every=1,
+        qk_clip_threshold=qk_clip_threshold,
+        param_shardings=param_shardings,
+    )
+
+
 ROWS: dict[str, Row] = {
     "scale_by_muon": Row(
         factory=mc.scale_by_muon,
@@ -150,6 +164,13 @@ ROWS: dict[str, Row] = {
     ),
     "accumulate": Row(
         factory=accumulated_muonclip,
+        traced={"learning_rate": 0.02, "qk_clip_threshold": 95.0},
+        shapes=MODEL,
+        extra={"max_logits": MAX_LOGITS},
+        leave_out=("mlp", "kernel"),
+    ),
+    "metrics": Row(
+        factory=measured_muonclip,
         traced={"learning_rate": 0.02, "qk_clip_threshold": 95.0},
         shapes=MODEL,
         extra={"max_logits": MAX_LOGITS},

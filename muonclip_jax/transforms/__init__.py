@@ -4,6 +4,13 @@ from muonclip_jax.transforms.accumulate import (
     AccumulateState as AccumulateState,
     accumulate as accumulate,
 )
+from muonclip_jax.transforms.metrics import (
+    MetricsSample as MetricsSample,
+    MetricsState as MetricsState,
+    MuonMetrics as MuonMetrics,
+    metrics as metrics,
+    read_metrics as read_metrics,
+)
 from muonclip_jax.transforms.muon import MuonState as MuonState, scale_by_muon as scale_by_muon
 from muonclip_jax.transforms.qk_clip import (
     QKClipState as QKClipState,

@@ -1,0 +1,381 @@
+"""What `metrics` measures, held against singular values in float64, and when it does."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import muonclip_jax as mc
+from muonclip_jax.transforms.metrics.figures import effective_rank, update_figures
+from tests.helpers import TOLERANCE, update
+
+RNG = np.random.default_rng(0)
+GAUSSIAN = RNG.standard_normal((24, 40))
+LOW_RANK = RNG.standard_normal((24, 3)) @ RNG.standard_normal((3, 40)) + 1e-2 * GAUSSIAN
+
+#: Wide matrices: ordinary ones and each degenerate case.
+MATRICES = {
+    "gaussian": GAUSSIAN,
+    "low rank": LOW_RANK,
+    "ill conditioned": GAUSSIAN * np.logspace(0, -6, 24)[:, None],
+    "orthogonal": 3 * np.linalg.qr(GAUSSIAN.T)[0].T,
+    "rank one": np.outer(GAUSSIAN[:, 0], GAUSSIAN[0]),
+    "one row": GAUSSIAN[:1],
+    "one entry": GAUSSIAN[:1, :1],
+    "tiny": 1e-30 * GAUSSIAN,
+    "huge": 1e30 * GAUSSIAN,
+    "complex": GAUSSIAN + 1j * LOW_RANK,
+}
+#: The power iteration's own error, on the spectra above; everything else is rounding.
+POWER = 5e-3
+
+
+def of_singular_values(x: np.ndarray) -> dict[str, float]:
+    """The definitions, in float64."""
+    s = np.linalg.svd(x, compute_uv=False)
+    square = s**2 / np.mean(s**2)
+    return {
+        "update_rms": float(np.sqrt(np.mean(np.abs(x) ** 2))),
+        "spectral_norm": float(s[0]),
+        "orthogonality_error": float(np.sqrt(np.mean((square - 1) ** 2))),
+        "effective_rank": float(np.sum(s**2) ** 2 / np.sum(s**4)),
+    }
+
+
+@pytest.mark.parametrize("x", MATRICES.values(), ids=MATRICES)
+def test_figures_are_those_of_the_singular_values(x: np.ndarray):
+    expected = of_singular_values(x)
+    stack = jnp.asarray(x[None])
+    rms, norm, error = (float(figure[0]) for figure in update_figures(stack))
+    np.testing.assert_allclose(rms, expected["update_rms"], rtol=TOLERANCE["float32"])
+    np.testing.assert_allclose(norm, expected["spectral_norm"], rtol=POWER)
+    assert norm <= expected["spectral_norm"] * (1 + TOLERANCE["float32"])
+    np.testing.assert_allclose(
+        error, expected["orthogonality_error"], rtol=TOLERANCE["float32"], atol=1e-6
+    )
+    rank = float(effective_rank(stack)[0])
+    np.testing.assert_allclose(rank, expected["effective_rank"], rtol=TOLERANCE["float32"])
+    stable_rank = np.sum(np.abs(x) ** 2) / expected["spectral_norm"] ** 2
+    assert stable_rank * (1 - 1e-5) <= rank <= min(x.shape) * (1 + 1e-5)
+
+
+def test_figures_of_the_zero_matrix():
+    figures = update_figures(jnp.zeros((1, 3, 5)))
+    assert [float(figure[0]) for figure in figures] == [0.0, 0.0, 1.0]
+    assert float(effective_rank(jnp.zeros((1, 3, 5)))[0]) == 0.0
+
+
+def test_an_orthogonal_matrix_in_bfloat16_is_as_far_off_as_its_rounding():
+    x = jnp.asarray(MATRICES["orthogonal"], jnp.bfloat16)
+    expected = of_singular_values(np.asarray(x, np.float64))["orthogonality_error"]
+    np.testing.assert_allclose(update_figures(x[None]).orthogonality_error, expected, rtol=1e-3)
+    assert 1e-4 < expected < TOLERANCE["bfloat16"]
+
+
+# -- in a tree --
+
+PARAMS = {
+    "tall": {"kernel": (12, 5)},
+    "stacked": {"kernel": (3, 5, 12)},
+    "attention": {"query": {"kernel": (8, 2, 4)}, "key": {"kernel": (8, 2, 4)}},
+    "fused": {"kernel": (8, 12)},
+    "norm": {"scale": (8,)},
+    "embedding": (6, 8),
+}
+RULES = mc.MatrixRules([("fused/kernel$", mc.MatrixSpec((0, 1), mc.Split(1, (4, 8))))])
+
+
+def tree(seed: int, dtype: Any = jnp.float32) -> Any:
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.standard_normal(shape), dtype),
+        PARAMS,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def matrices(values: Any) -> dict[str, list[np.ndarray]]:
+    """Every matrix that Muon trains, cut by hand."""
+    x = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), values)
+    return {
+        "attention/key/kernel": [x["attention"]["key"]["kernel"].reshape(8, 8)],
+        "attention/query/kernel": [x["attention"]["query"]["kernel"].reshape(8, 8)],
+        "fused/kernel": [x["fused"]["kernel"][:, :4], x["fused"]["kernel"][:, 4:]],
+        "stacked/kernel": list(x["stacked"]["kernel"]),
+        "tall/kernel": [x["tall"]["kernel"]],
+    }
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[Any, Any, Any]:
+    """Gradients, state and metrics of a step of momentum SGD that keeps `mu` as Adam does."""
+    gradients = tree(1)
+    tx = mc.metrics(optax.chain(optax.scale_by_adam(b1=0.9), optax.scale(-0.5)), rules=RULES)
+    updates, state = jax.jit(tx.update)(gradients, tx.init(tree(0)), tree(0))
+    return updates, state, mc.read_metrics(state, tree(0), rules=RULES)
+
+
+@pytest.mark.parametrize(
+    "name", ["update_rms", "spectral_norm", "orthogonality_error", "effective_rank"]
+)
+def test_every_matrix_has_its_own_figure_under_its_leafs_path(measured: Any, name: str):
+    updates, state, figures = measured
+    of = state.inner_state[0].mu if name == "effective_rank" else updates
+    expected = matrices(of)
+    actual = getattr(figures, name)
+    assert list(actual) == list(expected)
+    for path, parts in expected.items():
+        wanted = [of_singular_values(part)[name] for part in parts]
+        np.testing.assert_allclose(actual[path], wanted, rtol=POWER)
+
+
+def test_scalars_reduce_the_matrices_of_a_leaf_and_of_the_model(measured: Any):
+    updates, _, figures = measured
+    flat = {name: float(value) for name, value in figures.scalars("m").items()}
+    everything = [of_singular_values(x) for parts in matrices(updates).values() for x in parts]
+    stacked = [of_singular_values(x) for x in matrices(updates)["stacked/kernel"]]
+    np.testing.assert_allclose(
+        flat["m/update_rms/stacked/kernel"],
+        np.sqrt(np.mean([x["update_rms"] ** 2 for x in stacked])),
+        rtol=1e-5,
+    )
+    np.testing.assert_allclose(
+        flat["m/orthogonality_error"], max(x["orthogonality_error"] for x in everything), rtol=1e-5
+    )
+    assert set(figures.scalars("m", leaves=False)) == {
+        f"m/{name}"
+        for name in (
+            "update_rms",
+            "spectral_norm",
+            "orthogonality_error",
+            "effective_rank",
+            "max_logit",
+            "min_gamma",
+            "clipped_heads",
+        )
+    }
+
+
+def test_a_state_without_momentum_has_rank_zero():
+    tx = mc.metrics(optax.sgd(0.1), rules=RULES)
+    _, state = update(tx, tree(1), tx.init(tree(0)))
+    assert not mc.read_metrics(state, tree(0), rules=RULES).effective_rank["tall/kernel"].any()
+
+
+def test_muons_update_is_orthogonal_and_its_momentum_is_not():
+    params = {"dense": {"kernel": jnp.asarray(LOW_RANK, jnp.float32)}}
+    tx = mc.metrics(
+        mc.muonclip(0.02, qk_clip_threshold=None, ns_method="svd", weight_decay=0.0), every=1
+    )
+    _, state = update(tx, params, tx.init(params), params)
+    figures = mc.read_metrics(state, params)
+    assert float(figures.orthogonality_error["dense/kernel"][0]) < 1e-5
+    assert float(figures.effective_rank["dense/kernel"][0]) < 4
+    np.testing.assert_allclose(
+        figures.update_rms["dense/kernel"][0], 0.02 * 0.2, rtol=TOLERANCE["float32"]
+    )
+
+
+# -- when --
+
+
+def test_a_sample_every_third_update_and_nothing_changes_between():
+    params = {"dense": {"kernel": jnp.asarray(GAUSSIAN, jnp.float32)}}
+    inner = mc.muonclip(0.02, qk_clip_threshold=None)
+    tx = mc.metrics(inner, every=3)
+
+    def step(tx: Any, state: Any, scale: Any) -> Any:
+        grads = jax.tree.map(lambda p: p * jnp.cos(scale * jnp.arange(p.shape[-1])), params)
+        updates, state = tx.update(grads, state, params)
+        return state, (updates, getattr(state, "sample", None))
+
+    scales = jnp.arange(7.0)
+    state, (updates, samples) = jax.jit(
+        lambda s: jax.lax.scan(lambda s, x: step(tx, s, x), s, scales)
+    )(tx.init(params))
+    alone, (plain, _) = jax.jit(
+        lambda s: jax.lax.scan(lambda s, x: step(inner, s, x), s, scales)
+    )(inner.init(params))
+    assert samples.step.tolist() == [0, 0, 0, 3, 3, 3, 6]
+    for values in samples:
+        for held, start in ((1, 0), (2, 0), (4, 3), (5, 3)):
+            np.testing.assert_array_equal(values[held], values[start])
+    assert samples.spectral_norm[0] != samples.spectral_norm[3] != samples.spectral_norm[6]
+    for actual, expected in ((updates, plain), (state.inner_state, alone)):
+        jax.tree.map(
+            lambda a, e: np.testing.assert_allclose(a, e, rtol=0, atol=1e-6), actual, expected
+        )
+
+
+def test_between_samples_nothing_is_computed():
+    params = tree(0)
+    tx = mc.metrics(optax.sgd(0.1), rules=RULES, qk_clip_threshold=100.0)
+    maxima = {"attention": jnp.ones(2)}
+    program = jax.make_jaxpr(lambda g, s: tx.update(g, s, max_logits=maxima))(
+        params, tx.init(params)
+    )
+    outside = [equation for equation in program.eqns if equation.primitive.name != "cond"]
+    (branches,) = [e.params["branches"] for e in program.eqns if e.primitive.name == "cond"]
+    assert not {"dot_general", "while", "reduce_max"} & {
+        equation.primitive.name for equation in outside
+    }
+    kept, taken = (str(branch) for branch in branches)
+    assert "dot_general" in taken
+    assert "let  in" in " ".join(kept.split()) or not branches[0].jaxpr.eqns
+
+
+def test_before_the_first_update_there_is_no_sample():
+    tx = mc.metrics(optax.sgd(0.1), rules=RULES)
+    figures = mc.read_metrics(tx.init(tree(0)), tree(0), rules=RULES)
+    assert int(figures.step) == -1
+    assert not figures.spectral_norm["tall/kernel"].any()
+
+
+# -- QK-Clip --
+
+ATTENTION = {"attn": {name: {"kernel": jnp.ones((6, 4, 2))} for name in ("query", "key")}}
+STACKED = {"attn": {name: {"kernel": jnp.ones((3, 6, 4, 2))} for name in ("query", "key")}}
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_maxima_and_gammas_are_those_of_qk_clip(stacked: bool):
+    params = STACKED if stacked else ATTENTION
+    shape = (2, 3, 4) if stacked else (4,)
+    max_logits = {"attn": {"max_logits": (jnp.asarray(RNG.uniform(50, 250, shape)),)}}
+    tx = mc.metrics(mc.muonclip(0.02), qk_clip_threshold=100.0)
+    _, state = jax.jit(tx.update)(params, tx.init(params), params, max_logits=max_logits)
+    figures = mc.read_metrics(state, params)
+    info = mc.qk_clip_info(params, max_logits, threshold=100.0)
+    assert float(figures.max_logit["attn"]) == float(info.largest) > 100
+    assert float(figures.min_gamma["attn"]) == float(info.gamma["attn"].min()) < 1
+    assert int(figures.clipped_heads["attn"]) == int(info.total_clipped) > 0
+
+
+def test_a_threshold_may_be_a_schedule():
+    tx = mc.metrics(optax.sgd(0.1), every=1, qk_clip_threshold=mc.clip_until(1, 100.0))
+    state = tx.init(ATTENTION)
+    clipped = []
+    for _ in range(2):
+        _, state = update(tx, ATTENTION, state, max_logits={"attn": jnp.full(4, 200.0)})
+        clipped.append(int(mc.read_metrics(state, ATTENTION).clipped_heads["attn"]))
+    assert clipped == [4, 0]
+
+
+def test_without_maxima_or_threshold_there_is_nothing_of_the_clip():
+    tx = mc.metrics(optax.sgd(0.1), every=1)
+    _, state = update(tx, ATTENTION, tx.init(ATTENTION))
+    assert float(mc.read_metrics(state, ATTENTION).max_logit["attn"]) == -np.inf
+    _, state = update(tx, ATTENTION, state, max_logits={"attn": jnp.full(4, 200.0)})
+    figures = mc.read_metrics(state, ATTENTION)
+    assert float(figures.max_logit["attn"]) == 200.0
+    assert float(figures.min_gamma["attn"]) == 1.0
+
+
+def test_blocks_that_are_not_selected_have_no_figures():
+    params = {"encoder": ATTENTION, "decoder": ATTENTION}
+    tx = mc.metrics(optax.sgd(0.1), qk_clip_threshold=100.0, qk_clip_blocks="decoder")
+    maxima = {"decoder/attn": jnp.full(4, 200.0)}
+    _, state = update(tx, params, tx.init(params), max_logits=maxima)
+    figures = mc.read_metrics(state, params, qk_clip_blocks="decoder")
+    assert list(figures.max_logit) == ["decoder/attn"]
+    with pytest.raises(ValueError, match="0 attention blocks, and|1 attention blocks, and"):
+        mc.read_metrics(state, params)
+
+
+# -- wherever it stands --
+
+
+def test_inside_of_multi_transform_and_accumulate():
+    params = {**ATTENTION, "norm": {"scale": jnp.ones(6)}}
+    muon = optax.chain(mc.metrics(mc.scale_by_muon(), every=1), optax.scale(-0.02))
+    routed = optax.multi_transform({"muon": muon, "adamw": optax.adamw(1e-3)}, mc.label_params)
+    tx = mc.accumulate(routed, 2, max_logits={"attn": jnp.ones(4)})
+    state: Any = tx.init(params)
+    step = jax.jit(tx.update)
+    for scale in (100.0, 300.0, 50.0):
+        _, state = step(params, state, params, max_logits={"attn": jnp.full(4, scale)})
+    figures = mc.read_metrics(state, params)
+    # One step was taken, with the maxima of both micro-batches; the third waits for the fourth.
+    assert int(figures.step) == 0
+    assert float(figures.max_logit["attn"]) == 300.0
+    assert list(figures.update_rms) == ["attn/key/kernel", "attn/query/kernel"]
+
+
+def test_reading_works_inside_of_jit():
+    tx = mc.metrics(optax.sgd(0.5), rules=RULES)
+
+    @jax.jit
+    def step(gradients: Any, state: Any) -> Any:
+        _, state = tx.update(gradients, state)
+        return mc.read_metrics(state, gradients, rules=RULES).scalars()
+
+    assert float(step(tree(1), tx.init(tree(0)))["muon/update_rms/tall/kernel"]) > 0
+
+
+def test_inside_of_shard_map():
+    params = {"dense": {"kernel": jnp.asarray(GAUSSIAN, jnp.float32)}}
+    tx = mc.metrics(mc.scale_by_muon(), every=1)
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def step(state: Any, batch: jax.Array) -> Any:
+        gradients = jax.tree.map(lambda p: jax.lax.pmean(p * batch.sum(), "batch"), params)
+        return tx.update(gradients, state, params)[1].sample
+
+    state = tx.init(params)
+    sample = jax.jit(
+        jax.shard_map(step, mesh=mesh, in_specs=(P(), P("batch")), out_specs=P())
+    )(state, jnp.ones(2))
+    _, alone = update(tx, params, state, params)
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=0, atol=1e-5), sample, alone.sample
+    )
+
+
+def test_vmapped_states_have_their_own_samples():
+    params = {"dense": {"kernel": jnp.asarray(GAUSSIAN, jnp.float32)}}
+    tx = mc.metrics(optax.sgd(1.0), every=2)
+    state = jax.tree.map(lambda x: jnp.stack([x, x]), tx.init(params))
+    state = state._replace(count=jnp.asarray([1, 2], jnp.int32))
+    _, state = jax.vmap(lambda s: tx.update(params, s))(state)
+    assert state.sample.step.tolist() == [-1, 2]
+
+
+# -- what is refused --
+
+
+@pytest.mark.parametrize("every", [0, -1, 2.5])
+def test_every_counts_updates(every: Any):
+    with pytest.raises(ValueError, match=f"every must be an integer from 1, got {every}"):
+        mc.metrics(optax.sgd(0.1), every=every)
+
+
+def test_what_is_measured_must_be_a_transformation():
+    with pytest.raises(TypeError, match="takes a gradient transformation such as"):
+        mc.metrics(0.02)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_threshold_must_be_positive():
+    with pytest.raises(ValueError, match="qk_clip_threshold must be positive, got -1"):
+        mc.metrics(optax.sgd(0.1), qk_clip_threshold=-1.0)
+
+
+def test_maxima_of_a_block_that_is_not_there():
+    tx = mc.metrics(optax.sgd(0.1))
+    with pytest.raises(ValueError, match="recorded for 'other'"):
+        tx.update(ATTENTION, tx.init(ATTENTION), max_logits={"other": jnp.ones(4)})
+
+
+def test_reading_says_what_does_not_fit():
+    tx = mc.metrics(optax.sgd(0.1))
+    state = tx.init(ATTENTION)
+    with pytest.raises(ValueError, match="has 0 states of metrics"):
+        mc.read_metrics(optax.sgd(0.1).init(ATTENTION), ATTENTION)
+    with pytest.raises(ValueError, match="has 2 states of metrics"):
+        mc.read_metrics((state, state), ATTENTION)
+    with pytest.raises(ValueError, match="figures of 2 matrices .* params have 1"):
+        rules = mc.MatrixRules([("key/kernel$", None)])
+        mc.read_metrics(state, ATTENTION, rules=rules)
