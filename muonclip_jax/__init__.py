@@ -27,7 +27,7 @@ from muonclip_jax.layouts import (
     infer_dimension_numbers as infer_dimension_numbers,
     label_params as label_params,
 )
-from muonclip_jax.matrices import Distribution as Distribution
+from muonclip_jax.matrices import Distribution as Distribution, describe_cost as describe_cost
 from muonclip_jax.polar import orthogonalize as orthogonalize
 from muonclip_jax.transforms import (
     AccumulateState as AccumulateState,

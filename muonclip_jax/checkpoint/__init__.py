@@ -11,6 +11,8 @@ work is shared. What a restore needs is told here:
 3. `from_optax_state`: the state of another transformation, of `optax.contrib.muon` above all, by
    which parameter each moment belongs to.
 
+4. `read_shapes` and `find_params`: what a checkpoint on disk holds, without loading an array.
+
 All work on names of paths, such as "inner_states/muon/inner_state/0/mu/dense/kernel", which are
 the same for a state, for the nested dicts and lists that Orbax restores without a target, and for
 the metadata of a checkpoint.
@@ -18,6 +20,10 @@ the metadata of a checkpoint.
 
 from muonclip_jax.checkpoint.moments import from_optax_state as from_optax_state
 from muonclip_jax.checkpoint.saved import check_saved as check_saved
+from muonclip_jax.checkpoint.shapes import (
+    find_params as find_params,
+    read_shapes as read_shapes,
+)
 from muonclip_jax.checkpoint.targets import (
     abstract_params as abstract_params,
     abstract_state as abstract_state,

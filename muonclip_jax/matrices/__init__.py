@@ -1,5 +1,6 @@
 """Floor 3: leaves as matrices, same-shaped matrices as stacks, factors by shape."""
 
+from muonclip_jax.matrices.costs import describe_cost as describe_cost
 from muonclip_jax.matrices.distribution import (
     Distribution as Distribution,
     MeshShardings as MeshShardings,

@@ -4,8 +4,8 @@ from muonclip_jax.transforms.metrics.reading import (
     MuonMetrics as MuonMetrics,
     read_metrics as read_metrics,
 )
+from muonclip_jax.transforms.metrics.sample import MetricsSample as MetricsSample
 from muonclip_jax.transforms.metrics.transformation import (
-    MetricsSample as MetricsSample,
     MetricsState as MetricsState,
     metrics as metrics,
 )

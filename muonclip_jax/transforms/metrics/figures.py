@@ -24,10 +24,10 @@ from jaxtyping import Array, Float, Inexact
 
 from muonclip_jax.kernels.symmetric import gram, matmul
 
-#: Steps of the power iteration. Whatever the spectrum, `k` steps from a random start come within
-#: a relative `0.871 log(m) / (k - 1)` of the largest eigenvalue in the mean (Kuczynski and
-#: Wozniakowski 1992, SIAM J. Matrix Anal. Appl. 13, Theorem 3.1); its root is nearer still, and a
-#: step costs two operations an entry of `G`, where making `G` costs `2 n`.
+#: Steps of the power iteration. Whatever the spectrum, the relative error of the eigenvalue after
+#: `k` steps from a random start is like `log(m) / k` in the mean (Kuczynski and Wozniakowski 1992,
+#: SIAM J. Matrix Anal. Appl. 13), and that of its root half as large. A step costs two operations
+#: an entry of `G`; making `G` costs `2 n`.
 POWER_STEPS = 64
 
 

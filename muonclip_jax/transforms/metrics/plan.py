@@ -18,8 +18,10 @@ from muonclip_jax.layouts import MatrixRules, resolve_specs
 from muonclip_jax.layouts.attention_finding import FoundBlock, Rule, find_blocks
 from muonclip_jax.matrices import LeafPlan, StackPlan, plan_leaf, plan_stacks, to_matrices
 
-# Of a stack in the dtype of its leaves; its copy in float32, scaled, and the Gram matrices are
-# temporary memory beside it.
+# A stack is copied and scaled in float32, so it is the unit of temporary memory. As a share of the
+# tree it keeps the program short however deep the tree; smaller stacks than the second bound save
+# nothing that counts.
+_STACK_SHARE = 12
 _STACK_BYTES = 64 * 2**20
 
 
@@ -56,8 +58,10 @@ def plan_matrices(tree: Tree, rules: MatrixRules | None) -> MatrixPlan:
         if spec is not None
     ]
     leaves = [plan for _, _, plan in found]
+    numbers = sum(part.count * part.fan_in * part.fan_out for plan in leaves for part in plan.parts)
     # Updates and momentum of all dtypes are measured in float32.
-    stacks = plan_stacks(leaves, ["float32"] * len(leaves), _STACK_BYTES)
+    max_bytes = max(_STACK_BYTES, 4 * numbers // _STACK_SHARE)
+    stacks = plan_stacks(leaves, ["float32"] * len(leaves), max_bytes)
     return MatrixPlan(
         tuple(path for path, _, _ in found), tuple(position for _, position, _ in found), stacks
     )

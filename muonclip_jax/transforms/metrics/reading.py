@@ -11,6 +11,7 @@ from muonclip_jax._typing import Tree
 from muonclip_jax.layouts import MatrixRules
 from muonclip_jax.layouts.attention_finding import block_rules
 from muonclip_jax.transforms.metrics.plan import blocks_of, plan_matrices
+from muonclip_jax.transforms.metrics.sample import MetricsSample
 from muonclip_jax.transforms.metrics.transformation import MetricsState
 
 
@@ -26,9 +27,9 @@ class MuonMetrics(NamedTuple):
             orthogonal one: with singular values `s`, the standard deviation of `s^2 / mean(s^2)`.
         effective_rank: Path -> number of directions in each matrix of the momentum,
             `(sum s^2)^2 / sum s^4`; 0 where there is no momentum.
-        max_logit: Attention block -> largest logit of its heads and stacked layers, `()`; -inf
-            where the update got no maxima.
-        min_gamma: Block -> smallest of QK-Clip's factors; 1 without a clip.
+        max_logit: Attention block -> largest logit of its heads and stacked layers, `()`; no
+            blocks where `metrics` got no threshold.
+        min_gamma: Block -> smallest of QK-Clip's factors; 1 where nothing was clipped.
         clipped_heads: Block -> number of heads that were clipped, over all its layers.
     """
 
@@ -135,13 +136,13 @@ def read_metrics(
             "tx = muonclip_jax.metrics(muonclip_jax.muonclip(...)), and of several give the state "
             "of one of them."
         )
-    sample = found[0].sample
+    # As arrays, where a library has boxed them.
+    sample = MetricsSample(*map(jnp.asarray, found[0].sample))
     plan = plan_matrices(params, rules)
-    blocks = [
-        block.path
-        for block in blocks_of(params, block_rules(qk_clip_blocks, "qk_clip_blocks"))[1]
-        if block.selected
-    ]
+    blocks: list[str] = []
+    if sample.max_logit.size:
+        _, known = blocks_of(params, block_rules(qk_clip_blocks, "qk_clip_blocks"))
+        blocks = [block.path for block in known if block.selected]
     have = (sample.update_rms.size, sample.max_logit.size)
     if have != (plan.total, len(blocks)):
         raise ValueError(

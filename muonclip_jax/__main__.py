@@ -1,0 +1,58 @@
+"""Floor 8: the command line, `python -m muonclip_jax describe` and `doctor`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from muonclip_jax._commands.describe import describe
+from muonclip_jax._commands.doctor import doctor
+from muonclip_jax.polar import COEFFICIENT_SETS, NS_DTYPES, NS_METHODS
+
+_PLATFORMS = ("cpu", "gpu", "tpu")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Builds the command line."""
+    whole = argparse.ArgumentParser(
+        prog="python -m muonclip_jax", description="Muon with QK-Clip for JAX: see what it does."
+    )
+    commands = whole.add_subparsers(dest="command", required=True)
+    text = "who trains what in a checkpoint, its attention blocks, and what Muon costs a step"
+    command = commands.add_parser("describe", help=text, description=f"Prints {text}.")
+    add = command.add_argument
+    add("checkpoint", help="a folder of Orbax (an item, a step, or all steps) or an .npz file")
+    add(
+        "--params",
+        metavar="PATH",
+        help="where in it the parameters are, '' for all of it; by default the subtree 'params'",
+    )
+    add("--rules", metavar="MODULE:NAME", help="a MatrixRules to import, if the model needs one")
+    add("--platform", choices=_PLATFORMS, help="what to count for; by default what JAX runs on")
+    add("--ns-coeffs", choices=tuple(COEFFICIENT_SETS), default="keller_jordan")
+    add("--ns-steps", type=int)
+    add("--ns-method", choices=NS_METHODS, default="auto")
+    add("--ns-dtype", choices=NS_DTYPES)
+    text = "the installation, the devices, and what will be used on them"
+    commands.add_parser(
+        "doctor", help=f"checks {text}", description=f"Checks {text}; 1 if something fails."
+    )
+    return whole
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns the exit status."""
+    options = vars(parser().parse_args(arguments))
+    if options.pop("command") == "doctor":
+        report, passed = doctor()
+        print(report)
+        return 0 if passed else 1
+    try:
+        print(describe(**options))
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

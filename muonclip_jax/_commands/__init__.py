@@ -1,0 +1,1 @@
+"""Floor 7: what `python -m muonclip_jax` does."""

@@ -1,0 +1,85 @@
+"""`describe`: who trains what in a checkpoint, its attention blocks, and what Muon costs."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from muonclip_jax.checkpoint.shapes import Shapes, find_params, read_shapes
+from muonclip_jax.clipping import describe_attention
+from muonclip_jax.clipping.blocks import named_leaves
+from muonclip_jax.layouts import MatrixRules, describe_labels
+from muonclip_jax.layouts.attention_finding import find_blocks
+from muonclip_jax.matrices import describe_cost
+
+
+def describe(
+    checkpoint: str | Path,
+    params: str | None = None,
+    rules: str | None = None,
+    *,
+    platform: str | None = None,
+    **newton_schulz: Any,
+) -> str:
+    """Describes the parameters of a checkpoint; no array is loaded.
+
+    Args:
+        checkpoint: As for `read_shapes`.
+        params: Path of the parameters in it, as for `find_params`.
+        rules: Where the `MatrixRules` are, "package.module:name"; None for the built-in ones.
+        platform: "cpu", "gpu" or "tpu" for the cost; None is the one that JAX runs on.
+        newton_schulz: `ns_coeffs`, `ns_steps`, `ns_method` and `ns_dtype`, as for `muonclip`.
+
+    Returns:
+        Three tables: `describe_labels`, `describe_attention` and `describe_cost`.
+
+    Raises:
+        ValueError: If there are no parameters, or a leaf of them cannot be routed.
+        TypeError: If `rules` leads to something else.
+        ImportError: If what reads the checkpoint, or the module of `rules`, cannot be imported.
+        OSError: If the checkpoint cannot be read.
+    """
+    routing = None if rules is None else load_rules(rules)
+    at, shapes = find_params(read_shapes(checkpoint), params)
+    where = f"{at!r} of {checkpoint}" if at else f"{checkpoint} (all of it: no 'params' in it)"
+    if params is not None and not at:
+        where = f"{checkpoint} (all of it)"
+    sections = {
+        f"Parameters: {where}": describe_labels(shapes, routing),
+        "Attention blocks, and what QK-Clip scales in them": _attention(shapes),
+        "Newton-Schulz, a step": describe_cost(shapes, routing, platform=platform, **newton_schulz),
+    }
+    return "\n\n".join(f"{title}\n{'-' * len(title)}\n{body}" for title, body in sections.items())
+
+
+def load_rules(name: str) -> MatrixRules:
+    """Imports a `MatrixRules` by the name "package.module:name", from the present folder too.
+
+    Raises:
+        ValueError: If the name has another form or the module has no such value.
+        TypeError: If it is no `MatrixRules`.
+        ImportError: If there is no such module.
+    """
+    module, _, attribute = name.partition(":")
+    if not (module and attribute):
+        raise ValueError(
+            f"rules must be 'package.module:name', got {name!r}: the module is imported, and the "
+            "name is a MatrixRules in it."
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    found = getattr(importlib.import_module(module), attribute, None)
+    if found is None:
+        raise ValueError(f"The module {module!r} has no {attribute!r}.")
+    if not isinstance(found, MatrixRules):
+        raise TypeError(
+            f"{name!r} is a {type(found).__name__}, expected a muonclip_jax.MatrixRules."
+        )
+    return found
+
+
+def _attention(shapes: Shapes) -> str:
+    if not find_blocks(named_leaves(shapes).by_path, None):
+        return "none was found: there is nothing for QK-Clip to clip"
+    return describe_attention(shapes)

@@ -1,0 +1,228 @@
+"""`doctor`: what is installed, what the machine has, and what the library will use on it."""
+
+import importlib.metadata
+import platform as machine
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from muonclip_jax.attention import IMPLEMENTATIONS, attention_max_logits, dot_product_attention
+from muonclip_jax.kernels.max_logits.pallas import has_kernel
+from muonclip_jax.kernels.pairs import PairArrays
+from muonclip_jax.kernels.platform import current_target
+from muonclip_jax.kernels.symmetric.dispatch import choose
+from muonclip_jax.kernels.symmetric.problem import Problem
+from muonclip_jax.polar import orthogonalize, plan_polar
+
+_NAME = "muonclip_jax"
+#: What the library does not need, and what it is for.
+OPTIONAL = {
+    "flax": "muonclip_jax.linen and muonclip_jax.nnx",
+    "orbax-checkpoint": "`python -m muonclip_jax describe` on folders of Orbax",
+    "tokamax": "attention with implementation='tokamax'",
+}
+# Device files on Linux, whose they are, and what lets JAX use them.
+_ACCELERATORS = {
+    "/dev/nvidia0": ("an NVIDIA GPU", "jax[cuda13]"),
+    "/dev/accel0": ("a TPU", "jax[tpu]"),
+}
+#: Matrices of GPT-2 small and of Llama 2 7B, as (rows, columns).
+SHAPES = ((768, 768), (768, 3072), (4096, 4096), (4096, 11008))
+# A sequence of a model with 16 heads of 128.
+_BATCH, _LENGTH, _HEADS, _HEAD_DIM = 1, 2048, 16, 128
+# Bounds of "keller_jordan" on well-conditioned matrices: its five steps end in 0.68 to 1.13, and
+# 16-bit products move that by a few hundredths.
+_SINGULAR_VALUES = (0.6, 1.25)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        text: What was found.
+        ok: True or False for a check, None for what is only told.
+    """
+
+    text: str
+    ok: bool | None = None
+
+    def __str__(self) -> str:
+        mark = {True: "ok  ", False: "FAIL", None: "    "}[self.ok]
+        return f"{mark} {self.text}"
+
+
+def doctor() -> tuple[str, bool]:
+    """Checks the installation and the devices.
+
+    Returns:
+        The report, and whether every check passed.
+    """
+    sections: dict[str, Callable[[], Iterator[Finding]]] = {
+        "Packages": packages,
+        "Devices": devices,
+        "Newton-Schulz": newton_schulz,
+        "Attention maxima": attention,
+        "A small run of each": small_runs,
+    }
+    lines: list[str] = []
+    passed = True
+    for title, check in sections.items():
+        lines += [title]
+        try:
+            for finding in check():
+                lines.append(f"  {finding}")
+                passed = passed and finding.ok is not False
+        except Exception as error:  # whatever a broken installation raises is the finding
+            lines.append(f"  {Finding(f'{type(error).__name__}: {error}', ok=False)}")
+            passed = False
+    verdict = "Everything that was checked works." if passed else "Something does not work: FAIL."
+    return "\n".join([*lines, verdict]), passed
+
+
+def packages() -> Iterator[Finding]:
+    """Versions, against what the package itself asks for."""
+    yield Finding(f"Python {machine.python_version()}")
+    try:
+        yield Finding(f"{_NAME} {importlib.metadata.version(_NAME)}", ok=True)
+        requirements = importlib.metadata.requires(_NAME) or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding(f"{_NAME} is not installed; this is a folder of its source")
+        requirements = []
+    wanted = {
+        found[1]: found[2]
+        for requirement in reversed(requirements)
+        if (found := re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*>=\s*([\d.]+)", requirement))
+    }
+    for name in ("jax", "jaxlib", "optax"):
+        yield check_version(name, wanted.get(name))
+    for name, use in OPTIONAL.items():
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(f"{name} is not installed; it is for {use}")
+        else:
+            yield check_version(name, wanted.get(name))
+
+
+def check_version(name: str, least: str | None) -> Finding:
+    """Compares an installed version with the least one, "1.10" being newer than "1.9"."""
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(f"{name} is not installed: pip install {name}", ok=False)
+    if least is None:
+        return Finding(f"{name} {version}", ok=True)
+    if _numbers(version) < _numbers(least):
+        text = f"{name} {version} is too old: pip install '{name}>={least}'"
+        return Finding(text, ok=False)
+    return Finding(f"{name} {version} ({least} or newer)", ok=True)
+
+
+def devices() -> Iterator[Finding]:
+    """What JAX computes on."""
+    found = jax.devices()
+    kinds = ", ".join(dict.fromkeys(device.device_kind for device in found))
+    target = current_target()
+    capability = ".".join(map(str, target.capability))
+    yield Finding(
+        f"{len(found)} x {target.platform} ({kinds})"
+        + (f", compute capability {capability}" if target.platform == "gpu" else ""),
+        ok=True,
+    )
+    if jax.process_count() > 1:
+        yield Finding(f"process {jax.process_index()} of {jax.process_count()}")
+    for path, (name, package) in _ACCELERATORS.items():
+        if target.platform == "cpu" and Path(path).exists():
+            text = f"the machine has {name} ({path}), and JAX computes on the CPU"
+            yield Finding(f"{text}: pip install '{package}'")
+    wide = "on" if jax.dtypes.canonicalize_dtype("float64") == jnp.float64 else "off"
+    yield Finding(f"64-bit types are {wide}")
+
+
+def newton_schulz() -> Iterator[Finding]:
+    """What `ns_method="auto"` and `ns_dtype=None` mean here, for shapes of known models."""
+    platform = current_target().platform
+    polar = plan_polar()
+    for rows, columns in SHAPES:
+        # The same for parameters of 16 and of 32 bits.
+        resolved = polar.resolve((rows, columns), "float32", platform)
+        yield Finding(
+            f"({rows}, {columns}): ns_method {resolved.method!r}, ns_dtype {resolved.dtype!r}, "
+            f"{resolved.flops / 1e9:,.0f} GFLOP"
+        )
+    work = polar.resolve(SHAPES[-1], "float32", platform).dtype
+    problem = Problem(1, *SHAPES[-1], work, None, work)
+    yield Finding(f"symmetric products: 'xla'; ns_implementation=None takes {_chosen(problem)}")
+
+
+def _chosen(problem: Problem) -> str:
+    name = choose(problem, None)
+    if name != "xla":
+        return f"the kernel {name!r}"
+    try:
+        return f"'xla' too; {choose(problem, 'pallas')!r} would serve a single device"
+    except NotImplementedError as error:
+        return f"'xla' too: {_reason(error)}"
+
+
+def attention() -> Iterator[Finding]:
+    """Who can compute attention with its maxima here, and who does unless told otherwise."""
+    shape = (_BATCH, _LENGTH, _HEADS, _HEAD_DIM)
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    default = next(iter(IMPLEMENTATIONS))
+    for name in IMPLEMENTATIONS:
+
+        def attend(x: Any, name: str = name) -> Any:
+            return dot_product_attention(x, x, x, is_causal=True, implementation=name)
+
+        try:
+            # Lowered, and not compiled: that is when a platform's refusal is heard.
+            jax.jit(attend).lower(x)
+        except NotImplementedError as error:
+            yield Finding(f"dot_product_attention: {name!r} does not serve: {_reason(error)}")
+        else:
+            chosen = " and is the default" if name == default else ""
+            yield Finding(f"dot_product_attention: {name!r} serves{chosen}")
+    grouped = jnp.zeros((_BATCH, 128, _HEADS, 1, _HEAD_DIM), jnp.bfloat16)
+    kernel = has_kernel(
+        jax.default_backend(), grouped, grouped[..., 0, :], jnp.asarray(1.0), PairArrays()
+    )
+    yield Finding(f"attention_max_logits: {'pallas' if kernel else 'xla'!r}")
+
+
+def small_runs() -> Iterator[Finding]:
+    """Results on this device against NumPy in float64."""
+    rng = np.random.default_rng(0)
+    # Sixty-four directions of size one to two among 256: every one has to come out near one.
+    x = np.linalg.qr(rng.standard_normal((256, 64)))[0] * np.linspace(1, 2, 64)
+    y = np.asarray(orthogonalize(jnp.asarray(x, jnp.float32)), np.float64)
+    smallest, *_, largest = np.linalg.svd(y, compute_uv=False)[::-1]
+    low, high = _SINGULAR_VALUES
+    yield Finding(
+        f"orthogonalize: singular values from {smallest:.2f} to {largest:.2f}, expected between "
+        f"{low} and {high}",
+        ok=bool(low <= smallest and largest <= high),
+    )
+    query, key = rng.standard_normal((2, 2, 64, 4, 32)).astype(np.float32)
+    found = np.asarray(attention_max_logits(jnp.asarray(query), jnp.asarray(key)), np.float64)
+    logits = np.einsum("btnh,bsnh->nbts", query.astype(np.float64), key) / np.sqrt(32)
+    off = float(np.max(np.abs(found / logits.max((1, 2, 3)) - 1)))
+    # A TPU multiplies float32 in bfloat16 unless told otherwise.
+    yield Finding(f"attention_max_logits: off by {off:.1e}, expected below 2e-02", ok=off < 2e-2)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version.split("+")[0])]
+
+
+def _reason(error: Exception) -> str:
+    """What is behind the colon of a refusal, without the advice that follows."""
+    text = str(error).partition("cannot be used: ")[2] or str(error).partition("product: ")[2]
+    return re.split(r"[;,] (?:or )?use |\. Pass ", text or str(error))[0].rstrip(".")

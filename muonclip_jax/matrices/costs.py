@@ -1,0 +1,101 @@
+"""A printable table of what Newton-Schulz costs a step, by shape of matrix."""
+
+from collections import Counter
+from typing import Any
+
+from muonclip_jax._typing import Tree
+from muonclip_jax.kernels.platform import default_platform
+from muonclip_jax.layouts import MatrixRules, resolve_specs
+from muonclip_jax.matrices.parts import plan_leaf
+from muonclip_jax.polar import plan_polar
+
+_UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1e3, "kFLOP"))
+# Of a token that passes a matrix: two in the forward pass and four in the backward, a number.
+_TRAINING_FLOPS = 6
+
+
+def describe_cost(
+    params: Tree,
+    rules: MatrixRules | None = None,
+    *,
+    ns_coeffs: Any = "keller_jordan",
+    ns_steps: int | None = None,
+    ns_method: str = "auto",
+    ns_dtype: Any = None,
+    platform: str | None = None,
+) -> str:
+    """Counts the floating-point operations of a step of Muon on a tree of parameters.
+
+    Args:
+        params: The tree of parameters; only shapes and dtypes are looked at.
+        rules: A `MatrixRules`; None is `MatrixRules()`.
+        ns_coeffs: As for `muonclip`.
+        ns_steps: As for `muonclip`.
+        ns_method: As for `muonclip`.
+        ns_dtype: As for `muonclip`.
+        platform: "cpu", "gpu" or "tpu": what "auto" and the dtype are chosen for. None is the
+            platform that JAX computes on now.
+
+    Returns:
+        A line for every shape of matrix, with the method and the dtype of its products, the
+        operations of one matrix and of all; and a line with the sum. The exact polar factor
+        ("svd") is not counted.
+
+    Raises:
+        ValueError: If a leaf of rank three or more is not known, or an argument is wrong.
+
+    Example:
+        >>> import jax
+        >>> params = {"wi": {"kernel": jax.ShapeDtypeStruct((24, 768, 3072), "float32")}}
+        >>> print(describe_cost(params, platform="cpu"))
+        matrices          method  dtype    one matrix  all
+        24 x (768, 3072)  gram    float32  22.6 GFLOP  544 GFLOP
+        <BLANKLINE>
+        24 matrices, 544 GFLOP a step on cpu; the forward and backward pass of 1,600 tokens
+        through them costs as much
+    """
+    platform = default_platform() if platform is None else platform
+    polar = plan_polar(ns_coeffs, ns_steps, ns_method, ns_dtype)
+    counts: Counter[tuple[int, int, str]] = Counter()
+    for _, leaf, spec in resolve_specs(params, rules=rules):
+        if spec is None:
+            continue
+        for part in plan_leaf(tuple(leaf.shape), spec).parts:
+            rows, columns = sorted((part.fan_in, part.fan_out))
+            if rows:
+                counts[rows, columns, str(leaf.dtype)] += part.count
+    if not counts:
+        return "Muon trains no matrix here: no cost."
+    lines = [("matrices", "method", "dtype", "one matrix", "all")]
+    total = tokens = 0
+    for (rows, columns, dtype), count in counts.items():
+        resolved = polar.resolve((rows, columns), dtype, platform)
+        total += count * resolved.flops
+        tokens += count * rows * columns * _TRAINING_FLOPS
+        lines.append(
+            (
+                f"{count:,} x ({rows}, {columns})",
+                resolved.method,
+                resolved.dtype,
+                "not counted" if resolved.method == "svd" else _flops(resolved.flops),
+                "" if resolved.method == "svd" else _flops(count * resolved.flops),
+            )
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    table = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+    summary = f"{counts.total():,} {'matrix' if counts.total() == 1 else 'matrices'}"
+    if total:
+        summary += (
+            f", {_flops(total)} a step on {platform}; the forward and backward pass of "
+            f"{round(total / tokens):,} tokens\nthrough them costs as much"
+        )
+    return "\n".join([*table, "", summary])
+
+
+def _flops(number: int) -> str:
+    scale, unit = next(((s, u) for s, u in _UNITS if number >= s), (1, "FLOP"))
+    value = number / scale
+    return f"{value:.0f} {unit}" if value >= 99.95 else f"{value:.3g} {unit}"

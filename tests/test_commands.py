@@ -1,0 +1,301 @@
+"""`python -m muonclip_jax`: what it prints about checkpoints that were really written."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import muonclip_jax as mc
+from muonclip_jax.__main__ import main
+from muonclip_jax._commands import doctor
+from muonclip_jax.checkpoint import find_params, read_shapes
+
+ROOT = Path(__file__).parents[1]
+KERNEL = np.zeros((8, 2, 4), np.float32)
+PARAMS = {
+    "block_0": {
+        "attention": {name: {"kernel": KERNEL} for name in ("query", "key", "value")},
+        "mlp": {"wi": {"kernel": np.zeros((8, 32), np.float32)}},
+    },
+    "norm": {"scale": np.ones(8, np.float32)},
+}
+STATE = {
+    "params": PARAMS,
+    "opt_state": {"mu": {"params": PARAMS}, "count": np.zeros((), np.int32)},
+    "step": np.asarray(3),
+}
+EXPECTED = {
+    "block_0/attention/key/kernel": (8, 2, 4),
+    "block_0/attention/query/kernel": (8, 2, 4),
+    "block_0/attention/value/kernel": (8, 2, 4),
+    "block_0/mlp/wi/kernel": (8, 32),
+    "norm/scale": (8,),
+}
+
+
+def forms(shapes: Any) -> dict[str, tuple[int, ...]]:
+    return {path: form.shape for path, form in shapes.items()}
+
+
+def save(folder: Path, tree: Any) -> Path:
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder, tree)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of one item."""
+    return save(tmp_path_factory.mktemp("saved") / "checkpoint", STATE)
+
+
+@pytest.fixture(scope="module")
+def managed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Steps 9 and 10 of a manager; they differ in one shape."""
+    folder = tmp_path_factory.mktemp("managed")
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        manager.save(9, args=ocp.args.StandardSave({"params": {"w": np.ones((2, 3))}}))
+        manager.save(10, args=ocp.args.StandardSave({"params": {"w": np.ones((4, 3))}}))
+    return folder
+
+
+# -- reading --
+
+
+def test_parameters_are_found_in_a_checkpoint(saved: Path):
+    shapes = read_shapes(saved)
+    at, params = find_params(shapes)
+    assert at == "params"
+    assert forms(params) == EXPECTED
+    assert params["norm/scale"].dtype == jnp.float32
+    assert "opt_state/count" in shapes
+
+
+def test_of_a_manager_the_newest_step_is_read(managed: Path):
+    assert forms(read_shapes(managed)) == {"params/w": (4, 3)}
+    assert forms(read_shapes(managed / "9")) == {"params/w": (2, 3)}
+
+
+def test_items_of_a_step_have_their_names(tmp_path: Path):
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    with ocp.CheckpointManager(tmp_path, options=options) as manager:
+        tree = {"w": np.ones((2, 3))}
+        items = {name: ocp.args.StandardSave(tree) for name in ("params", "state")}
+        manager.save(1, args=ocp.args.Composite(**items))
+    shapes = read_shapes(tmp_path)
+    assert set(shapes) == {"params/w", "state/w"}
+    assert find_params(shapes)[0] == "params"
+
+
+def test_no_array_is_read(tmp_path: Path):
+    w = np.random.default_rng(0).standard_normal((512, 512))
+    folder = save(tmp_path / "large", {"params": {"w": w}})
+    chunks = [path for path in folder.rglob("*") if path.is_file() and path.parent.name == "d"]
+    large = [path for path in chunks if path.stat().st_size > w.nbytes / 2]
+    assert large  # where the numbers are
+    for path in large:
+        path.unlink()
+    assert forms(read_shapes(folder)) == {"params/w": (512, 512)}
+
+
+def test_boxes_are_seen_through(tmp_path: Path):
+    boxed = {"attention": {"value": {"kernel": {"value": KERNEL}}}}
+    assert forms(read_shapes(save(tmp_path / "boxed", boxed))) == {
+        "attention/value/kernel": (8, 2, 4)
+    }
+
+
+def test_an_npz_file(tmp_path: Path):
+    path = tmp_path / "params.npz"
+    half = np.asarray(jnp.ones((2, 2), jnp.bfloat16))
+    np.savez(path, **{"a/kernel": KERNEL, "b/kernel": half})
+    shapes = read_shapes(path)
+    assert forms(shapes) == {"a/kernel": (8, 2, 4), "b/kernel": (2, 2)}
+    assert shapes["b/kernel"].dtype == jnp.bfloat16
+
+
+def test_what_is_no_checkpoint(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="There is no"):
+        read_shapes(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no checkpoint of Orbax"):
+        read_shapes(tmp_path)
+    (tmp_path / "text").write_text("text")
+    with pytest.raises(ValueError, match=r"no \.npz file"):
+        read_shapes(tmp_path / "text")
+
+
+def test_without_orbax_the_error_says_what_to_install(saved: Path, monkeypatch: Any):
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    with pytest.raises(ImportError, match="pip install orbax-checkpoint"):
+        read_shapes(saved)
+
+
+def test_several_subtrees_of_parameters():
+    form = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    shapes = {"actor/params/w": form, "critic/params/w": form}
+    with pytest.raises(ValueError, match="'actor/params', 'critic/params'"):
+        find_params(shapes)
+    assert find_params(shapes, "critic")[1] == {"params/w": form}
+    assert find_params(shapes, "")[1] == shapes
+    with pytest.raises(ValueError, match=r"nothing below 'model'.*'actor', 'critic'"):
+        find_params(shapes, "model")
+
+
+# -- cost --
+
+
+def test_the_cost_is_that_of_the_counted_products():
+    shapes = {"layers/mlp/wi/kernel": jax.ShapeDtypeStruct((24, 768, 768), jnp.float32)}
+    text = mc.describe_cost(shapes, ns_method="standard", platform="cpu")
+    # Five steps of X X^T, A A and B X, two operations a multiply-add.
+    each = 5 * 3 * 2 * 768**3
+    assert f"{each / 1e9:.3g} GFLOP" in text
+    assert f"{24 * each / 1e9:.0f} GFLOP a step on cpu" in text
+    assert f"{24 * each / (6 * 24 * 768**2):,.0f} tokens" in text
+
+
+def test_the_cost_of_gpt_2_small():
+    # Twelve layers of four (768, 768), one (768, 3072) and one (3072, 768).
+    layers = {"square": (48, 768, 768), "up": (12, 768, 3072), "down": (12, 3072, 768)}
+    shapes = {
+        f"layers/{name}/kernel": jax.ShapeDtypeStruct(shape, jnp.float32)
+        for name, shape in layers.items()
+    }
+    rules = mc.MatrixRules([("kernel$", mc.MatrixSpec((1, 2)))])
+    text = mc.describe_cost(shapes, rules, ns_method="standard", platform="cpu")
+    assert "72 matrices, 1.63 TFLOP a step on cpu" in text
+    assert "24 x (768, 3072)" in text
+
+
+def test_matrices_of_one_shape_share_a_line_whichever_way_they_lie():
+    form = {shape: jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 8), (8, 4))}
+    text = mc.describe_cost({"up/kernel": form[4, 8], "down/kernel": form[8, 4]}, platform="cpu")
+    assert "2 x (4, 8)" in text
+    assert mc.describe_cost({"norm/scale": jax.ShapeDtypeStruct((8,), "float32")}).endswith(
+        "no cost."
+    )
+
+
+def test_the_exact_polar_factor_is_not_counted():
+    text = mc.describe_cost({"w": jax.ShapeDtypeStruct((4, 8), "float32")}, ns_method="svd")
+    assert "not counted" in text
+    assert "FLOP a step" not in text
+
+
+# -- the commands --
+
+
+def test_describe_prints_the_three_tables(saved: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["describe", str(saved), "--platform", "gpu"]) == 0
+    printed = capsys.readouterr().out
+    shapes = find_params(read_shapes(saved))[1]
+    for table in (
+        f"Parameters: 'params' of {saved}",
+        mc.describe_labels(shapes),
+        mc.describe_attention(shapes),
+        mc.describe_cost(shapes, platform="gpu"),
+    ):
+        assert table in printed
+    # The same tables as for the tree that was saved.
+    assert mc.describe_labels(PARAMS) in printed
+
+
+RULES = mc.MatrixRules([("mystery$", mc.MatrixSpec((0, (1, 2))))])
+
+
+def test_describe_takes_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "params.npz"
+    np.savez(path, mystery=np.zeros((4, 2, 3)))
+    assert main(["describe", str(path)]) == 1
+    assert "mystery of shape (4, 2, 3)" in capsys.readouterr().err
+    assert main(["describe", str(path), "--rules", f"{__name__}:RULES"]) == 0
+    printed = capsys.readouterr().out
+    assert "(4, 6)" in printed
+    assert "nothing for QK-Clip to clip" in printed
+    for bad, message in (
+        ("tests", "must be 'package.module:name'"),
+        (f"{__name__}:NOTHING", "has no 'NOTHING'"),
+        (f"{__name__}:ROOT", "expected a muonclip_jax.MatrixRules"),
+        ("no_such_module:RULES", "No module named 'no_such_module'"),
+    ):
+        assert main(["describe", str(path), "--rules", bad]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_doctor_passes_here(capsys: pytest.CaptureFixture[str]):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert f"jax {importlib.metadata.version('jax')} (0.10 or newer)" in printed
+    assert "8 x cpu" in printed
+    assert "(768, 3072): ns_method 'gram', ns_dtype 'float32'" in printed
+    assert "dot_product_attention: 'xla' serves and is the default" in printed
+    assert "'cudnn' does not serve: it runs on NVIDIA GPUs" in printed
+    assert "FAIL" not in printed
+
+
+def test_doctor_fails_where_a_package_is_too_old(monkeypatch: Any, capsys: Any):
+    real = importlib.metadata.version
+    versions = {"optax": "0.2.7"}
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: versions.get(name) or real(name)
+    )
+    monkeypatch.setattr(doctor, "attention", lambda: iter(()))
+    assert main(["doctor"]) == 1
+    assert "FAIL optax 0.2.7 is too old: pip install 'optax>=0.2.8'" in capsys.readouterr().out
+
+
+def test_doctor_reports_what_breaks(monkeypatch: Any, capsys: Any):
+    def broken() -> Any:
+        raise RuntimeError("no backend")
+
+    for name in ("newton_schulz", "attention", "small_runs"):
+        monkeypatch.setattr(doctor, name, lambda: iter(()))
+    monkeypatch.setattr(doctor, "devices", broken)
+    assert main(["doctor"]) == 1
+    assert "FAIL RuntimeError: no backend" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("version", "least", "ok"),
+    [("0.10.2", "0.10", True), ("0.9.2", "0.10", False), ("1.0", "0.2.8", True)],
+)
+def test_versions_compare_as_numbers(monkeypatch: Any, version: str, least: str, ok: bool):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    assert doctor.check_version("package", least).ok is ok
+
+
+def test_the_module_runs_as_a_command(tmp_path: Path):
+    arrays: dict[str, Any] = {"dense/kernel": np.zeros((4, 8), np.float32)}
+    np.savez(tmp_path / "params.npz", **arrays)
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "muonclip_jax", "describe", "params.npz"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "dense/kernel  (4, 8)  muon" in result.stdout
+
+
+def test_the_page_shows_what_describe_prints(tmp_path: Path, monkeypatch: Any, capsys: Any):
+    # The attention of docs/metrics.md, by hand.
+    projection = {"kernel": np.zeros((32, 4, 8), np.float32), "bias": np.zeros((4, 8), np.float32)}
+    params: dict[str, Any] = dict.fromkeys(("query", "key", "value"), projection)
+    params["out"] = {"kernel": np.zeros((4, 8, 32), np.float32), "bias": np.zeros(32, np.float32)}
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "checkpoint", {"params": params})
+    assert main(["describe", "checkpoint", "--platform", "gpu"]) == 0
+    command = "$ python -m muonclip_jax describe checkpoint --platform gpu\n"
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    assert page.partition(command)[2].partition("```")[0] == capsys.readouterr().out
