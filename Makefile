@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sweep compare bench kernels test quick format lint types floors clean
+.PHONY: help setup train sweep compare notebooks bench kernels test quick format lint types floors clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -34,6 +34,9 @@ sweep: $(READY)  ## find each optimizer's best learning rate
 
 compare: $(READY)  ## AdamW, Muon and MuonClip at those rates: picture and table
 	$(BIN)/python examples/compare.py $(ARGS)
+
+notebooks: $(READY)  ## execute the notebooks again and save them with their outputs
+	$(BIN)/python examples/notebooks/execute.py $(ARGS)
 
 # The only extra that brings torch, so nothing else asks for it.
 $(VENV)/.bench: $(READY)
@@ -72,7 +75,7 @@ QUICK := tests/layouts tests/matrices/test_parts.py tests/matrices/test_stacks.p
 	tests/matrices/test_scales.py tests/polar/test_coefficients.py tests/polar/test_generators.py \
 	tests/clipping/test_gamma.py tests/clipping/test_maxima.py tests/clipping/test_describe.py \
 	tests/transforms/test_muon.py tests/transforms/test_shape.py tests/test_muonclip.py \
-	tests/test_imports.py
+	tests/test_imports.py tests/test_commands.py
 
 quick: lint floors  ## the inner loop, under two minutes: the tests that compile little
 	$(BIN)/basedpyright muonclip_jax
