@@ -11,10 +11,11 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sweep compare notebooks bench kernels test quick format lint types floors clean
+.PHONY: help setup train sweep compare bench kernels notebooks docs package test test-newest test-oldest quick \
+	format lint types floors clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 setup: $(READY)  ## the environment in .venv; every other command does this by itself
 
@@ -66,8 +67,38 @@ $(KERNELS)/.ready: pyproject.toml constraints.txt
 kernels: $(KERNELS)/.ready  ## compile every kernel with the real TPU and GPU compilers, no such machine needed
 	$(KERNELS)/bin/python benchmarks/kernels.py $(ARGS)
 
+notebooks: $(READY)  ## execute the notebooks and save what their cells return
+	$(BIN)/python examples/notebooks/execute.py $(ARGS)
+
+docs: $(READY)  ## build the documentation in build/site; what does not fit together is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/site
+
+# With a tag, `make package TAG=v1.2.3`, also whether version, changelog and citation say the same.
+package: $(READY)  ## build wheel and sdist in dist, and check what is in them
+	$(if $(TAG),$(BIN)/python tools/check_release.py $(TAG))
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/python tools/check_package.py dist
+
 test: lint types floors  ## everything that must pass: format, lint, types, floors, tests
 	$(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+# The same tests with other versions of JAX, each in an environment of its own. What the newest is
+# depends on the Python: `make test-newest PYTHON=python3.13`.
+.venv-newest/.ready .venv-oldest/.ready: .venv-%/.ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or later was found. Install one, or say make PYTHON=/path/to/python." >&2; exit 1; }
+	@test -x .venv-$*/bin/python || { echo "Making .venv-$* with $(PYTHON)"; "$(PYTHON)" -m venv .venv-$*; }
+	.venv-$*/bin/python -m pip install --quiet --upgrade pip
+	.venv-$*/bin/python tools/constraints.py $* > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+		--constraint .venv-$*/constraints.txt --editable '.[test]'
+	@touch $@
+
+test-newest: .venv-newest/.ready  ## the tests with the newest JAX that this PYTHON can have
+	.venv-newest/bin/python -m pytest -q -n 2 $(ARGS)
+
+test-oldest: .venv-oldest/.ready  ## the tests with the oldest versions that pyproject.toml allows
+	.venv-oldest/bin/python -m pytest -q -n 2 $(ARGS)
 
 # The folders whose tests compile little. What a change is about runs beside them by
 # `make quick ARGS=tests/attention`.
@@ -96,4 +127,4 @@ format: $(READY)  ## format, and repair what the linter can
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove the environment and what tools left
-	rm -rf $(VENV) $(KERNELS) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	rm -rf $(VENV) $(KERNELS) .venv-newest .venv-oldest .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, and its make targets exist."""
+"""The README's Python runs as it stands, its make targets exist and its links lead somewhere."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,27 @@ def test_the_code_runs():
 
 def test_make_targets_and_pictures_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"(?:`|^)make ([a-z]+)", README, re.MULTILINE):
+    for target in re.findall(r"(?:`|^)make ([a-z-]+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
+    for picture in re.findall(r"!\[[^\]]*?\]\((?!https?:)(.*?)\)", README):
         assert (ROOT / picture).exists(), picture
+
+
+def test_links_lead_somewhere():
+    headings = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    targets = re.findall(r"\]\((?!https?:)([^)\s]+)\)", README)
+    assert len(targets) > 10
+    for target in targets:
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        else:
+            assert (ROOT / target.split("#")[0]).exists(), target
+
+
+def test_the_comparison_has_a_row_for_each():
+    section = README.split("## Beside other implementations")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
+    widths = {len(row) for row in rows[2:]}
+    assert widths == {6}
+    assert len(rows) == 2 + 11
