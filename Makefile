@@ -36,9 +36,6 @@ sweep: $(READY)  ## find each optimizer's best learning rate
 compare: $(READY)  ## AdamW, Muon and MuonClip at those rates: picture and table
 	$(BIN)/python examples/compare.py $(ARGS)
 
-notebooks: $(READY)  ## execute the notebooks again and save them with their outputs
-	$(BIN)/python examples/notebooks/execute.py $(ARGS)
-
 # The only extra that brings torch, so nothing else asks for it.
 $(VENV)/.bench: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
