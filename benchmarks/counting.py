@@ -8,7 +8,7 @@ be computed, half of it.
 import itertools
 from collections.abc import Mapping
 
-from muonclip_jax.polar.orthogonalize import ResolvedPlan
+from muonclip_jax.polar.plan import ResolvedPlan
 
 #: The three kinds of products on an `(m, n)` matrix with `m <= n`: `X X^T`, two symmetric `(m, m)`
 #: matrices, and one of them with `X`. The first two kinds are symmetric.

@@ -20,7 +20,7 @@ OPTAX = "optax.contrib.muon"
 POLAR_SETTINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         OURS: {"ns_coeffs": "keller_jordan"},
-        FAST: {"ns_coeffs": "minimax4", "preconditioning": "schatten8"},
+        FAST: {"ns_coeffs": "minimax4"},
     }
 )
 

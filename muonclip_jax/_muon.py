@@ -28,7 +28,7 @@ def muon(
     *,
     nesterov: bool = True,
     adaptive: bool = False,
-    preconditioning: str = "frobenius",
+    preconditioning: str | None = None,
     adam_b1: ScalarLike = 0.9,
     adam_b2: ScalarLike = 0.999,
     adam_eps_root: ScalarLike = 0.0,
@@ -46,7 +46,8 @@ def muon(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon for matrices and NAdamW for the rest: a drop-in for `optax.contrib.muon`.
 
-    The same arguments with the same meaning, and the same trajectory to rounding. Differences:
+    The same arguments with the same meaning, and the same trajectory to the rounding of `ns_dtype`:
+    float32 on a CPU, 16 bits on a GPU or TPU. Differences:
 
     1. Same-shaped matrices share one Newton-Schulz, in the cheaper of two forms (`ns_method`).
     2. Coefficients are no part of the state, and `ns_steps` is static: under
@@ -70,7 +71,8 @@ def muon(
         mu_dtype: Dtype of the first moments of both groups.
         nesterov: Whether both groups look one step ahead.
         adaptive: Whether to multiply by the dual norm.
-        preconditioning: "frobenius", "spectral", "aol" or "schatten".
+        preconditioning: "frobenius", "spectral", "aol", "schatten" or "schatten8"; None is the one
+            that the set was made for, "frobenius" for all of Optax's.
         adam_b1: Decay of Adam's first moment.
         adam_b2: Decay of Adam's second moment.
         adam_eps_root: Adam's epsilon inside the root.
@@ -181,7 +183,7 @@ def _steps(ns_coeffs: Any, ns_steps: int | None) -> int | None:
         return None
     rows, source = resolve_coefficients(ns_coeffs)
     is_triple = not isinstance(ns_coeffs, str) and len(np.shape(ns_coeffs)) == 1
-    if is_triple or source.repeats_last:
+    if is_triple or source.then is not None:
         return ns_steps
     if len(rows) > ns_steps:
         raise ValueError(

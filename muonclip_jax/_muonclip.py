@@ -150,7 +150,8 @@ def muonclip(
         beta: Decay of Muon's momentum.
         nesterov: Whether Muon's momentum looks one step ahead. Static.
         consistent_rms: RMS of Muon's updates (see `scale_by_shape`); None scales by width.
-        ns_coeffs: Newton-Schulz coefficients (see `orthogonalize`). Static.
+        ns_coeffs: Newton-Schulz coefficients (see `orthogonalize`). By default the five steps of
+            Kimi K2's recipe; "minimax4" costs a fifth less and comes nearer. Static.
         ns_steps: Number of Newton-Schulz steps (see `orthogonalize`). Static.
         ns_method: How to iterate (see `orthogonalize`). Static.
         ns_dtype: What Newton-Schulz computes in (see `orthogonalize`). Static.

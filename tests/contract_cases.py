@@ -3,6 +3,7 @@
 A new transformation is a new row; every promise is then asked of it.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,7 +115,7 @@ def measured_muonclip(
 
 ROWS: dict[str, Row] = {
     "scale_by_muon": Row(
-        factory=mc.scale_by_muon,
+        factory=functools.partial(mc.scale_by_muon, "keller_jordan"),
         traced={"beta": 0.9, "eps": 1e-7},
         static=("ns_steps",),
         shapes=MATRICES,

@@ -38,7 +38,7 @@ def test_without_the_clip_it_is_muon_and_adamw_written_out():
     written_out = optax.multi_transform(
         {
             "muon": optax.chain(
-                mc.scale_by_muon(),
+                mc.scale_by_muon("keller_jordan"),
                 mc.scale_by_shape(consistent_rms=0.2),
                 optax.add_decayed_weights(0.1),
                 optax.scale_by_learning_rate(rate),

@@ -23,7 +23,21 @@ def default_platform() -> str:
     device = getattr(jax.config, "jax_default_device", None)
     if device is None:
         return jax.default_backend()
-    return device if isinstance(device, str) else device.platform
+    return device if isinstance(device, str) else platform_of(device)
+
+
+def platform_of(device: jax.Device) -> str:
+    """Returns a device's platform as `default_platform` names it."""
+    return "gpu" if device.platform in ("cuda", "rocm") else device.platform
+
+
+def device_memory() -> int | None:
+    """Returns the bytes of memory of the default accelerator, or None where it does not say."""
+    device = getattr(jax.config, "jax_default_device", None)
+    if device is None or isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    statistics = device.memory_stats() or {}
+    return statistics.get("bytes_limit")
 
 
 def current_target() -> Target:

@@ -10,6 +10,9 @@ from muonclip_jax.matrices.distribution import (
     read_shardings as read_shardings,
     spread_momentum as spread_momentum,
 )
+from muonclip_jax.matrices.one_device import (
+    orthogonalize_on_one_device as orthogonalize_on_one_device,
+)
 from muonclip_jax.matrices.parts import (
     LeafPlan as LeafPlan,
     Part as Part,

@@ -122,19 +122,21 @@ def map_in_turn(
         operands = [[tree[leaf][part] for tree in parts] for leaf, part in turn.parts]
         offsets = [positions[offset] for offset in turn.offsets] if len(turn.parts) > 1 else []
 
-        def work(operands: list[list[jax.Array]], offsets: list[jax.Array]) -> list[jax.Array]:
+        def work(operands: list[list[jax.Array]], offsets: list[jax.Array]) -> jax.Array:
             combined = [combine(*pieces) for pieces in operands]
-            stack = _in_place(function, _gather(combined, offsets))
-            return _scatter(stack, [len(x) for x in combined], offsets)
+            return _in_place(function, _gather(combined, offsets))
 
-        def idle(operands: list[list[jax.Array]], offsets: list[jax.Array]) -> list[jax.Array]:
+        def idle(operands: list[list[jax.Array]], offsets: list[jax.Array]) -> jax.Array:
             # Not an operand: one of those would have to be copied before it could be a result.
             del offsets
-            return [jnp.zeros_like(pieces[-1]) for pieces in operands]
+            like = operands[0][-1]
+            count = sum(len(pieces[-1]) for pieces in operands)
+            return jnp.zeros((count, *like.shape[1:]), like.dtype)
 
-        results = lax.cond(go, work, idle, operands, offsets)
-        go = _always(results[0])
-        done.update(zip(turn.parts, results, strict=True))
+        stack = lax.cond(go, work, idle, operands, offsets)
+        go = _always(stack)
+        # Cut out here, the pieces are read by whatever uses them, without a copy in between.
+        done.update(zip(turn.parts, _scatter(stack, turn.counts, offsets), strict=True))
     return [
         from_matrices(
             [

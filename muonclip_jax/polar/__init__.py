@@ -3,6 +3,7 @@
 from muonclip_jax.polar.coefficients import (
     ALIASES as ALIASES,
     COEFFICIENT_SETS as COEFFICIENT_SETS,
+    DEFAULT_SET as DEFAULT_SET,
     CoefficientSet as CoefficientSet,
 )
 from muonclip_jax.polar.generators import (
@@ -12,11 +13,10 @@ from muonclip_jax.polar.generators import (
     with_safety_factor as with_safety_factor,
 )
 from muonclip_jax.polar.orthogonalize import (
-    PolarPlan as PolarPlan,
     apply_polar as apply_polar,
     orthogonalize as orthogonalize,
-    plan_polar as plan_polar,
 )
+from muonclip_jax.polar.plan import PolarPlan as PolarPlan, plan_polar as plan_polar
 from muonclip_jax.polar.precision import NS_DTYPES as NS_DTYPES, NS_METHODS as NS_METHODS
 from muonclip_jax.polar.preconditioning import PRECONDITIONINGS as PRECONDITIONINGS
 from muonclip_jax.polar.restarts import choose_restarts as choose_restarts

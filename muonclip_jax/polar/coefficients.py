@@ -30,17 +30,19 @@ class CoefficientSet(NamedTuple):
         source: Where the numbers come from.
         preconditioning: The first rescaling that the set was made for.
         preconditioning_required: Whether another one is an error.
-        repeats_last: Whether the source repeats the last row for more steps.
+        then: The row of all further steps, where the source has one.
     """
 
     rows: Rows
     source: str
     preconditioning: str = "frobenius"
     preconditioning_required: bool = False
-    repeats_last: bool = False
+    then: Row | None = None
 
 
 _KELLER_JORDAN: Row = (3.4445, -4.7750, 2.0315)
+# The quintic that converges fastest near 1: its first two derivatives vanish there.
+_CONVERGE: Row = (1.875, -1.25, 0.375)
 
 _YOU: Rows = (
     (4.0848, -6.8946, 2.9270),
@@ -58,7 +60,7 @@ _POLAR_EXPRESS: Rows = (
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
     (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
-    (1.875, -1.25, 0.375),
+    _CONVERGE,
 )
 
 _CANS: Rows = (
@@ -86,10 +88,11 @@ _MINIMAX4: Rows = (
 
 
 def _polar_express(safety_factor: float) -> CoefficientSet:
+    rows = with_safety_factor(_POLAR_EXPRESS, safety_factor)
     return CoefficientSet(
-        rows=with_safety_factor(_POLAR_EXPRESS, safety_factor),
+        rows=rows,
         source=f"Amsel et al. 2025, arXiv 2505.16932, safety factor {safety_factor}",
-        repeats_last=True,
+        then=rows[-1],
     )
 
 
@@ -99,7 +102,7 @@ COEFFICIENT_SETS: Mapping[str, CoefficientSet] = MappingProxyType(
         "keller_jordan": CoefficientSet(
             (_KELLER_JORDAN,) * 5,
             "Jordan et al. 2024, kellerjordan.github.io/posts/muon",
-            repeats_last=True,
+            then=_KELLER_JORDAN,
         ),
         "you": CoefficientSet(_YOU, "Jiacheng You 2025, in github.com/KellerJordan/modded-nanogpt"),
         "polar_express": _polar_express(POLAR_EXPRESS_SAFETY),
@@ -120,9 +123,13 @@ COEFFICIENT_SETS: Mapping[str, CoefficientSet] = MappingProxyType(
             _MINIMAX4,
             "polar_express_coefficients(0.003, 4, safety_factor=1.0, cushion=0.0)",
             preconditioning="schatten8",
+            then=_CONVERGE,
         ),
     }
 )
+
+#: The best result for its cost of all sets that nothing makes diverge (docs/performance.md).
+DEFAULT_SET = "minimax4"
 
 #: Other names for the same sets; "standard" and "dion" are Optax's.
 ALIASES: Mapping[str, str] = MappingProxyType(
@@ -202,7 +209,7 @@ def resolve_coefficients(ns_coeffs: Any, ns_steps: Any = None) -> tuple[Rows, Co
     """Turns `ns_coeffs` and `ns_steps` into the rows to run.
 
     `ns_steps=None` takes all rows of a set and five steps of a triple; fewer steps than rows take
-    the first ones; more repeat the last row where the set's source says so.
+    the first ones; more go on with the row that the set's source has for that.
 
     Args:
         ns_coeffs: A name, a triple `(a, b, c)`, or rows of shape `(T, 3)`.
@@ -235,14 +242,14 @@ def resolve_coefficients(ns_coeffs: Any, ns_steps: Any = None) -> tuple[Rows, Co
     if steps is None:
         return rows, source
     if steps > len(rows):
-        if not source.repeats_last:
-            repeating = ", ".join(repr(n) for n, s in COEFFICIENT_SETS.items() if s.repeats_last)
+        if source.then is None:
+            going_on = ", ".join(repr(n) for n, s in COEFFICIENT_SETS.items() if s.then)
             raise ValueError(
                 f"ns_steps={steps} is more than the {len(rows)} rows of {label}, and their source "
-                f"does not repeat the last one. Pass ns_steps=None or at most {len(rows)}, more "
-                f"rows, or one of the sets that go on ({repeating})."
+                f"has no row for further steps. Pass ns_steps=None or at most {len(rows)}, more "
+                f"rows, or one of the sets that go on ({going_on})."
             )
-        return rows + rows[-1:] * (steps - len(rows)), source
+        return rows + (source.then,) * (steps - len(rows)), source
     return rows[:steps], source
 
 

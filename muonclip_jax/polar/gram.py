@@ -15,7 +15,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from muonclip_jax.kernels.symmetric import accumulator, gram, matmul_add, symmetric_product
+from muonclip_jax.kernels.symmetric import accumulator, gram, symmetric_product
 from muonclip_jax.polar.generators import Rows
 from muonclip_jax.polar.preconditioning import rescale_first
 from muonclip_jax.polar.shares import WHOLE, Shares
@@ -67,7 +67,7 @@ def gram_newton_schulz(
     for start, stop in itertools.pairwise((0, *restarts, len(rows))):
         if start:
             r = gram(x, implementation=shares.implementation)
-        x = matmul_add(_segment(r, rows[start:stop], shares), x, implementation="xla")
+        x = shares.matmul_add(_segment(r, rows[start:stop], shares), x)
     return x
 
 

@@ -11,7 +11,7 @@ loop would keep XLA from fusing the scalings into the products, and five steps m
 import jax
 import jax.numpy as jnp
 
-from muonclip_jax.kernels.symmetric import accumulator, gram, matmul_add
+from muonclip_jax.kernels.symmetric import accumulator, gram
 from muonclip_jax.polar.generators import Row, Rows
 from muonclip_jax.polar.preconditioning import rescale_first
 from muonclip_jax.polar.shares import WHOLE, Shares
@@ -21,7 +21,7 @@ def _step(x: jax.Array, product: jax.Array, row: Row, shares: Shares) -> jax.Arr
     a, b, c = row
     wide = accumulator(x.dtype)
     update = shares.quadratic(product, b, c) if c else (b * product.astype(wide)).astype(x.dtype)
-    return matmul_add(update, x, x, beta=a, implementation="xla")
+    return shares.matmul_add(update, x, x, beta=a)
 
 
 def newton_schulz(

@@ -147,12 +147,18 @@ def rescale_first(
         scale = jnp.where(rows > tiny, jax.lax.rsqrt(jnp.maximum(rows, tiny)), 0)
         product = (product * scale) * jnp.swapaxes(scale, -1, -2)
         return (x * scale.astype(x.dtype)).astype(dtype), product.astype(dtype)
-    bound = frobenius_norm(product)
-    product = product / jnp.maximum(bound, tiny).astype(product.dtype)
+    # One where there is nothing to divide by. A tiny number would not do: XLA makes one division of
+    # two, and the product of two tiny numbers is zero.
+    bound = _or_one(frobenius_norm(product))
+    product = product / bound.astype(product.dtype)
     if preconditioning == "schatten8":
         square = shares.quadratic(product.astype(dtype), 0.0, 1.0).astype(product.dtype)
-        tighter = jnp.sqrt(frobenius_norm(square))
-        product = product / jnp.maximum(tighter, tiny).astype(product.dtype)
+        tighter = _or_one(jnp.sqrt(frobenius_norm(square)))
+        product = product / tighter.astype(product.dtype)
         bound = bound * tighter
-    x = x / jnp.sqrt(jnp.maximum(bound, tiny)).astype(x.dtype)
+    x = x / jnp.sqrt(bound).astype(x.dtype)
     return x.astype(dtype), product.astype(dtype)
+
+
+def _or_one(norm: jax.Array) -> jax.Array:
+    return jnp.where(norm > jnp.finfo(norm.dtype).tiny, norm, 1)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from muonclip_jax.kernels.symmetric import matmul_add, symmetric_product
+from muonclip_jax.kernels.symmetric import MATMUL_ADD, matmul_add, symmetric_product
 
 
 class Shares(NamedTuple):
@@ -30,6 +30,13 @@ class Shares(NamedTuple):
     max: Callable[[jax.Array], jax.Array]
     quadratic: Callable[[jax.Array, float, float], jax.Array]
     implementation: str | None
+
+    def matmul_add(
+        self, x: jax.Array, y: jax.Array, addend: jax.Array | None = None, beta: float = 1.0
+    ) -> jax.Array:
+        """Computes `x y + beta addend`, by the named kernel if it has this operation too."""
+        named = self.implementation if self.implementation in MATMUL_ADD else "xla"
+        return matmul_add(x, y, addend, beta=beta, implementation=named)
 
 
 def _identity(x: jax.Array) -> jax.Array:

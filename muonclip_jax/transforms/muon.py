@@ -1,49 +1,32 @@
 """`scale_by_muon`: momentum, then the polar factor of every matrix."""
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from muonclip_jax._typing import ScalarLike
-from muonclip_jax.kernels.platform import default_platform
 from muonclip_jax.layouts import MatrixRules, MatrixSpec, resolve_muon_specs
 from muonclip_jax.matrices import (
     Distribution,
     MeshShardings,
-    StackPlan,
-    TurnPlan,
-    map_in_turn,
-    map_stacks,
     orthogonalize_distributed,
+    orthogonalize_on_one_device,
     place,
-    plan_leaf,
-    plan_stacks,
-    plan_turns,
     read_shardings,
     spread_momentum,
 )
-from muonclip_jax.polar import PolarPlan, apply_polar, plan_polar
+from muonclip_jax.polar import DEFAULT_SET, plan_polar
 from muonclip_jax.transforms._checks import check_fraction, check_non_negative
 
 #: One spec for all leaves, a tree of them (full, prefix or masked), or a function of the tree.
 WeightDimNumOrFn: TypeAlias = Any
 
-# A stack is the unit of work and of temporary memory. On a CPU, where matrices are worked on one
-# after another, it is a share of the tree: the number of stacks, and with it the program, then
-# stays as it is however deep the tree. Smaller ones than the second bound save nothing that counts.
-_CPU_STACK_SHARE = 12
-_CPU_STACK_BYTES = 24 * 2**20
-_ACCELERATOR_STACK_BYTES = 512 * 2**20
-
-
-#: Of each leaf: shape, dtype, and where its matrices are.
-_Shapes: TypeAlias = tuple[tuple[tuple[int, ...], str, MatrixSpec], ...]
 #: `(beta, 1 - beta)` or None without Nesterov; corrections of momentum and gradient or None.
 _Ahead: TypeAlias = tuple[tuple[ScalarLike, ScalarLike] | None, tuple[jax.Array, jax.Array] | None]
 
@@ -61,7 +44,7 @@ class MuonState(NamedTuple):
 
 
 def scale_by_muon(
-    ns_coeffs: Any = "keller_jordan",
+    ns_coeffs: Any = DEFAULT_SET,
     ns_steps: int | None = None,
     beta: ScalarLike = 0.95,
     eps: ScalarLike = 1e-8,
@@ -101,8 +84,8 @@ def scale_by_muon(
     stored as `mu_dtype`; updates keep the gradient's dtype.
 
     Args:
-        ns_coeffs: Newton-Schulz coefficients: a name, a triple or rows (see `orthogonalize`).
-            Static.
+        ns_coeffs: Newton-Schulz coefficients: a name, a triple or rows (see `orthogonalize`). By
+            default "minimax4"; "keller_jordan" reproduces the reference implementations. Static.
         ns_steps: Number of steps; None takes all rows of a set, five of a triple. Static.
         beta: Decay of the momentum, in [0, 1). May be traced.
         eps: Smallest divisor of a matrix once its largest entry is one: it guards the zero
@@ -120,8 +103,8 @@ def scale_by_muon(
             `optax.contrib.muon` does (with `t + 1` for a Nesterov momentum). Static.
         ns_method: "auto", "standard", "gram" or "svd" (see `orthogonalize`). Static.
         ns_dtype: What Newton-Schulz computes in (see `orthogonalize`). Static.
-        ns_implementation: Who computes symmetric products: "xla", or None, which takes a Pallas
-            kernel where one should save time (see `orthogonalize`). Static.
+        ns_implementation: Who computes the products: "xla", None, which takes a Pallas kernel
+            where one should save time, or a kernel's name (see `orthogonalize`). Static.
         relative_eps: False adds `eps`, as it is, to the norm, as `optax.contrib.muon` does;
             gradients near it then give smaller updates. Static.
         rules: `MatrixRules`; None is the built-in inference. Static.
@@ -199,8 +182,16 @@ def scale_by_muon(
         momenta, treedef = jax.tree.flatten(mu)
         gradients = jax.tree.leaves(updates)
         if shardings is None and not mapped_axes:
-            shapes = tuple((leaf.shape, leaf.dtype.name, spec) for _, leaf, spec in specs)
-            polars = _polars(polar, shapes, eps, how, momenta, gradients, count)
+            polars = orthogonalize_on_one_device(
+                polar,
+                eps,
+                _direction,
+                how,
+                (momenta, gradients),
+                tuple(spec for _, _, spec in specs),
+                count,
+                options.max_stack_bytes,
+            )
         else:
             polars = orthogonalize_distributed(
                 polar,
@@ -230,7 +221,7 @@ def _average(m: jax.Array, g: jax.Array, weights: tuple[ScalarLike, ScalarLike])
     return jnp.asarray(weights[0] * m.astype(dtype) + weights[1] * g.astype(dtype), dtype)
 
 
-def _direction(m: jax.Array, g: jax.Array, how: _Ahead) -> jax.Array:
+def _direction(how: _Ahead, m: jax.Array, g: jax.Array) -> jax.Array:
     """What is orthogonalised, entry by entry: the momentum, or one step ahead of it."""
     dtype = g.dtype
     weights, corrections = how
@@ -242,7 +233,7 @@ def _direction(m: jax.Array, g: jax.Array, how: _Ahead) -> jax.Array:
 def _directions(
     momenta: Sequence[jax.Array], gradients: Sequence[jax.Array], how: _Ahead
 ) -> list[jax.Array]:
-    return [_direction(m, g, how) for m, g in zip(momenta, gradients, strict=True)]
+    return [_direction(how, m, g) for m, g in zip(momenta, gradients, strict=True)]
 
 
 def _momentum_shardings(
@@ -267,50 +258,20 @@ def _placed(tree: optax.Updates, shardings: MeshShardings | None) -> optax.Updat
 
 
 def _zeros(params: optax.Params, dtype: Any, shardings: MeshShardings | None) -> optax.Updates:
-    """Zeros made from shapes alone, so that a traced `init` needs nothing from its arguments."""
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype if dtype is None else dtype), params)
-    return _placed(zeros, shardings)
+    """Zeros made from shapes alone, so that a traced `init` needs nothing from its arguments.
+
+    Outside of a trace every device makes its own part, and no device ever has the whole.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    homes = [None] * len(leaves) if shardings is None else shardings.shardings()
+    is_traced = any(isinstance(leaf, Tracer) for leaf in leaves)
+    zeros = [
+        jnp.zeros(x.shape, x.dtype if dtype is None else dtype, device=None if is_traced else home)
+        for x, home in zip(leaves, homes, strict=True)
+    ]
+    tree = jax.tree.unflatten(treedef, zeros)
+    return _placed(tree, shardings) if is_traced else tree
 
 
 def _correction(beta: ScalarLike, count: jax.Array) -> jax.Array:
     return 1 - jnp.asarray(beta, jnp.float32) ** count
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _polars(
-    polar: PolarPlan,
-    shapes: _Shapes,
-    eps: ScalarLike,
-    how: _Ahead,
-    momenta: Sequence[jax.Array],
-    gradients: Sequence[jax.Array],
-    count: jax.Array,
-) -> list[jax.Array]:
-    """The polar factors of all directions, on one device."""
-    # An inner jit: a call outside of one compiles as a whole, and once.
-    function = functools.partial(_polar, polar, eps)
-    combine = functools.partial(_direction, how=how)
-    trees = (momenta, gradients)
-    if default_platform() == "cpu":
-        return map_in_turn(function, combine, trees, _turns(shapes), count >= 0)
-    return map_stacks(function, combine, trees, _stacks(shapes))
-
-
-@functools.lru_cache(maxsize=64)
-def _stacks(shapes: _Shapes) -> StackPlan:
-    leaves = [plan_leaf(shape, spec) for shape, _, spec in shapes]
-    return plan_stacks(leaves, [dtype for _, dtype, _ in shapes], _ACCELERATOR_STACK_BYTES)
-
-
-@functools.lru_cache(maxsize=64)
-def _turns(shapes: _Shapes) -> TurnPlan:
-    total = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype, _ in shapes)
-    leaves = [plan_leaf(shape, spec) for shape, _, spec in shapes]
-    max_bytes = max(_CPU_STACK_BYTES, total // _CPU_STACK_SHARE)
-    return plan_turns(leaves, [dtype for _, dtype, _ in shapes], max_bytes)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _polar(polar: PolarPlan, eps: ScalarLike, x: jax.Array) -> jax.Array:
-    # An inner jit, so that matrices of one shape are traced once.
-    return apply_polar(polar, x, eps)

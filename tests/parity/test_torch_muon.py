@@ -37,7 +37,7 @@ def ours(case: Case, ns_dtype: jax.typing.DTypeLike) -> Trajectory:
     """Runs the problem through our transformations, kernels transposed to `(in, out)`."""
     consistent_rms = {"original": None, "match_rms_adamw": 0.2}[case.adjust_lr_fn]
     tx = optax.chain(
-        mc.scale_by_muon(beta=MOMENTUM, nesterov=case.nesterov, ns_dtype=ns_dtype),
+        mc.scale_by_muon("keller_jordan", beta=MOMENTUM, nesterov=case.nesterov, ns_dtype=ns_dtype),
         mc.scale_by_shape(consistent_rms=consistent_rms),
         optax.add_decayed_weights(WEIGHT_DECAY),
         optax.scale_by_learning_rate(LEARNING_RATE),

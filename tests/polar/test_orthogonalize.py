@@ -119,7 +119,9 @@ def test_every_set_in_float32(name: str) -> None:
 def test_preconditioning_is_its_definition(preconditioning, method, dtype) -> None:
     x = matrix((2, 6, 10), dtype)
     for z in (x, np.swapaxes(x, -1, -2)):
-        y = orthogonalize(jnp.asarray(z), preconditioning=preconditioning, ns_method=method)
+        y = orthogonalize(
+            jnp.asarray(z), ns_coeffs=KJ, preconditioning=preconditioning, ns_method=method
+        )
         expected = exact(z, "keller_jordan", preconditioning=preconditioning)
         np.testing.assert_allclose(y, expected, atol=FLOAT64)
 
@@ -162,7 +164,7 @@ def test_optax_parity(preconditioning, dtype: str, shape) -> None:
         pytest.skip("optax forms x x^T without the conjugate there")
     x = jnp.asarray(matrix(shape, dtype))
     theirs = orthogonalize_via_newton_schulz(x, jnp.asarray(KJ), 5, preconditioning)
-    ours = orthogonalize(x, preconditioning=preconditioning)
+    ours = orthogonalize(x, ns_coeffs="keller_jordan", preconditioning=preconditioning)
     np.testing.assert_allclose(ours, theirs, atol=TOLERANCE["float32"])
 
 
@@ -246,6 +248,13 @@ def test_zero_gives_zero(dtype: str, preconditioning: str, method: str) -> None:
     assert y.dtype == x.dtype
     np.testing.assert_array_equal(np.asarray(y[1]), 0)
     assert (np.abs(np.diag(np.asarray(y[0], np.complex64))) > 0.5).all()
+
+
+@pytest.mark.parametrize("preconditioning", PRECONDITIONINGS)
+@pytest.mark.parametrize("method", METHODS)
+def test_zero_stays_zero(preconditioning: str, method: str) -> None:
+    run = functools.partial(orthogonalize, preconditioning=preconditioning, ns_method=method)
+    np.testing.assert_array_equal(jax.jit(run)(jnp.zeros((2, 4, 6))), 0)
 
 
 @pytest.mark.parametrize("preconditioning", PRECONDITIONINGS)

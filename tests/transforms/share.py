@@ -38,7 +38,7 @@ def compiled_step(mesh: Mesh, shapes: dict[str, tuple[int, ...]], at: P, **argum
     tx = mc.scale_by_muon(
         param_shardings=shardings,
         weight_dimension_numbers=mc.MatrixSpec((1, 2)),
-        **{"ns_method": "standard", **arguments},
+        **{"ns_coeffs": "keller_jordan", "ns_method": "standard", **arguments},
     )
     count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     state = mc.MuonState(count=count, mu=params)

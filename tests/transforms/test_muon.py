@@ -1,5 +1,6 @@
 """scale_by_muon against float64 NumPy, and the properties that its docstring promises."""
 
+import re
 from typing import Any
 
 import jax
@@ -36,7 +37,11 @@ def test_trajectory_is_the_definition(shape, nesterov: bool, bias_correction: bo
     rng = np.random.default_rng(0)
     grads = [rng.standard_normal(shape).astype(np.float32) for _ in range(4)]
     tx = mc.scale_by_muon(
-        beta=0.9, nesterov=nesterov, bias_correction=bias_correction, ns_method="standard"
+        "keller_jordan",
+        beta=0.9,
+        nesterov=nesterov,
+        bias_correction=bias_correction,
+        ns_method="standard",
     )
     state = tx.init({"w": jnp.zeros(shape)})
     updates = {}
@@ -48,7 +53,7 @@ def test_trajectory_is_the_definition(shape, nesterov: bool, bias_correction: bo
 
 def test_adaptive_multiplies_by_the_dual_norm():
     g = np.random.default_rng(1).standard_normal((5, 8)).astype(np.float32)
-    tx = mc.scale_by_muon(adaptive=True, nesterov=False, bias_correction=True)
+    tx = mc.scale_by_muon("keller_jordan", adaptive=True, nesterov=False, bias_correction=True)
     updates, _ = update(tx, {"w": jnp.asarray(g)}, tx.init({"w": jnp.zeros((5, 8))}))
     polar, u = _oracle([g], 0.95, False, True)
     np.testing.assert_allclose(updates["w"], np.sum(u * polar) * polar, rtol=1e-4, atol=1e-4)
@@ -85,11 +90,12 @@ def test_leaves_that_share_a_stack_are_as_if_alone():
     grads = {
         name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()
     }
-    tx = mc.scale_by_muon(weight_dimension_numbers=specs)
+    # A set whose Gram form does not amplify the rounding of the momentum.
+    tx = mc.scale_by_muon("keller_jordan", weight_dimension_numbers=specs)
     got, _ = update(tx, grads, tx.init(grads))
 
     def alone(x: jax.Array) -> jax.Array:
-        return mc.orthogonalize(x, eps=1e-8)
+        return mc.orthogonalize(x, ns_coeffs="keller_jordan", eps=1e-8)
 
     fused = grads["fused"]
     expected = {
@@ -149,3 +155,31 @@ def test_traced_beta_passes():
         return update(tx, params, tx.init(params))[0]
 
     assert np.isfinite(step(0.9)["w"]).all()
+
+
+@pytest.mark.parametrize(("max_bytes", "loops"), [(4 * 8 * 8, 0), (2**28, 1)])
+def test_a_bound_on_stacks_counts_on_one_device_too(max_bytes: int, loops: int):
+    # On a CPU a stack of several matrices is a loop over them; with one matrix each there is none.
+    tx = mc.scale_by_muon(distribution=mc.Distribution(max_stack_bytes=max_bytes))
+    grads = {name: jnp.ones((8, 8)) for name in "abc"}
+    text = str(jax.make_jaxpr(tx.update)(grads, tx.init(grads)))
+    assert len(re.findall(r"\b(?:while|scan)\[", text)) == loops
+
+
+def test_the_default_set_goes_on_with_steps_that_converge():
+    x = np.random.default_rng(4).standard_normal((12, 12))
+    errors = []
+    for steps in (None, 5, 6):
+        values = np.linalg.svd(mc.orthogonalize(jnp.asarray(x, jnp.float32), ns_steps=steps))[1]
+        errors.append(float(np.abs(values[:-1] - 1).max()))
+    assert errors[0] > 3 * errors[1] > 9 * errors[2]
+
+
+def test_a_set_brings_its_rescaling_to_the_drop_in_too():
+    grads = {"w": jnp.asarray(np.random.default_rng(5).standard_normal((8, 12)), jnp.float32)}
+    for coeffs in ("minimax4", "turbo"):
+        tx = mc.muon(1.0, coeffs, beta=0.0, nesterov=False)
+        got = tx.update(grads, tx.init(grads), grads)[0]["w"]
+        scale = (12 / 8) ** 0.5
+        expected = -scale * mc.orthogonalize(grads["w"], ns_coeffs=coeffs)
+        np.testing.assert_allclose(got, expected, atol=TOLERANCE["float32"])

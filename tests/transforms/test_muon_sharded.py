@@ -70,7 +70,14 @@ def tree_of(shapes: dict[str, tuple[int, ...]]) -> Any:
 
 def transformation(specs: dict[str, MatrixSpec], **arguments: Any) -> Any:
     # Two steps show what five do, and compile faster.
-    return mc.scale_by_muon(**{"ns_steps": 2, "weight_dimension_numbers": specs, **arguments})
+    return mc.scale_by_muon(
+        **{
+            "ns_coeffs": "keller_jordan",
+            "ns_steps": 2,
+            "weight_dimension_numbers": specs,
+            **arguments,
+        }
+    )
 
 
 @functools.cache
@@ -274,6 +281,36 @@ def test_init_places_the_momentum(types: Sequence[AxisType]):
     for state in (tx.init(case.params), tx.init(shapes), traced):
         for name, m in state.mu.items():
             assert m.sharding.is_equivalent_to(case.shardings[name], m.ndim), name
+
+
+def test_no_device_ever_holds_the_whole_momentum(monkeypatch: pytest.MonkeyPatch):
+    # A tree that fits on eight devices need not fit on one.
+    case = stack_of(3, P("fsdp", "tp"))
+    made = []
+    zeros = jnp.zeros
+
+    def watched(*args: Any, **keywords: Any) -> jax.Array:
+        made.append(zeros(*args, **keywords))
+        return made[-1]
+
+    monkeypatch.setattr(jnp, "zeros", watched)
+    case.transformation(param_shardings=case.shardings).init(case.params)
+    momenta = [x for x in made if x.ndim == 2]
+    assert len(momenta) == 3
+    assert {x.addressable_shards[0].data.size for x in momenta} == {8 * 16 // 8}
+
+
+def test_the_platform_is_that_of_the_mesh(monkeypatch: pytest.MonkeyPatch):
+    # Devices of a mesh need not be those that JAX computes on by default.
+    # A shape that no other test has traced for a CPU.
+    leaf = ((8, 24), MatrixSpec(), P("fsdp"))
+    case = Case({f"w{number}": leaf for number in range(3)}, make_mesh())
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    tx = case.transformation(param_shardings=case.shardings)
+    text = jax.jit(tx.update).lower(case.params, tx.init(case.params)).as_text()
+    assert "xf16>" not in text
+    alone = case.transformation()
+    assert "xf16>" in jax.jit(alone.update).lower(case.alone, alone.init(case.alone)).as_text()
 
 
 def test_eager_init_keeps_the_sharding():

@@ -61,12 +61,15 @@ def test_padding_is_not_gathered(monkeypatch: pytest.MonkeyPatch):
     shapes = {"a": (2, 16, 24), "b": (1, 7, 9), "c": (1, 16, 24)}
     options = mc.Distribution(flops_per_byte=float("inf"))
     tx: Any = mc.scale_by_muon(
+        "keller_jordan",
         weight_dimension_numbers=mc.MatrixSpec((1, 2)),
         param_shardings=jax.NamedSharding(mesh, P()),
         distribution=options,
         ns_steps=2,
     )
-    one: Any = mc.scale_by_muon(weight_dimension_numbers=mc.MatrixSpec((1, 2)), ns_steps=2)
+    one: Any = mc.scale_by_muon(
+        "keller_jordan", weight_dimension_numbers=mc.MatrixSpec((1, 2)), ns_steps=2
+    )
     params = {
         name: jax.random.normal(jax.random.key(number), shape)
         for number, (name, shape) in enumerate(shapes.items())

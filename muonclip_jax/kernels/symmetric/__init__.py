@@ -1,6 +1,9 @@
 """Products whose result is known to be symmetric, at half the work."""
 
-from muonclip_jax.kernels.symmetric.dispatch import IMPLEMENTATIONS as IMPLEMENTATIONS
+from muonclip_jax.kernels.symmetric.dispatch import (
+    IMPLEMENTATIONS as IMPLEMENTATIONS,
+    MATMUL_ADD as MATMUL_ADD,
+)
 from muonclip_jax.kernels.symmetric.operations import (
     gram as gram,
     matmul_add as matmul_add,

@@ -18,7 +18,8 @@ class Distribution:
         max_matrix_bytes: A matrix larger than this (in the gradient's dtype) is never made whole on
             one device: a group of devices shares its columns.
         max_stack_bytes: Bound on the stack of whole matrices that a device works on at once; a
-            single matrix may exceed it. It bounds temporary memory.
+            single matrix may exceed it. It bounds temporary memory. On one device without a mesh it
+            is an upper bound too; stacks are smaller on a CPU and on a device of little memory.
         flops_per_byte: What a byte sent between devices is worth, in floating-point operations.
             Where a mesh has more devices than matrices, a matrix is split over a group of devices
             if that is cheaper by this measure. Infinity never splits for speed. The default is near

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from muonclip_jax.kernels.platform import default_platform
+from muonclip_jax.kernels.platform import default_platform, platform_of
 from muonclip_jax.layouts import MatrixSpec
 from muonclip_jax.matrices.distribution.blocks import Axes
 from muonclip_jax.matrices.distribution.map import map_distributed
@@ -54,6 +54,7 @@ def orthogonalize_distributed(
     Raises:
         ValueError: If `options` names an axis that there is not, or `axis_name` is not mapped.
     """
+    polar = dataclasses.replace(polar, platform=_platform(shardings))
     mapped = tuple((name, _mapped_size(name)) for name in axis_name)
     sizes = mapped + (shardings.sizes if shardings else ())
     held = shardings.leaves if shardings else tuple(((),) * leaf.ndim for leaf in leaves)
@@ -82,6 +83,12 @@ def orthogonalize_distributed(
     )
 
 
+def _platform(shardings: MeshShardings | None) -> str:
+    """The platform of the mesh's devices, which need not be JAX's default one."""
+    mesh = shardings.mesh if shardings else None
+    return platform_of(mesh.devices.flat[0]) if isinstance(mesh, Mesh) else default_platform()
+
+
 def _mapped_size(name: str) -> int:
     try:
         return lax.axis_size(name)
@@ -96,7 +103,7 @@ def _work(polar: PolarPlan, eps: jax.typing.ArrayLike, stack: jax.Array, split: 
     if split:
         return apply_polar_partitioned(polar, stack, split, eps)
     count = stack.shape[0]
-    if default_platform() != "cpu" or count == 1:
+    if polar.platform != "cpu" or count == 1:
         return apply_polar(polar, stack, eps)
     if count <= _UNROLLED_ON_CPU:
         return jnp.stack([apply_polar(polar, x, eps) for x in stack])

@@ -1,0 +1,108 @@
+"""Orthogonalising the leaves of a tree on one device.
+
+The plan of stacks is chosen by platform and memory, never by the caller's tree alone: a CPU works
+on matrices in turn, an accelerator on stacks of them at once.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from muonclip_jax.kernels.platform import default_platform, device_memory
+from muonclip_jax.layouts import MatrixSpec
+from muonclip_jax.matrices.parts import plan_leaf
+from muonclip_jax.matrices.stacks import StackPlan, map_stacks, plan_stacks
+from muonclip_jax.matrices.turns import TurnPlan, map_in_turn, plan_turns
+from muonclip_jax.polar import PolarPlan, apply_polar
+
+# A stack is the unit of work and of temporary memory. On a CPU, where matrices are worked on one
+# after another, it is a share of the tree: the number of stacks, and with it the program, then
+# stays as it is however deep the tree. Smaller ones than the second bound save nothing that counts.
+_CPU_STACK_SHARE = 6
+_CPU_STACK_BYTES = 24 * 2**20
+# Newton-Schulz holds a few copies of a stack; a small device has little room beside the parameters.
+_ACCELERATOR_MEMORY_SHARE = 64
+
+#: Of each leaf: shape, dtype, and where its matrices are.
+_Shapes: TypeAlias = tuple[tuple[tuple[int, ...], str, MatrixSpec], ...]
+
+
+def orthogonalize_on_one_device(
+    polar: PolarPlan,
+    eps: jax.typing.ArrayLike,
+    combine: Callable[..., jax.Array],
+    how: Any,
+    trees: Sequence[Sequence[jax.Array]],
+    specs: Sequence[MatrixSpec],
+    count: jax.Array,
+    max_stack_bytes: int,
+) -> list[jax.Array]:
+    """Replaces every matrix of `combine(how, *leaves)` by its polar factor.
+
+    Args:
+        polar: How to orthogonalise.
+        eps: Smallest divisor, as in `orthogonalize`.
+        combine: Entry by entry, from `how` and an array of each of `trees` to one; a function of a
+            module, for it is part of the program.
+        how: What `combine` needs besides, arrays or None.
+        trees: Leaves of equal shapes, once or several times; the last one's dtype is the result's.
+        specs: The normalised spec of each leaf.
+        count: A number that is not negative, though nothing in the program says so.
+        max_stack_bytes: Bound on a stack; a single matrix may exceed it.
+
+    Returns:
+        The polar factors, as the leaves.
+    """
+    shapes = tuple(
+        (leaf.shape, leaf.dtype.name, spec) for leaf, spec in zip(trees[-1], specs, strict=True)
+    )
+    limit = _stack_limit(max_stack_bytes)
+    return _program(polar, shapes, limit, combine, eps, how, trees, count)
+
+
+def _stack_limit(max_bytes: int) -> int:
+    memory = None if default_platform() == "cpu" else device_memory()
+    return max_bytes if memory is None else min(max_bytes, memory // _ACCELERATOR_MEMORY_SHARE)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _program(
+    polar: PolarPlan,
+    shapes: _Shapes,
+    max_bytes: int,
+    combine: Callable[..., jax.Array],
+    eps: jax.typing.ArrayLike,
+    how: Any,
+    trees: Sequence[Sequence[jax.Array]],
+    count: jax.Array,
+) -> list[jax.Array]:
+    # An inner jit: a call outside of one compiles as a whole, and once.
+    function = functools.partial(_polar, polar, eps)
+    combined = functools.partial(combine, how)
+    if default_platform() == "cpu":
+        return map_in_turn(function, combined, trees, _turns(shapes, max_bytes), count >= 0)
+    return map_stacks(function, combined, trees, _stacks(shapes, max_bytes))
+
+
+@functools.lru_cache(maxsize=64)
+def _stacks(shapes: _Shapes, max_bytes: int) -> StackPlan:
+    leaves = [plan_leaf(shape, spec) for shape, _, spec in shapes]
+    return plan_stacks(leaves, [dtype for _, dtype, _ in shapes], max_bytes)
+
+
+@functools.lru_cache(maxsize=64)
+def _turns(shapes: _Shapes, max_bytes: int) -> TurnPlan:
+    total = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype, _ in shapes)
+    leaves = [plan_leaf(shape, spec) for shape, _, spec in shapes]
+    share = max(_CPU_STACK_BYTES, total // _CPU_STACK_SHARE)
+    return plan_turns(leaves, [dtype for _, dtype, _ in shapes], min(share, max_bytes))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _polar(polar: PolarPlan, eps: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
+    # An inner jit, so that matrices of one shape are traced once.
+    return apply_polar(polar, x, eps)

@@ -1,0 +1,171 @@
+"""How to orthogonalise: what does not depend on the array, validated once and remembered."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from muonclip_jax.kernels.platform import default_platform
+from muonclip_jax.kernels.symmetric import IMPLEMENTATIONS
+from muonclip_jax.polar.coefficients import (
+    DEFAULT_SET,
+    changes_direction,
+    resolve_coefficients,
+)
+from muonclip_jax.polar.generators import Rows
+from muonclip_jax.polar.gram import gram_flops
+from muonclip_jax.polar.newton_schulz import plain_flops
+from muonclip_jax.polar.precision import (
+    NS_DTYPES,
+    NS_METHODS,
+    choose_dtype,
+    choose_method,
+    guarded_rows,
+)
+from muonclip_jax.polar.preconditioning import PRECONDITIONINGS
+from muonclip_jax.polar.restarts import choose_restarts
+
+
+@dataclasses.dataclass(frozen=True)
+class PolarPlan:
+    """How to orthogonalise: everything that does not depend on the array, validated.
+
+    Attributes:
+        rows: Coefficients `(a, b, c)`, one triple a step.
+        method: A name of `NS_METHODS`.
+        dtype: A name of `NS_DTYPES`, or None for the rule of the platform.
+        preconditioning: A name of `PRECONDITIONINGS`.
+        relative_eps: Whether `eps` bounds the norm in units of a matrix's largest entry.
+        implementation: Who computes the symmetric products: a name of
+            `kernels.symmetric.IMPLEMENTATIONS`, or None for a Pallas kernel where one is expected
+            to save time.
+        platform: What it will run on, e.g. "gpu"; None is what JAX computes on by default.
+    """
+
+    rows: Rows
+    method: str
+    dtype: str | None
+    preconditioning: str
+    relative_eps: bool = True
+    implementation: str | None = "xla"
+    platform: str | None = None
+
+    def resolve(
+        self, shape: tuple[int, ...], dtype: Any, platform: str | None = None
+    ) -> "ResolvedPlan":
+        """Decides method, dtype and restarts for one shape.
+
+        Args:
+            shape: `(..., m, n)`.
+            dtype: The input's dtype.
+            platform: E.g. "gpu", in place of the plan's.
+
+        Returns:
+            The decisions, with what they cost.
+        """
+        platform = platform or self.platform or default_platform()
+        m, n = shape[-2:]
+        method = choose_method(self.rows, self.method, dtype, self.dtype, platform, m, n)
+        name = choose_dtype(dtype, self.dtype, method, platform)
+        if method == "svd":
+            return ResolvedPlan(method, name, (), (), 0)
+        rows = guarded_rows(self.rows, name)
+        restarts = choose_restarts(rows, name) if method == "gram" else ()
+        flops = gram_flops(rows, m, n, restarts) if method == "gram" else plain_flops(rows, m, n)
+        return ResolvedPlan(method, name, rows, restarts, flops)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedPlan:
+    """What one shape's computation does.
+
+    Attributes:
+        method: "standard", "gram" or "svd".
+        dtype: What the products compute in, as the name of a real dtype.
+        rows: The coefficients, after the guard against divergence in that dtype.
+        restarts: The numbers of steps after which the Gram form restarts.
+        flops: Floating-point operations a matrix.
+    """
+
+    method: str
+    dtype: str
+    rows: Rows
+    restarts: tuple[int, ...]
+    flops: int
+
+    def dtypes(self, dtype: Any) -> tuple[jnp.dtype, jnp.dtype]:
+        """Dtypes to normalise in (at least) and to multiply in, for input of `dtype`."""
+        double = self.dtype == "float64"
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            wide = jnp.dtype("complex128" if double else "complex64")
+            return wide, wide
+        return jnp.dtype("float64" if double else "float32"), jnp.dtype(self.dtype)
+
+
+def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in allowed:
+        options = ", ".join(repr(option) for option in allowed)
+        raise ValueError(f"{name}={value!r} is not known. Pass one of {options}.")
+    return value
+
+
+def plan_polar(
+    ns_coeffs: Any = DEFAULT_SET,
+    ns_steps: Any = None,
+    ns_method: str = "auto",
+    ns_dtype: Any = None,
+    preconditioning: str | None = None,
+    relative_eps: bool = True,
+    ns_implementation: str | None = "xla",
+) -> PolarPlan:
+    """Validates the arguments of `orthogonalize` once, and remembers what they mean.
+
+    Args:
+        ns_coeffs: A name, a triple `(a, b, c)`, or rows of shape `(T, 3)`.
+        ns_steps: Number of steps; None takes all rows of a set and five of a triple.
+        ns_method: "auto", "standard", "gram" or "svd".
+        ns_dtype: What the products compute in; None is the rule of `orthogonalize`.
+        preconditioning: The first rescaling; None is the one that the set was made for.
+        relative_eps: Whether `eps` bounds the norm in units of a matrix's largest entry, which
+            keeps the result independent of scale, or is added to it as it is, as in Optax.
+        ns_implementation: See `orthogonalize`.
+
+    Returns:
+        A frozen, hashable plan for `apply_polar`.
+
+    Raises:
+        TypeError: If coefficients or steps have the wrong type or are traced.
+        ValueError: If a name, a shape or a combination is wrong.
+
+    Example:
+        >>> plan_polar("turbo").preconditioning
+        'aol'
+    """
+    rows, source = resolve_coefficients(ns_coeffs, ns_steps)
+    method = _choice("ns_method", ns_method, NS_METHODS)
+    dtype = None
+    if ns_dtype is not None:
+        try:
+            dtype = jnp.dtype(ns_dtype).name
+        except TypeError:
+            dtype = ns_dtype
+        dtype = _choice("ns_dtype", dtype, NS_DTYPES)
+    if ns_implementation is not None:
+        _choice("ns_implementation", ns_implementation, IMPLEMENTATIONS)
+    if preconditioning is None:
+        preconditioning = source.preconditioning
+    _choice("preconditioning", preconditioning, PRECONDITIONINGS)
+    if source.preconditioning_required and preconditioning != source.preconditioning:
+        raise ValueError(
+            f"ns_coeffs={ns_coeffs!r} is made for preconditioning={source.preconditioning!r}, got "
+            f"{preconditioning!r}. Pass preconditioning=None, or another set. To combine the rows "
+            f"otherwise, pass them as numbers: COEFFICIENT_SETS[{ns_coeffs!r}].rows."
+        )
+    bad = changes_direction(rows)
+    if bad is not None and method != "svd":
+        raise ValueError(
+            f"ns_coeffs={ns_coeffs!r} turn the singular value {bad:.3g} negative (or past every "
+            "bound): the update would point the wrong way. Coefficients must keep (0, 1] positive, "
+            "as (2, -1.5, 0.5) and every named set do."
+        )
+    return PolarPlan(rows, method, dtype, preconditioning, relative_eps, ns_implementation)
