@@ -30,5 +30,8 @@ def pytest_sessionstart() -> None:
     importlib.import_module("muonclip_jax")
 
 
-# Needs torch, which no extra installs; the tests read the file that it wrote.
-collect_ignore = ["tests/golden/write_torch_goldens.py"]
+# They need torch and others' code; the tests read the files that they wrote.
+collect_ignore = [
+    "tests/golden/write_migration_goldens.py",
+    "tests/golden/write_torch_goldens.py",
+]

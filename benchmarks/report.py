@@ -136,8 +136,9 @@ def _scaled(value: Any) -> Any:
     return [1e3 * v for v in value] if isinstance(value, list) else 1e3 * value
 
 
+Block = Callable[[Results], str]
 #: Every part of the page that is written here.
-BLOCKS: Mapping[str, Callable[[Results], str]] = {
+BLOCKS: Mapping[str, Block] = {
     "machine": machine_list,
     "targets": targets_table,
     "compile": compile_table,
@@ -149,13 +150,13 @@ BLOCKS: Mapping[str, Callable[[Results], str]] = {
 }
 
 
-def written(page: str, results: Results) -> str:
+def written(page: str, results: Results, blocks: Mapping[str, Block] = BLOCKS) -> str:
     """Returns the page with every block written anew.
 
     Raises:
         ValueError: If the page has no markers for a block.
     """
-    for name, block in BLOCKS.items():
+    for name, block in blocks.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end {name} -->)", re.DOTALL)
         text = block(results)
         page, count = pattern.subn(lambda m, text=text: f"{m[1]}\n{text}\n{m[2]}", page)
