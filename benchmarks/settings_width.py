@@ -6,12 +6,12 @@ One layer of the examples' model, head size 16, at widths 64, 128, 256 and 512; 
 Muon's rate is swept. AdamW trains embedding, head and norms at one rate for all widths, and nothing
 decays.
 
-**Six rules, three kinds of runs.** All matrices of this model are `w x w`, `w x 2w` or `2w x w`, and
-at one width a constant factor of a rule is a factor of the rate. `sqrt(max(fan_in, fan_out))` is
-`sqrt(w)` times `sqrt_aspect` for these shapes, so `sqrt_max_fan`, `match_rms_adamw` and `gad_cell`
-at rate `r` make the runs that `sqrt_aspect` makes at `r` times their factor of a `w x w` matrix
-(`--smoke` checks it). Rates below are those times that factor: what a square matrix moves by in
-spectral norm.
+**Six rules, three kinds of runs.** All matrices of this model are `w x w`, `w x 2w` or `2w x w`,
+and at one width a constant factor of a rule is a factor of the rate. `sqrt(max(fan_in, fan_out))`
+is `sqrt(w)` times `sqrt_aspect` for these shapes, so `sqrt_max_fan`, `match_rms_adamw` and
+`gad_cell` at rate `r` make the runs that `sqrt_aspect` makes at `r` times their factor of a
+`w x w` matrix (`--smoke` checks it). Rates below are those times that factor: what a square matrix
+moves by in spectral norm.
 """
 
 import functools
@@ -31,7 +31,7 @@ from muonclip_jax.matrices.scales import SHAPE_RULES
 RULES = ("width_transfer", "sqrt_aspect", "rms_to_rms")
 WIDTHS = (64, 128, 256, 512)
 #: Octaves of the rate around 0.04; the widest model has fewer, for its runs take longest.
-OCTAVES = {64: range(-3, 5), 128: range(-3, 5), 256: range(-2, 4), 512: range(-1, 3)}
+OCTAVES = {64: range(-3, 5), 128: range(-3, 5), 256: range(-2, 4), 512: range(-2, 2)}
 CENTRE = 0.04
 ADAM_RATE = 0.004
 STEPS = 60

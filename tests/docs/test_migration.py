@@ -163,7 +163,7 @@ def test_maxima_by_path_clip_as_lists_of_lists_did(mode: str):
                 np.testing.assert_allclose(
                     to_torch(clipped[f"layer_{i}"]["self_attn"][ours]["kernel"]),
                     expected,
-                    rtol=1e-6,  # he adds 1e-6 to the maximum
+                    rtol=1e-6,  # it adds 1e-6 to the maximum
                     atol=0,
                 )
 
