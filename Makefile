@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sweep compare bench kernels notebooks docs package test test-newest test-oldest quick \
+.PHONY: help setup train sweep compare bench settings kernels notebooks docs package test test-newest test-oldest quick \
 	format lint types floors clean
 
 help:  ## this list
@@ -50,6 +50,11 @@ bench: $(VENV)/.bench  ## measure on this CPU (under 15 minutes, keep it idle): 
 	$(BIN)/python benchmarks/compile_time.py
 	$(BIN)/python benchmarks/polar_quality.py --momentum $(MOMENTUM)
 	$(BIN)/python benchmarks/report.py
+
+settings: $(READY)  ## the sweeps of docs/settings.md; what is there is not run again
+	$(BIN)/python benchmarks/settings_width.py --minutes 60
+	$(BIN)/python benchmarks/settings_clip.py --minutes 60
+	$(BIN)/python benchmarks/report_settings.py
 
 # Two compilers of 2 GB together: an environment of their own, which nothing else asks for.
 KERNELS := .venv-kernels

@@ -67,21 +67,15 @@ def width_table(results: Results) -> str:
     lines = []
     for rule in rule_names():
         by_width = curves(stored["rows"], rule)
-        if any(len(by_width.get(width, Curve((), ())).rates) < 3 for width in widths):
-            lines.append([f"`{rule}`", *[""] * len(widths), "", "not finished"])
-            continue
-        narrow, wide = best(by_width[widths[0]]), best(by_width[widths[-1]])
-        moved = np.log2(wide.rate / narrow.rate)
-        carried = by_width[widths[-1]].at(narrow.rate)
-        lost = "outside of what was tried" if carried is None else f"{carried - wide.loss:.3f}"
-        lines.append(
-            [
-                f"`{rule}`",
-                *(_bounded(by_width[width]) for width in widths),
-                f"{moved:+.1f}",
-                lost,
-            ]
-        )
+        found = [by_width.get(width, Curve((), ())) for width in widths]
+        cells = [_bounded(curve) if len(curve.rates) >= 3 else "not finished" for curve in found]
+        moved, lost = "", ""
+        if "not finished" not in cells:
+            narrow, wide = best(found[0]), best(found[-1])
+            moved = f"{np.log2(wide.rate / narrow.rate):+.1f}"
+            carried = found[-1].at(narrow.rate)
+            lost = "outside of what was tried" if carried is None else f"{carried - wide.loss:.3f}"
+        lines.append([f"`{rule}`", *cells, moved, lost])
     head = ["rule", *(f"width {width}" for width in widths), "octaves"]
     return table([*head, f"nats lost at {widths[-1]} with the best rate of {widths[0]}"], lines)
 
@@ -127,15 +121,12 @@ def _against(
 ) -> list[Mapping[str, Any]]:
     """Rows with the difference of their loss from the run of the same seed in `base`."""
     by_seed = {row["seed"]: row["validation_loss"] for row in base}
-    return [
-        row
-        | {
-            "difference": None
-            if row["validation_loss"] is None or by_seed.get(row["seed"]) is None
-            else row["validation_loss"] - by_seed[row["seed"]]
-        }
-        for row in rows
-    ]
+    found = []
+    for row in rows:
+        loss, other = row["validation_loss"], by_seed.get(row["seed"])
+        difference = None if loss is None or other is None else loss - other
+        found.append({**row, "difference": difference})
+    return found
 
 
 def threshold_table(results: Results) -> str:
@@ -158,7 +149,7 @@ def threshold_table(results: Results) -> str:
                 _over_seeds(rows, "largest_logit_at_end", 1),
             ]
         )
-    head = ["threshold", "validation loss", "less that without a clip", "heads clipped in a step"]
+    head = ["threshold", "validation loss", "minus that without a clip", "heads clipped in a step"]
     return table([*head, "largest logit of all steps", "of the last step"], lines)
 
 
@@ -182,7 +173,7 @@ def alpha_table(results: Results) -> str:
                 _over_seeds(rows, "key_norm", 1),
             ]
         )
-    head = ["alpha", "validation loss", "less that at 0.5", "largest logit of all steps"]
+    head = ["alpha", "validation loss", "minus that at 0.5", "largest logit of all steps"]
     return table([*head, "norm of the query kernels", "of the key kernels"], lines)
 
 

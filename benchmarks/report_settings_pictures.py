@@ -79,7 +79,7 @@ def draw_clip(stored: Mapping[str, Any]) -> Figure:
     means = [statistics.mean(differences[x]) for x in xs]
     right.plot(xs, means, marker="o", color=COLORS[2], label="mean; dots are seeds")
     right.axhline(0.0, color=COLORS[0], linestyle="--", label="no clip")
-    right.set(xlabel="threshold", ylabel="validation loss less that without a clip", xscale="log")
+    right.set(xlabel="threshold", ylabel="validation loss minus that without a clip", xscale="log")
     right.set_xticks(xs, [f"{x:g}" for x in xs], fontsize=8)
     right.minorticks_off()
     right.legend()

@@ -9,7 +9,11 @@ import numpy as np
 from muonclip_jax.matrices.scales import SHAPE_RULES
 
 #: Rules whose runs are those of another one at another rate (see `settings_width.py`).
-SAME_RUNS = dict.fromkeys(("sqrt_max_fan", "match_rms_adamw", "gad_cell"), "sqrt_aspect")
+SAME_RUNS = {
+    "sqrt_max_fan": "sqrt_aspect",
+    "match_rms_adamw": "sqrt_aspect",
+    "gad_cell": "sqrt_aspect",
+}
 
 
 class Curve(NamedTuple):

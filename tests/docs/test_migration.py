@@ -50,8 +50,8 @@ def to_flax(x: np.ndarray) -> jax.Array:
 
 
 def to_torch(x: jax.Array) -> np.ndarray:
-    x = np.asarray(x)
-    return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
+    array = np.asarray(x)
+    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
 
 
 def trajectory(

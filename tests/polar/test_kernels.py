@@ -15,7 +15,7 @@ from muonclip_jax.polar.partitioned import apply_polar_partitioned
 from muonclip_jax.transforms import scale_by_muon
 from tests.helpers import TOLERANCE, polynomial_of_singular_values
 
-ROWS = ((2.0, -1.5, 0.5), (1.5, -0.5, 0.0), (2.0, -1.5, 0.5))
+ROWS = [(2.0, -1.5, 0.5), (1.5, -0.5, 0.0), (2.0, -1.5, 0.5)]
 
 
 @pytest.fixture(autouse=True)

@@ -179,7 +179,7 @@ def test_a_set_brings_its_rescaling_to_the_drop_in_too():
     grads = {"w": jnp.asarray(np.random.default_rng(5).standard_normal((8, 12)), jnp.float32)}
     for coeffs in ("minimax4", "turbo"):
         tx = mc.muon(1.0, coeffs, beta=0.0, nesterov=False)
-        got = tx.update(grads, tx.init(grads), grads)[0]["w"]
+        got = update(tx, grads, tx.init(grads), grads)[0]["w"]
         scale = (12 / 8) ** 0.5
         expected = -scale * mc.orthogonalize(grads["w"], ns_coeffs=coeffs)
         np.testing.assert_allclose(got, expected, atol=TOLERANCE["float32"])
