@@ -11,7 +11,6 @@ same options, it goes on from its newest checkpoint, on as many devices as there
 
 import argparse
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -28,21 +27,13 @@ import orbax.checkpoint as ocp
 from common.data import Corpus, load_corpus
 from common.model import ModelConfig
 from common.records import Metrics, describe, open_folder
+from common.sharding import param_shardings
 from common.training import Settings, State, Training
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
 from muonclip_jax import checkpoint
 
-#: Which axis of the mesh shards which dimension: heads and hidden units over "tp", the other one
-#: over "fsdp". What matches nothing is whole everywhere.
-SPECS = (
-    (r"(query|key|value)/kernel$", P("fsdp", "tp", None)),
-    (r"out/kernel$", P("tp", None, "fsdp")),
-    (r"(gate|up|head)/kernel$", P("fsdp", "tp")),
-    (r"down/kernel$", P("tp", "fsdp")),
-    (r"embedding$", P("tp", "fsdp")),
-)
 #: How a launcher that JAX does not know by itself, such as ours, tells a process its place.
 ADDRESS = "JAX_COORDINATOR_ADDRESS"  # JAX reads this one itself
 PLACE = COUNT, NUMBER = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -96,7 +87,7 @@ class ShardedTraining(Training):
         super().__init__(settings, corpus)
         self.rows = NamedSharding(mesh, P("fsdp"))
         params = jax.eval_shape(super().init).params
-        shardings = jax.tree.map_with_path(partial(param_sharding, mesh), params)
+        shardings = param_shardings(mesh, params)
         self.tx = mc.muonclip(
             settings.schedule(),
             weight_decay=settings.weight_decay,
@@ -136,17 +127,6 @@ class ShardedTraining(Training):
         }
         local = windows[sorted(mine)]
         return jax.make_array_from_process_local_data(self.rows, local, windows.shape)
-
-
-def param_sharding(mesh: Mesh, key_path: Any, leaf: Any) -> NamedSharding:
-    """Returns where a parameter lies; a dimension that an axis does not divide is left whole."""
-    path = jax.tree_util.keystr(key_path, simple=True, separator="/")
-    spec = next((spec for pattern, spec in SPECS if re.search(pattern, path)), P())
-    fitting = [
-        axis if axis and size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(spec, leaf.shape, strict=False)
-    ]
-    return NamedSharding(mesh, P(*fitting))
 
 
 def train(options: argparse.Namespace) -> None:

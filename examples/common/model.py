@@ -113,7 +113,13 @@ def next_byte_loss(
 ) -> tuple[Float[Array, ""], Any]:
     """Returns the mean cross-entropy in nats a byte, and what the attention recorded."""
     logits, variables = model.apply({"params": params}, tokens[:, :-1], mutable=["intermediates"])
-    targets = tokens[:, 1:].astype(jnp.int32)
+    return cross_entropy(jnp.asarray(logits), tokens[:, 1:]), variables["intermediates"]
+
+
+def cross_entropy(
+    logits: Float[Array, "batch time bytes"], targets: UInt8[Array, "batch time"]
+) -> Float[Array, ""]:
+    """Returns the mean cross-entropy in nats a byte."""
     log_probabilities = jax.nn.log_softmax(logits)
-    losses = -jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)
-    return losses.mean(), variables["intermediates"]
+    targets = targets.astype(jnp.int32)[..., None]
+    return -jnp.take_along_axis(log_probabilities, targets, axis=-1).mean()

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from common.training import Record
 
@@ -44,9 +47,26 @@ def figure(columns: int = 1) -> tuple[Figure, Any]:
     return drawn, axes
 
 
+def save(drawn: Figure, path: Path) -> None:
+    """Writes a PNG of 64 colours, a third as large as one of all, and the folders it lies in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas = FigureCanvasAgg(drawn)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    image.quantize(64).save(path, optimize=True)
+
+
 def draw_threshold(axis: Axes, threshold: float) -> None:
     """Draws the line that QK-Clip holds the logits to."""
     axis.axhline(threshold, color="0.3", linestyle="--", linewidth=1, label="threshold")
+
+
+def draw_loss(axis: Axes, records: Sequence[Record], score: str) -> None:
+    """Draws the loss of every step's batch, and the scored one."""
+    axis.plot(*series(records, "train_loss"), color="0.75", linewidth=1, label="training batch")
+    axis.plot(*series(records, score), color=COLORS["muonclip"], label=score.replace("_", " "))
+    axis.set_ylabel("nats a byte")
+    axis.legend()
 
 
 def draw_run(folder: Path, records: Sequence[Record], threshold: float, score: str) -> list[Path]:
@@ -62,10 +82,7 @@ def draw_run(folder: Path, records: Sequence[Record], threshold: float, score: s
         The pictures' paths.
     """
     loss, axis = figure()
-    axis.plot(*series(records, "train_loss"), color="0.75", linewidth=1, label="training batch")
-    axis.plot(*series(records, score), color=COLORS["muonclip"], label=score.replace("_", " "))
-    axis.set_ylabel("nats a byte")
-    axis.legend()
+    draw_loss(axis, records, score)
     logit, axis = figure()
     axis.plot(*series(records, "largest_logit"), color=COLORS["muonclip"], label="largest logit")
     draw_threshold(axis, threshold)

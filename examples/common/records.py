@@ -1,4 +1,4 @@
-"""A run's folder: its settings, its metrics as JSON lines, and TensorBoard where asked."""
+"""A run's folder: its settings, and its metrics as JSON lines and on the boards asked for."""
 
 import dataclasses
 import json
@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from tensorboardX import SummaryWriter
-
+from common.boards import Board
 from common.training import Record
 
 
@@ -55,27 +54,21 @@ class Metrics:
         folder: The run's folder.
         step: The step that the run goes on from; lines of later steps, which were written between
             the last checkpoint and the end, are dropped, for those steps come again.
-        tensorboard: A folder for TensorBoard's event files, or None.
+        boards: Where the records go as well.
     """
 
-    def __init__(self, folder: Path, *, step: int = 0, tensorboard: Path | None = None):
+    def __init__(self, folder: Path, *, step: int = 0, boards: Sequence[Board] = ()):
         self._file = folder / "metrics.jsonl"
         kept = [record for record in self.read() if record["step"] <= step]
         self._file.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        self._board = (
-            None if tensorboard is None else SummaryWriter(str(tensorboard), purge_step=step + 1)
-        )
+        self._boards = boards
 
     def write(self, records: Sequence[Record]) -> None:
-        """Adds records to the file and the board."""
+        """Adds records, flat scalars of any name beside their step, to the file and the boards."""
         with self._file.open("a") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
-        if self._board is not None:
-            for record in records:
-                for name, value in record.items():
-                    if name != "step":
-                        self._board.add_scalar(name, value, int(record["step"]))
-            self._board.flush()
+        for board in self._boards:
+            board.write(records)
 
     def read(self) -> list[Record]:
         """Returns every whole line; a kill may have cut the last one short."""
@@ -88,5 +81,5 @@ class Metrics:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards:
+            board.close()

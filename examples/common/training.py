@@ -1,13 +1,14 @@
 """The training loop that every example shares: settings, one compiled step, records of it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import muonclip_jax as mc
@@ -15,6 +16,7 @@ from common.data import PARTS, Corpus, scoring_batch, training_batch
 from common.model import GPT, ModelConfig, next_byte_loss
 
 Record = dict[str, float | int]
+_State = TypeVar("_State")
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,7 @@ class Training:
         self.text = corpus.train
         self.model = GPT(settings.model)
         self.tx = OPTIMIZERS[settings.optimizer].build(settings)
-        self.scored = scoring_batch(
-            corpus.part(settings.score_on), windows=settings.score_windows, length=settings.length
-        )
+        self.scored = scored_windows(settings, corpus)
         # The old parameters and moments are given up for the new ones: no second copy of either.
         self.step = jax.jit(self._step, donate_argnums=0)
         self.score = jax.jit(lambda params, tokens: next_byte_loss(self.model, params, tokens)[0])
@@ -146,47 +146,91 @@ class Training:
         clips = OPTIMIZERS[self.settings.optimizer].clips
         threshold = self.settings.threshold if clips else jnp.inf
         info = mc.qk_clip_info(state.params, max_logits, threshold=threshold)
-        clip = info.scalars("clip", blocks=False)
-        record = {
-            "train_loss": loss,
-            "learning_rate": self.settings.schedule()(state.step),
-            "largest_logit": clip["clip/max_logit"],
-            "clipped_heads": clip["clip/clipped_heads"],
-            "smallest_gamma": clip["clip/min_gamma"],
-        }
+        record = step_record(self.settings, state.step, loss, info)
         return State(step=state.step + 1, params=params, optimizer=optimizer), record
 
     def batch(self, step: int) -> Any:
         """The windows that a step trains on, from the seed and the step alone."""
-        settings = self.settings
-        return training_batch(
-            self.text,
-            seed=settings.seed,
-            step=step,
-            batch_size=settings.batch_size,
-            length=settings.length,
-        )
+        return step_windows(self.settings, self.text, step)
 
     def run(self, state: State) -> Iterator[tuple[State, list[Record]]]:
-        """Trains to the end, and yields every `score_every` steps the state and the new records.
+        """Trains to the end; what it yields is described at the function `run`."""
+        return run(
+            self.settings,
+            state,
+            step=self.step,
+            score=lambda state: self.score(state.params, self.scored),
+            batch=self.batch,
+            begin=int(state.step),
+        )
 
-        Nothing waits for the device in between, so that the next batch is cut while a step runs.
-        The held-out loss, in the last record of each list, is the one after that step's update.
-        The state must be saved before the next one is asked for, which takes its memory.
-        """
-        settings, pending, start = self.settings, [], time.perf_counter()
-        for step in range(int(state.step), settings.steps):
-            state, record = self.step(state, self.batch(step))
-            pending.append(record)
-            if (step + 1) % settings.score_every and step + 1 < settings.steps:
-                continue
-            score = self.score(state.params, self.scored)
-            records = [
-                {"step": step + 2 - len(pending) + i} | {k: v.item() for k, v in values.items()}
-                for i, values in enumerate(jax.device_get(pending))
-            ]
-            records[-1][f"{settings.score_on}_loss"] = float(score)
-            now = time.perf_counter()
-            speed = len(pending) * settings.batch_size * settings.length / (now - start)
-            yield state, [record | {"tokens_per_second": round(speed)} for record in records]
-            pending, start = [], time.perf_counter()
+
+def step_record(settings: Settings, step: Any, loss: Any, info: mc.QKClipInfo) -> dict[str, Any]:
+    """Returns what every example records of a step; each may add scalars of its own."""
+    clip = info.scalars("clip", blocks=False)
+    return {
+        "train_loss": loss,
+        "learning_rate": settings.schedule()(step),
+        "largest_logit": clip["clip/max_logit"],
+        "clipped_heads": clip["clip/clipped_heads"],
+        "smallest_gamma": clip["clip/min_gamma"],
+    }
+
+
+def step_windows(settings: Settings, text: np.ndarray, step: int) -> np.ndarray:
+    """Returns the windows that a step trains on, from the seed and the step alone."""
+    return training_batch(
+        text,
+        seed=settings.seed,
+        step=step,
+        batch_size=settings.batch_size,
+        length=settings.length,
+    )
+
+
+def scored_windows(settings: Settings, corpus: Corpus) -> np.ndarray:
+    """Returns the windows that the held-out loss is taken over."""
+    return scoring_batch(
+        corpus.part(settings.score_on), windows=settings.score_windows, length=settings.length
+    )
+
+
+def run(
+    settings: Settings,
+    state: _State,
+    *,
+    step: Callable[[_State, Any], tuple[_State, dict[str, jax.Array]]],
+    score: Callable[[_State], jax.Array],
+    batch: Callable[[int], Any],
+    begin: int = 0,
+) -> Iterator[tuple[_State, list[Record]]]:
+    """Trains to the end, and yields every `score_every` steps the state and the new records.
+
+    Nothing waits for the device in between, so that the next batch is cut while a step runs.
+    The held-out loss, in the last record of each list, is the one after that step's update.
+    A step that donates its state takes its memory: save it before the next one is asked for.
+
+    Args:
+        settings: The run's.
+        state: What the first step gets; anything that `step` takes and returns.
+        step: The compiled step: state and windows in, state and flat scalars out.
+        score: The compiled held-out loss.
+        batch: The windows of a step.
+        begin: The step that the state is at.
+    """
+    pending, start = [], time.perf_counter()
+    for number in range(begin, settings.steps):
+        state, record = step(state, batch(number))
+        pending.append(record)
+        if (number + 1) % settings.score_every and number + 1 < settings.steps:
+            continue
+        scored = score(state)
+        records = [
+            {"step": number + 2 - len(pending) + i} | {k: v.item() for k, v in values.items()}
+            for i, values in enumerate(jax.device_get(pending))
+        ]
+        records[-1][f"{settings.score_on}_loss"] = float(scored)
+        now = time.perf_counter()
+        speed = len(pending) * settings.batch_size * settings.length / (now - start)
+        yield state, [record | {"tokens_per_second": round(speed)} for record in records]
+        pending, start = [], time.perf_counter()

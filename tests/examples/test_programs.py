@@ -65,7 +65,7 @@ def test_a_run_leaves_what_it_says(whole):
     assert (whole / "sample.txt").read_text().startswith("def ")
     for picture in ("loss.png", "largest_logit.png"):
         assert (whole / picture).read_bytes().startswith(b"\x89PNG")
-    assert list((whole.parent / "t").glob("events.out.tfevents.*"))
+    assert list((whole.parent / "t" / "train_lm").glob("events.out.tfevents.*"))
 
 
 def test_a_killed_run_resumes_to_the_same_numbers(whole, tmp_path):
@@ -105,6 +105,31 @@ def test_own_files_and_another_optimizer(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert len(records(tmp_path / "runs" / "own")) == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "run_folder", "said"),
+    [
+        ("train_nnx", "", "picture: "),
+        ("train_linen_trainstate", "", "| nn.scan and nn.remat | 1 |"),
+        ("train_sharded", "mesh", "| block_0/attention/query/kernel | (32, 4, 8) | fsdp, tp,"),
+    ],
+)
+def test_other_programs_train_and_draw(name, run_folder, said, tmp_path):
+    smoke = ("--smoke", "--layers", 1, "--steps", 10, "--threshold", 2)
+    done = run(f"{name}.py", *smoke, "--runs", tmp_path, "--tensorboard", tmp_path / "t")
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+    lines = records(tmp_path / name / run_folder)
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    assert max(line["clipped_heads"] for line in lines) > 0
+    assert (tmp_path / name / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "t" / name / run_folder).glob("events.out.tfevents.*"))
+    if name == "train_sharded":
+        expected = [line["train_loss"] for line in records(tmp_path / name / "one_device")]
+        assert [line["train_loss"] for line in lines] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.slow

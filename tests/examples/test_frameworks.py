@@ -1,0 +1,143 @@
+"""The same language model in NNX, scanned and sharded: the same weights train to the same ones.
+
+The oracle is the training of `train_lm.py`: Linen, a Python loop over layers, one device.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import train_linen_trainstate
+import train_nnx
+import train_sharded
+from common.data import Corpus
+from common.model import ModelConfig
+from common.training import Settings, Training
+from flax import nnx
+from jax.sharding import AxisType, PartitionSpec as P
+
+pytestmark = pytest.mark.slow
+
+STEPS = 4
+#: A threshold that some heads reach and others do not.
+SETTINGS = Settings(
+    steps=STEPS,
+    batch_size=4,
+    length=8,
+    threshold=1.5,
+    model=ModelConfig(layers=2, width=32, query_heads=4, key_heads=2, hidden=32),
+)
+Params = dict[str, Any]
+
+
+class Expected:
+    """What the oracle came to."""
+
+    def __init__(self) -> None:
+        random = np.random.default_rng(0)
+        text = random.integers(97, 123, 4000).astype(np.uint8)
+        training = Training(SETTINGS, Corpus(text, text, text))
+        state = training.init()
+        self.first: Params = jax.tree.map(np.asarray, state.params)
+        self.batches = [training.batch(step) for step in range(STEPS)]
+        self.records = []
+        for tokens in self.batches:
+            state, record = training.step(state, tokens)
+            self.records.append(jax.device_get(record))
+        self.last: Params = jax.tree.map(np.asarray, state.params)
+
+    def check(self, records: list[dict[str, jax.Array]], params: Params) -> None:
+        """Compares; another order of sums is all that may differ."""
+        for record, expected in zip(records, self.records, strict=True):
+            for name, value in expected.items():
+                np.testing.assert_allclose(record[name], value, rtol=2e-5, err_msg=name)
+        moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), self.first, self.last)
+        assert min(jax.tree.leaves(moved)) > 1e-3
+        assert jax.tree.structure(params) == jax.tree.structure(self.last)
+        for (path, leaf), value in zip(
+            jax.tree.leaves_with_path(params), jax.tree.leaves(self.last), strict=True
+        ):
+            name = jax.tree_util.keystr(path)
+            np.testing.assert_allclose(leaf, value, rtol=0, atol=2e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def expected() -> Expected:
+    found = Expected()
+    clipped = [int(record["clipped_heads"]) for record in found.records]
+    assert max(clipped) > 0
+    assert min(clipped) < SETTINGS.model.layers * SETTINGS.model.query_heads
+    return found
+
+
+def test_nnx_trains_as_linen_does(expected):
+    model, optimizer = train_nnx.build(SETTINGS)
+    layers = range(SETTINGS.model.layers)
+    first = {k: v for k, v in expected.first.items() if not k.startswith("block_")}
+    first["blocks"] = {layer: expected.first[f"block_{layer}"] for layer in layers}
+    state = nnx.state(model, nnx.Param)
+    nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, first))
+    nnx.update(model, state)
+
+    step = partial(train_nnx.train_step, settings=SETTINGS)
+    records = [step(model, optimizer, tokens) for tokens in expected.batches]
+    last: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    blocks = last.pop("blocks")
+    expected.check(records, last | {f"block_{layer}": blocks[layer] for layer in layers})
+    assert {f"blocks/{layer}/attention/max_logit" for layer in layers} <= set(records[0])
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scanned_layers_train_as_a_loop_of_them_does(expected, remat):
+    model = train_linen_trainstate.ScannedGPT(SETTINGS.model, remat=remat)
+    layers = [f"block_{layer}" for layer in range(SETTINGS.model.layers)]
+    first = {k: v for k, v in expected.first.items() if k not in layers}
+    first["blocks"] = jax.tree.map(lambda *x: jnp.stack(x), *(expected.first[k] for k in layers))
+    state: Any = train_linen_trainstate.build(SETTINGS, model)
+    assert jax.tree.structure(state.params) == jax.tree.structure(first)
+    state = state.replace(params=jax.tree.map(jnp.array, first))
+
+    records = []
+    for tokens in expected.batches:
+        state, record = train_linen_trainstate.step(state, tokens, settings=SETTINGS)
+        records.append(record)
+    last = dict(state.params)
+    blocks = last.pop("blocks")
+    for layer, name in enumerate(layers):
+        last[name] = jax.tree.map(lambda leaf, at=layer: leaf[at], blocks)
+    expected.check(records, last)
+
+
+def test_rematerialised_and_scanned_layers_take_less():
+    found = train_linen_trainstate.costs(SETTINGS, (2, 4))
+    loop, scan, remat = (found[name] for name in train_linen_trainstate.MODELS)
+    # Each further layer of the loop is more program; a scan's is more rounds.
+    assert loop[1].operations > 1.4 * loop[0].operations
+    assert scan[1].operations < 1.1 * scan[0].operations
+    growth = {name: costs[1].megabytes - costs[0].megabytes for name, costs in found.items()}
+    assert growth["nn.scan and nn.remat"] < 0.5 * growth["nn.scan"]
+    assert remat[1].megabytes < loop[1].megabytes
+
+
+def test_a_mesh_trains_as_one_device_does(expected):
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), (AxisType.Auto,) * 2)
+    sharded = train_sharded.build(SETTINGS, mesh)
+    state, records = sharded.state, []
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    for tokens in expected.batches:
+        state, record = sharded.step(state, jax.device_put(tokens, sharded.rows))
+        records.append(record)
+    expected.check(records, state.params)
+    # Nothing has wandered, no device has much more than its eighth, and heads are with their heads.
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == places
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e6
+    assert max(train_sharded.held(state).values()) < 1.1 * whole / 8
+    windows = jax.device_put(expected.batches[0], sharded.rows)
+    _, max_logits = sharded.score(state, windows)
+    for leaf in jax.tree.leaves(max_logits):
+        assert leaf.sharding.spec == P("tp")
+    kernel = state.params["block_0"]["attention"]["query"]["kernel"]
+    assert kernel.sharding.spec == P("fsdp", "tp", None)
