@@ -66,8 +66,13 @@ $(KERNELS)/.ready: pyproject.toml constraints.txt
 	$(KERNELS)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test,tpu,cuda13]'
 	@touch $@
 
+# Tests that skip where these compilers are not installed.
+COMPILER_TESTS := tests/transforms/test_muon_tpu.py tests/kernels/symmetric/test_compiled.py \
+	tests/kernels/test_max_logits_compilers.py
+
 kernels: $(KERNELS)/.ready  ## compile every kernel with the real TPU and GPU compilers, no such machine needed
 	$(KERNELS)/bin/python benchmarks/kernels.py $(ARGS)
+	$(KERNELS)/bin/python -m pytest -q -rs $(COMPILER_TESTS)
 
 notebooks: $(READY)  ## execute the notebooks and save what their cells return
 	$(BIN)/python examples/notebooks/execute.py $(ARGS)

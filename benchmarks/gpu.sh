@@ -1,7 +1,7 @@
 #!/bin/sh
 # The GPU rows of docs/performance.md, from a plain checkout: PYTHONPATH=. sh benchmarks/gpu.sh
-# Needs jax with CUDA and optax; with torch, its optimizers are measured too. On a GPU with less than
-# 120 GB: CONTENDERS="ours optax.contrib torch.compile" PYTHONPATH=. sh benchmarks/gpu.sh
+# Needs jax with CUDA, optax and jaxtyping; with torch, its optimizers are measured too. On a GPU with
+# less than 120 GB: CONTENDERS="ours optax.contrib torch.compile" PYTHONPATH=. sh benchmarks/gpu.sh
 set -e
 PYTHON=${PYTHON:-python}
 CONTENDERS=${CONTENDERS:-"ours optax torch SGD flash gram"}

@@ -7,15 +7,14 @@ when the device is done.
 
 import argparse
 import gc
-import importlib.util
 import json
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ def cores() -> int:
 
 def machine() -> dict[str, Any]:
     """Describes what a number must be read with."""
-    installed = [name for name in _PACKAGES if importlib.util.find_spec(name) is not None]
     return {
         "device": jax.devices()[0].device_kind,
         "platform": jax.default_backend(),
@@ -45,8 +43,24 @@ def machine() -> dict[str, Any]:
         "cores": cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in installed},
+        "versions": versions(_PACKAGES),
     }
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Returns the versions of those packages that are installed.
+
+    Example:
+        >>> list(versions(["jax", "no such package"]))
+        ['jax']
+    """
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def _processor() -> str:

@@ -40,6 +40,9 @@ _SMOKE = (
     Case("a X + B X, smoke", 2, 256, 512, "bfloat16", True),
 )
 
+#: The kernels that run anywhere, slowly.
+_INTERPRETED = {"mosaic_tpu": mosaic_tpu.run, "triton": triton.run}
+
 Function = Callable[..., jax.Array]
 
 
@@ -75,15 +78,12 @@ def contenders(case: Case, options: Any) -> dict[str, Function]:
     )
     target = dispatch.current_target()
     for name, implementation in dispatch.kernels_for(problem).items():
-        on_gpu = target.platform == "gpu" and not (
-            name == "mosaic_gpu" and target.capability[0] != 9
-        )
-        if implementation.refusal(problem) is None and implementation.platform == target.platform:
-            if target.platform != "gpu" or on_gpu:
-                found[name] = case.function(name)
-        elif options.smoke and implementation.refusal(problem) is None and name != "mosaic_gpu":
-            module = {"mosaic_tpu": mosaic_tpu, "triton": triton}[name]
-            found[f"{name}, interpreted"] = _direct(case, module.run, interpret=True)
+        if implementation.refusal(problem) is not None:
+            continue
+        if dispatch.runs_on(name, target):
+            found[name] = case.function(name)
+        elif options.smoke and name in _INTERPRETED:
+            found[f"{name}, interpreted"] = _direct(case, _INTERPRETED[name], interpret=True)
     if options.tilings and not case.is_update and target.capability[0] == 9:
         for tiling in TILINGS:
             label = f"mosaic_gpu, {tiling.height} x {tiling.width}, {tiling.stages} stages"

@@ -8,7 +8,6 @@ its code, or what the compiler said. Writes JSON with the versions of what compi
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -25,6 +24,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import compilers, kernel_cases_max_logits, kernel_cases_symmetric
+from benchmarks.harness import versions
 
 #: What each platform's compiler comes in, and the extra that brings it.
 PACKAGES = {
@@ -58,25 +58,8 @@ def all_cases() -> dict[str, list[Case]]:
 
 def missing(name: str) -> list[str]:
     """Lists the packages that a platform's compiler needs and that are not installed."""
-    absent = []
-    for package in PACKAGES[name][0]:
-        try:
-            importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            absent.append(package)
-    return absent
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of everything that takes part."""
-    packages = ["jax", "jaxlib", *(each for names, _ in PACKAGES.values() for each in names)]
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    installed = versions(PACKAGES[name][0])
+    return [package for package in PACKAGES[name][0] if package not in installed]
 
 
 def compile_case(name: str, case: Case, devices: list[Any]) -> dict[str, Any]:
@@ -151,7 +134,9 @@ def main() -> None:
             print(f"  {len(rows) - refused} compiled, {refused} refused")
             results[device] = rows
     if results and not options.match and options.only is None:
-        record = {"versions": versions(), "machine": platform.machine(), "results": results}
+        packages = ["jax", "jaxlib", *(each for names, _ in PACKAGES.values() for each in names)]
+        used = {"python": platform.python_version(), **versions(packages)}
+        record = {"versions": used, "machine": platform.machine(), "results": results}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record, indent=1) + "\n")
         print(f"wrote {options.out}")

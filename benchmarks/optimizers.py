@@ -10,6 +10,8 @@ import optax
 import muonclip_jax as mc
 
 LEARNING_RATE = 0.02
+#: What every row of "the same polynomial" has, as Optax and torch want it.
+KELLER_JORDAN = (3.4445, -4.7750, 2.0315)
 OURS = "ours"
 FAST = "ours, minimax4"
 #: The same polynomial as `OURS`, with kernels for the symmetric products.

@@ -7,7 +7,7 @@ The whole step (`tx.update` and `optax.apply_updates`, parameters and state dona
 the real compilers for machines that are not here (`compilers.py`); nothing runs. Needs the extras
 `tpu` and `cuda13`. Each row compiles in a process of its own, so that a refusal or a timeout is one
 row's result. Writes results/pods.json after every row and leaves rows that are there alone; prints
-a Markdown table.
+a Markdown table, which benchmarks/report.py writes to docs/scaling.md.
 
 FLOPs a device are those of the products, read from the program (`hlo.py`). `optimal_seconds` is the
 TPU compiler's own estimate of a step that waits for nothing; there is none for GPUs.
@@ -15,8 +15,8 @@ TPU compiler's own estimate of a step that waits for nothing; there is none for 
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -30,13 +30,15 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import muonclip_jax as mc
-from benchmarks import compilers, hlo, pod_models
+from benchmarks import compilers, hlo, pod_models, report_text, scaling
+from benchmarks.harness import versions
 from benchmarks.pod_models import LAYOUTS, MAXIMA, MODELS, Layout
 
 RESULTS = Path(__file__).parent / "results" / "pods.json"
 #: TPU slices by their number of devices.
 SLICES = {64: "v5p:4x4x4", 512: "v5p:8x8x8", 1024: "v5p:8x8x16"}
-HBM = {"v5p": 95e9, "h200": 141e9}
+#: What takes part.
+PACKAGES = ("jax", "jaxlib", "optax", "libtpu", "jax-cuda13-plugin", "muonclip_jax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,28 +70,15 @@ def rows() -> Iterator[Row]:
                 yield Row(model, layout, machine, optimizer)
 
 
-# The default of 256 MB would be 17 rounds for Kimi K2's experts, and a program that compiles long.
-_OPTIONS = {"Kimi K2": mc.Distribution(max_stack_bytes=2**30)}
-
-
 def _muonclip(model: Any, shardings: Any, options: Any) -> Any:
     del model
     return mc.muonclip(1e-3, param_shardings=shardings, distribution=options)
 
 
-def _muon(model: Any, shardings: Any, options: Any) -> Any:
-    return mc.muon(
-        1e-3,
-        consistent_rms=0.2,
-        muon_weight_dimension_numbers=_dimension_numbers(model),
-        param_shardings=shardings,
-        distribution=options,
-    )
-
-
 def _optax_muon(model: Any, shardings: Any, options: Any) -> Any:
     del shardings, options
-    numbers = _dimension_numbers(model)
+    # The same matrices for both libraries.
+    numbers = mc.infer_dimension_numbers(pod_models.shapes(model))
     return optax.contrib.muon(1e-3, consistent_rms=0.2, muon_weight_dimension_numbers=numbers)
 
 
@@ -101,15 +90,14 @@ def _adamw(model: Any, shardings: Any, options: Any) -> Any:
 #: Name -> `(model, shardings, options) -> transformation`.
 OPTIMIZERS = {
     "muonclip_jax.muonclip": _muonclip,
-    "muonclip_jax.muon": _muon,
     "optax.contrib.muon": _optax_muon,
     "optax.adamw": _adamw,
 }
 
 
-def _dimension_numbers(model: Any) -> Any:
-    """The same matrices for both libraries."""
-    return mc.infer_dimension_numbers(pod_models.shapes(model))
+def distribution(model: str) -> mc.Distribution:
+    """The options of a model: those that the model on paper (scaling.py) counts with."""
+    return mc.Distribution(max_stack_bytes=scaling.MODELS[model].stack)
 
 
 def compile_step(row: Row) -> Any:
@@ -123,7 +111,7 @@ def compile_step(row: Row) -> Any:
     mesh = layout.on(devices)
     shardings = pod_models.shardings_of(model, layout, mesh)
     params = pod_models.shapes(model, shardings)
-    tx = OPTIMIZERS[row.optimizer](model, shardings, _OPTIONS.get(row.model))
+    tx = OPTIMIZERS[row.optimizer](model, shardings, distribution(row.model))
     extra = {}
     if row.optimizer.endswith("muonclip"):
         maxima = MAXIMA[row.model]()
@@ -217,32 +205,19 @@ def _refusal(text: str, code: int) -> str:
     return (said[-1] if said else f"exit status {code}: {text[-300:]}")[:600]
 
 
-def versions() -> dict[str, str]:
-    """The versions of what took part."""
-    found = {"python": sys.version.split()[0]}
-    for name in ("jax", "jaxlib", "optax", "libtpu", "jax-cuda13-plugin", "muonclip_jax"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def table(results: Mapping[str, Any]) -> str:
     """The results as Markdown."""
-    lines = [
-        "| model, machine | sharding | optimizer | TFLOPs | optimal s | temporary GB | sent GB "
-        "| collectives |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["model, machine", "sharding", "optimizer", "TFLOPs", "optimal s", "temporary GB"]
+    lines: list[list[str]] = []
     before: tuple[str, str] = ("", "")
-    for name, result in results["rows"].items():
-        model, layout, machine, optimizer = name.split(" | ")
-        place = (f"{model}, {machine}", layout)
-        shown = [new if place != before else "" for new in place]
+    for row in rows():
+        if row.name not in results["rows"]:
+            continue
+        place = (f"{row.model}, {row.machine}", row.layout)
+        shown = list(place) if place != before else ["", ""]
         before = place
-        lines.append(f"| {' | '.join([*shown, f'`{optimizer}`', *_cells(result)])} |")
-    return "\n".join(lines)
+        lines.append([*shown, f"`{row.optimizer}`", *_cells(results["rows"][row.name])])
+    return report_text.table([*head, "sent GB", "collectives"], lines)
 
 
 def _cells(result: Mapping[str, Any]) -> list[str]:
@@ -274,7 +249,8 @@ def main() -> None:
         print(json.dumps(measure(Row(*json.loads(options.row)))))
         return
     old = json.loads(options.out.read_text()) if options.out.exists() else {}
-    results = {"versions": versions(), "rows": old.get("rows", {})}
+    used = {"python": platform.python_version(), **versions(PACKAGES)}
+    results = {"versions": used, "rows": old.get("rows", {})}
     order = [row.name for row in rows()]
     for row in [] if options.table else rows():
         if not re.search(options.only, row.name):

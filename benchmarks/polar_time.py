@@ -31,6 +31,7 @@ from benchmarks.counting import count_products, full_flops, needed_flops, produc
 from benchmarks.harness import interleave, parser, ratio, store, summary
 from benchmarks.matrices import Reference, over_all
 from benchmarks.models import MODELS
+from benchmarks.optimizers import KELLER_JORDAN
 from muonclip_jax.kernels.symmetric import matmul
 from muonclip_jax.polar import PolarPlan, apply_polar, plan_polar
 
@@ -55,7 +56,6 @@ PRODUCTS: Mapping[str, Callable[..., jax.Array]] = {
     "square": lambda _, r: matmul(r, r),
     "update": lambda x, r: matmul(r, x),
 }
-KELLER_JORDAN = (3.4445, -4.7750, 2.0315)
 #: One timing lasts at least so long; a shorter call is repeated.
 LEAST_SECONDS = 0.05
 

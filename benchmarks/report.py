@@ -1,9 +1,9 @@
-"""Writes the tables and pictures of docs/performance.md from the stored results.
+"""Writes tables and pictures of docs/performance.md and docs/scaling.md from the stored results.
 
     python benchmarks/report.py
 
-Between the markers `<!-- NAME -->` and `<!-- end NAME -->` the page is this script's; a table whose
-results are not there says which command makes them. `--check` changes nothing and fails if the page
+Between the markers `<!-- NAME -->` and `<!-- end NAME -->` a page is this script's; a table whose
+results are not there says which command makes them. `--check` changes nothing and fails if a page
 is not what would be written.
 """
 
@@ -14,14 +14,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import pods, scaling
 from benchmarks.harness import RESULTS, ROOT
 from benchmarks.report_pictures import draw_all
 from benchmarks.report_quality import default_table, quality_table, rounding_table
 from benchmarks.report_targets import targets_table
 from benchmarks.report_text import COMMANDS, Results, by, missing, ranged, table, times
 
-PAGE = ROOT / "docs" / "performance.md"
-IMAGES = ROOT / "docs" / "images"
+DOCS = ROOT / "docs"
 
 
 def load(folder: Path) -> Results:
@@ -136,21 +136,37 @@ def _scaled(value: Any) -> Any:
     return [1e3 * v for v in value] if isinstance(value, list) else 1e3 * value
 
 
-Block = Callable[[Results], str]
-#: Every part of the page that is written here.
-BLOCKS: Mapping[str, Block] = {
-    "machine": machine_list,
-    "targets": targets_table,
-    "compile": compile_table,
-    "step": step_table,
-    "polar": polar_table,
-    "quality": quality_table,
-    "rounding": rounding_table,
-    "default": default_table,
+def pods_table(results: Results) -> str:
+    """What the compilers say, and which they were."""
+    stored = results.get("pods")
+    if stored is None:
+        return missing("pods")
+    used = ", ".join(f"{name} {version}" for name, version in stored["versions"].items())
+    return f"Compiled with {used}.\n\n{pods.table(stored)}"
+
+
+Blocks = Mapping[str, Callable[[Results], str]]
+#: Every part of each page that is written here.
+PAGES: Mapping[str, Blocks] = {
+    "performance.md": {
+        "machine": machine_list,
+        "targets": targets_table,
+        "compile": compile_table,
+        "step": step_table,
+        "polar": polar_table,
+        "quality": quality_table,
+        "rounding": rounding_table,
+        "default": default_table,
+    },
+    "scaling.md": {
+        "pods": pods_table,
+        "cost": lambda _: scaling.cost_table(),
+        "break even": lambda _: scaling.break_even_table(),
+    },
 }
 
 
-def written(page: str, results: Results, blocks: Mapping[str, Block] = BLOCKS) -> str:
+def written(page: str, results: Results, blocks: Blocks) -> str:
     """Returns the page with every block written anew.
 
     Raises:
@@ -169,22 +185,25 @@ def written(page: str, results: Results, blocks: Mapping[str, Block] = BLOCKS) -
 
 
 def main() -> None:
-    """Writes page and pictures."""
+    """Writes pages and pictures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=PAGE)
-    parser.add_argument("--images", type=Path, default=IMAGES)
+    parser.add_argument("--docs", type=Path, default=DOCS, help="the folder of the pages")
     parser.add_argument("--check", action="store_true", help="only compare")
     options = parser.parse_args()
-    results, page = load(options.results), options.page.read_text()
-    new = written(page, results)
-    if options.check:
-        if new != page:
-            raise SystemExit(f"{options.page} is not what its results say; run this script.")
-        return
-    options.page.write_text(new)
-    pictures = draw_all(results, options.images)
-    print(f"written: {options.page}" + "".join(f", {path}" for path in pictures))
+    results = load(options.results)
+    for name, blocks in PAGES.items():
+        page = options.docs / name
+        old = page.read_text()
+        new = written(old, results, blocks)
+        if options.check and new != old:
+            raise SystemExit(f"{page} is not what its results say; run this script.")
+        if new != old:
+            page.write_text(new)
+        print(f"{'as it was' if new == old else 'written'}: {page}")
+    if not options.check:
+        for path in draw_all(results, options.docs / "images"):
+            print(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -4,19 +4,20 @@
 
 A model is a list of matrices and a number of other parameters; a machine is four numbers. The terms
 are those of docs/scaling.md, which also says how far they are from what the compilers report
-(results/pods.json). Prints Markdown tables. Pure Python: nothing is compiled and nothing runs.
+(results/pods.json). Prints the Markdown tables that benchmarks/report.py writes there. Nothing is
+compiled and nothing runs.
 """
 
-import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks import report_text
+from muonclip_jax.matrices.distribution.schedule import deal
+
 STEPS = 5
 #: Bytes of a parameter, a gradient and a moment; of what products and results travel in.
 WIDE, NARROW = 4, 2
-#: The bound on a stack in bytes (`Distribution.max_stack_bytes`).
-STACK = 2**28
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,14 @@ class Model:
         matrices: `(count, rows, columns)` of what Muon trains, a row for each kind.
         others: How many numbers AdamW trains.
         active: How many parameters a token uses.
+        stack: The bound on a stack in bytes (`Distribution.max_stack_bytes`).
     """
 
     name: str
     matrices: tuple[tuple[int, int, int], ...]
     others: int
     active: float
+    stack: int = 2**28
 
     @property
     def numbers(self) -> int:
@@ -88,7 +91,11 @@ KIMI_K2 = Model(
     ),
     2_514_967_552,
     32e9,
+    # 2**28 would be 17 rounds of experts, and a program that compiles long.
+    stack=2**30,
 )
+#: By name, as in `pod_models.MODELS`.
+MODELS = {model.name: model for model in (DENSE_7B, KIMI_K2)}
 
 
 @dataclass(frozen=True)
@@ -102,8 +109,8 @@ class Plan:
         hops: Links that a byte of an all-to-all crosses: on a torus three quarters of its side.
         regrouped: Which part of the shared matrices has rows sharded over the axis that shares
             columns.
-        bounded: Whether stacks are worked on one after another, each bounded by `STACK`; where
-            there are few matrices they are one stack anyway.
+        bounded: Whether stacks are worked on one after another, each bounded by the model's
+            `stack`; where there are few matrices they are one stack anyway.
     """
 
     devices: int
@@ -148,18 +155,6 @@ def work(rows: int, columns: int) -> float:
     return STEPS * (4.0 * m * m * n + 2.0 * m**3)
 
 
-def deal(counts: Sequence[int], shapes: Sequence[Sequence[int]], groups: int) -> list[list[int]]:
-    """Deals matrices to groups, the costliest first; returns each group's count of every kind."""
-    dealt = [[0] * len(counts) for _ in range(groups)]
-    loads = [(0.0, group) for group in range(groups)]
-    for kind in sorted(range(len(counts)), key=lambda kind: -work(*shapes[kind])):
-        for _ in range(counts[kind]):
-            load, group = loads[0]
-            dealt[group][kind] += 1
-            heapq.heapreplace(loads, (load + work(*shapes[kind]), group))
-    return dealt
-
-
 @dataclass(frozen=True)
 class _Hand:
     """What devices work on: the busiest one's counts, places in stacks, most small numbers."""
@@ -171,10 +166,15 @@ class _Hand:
 
 
 def _hand(counts: Sequence[int], shapes: Sequence[Sequence[int]], plan: Plan, ways: int) -> _Hand:
-    return _of_hands(deal(counts, shapes, plan.devices // ways), shapes, ways)
+    hands = deal(counts, [work(*shape) for shape in shapes], plan.devices // ways)
+    if hands.padded:
+        return _of_hands(
+            [[max(column) for column in zip(*hands.counts, strict=True)]], shapes, ways
+        )
+    return _of_hands(hands.counts, shapes, ways)
 
 
-def _of_hands(dealt: list[list[int]], shapes: Sequence[Sequence[int]], ways: int) -> _Hand:
+def _of_hands(dealt: Sequence[Sequence[int]], shapes: Sequence[Sequence[int]], ways: int) -> _Hand:
     busiest = max(dealt, key=lambda hand: _sum(hand, [work(*shape) for shape in shapes]))
     places = [max(column) for column in zip(*dealt, strict=True)]
     # One shape at a time has its m x m matrices.
@@ -236,10 +236,10 @@ def muon_cost(model: Model, plan: Plan, machine: Machine) -> Cost:
         + 7 * WIDE * model.others / (1 if plan.replicated else plan.devices)
     )
     # The direction; a stack as it was received; the small matrices of the shape that has most.
-    stack = min(whole, STACK / WIDE) if plan.bounded else whole
+    stack = min(whole, model.stack / WIDE) if plan.bounded else whole
     most = max(h.most for h in chosen)
     if plan.bounded:
-        most = max(m * m * max(1, STACK // (WIDE * m * n)) for m, n in shapes)
+        most = max(m * m * max(1, model.stack // (WIDE * m * n)) for m, n in shapes)
     temporary = WIDE * held + WIDE * stack + 3 * NARROW * most
     network = (trades * plan.hops + regroups + couples + gathers) / machine.link
     busiest = sum(_sum(h.counts, flops) / h.ways for h in chosen)
@@ -296,40 +296,46 @@ CHECKED = {
 }
 
 
-def main() -> None:
-    """Prints the tables of docs/scaling.md."""
-    print(
-        "| model | devices | TFLOPs | sent GB | temporary GB | compute ms | memory ms "
-        "| network ms |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    for model, plan in dict.fromkeys([*CHECKED.values(), *LARGE]):
-        cost = muon_cost(model, plan, V5P)
-        numbers = (cost.flops / 1e12, cost.sent / 1e9, cost.temporary / 1e9)
-        times = (cost.compute * 1e3, cost.memory * 1e3, cost.network * 1e3)
-        cells = [f"{number:.3g}" for number in numbers + times]
-        print(f"| {model.name} | {plan.devices} | {' | '.join(cells)} |")
-    print()
-    print("| model | devices | AdamW ms | Muon ms | tokens a step: 1 % more | 0.1 % more |")
-    print("|---|---|---|---|---|---|")
-    for model, plan in LARGE:
-        muon, adamw = (cost(model, plan, V5P).seconds * 1e3 for cost in (muon_cost, adamw_cost))
-        tokens = [break_even_tokens(model, plan, V5P, share) / 1e6 for share in (0.01, 0.001)]
-        cells = [f"{adamw:.2f}", f"{muon:.2f}", *(f"{number:.0f} M" for number in tokens)]
-        print(f"| {model.name} | {plan.devices} | {' | '.join(cells)} |")
-    print()
-    for machine in (V5P, H200):
-        for rows, columns in ((2048, 7168), (4096, 4096), (8192, 8192)):
-            pays = sharing_across_pays(rows, columns, machine, 2)
-            print(f"{machine.name}, {rows} x {columns}: sharing across two slices pays: {pays}")
-
-
 #: Past what can be compiled: model and plan. The side of a torus of 8192 chips is about 20.
 LARGE = (
     (DENSE_7B, Plan(512, split=4, hops=6, regrouped=REGROUPED)),
     (KIMI_K2, Plan(1024, split=8, hops=7.5, bounded=True)),
     (KIMI_K2, Plan(8192, split=8, hops=15, bounded=True)),
 )
+
+
+def cost_table() -> str:
+    """What a step costs, as Markdown."""
+    head = ["model", "devices", "TFLOPs", "sent GB", "temporary GB", "compute ms", "memory ms"]
+    lines = []
+    for model, plan in dict.fromkeys([*CHECKED.values(), *LARGE]):
+        cost = muon_cost(model, plan, V5P)
+        numbers = (cost.flops / 1e12, cost.sent / 1e9, cost.temporary / 1e9)
+        times = (cost.compute * 1e3, cost.memory * 1e3, cost.network * 1e3)
+        cells = [f"{number:.3g}" for number in numbers + times]
+        lines.append([model.name, f"{plan.devices}", *cells])
+    return report_text.table([*head, "network ms"], lines)
+
+
+def break_even_table() -> str:
+    """From how many tokens a step on Muon adds little to it, as Markdown."""
+    head = ["model", "devices", "AdamW ms", "Muon ms", "tokens a step: 1 % more", "0.1 % more"]
+    lines = []
+    for model, plan in LARGE:
+        muon, adamw = (cost(model, plan, V5P).seconds * 1e3 for cost in (muon_cost, adamw_cost))
+        tokens = [break_even_tokens(model, plan, V5P, share) / 1e6 for share in (0.01, 0.001)]
+        cells = [f"{adamw:.2f}", f"{muon:.2f}", *(f"{number:.0f} M" for number in tokens)]
+        lines.append([model.name, f"{plan.devices}", *cells])
+    return report_text.table(head, lines)
+
+
+def main() -> None:
+    """Prints the tables of docs/scaling.md, and where sharing across slices pays."""
+    print(cost_table(), break_even_table(), sep="\n\n", end="\n\n")
+    for machine in (V5P, H200):
+        for rows, columns in ((2048, 7168), (4096, 4096), (8192, 8192)):
+            pays = sharing_across_pays(rows, columns, machine, 2)
+            print(f"{machine.name}, {rows} x {columns}: sharing across two slices pays: {pays}")
 
 
 if __name__ == "__main__":

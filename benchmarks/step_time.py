@@ -32,6 +32,7 @@ from benchmarks.matrices import Reference, load_momentum, over_all
 from benchmarks.models import MODELS, Model
 from benchmarks.optimizers import (
     FAST,
+    KELLER_JORDAN,
     KERNELS,
     LEARNING_RATE,
     OPTAX,
@@ -46,7 +47,6 @@ torch_muon: Any = (
 )
 
 JAX_CONTENDERS = (OURS, FAST, KERNELS, OPTAX, "optax.adamw", "momentum SGD")
-KELLER_JORDAN = (3.4445, -4.7750, 2.0315)
 
 
 def random_gradients(tree: Any, seed: int = 0) -> Any:

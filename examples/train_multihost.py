@@ -11,10 +11,7 @@ same options, it goes on from its newest checkpoint, on as many devices as there
 
 import argparse
 import os
-import socket
-import subprocess
 import sys
-import time
 import traceback
 from functools import partial
 from pathlib import Path
@@ -26,6 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from common.data import Corpus, load_corpus
 from common.model import ModelConfig
+from common.processes import ADDRESS, NUMBER, PLACE, launch
 from common.records import Metrics, describe, open_folder
 from common.sharding import param_shardings
 from common.training import Settings, State, Training
@@ -34,9 +32,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import muonclip_jax as mc
 from muonclip_jax import checkpoint
 
-#: How a launcher that JAX does not know by itself, such as ours, tells a process its place.
-ADDRESS = "JAX_COORDINATOR_ADDRESS"  # JAX reads this one itself
-PLACE = COUNT, NUMBER = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -85,7 +80,7 @@ class ShardedTraining(Training):
 
     def __init__(self, settings: Settings, corpus: Corpus, mesh: Mesh):
         super().__init__(settings, corpus)
-        self.rows = NamedSharding(mesh, P("fsdp"))
+        self.mesh = mesh
         params = jax.eval_shape(super().init).params
         shardings = param_shardings(mesh, params)
         self.tx = mc.muonclip(
@@ -119,14 +114,14 @@ class ShardedTraining(Training):
         return self.on_mesh(super().batch(step))
 
     def on_mesh(self, windows: np.ndarray) -> jax.Array:
-        """Returns the batch of all processes; each gives the rows of its own devices alone."""
-        mine = {
-            row
-            for index in self.rows.addressable_devices_indices_map(windows.shape).values()
-            for row in range(*(index or (slice(None),))[0].indices(len(windows)))
-        }
-        local = windows[sorted(mine)]
-        return jax.make_array_from_process_local_data(self.rows, local, windows.shape)
+        """Returns the batch of all processes; each gives the rows of its own devices alone.
+
+        Where the devices along "fsdp" do not divide the rows, each has all of them: the numbers are
+        those of any other count, so that a run goes on, and only time is lost.
+        """
+        divides = len(windows) % self.mesh.shape["fsdp"] == 0
+        sharding = NamedSharding(self.mesh, P("fsdp") if divides else P())
+        return jax.make_array_from_callback(windows.shape, sharding, lambda index: windows[index])
 
 
 def train(options: argparse.Namespace) -> None:
@@ -141,8 +136,7 @@ def train(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         model=ModelConfig(options.layers, options.width, hidden=8 * (options.width // 3)),
     )
-    shape = (jax.device_count() // options.tp, options.tp)
-    mesh = jax.make_mesh(shape, ("fsdp", "tp"), (AxisType.Auto,) * 2)
+    mesh = make_mesh(options.tp)
     if number == 0:
         described = describe(settings) | {"data": [str(path) for path in options.data]}
         open_folder(options.folder, described, resume=(options.folder / "settings.json").exists())
@@ -163,6 +157,12 @@ def train(options: argparse.Namespace) -> None:
         state = cast(State, restored)
     begin = int(state.step)
     say(f"{jax.process_count()} processes, mesh {dict(mesh.shape)}, from step {begin}")
+    ways = mesh.shape["fsdp"]
+    if settings.batch_size % ways and number == 0:
+        say(
+            f"{ways} devices along fsdp do not divide --batch-size {settings.batch_size}: each "
+            f"computes all of it. A new run is faster with a multiple of {ways}."
+        )
     metrics = Metrics(options.folder, step=begin) if number == 0 else None
 
     pending: list[dict[str, jax.Array]] = []
@@ -191,34 +191,11 @@ def train(options: argparse.Namespace) -> None:
     say(f"held-out loss {loss:.6f} after step {int(state.step)}")
 
 
-def launch(options: argparse.Namespace, arguments: list[str]) -> int:
-    """Starts the processes on this machine, and ends them all when one fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = f"{os.environ.get('XLA_FLAGS', '')} "
-    flags += f"--xla_force_host_platform_device_count={options.devices}"
-    shared = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    shared |= {ADDRESS: address, COUNT: str(options.processes)}
-    places = [shared | {NUMBER: str(number)} for number in range(options.processes)]
-    running = [subprocess.Popen([sys.executable, __file__, *arguments], env=e) for e in places]
-    try:
-        while (codes := {process.poll() for process in running}) <= {None, 0}:
-            if codes == {0}:
-                return 0
-            time.sleep(0.1)
-        return 1
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-
-
 def main(arguments: list[str]) -> int:
     """Starts the processes, or is one of them."""
     options = parse(arguments)
     if (options.processes or 1) > 1 and NUMBER not in os.environ:
-        return launch(options, arguments)
+        return launch(__file__, arguments, options.processes, options.devices)
     try:
         train(options)
     except Exception:

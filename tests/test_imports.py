@@ -1,9 +1,15 @@
 """What importing the package costs: no Flax, no test tools, no device."""
 
+import ast
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 
 def modules_after(statement: str) -> set[str]:
@@ -41,3 +47,16 @@ def test_importing_the_package_does_not_touch_a_device():
 @pytest.mark.parametrize("module", ["linen", "nnx"])
 def test_the_flax_modules_load_flax(module: str):
     assert "flax" in modules_after(f"import muonclip_jax.{module}")
+
+
+def test_what_the_package_requires_it_imports():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = {re.split(r"[^\w-]", name)[0].replace("-", "_") for name in project["dependencies"]}
+    imported = set()
+    for path in (ROOT / "muonclip_jax").glob("**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {name.name.split(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").split(".")[0])
+    assert required <= imported

@@ -17,8 +17,11 @@ average with decay `beta` has the variance `v (1 - beta) / (1 + beta)`, so that
 
     nu = (1 + beta) / (1 - beta) mean(mu^2)
 
-with the mean over the whole leaf. Where the gradient is steady this is too large, and the first
-updates are too short, which is the safe side; Adam's own average replaces it in `1 / (1 - b2)`
+with the mean over the whole leaf. That holds for counts far above `1 / (1 - b2)` and
+`1 / (1 - beta)`. Earlier, at count `t`, Adam's own average is `1 - b2^t` times its limit and the
+variance of the momentum `1 - beta^(2 t)` times the above; with Adam's usual `b2` nearer to one than
+`beta`, the estimate is then too large, as it is where the gradient is steady. Too large makes the
+first updates too short, which is the safe side; Adam's own average replaces it in `1 / (1 - b2)`
 steps.
 """
 
@@ -84,7 +87,8 @@ def from_optax_state(
     1. From Adam to Muon, Adam's first moment is the momentum. Its mean square is dropped. A state
        of `optax.adamw` goes to Muon in this way.
     2. From Muon to Adam, the momentum is Adam's first moment, and its mean square is
-       `(1 + beta) / (1 - beta) mean(mu^2)`, which the module's docstring derives.
+       `(1 + beta) / (1 - beta) mean(mu^2)`: right for counts far above `1 / (1 - b2)`, too large
+       before, so that first updates are shorter. The module's docstring derives it.
 
     Whatever else the state of `tx` has (accumulated gradients, hyperparameters) is as `tx.init`
     makes it. Nothing of `optax_state` is lost in silence: a leaf that has no place is an error,

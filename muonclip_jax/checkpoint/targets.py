@@ -4,12 +4,12 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from muonclip_jax._paths import flatten_with_paths
 from muonclip_jax._typing import Tree
 from muonclip_jax.checkpoint.names import owner_of
-from muonclip_jax.matrices import align_shardings
+from muonclip_jax.matrices import align_shardings, is_entry
 
 
 def abstract_params(params: Tree, param_shardings: Tree = None, mesh: Mesh | None = None) -> Tree:
@@ -49,7 +49,7 @@ def abstract_params(params: Tree, param_shardings: Tree = None, mesh: Mesh | Non
         )
     if callable(param_shardings):
         param_shardings = param_shardings(params)
-    entries, structure = flatten_with_paths(param_shardings, is_leaf=_is_entry)
+    entries, structure = flatten_with_paths(param_shardings, is_leaf=is_entry)
     placed = [_with_mesh(path, entry, mesh) for path, entry in entries]
     known = [sharding.mesh for sharding in placed if isinstance(sharding, NamedSharding)]
     aligned = align_shardings(params, jax.tree.unflatten(structure, placed))
@@ -124,10 +124,6 @@ def abstract_state(
             sharding = NamedSharding(on, asked.spec)
         targets.append(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding))
     return jax.tree.unflatten(structure, targets)
-
-
-def _is_entry(x: Any) -> bool:
-    return x is None or isinstance(x, Sharding | PartitionSpec)
 
 
 def _named(x: Any) -> NamedSharding | None:

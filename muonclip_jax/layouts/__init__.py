@@ -16,4 +16,8 @@ from muonclip_jax.layouts.rules import (
     infer_dimension_numbers as infer_dimension_numbers,
     label_params as label_params,
 )
-from muonclip_jax.layouts.specs import MatrixSpec as MatrixSpec, Split as Split
+from muonclip_jax.layouts.specs import (
+    MatrixSpec as MatrixSpec,
+    Split as Split,
+    axes_tuple as axes_tuple,
+)

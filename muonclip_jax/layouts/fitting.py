@@ -6,7 +6,7 @@ from typing import Any
 
 from optax.contrib import MuonDimensionNumbers
 
-from muonclip_jax.layouts.specs import MatrixSpec, SpecLike, Split, is_spec
+from muonclip_jax.layouts.specs import MatrixSpec, SpecLike, Split, axes_tuple, is_spec
 
 
 def normalize_spec(spec: SpecLike, shape: Sequence[int], path: str = "") -> MatrixSpec:
@@ -110,7 +110,7 @@ def _where(path: str) -> str:
 def _axes(
     axes: Any, what: str, spec: MatrixSpec, shape: tuple[int, ...], path: str
 ) -> tuple[int, ...]:
-    axes = (axes,) if isinstance(axes, int) else axes
+    axes = axes_tuple(axes)
     if not axes:
         raise ValueError(f"{_where(path)}{spec.dims} names no {what} axis; a matrix needs one.")
     for axis in axes:

@@ -160,6 +160,16 @@ def hashable_spec(spec: SpecLike) -> SpecLike:
     return spec if isinstance(spec, MatrixSpec) else _dimension_numbers(spec)
 
 
+def axes_tuple(axes: int | Sequence[int]) -> tuple[int, ...]:
+    """Returns the axes of a dim of a spec, which may be a single one.
+
+    Example:
+        >>> axes_tuple(0), axes_tuple((1, 2))
+        ((0,), (1, 2))
+    """
+    return (axes,) if isinstance(axes, int) else tuple(axes)
+
+
 def _integer(x: Any, what: str) -> int:
     try:
         if isinstance(x, bool):

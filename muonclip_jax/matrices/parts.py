@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from muonclip_jax.layouts import MatrixSpec, Split
+from muonclip_jax.layouts import MatrixSpec, Split, axes_tuple
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def plan_leaf(shape: Sequence[int], spec: MatrixSpec) -> LeafPlan:
         >>> [(part.count, part.fan_in, part.fan_out) for part in plan.parts]
         [(24, 64, 64)]
     """
-    reduction, output = (_axes(axes) for axes in spec.dims)
+    reduction, output = (axes_tuple(axes) for axes in spec.dims)
     batch = tuple(axis for axis in range(len(shape)) if axis not in reduction + output)
     parts = []
     for lengths in itertools.product(*(split.part_lengths for split in spec.splits)):
@@ -119,10 +119,6 @@ def join_leaf(pieces: Sequence[jax.Array], splits: Sequence[Split]) -> jax.Array
         ]
     (whole,) = joined
     return whole
-
-
-def _axes(axes: int | Sequence[int]) -> tuple[int, ...]:
-    return (axes,) if isinstance(axes, int) else tuple(axes)
 
 
 def _grid(split: Split) -> tuple[int, ...]:

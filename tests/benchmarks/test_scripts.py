@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.report import BLOCKS, PAGE, RESULTS, load, written
+from benchmarks.report import DOCS, PAGES, RESULTS, load, written
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ("step_time", "polar_time", "compile_time", "polar_quality")
@@ -96,38 +96,82 @@ def test_quality_covers_every_family_form_and_dtype(results):
 
 
 @pytest.mark.slow
-def test_the_report_writes_page_and_pictures(results, tmp_path):
-    page = tmp_path / "performance.md"
-    shutil.copy(PAGE, page)
-    options = ("--results", results, "--page", page, "--images", tmp_path / "images")
+def test_the_report_writes_pages_and_pictures(results, tmp_path):
+    for name in PAGES:
+        shutil.copy(DOCS / name, tmp_path / name)
+    shutil.copy(RESULTS / "pods.json", results)
+    options = ("--results", results, "--docs", tmp_path)
     done = run("report", *options)
     assert done.returncode == 0, done.stderr
-    text = page.read_text()
-    assert text == written(text, load(results))
-    assert "| ours, minimax4 |" in text
+    text = {name: (tmp_path / name).read_text() for name in PAGES}
+    for name, blocks in PAGES.items():
+        assert text[name] == written(text[name], load(results), blocks)
+    assert "| ours, minimax4 |" in text["performance.md"]
+    # What is stored is what is published: the page of the repository.
+    assert text["scaling.md"] == (DOCS / "scaling.md").read_text()
     for name in ("step_time", "compile_time", "polar_quality"):
         assert (tmp_path / "images" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert run("report", *options, "--check").returncode == 0
-    page.write_text(text.replace("| ours, minimax4 |", "| theirs |"))
-    failed = run("report", *options, "--check")
-    assert failed.returncode != 0
-    assert "run this script" in failed.stderr
+    for page, said in (("performance.md", "| ours, minimax4 |"), ("scaling.md", "| Kimi K2 |")):
+        (tmp_path / page).write_text(text[page].replace(said, "| theirs |"))
+        failed = run("report", *options, "--check")
+        assert failed.returncode != 0
+        assert page in failed.stderr
+        assert "run this script" in failed.stderr
+        (tmp_path / page).write_text(text[page])
 
 
-def test_the_page_is_what_the_stored_results_say():
-    page = PAGE.read_text()
-    assert written(page, load(RESULTS)) == page
-    for name in BLOCKS:
-        assert page.count(f"<!-- {name} -->") == 1
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_what_the_stored_results_say(name):
+    page = (DOCS / name).read_text()
+    assert written(page, load(RESULTS), PAGES[name]) == page
+    for block in PAGES[name]:
+        assert page.count(f"<!-- {block} -->") == 1
+
+
+def test_a_result_that_is_not_there_is_said_to_be_missing():
+    page = (DOCS / "scaling.md").read_text()
+    assert "not measured: `python -m benchmarks.pods`" in written(page, {}, PAGES["scaling.md"])
 
 
 def test_a_page_without_a_place_is_refused():
     with pytest.raises(ValueError, match="<!-- machine -->"):
-        written("nothing", {})
+        written("nothing", {}, PAGES["performance.md"])
+
+
+#: Scripts that measure nothing or that make no file of their own: what they print.
+PRINTED = {
+    ("restarts", "--steps", "3"): "| keller_jordan | float16 |",
+    ("restarts", "--rows", "[[2, -1.5, 0.5], [2, -1.5, 0.5]]"): "| 2 rows | float32 | none |",
+    ("scaling",): "| Kimi K2 | 8192 |",
+    ("pods", "--table"): "| 7B dense, v5p:8x8x8 | fsdp x tp | `muonclip_jax.muonclip` |",
+}
+
+
+@pytest.mark.parametrize(("command", "said"), PRINTED.items(), ids=map(" ".join, PRINTED))
+def test_scripts_print_their_tables(command, said):
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+
+
+@pytest.mark.slow
+def test_the_kernels_are_timed_and_checked(tmp_path):
+    done = run("kernel_speed", "--smoke", "--rounds", 1, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    stored = json.loads((tmp_path / "kernel_speed.json").read_text())
+    square, _, update = stored["cases"]
+    names = {"xla, full product", "xla, bare product"}
+    assert set(square["contenders"]) == names | {"mosaic_tpu, interpreted", "triton, interpreted"}
+    assert set(update["contenders"]) == names
+    assert not any(case["refused"] for case in stored["cases"])
+    for case in stored["cases"]:
+        for entry in case["contenders"].values():
+            assert entry["error"] < 2e-2
 
 
 @pytest.mark.parametrize(
-    "module", ["harness", "counting", "report_text", "polar_time", "report_targets"]
+    "module", ["harness", "counting", "hlo", "report_text", "polar_time", "report_targets"]
 )
 def test_doctests(module):
     assert doctest.testmod(import_module(f"benchmarks.{module}")).failed == 0

@@ -1,17 +1,16 @@
 """The multi-host example in real processes on loopback, with one of them killed."""
 
-import itertools
 import json
 import os
+import pickle
 import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from common.processes import NUMBER, environments, free_port
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "examples" / "train_multihost.py"
@@ -30,25 +30,58 @@ OPTIONS += ("--steps", STEPS, "--checkpoint-every", EVERY)
 #: A machine may be busy with other tests: what must end has this long, and takes seconds.
 PATIENCE = 400
 
-_tried = itertools.count(os.getpid() * 7)
+#: What a test machine may itself be part of, and would be found by `jax.distributed`.
+LAUNCHERS = ("JAX_", "SLURM_", "OMPI_", "KUBERNETES_", "TPU_", "MEGASCALE_")
+
+#: The program, but that each process keeps what it holds of a state when it is saved, and that the
+#: last one kills itself after the first checkpoint. All wait until the checkpoint is there: what is
+#: killed is the same on a busy machine and on an idle one.
+KILLED = """
+import os, pickle, signal, sys, time
+from pathlib import Path
+import jax
+import numpy as np
+import train_multihost as program
+
+base, first, step, victim = Path({base!r}), Path({first!r}), {step}, {victim}
+number = int(os.environ["JAX_PROCESS_ID"])
+batch = program.ShardedTraining.batch
+
+def held(self, now):
+    if now == step:
+        while not first.exists():
+            time.sleep(0.01)
+        if number == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return batch(self, now)
+
+class Recording(program.ocp.CheckpointManager):
+    def save(self, step, args):
+        shards = [
+            (jax.tree_util.keystr(path, simple=True, separator="/"), shard.index, shard.data)
+            for path, leaf in jax.tree_util.tree_flatten_with_path(args.item)[0]
+            for shard in leaf.addressable_shards
+        ]
+        file = base / f"shards-{{number}}"
+        file.write_bytes(pickle.dumps([(*place, np.asarray(data)) for *place, data in shards]))
+        return super().save(step, args=args)
+
+program.ShardedTraining.batch = held
+program.ocp.CheckpointManager = Recording
+sys.exit(program.main(sys.argv[1:]))
+"""
 
 
-def free_port() -> int:
-    """A port below those that the system gives to outgoing connections."""
-    for number in _tried:
-        port = 20_000 + number % 10_000
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
-    raise AssertionError
+def alone(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what tells of a cluster."""
+    return {k: value for k, value in environment.items() if not k.startswith(LAUNCHERS)}
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory) -> dict[str, str]:
     """What every process gets: a compilation cache, as the same programs run many times."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    return kept | {
-        "PYTHONPATH": str(ROOT),
+    return alone(os.environ) | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")]),
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -76,24 +109,18 @@ class Cluster:
         environment: dict[str, str],
         options: Sequence[Any],
         devices: int = 1,
+        command: Sequence[str] = (sys.executable, str(PROGRAM)),
     ):
         logs.mkdir(parents=True)
-        flags = " ".join(
-            flag for flag in environment.get("XLA_FLAGS", "").split() if "device_count" not in flag
-        )
-        place = {
-            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
-            "JAX_NUM_PROCESSES": str(count),
-            "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
-        }
         self.logs = [logs / f"{number}.txt" for number in range(count)]
         self.processes: list[subprocess.Popen[bytes]] = []
-        for number, log in enumerate(self.logs):
+        for log, place in zip(self.logs, environments(count, devices, environment), strict=True):
             with log.open("wb") as out:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, str(PROGRAM), *map(str, options)],
-                        env=environment | place | {"JAX_PROCESS_ID": str(number)},
+                        [*command, *map(str, options)],
+                        env=place,
+                        cwd=ROOT,
                         stdout=out,
                         stderr=subprocess.STDOUT,
                     )
@@ -142,19 +169,25 @@ def cluster(*args: Any) -> Iterator[Cluster]:
             process.wait()
 
 
-def saved_state(folder: Path, step: int = STEPS) -> dict[str, np.ndarray]:
-    """The leaves of a checkpoint, read by this process on one of its devices."""
+def saved_state(folder: Path, step: int = STEPS, devices: int = 1) -> dict[str, np.ndarray]:
+    """The leaves of a checkpoint, read by this process on some of its devices."""
     path = (folder / "checkpoints" / str(step) / "default").resolve()
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    mesh = jax.make_mesh((devices,), ("all",), devices=jax.devices()[:devices])
+
+    def sharded(leaf: Any) -> jax.ShapeDtypeStruct:
+        divides = leaf.shape and leaf.shape[0] % devices == 0
+        spec = jax.P("all") if divides else jax.P()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
+
     with ocp.StandardCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(path).item_metadata
         assert metadata is not None
-        target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), metadata.tree
-        )
-        restored = checkpointer.restore(path, target)
+        restored = checkpointer.restore(path, jax.tree.map(sharded, metadata.tree))
     leaves = jax.tree_util.tree_flatten_with_path(restored)[0]
-    return {jax.tree_util.keystr(key_path): np.asarray(leaf) for key_path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(key_path, simple=True, separator="/"): np.asarray(leaf)
+        for key_path, leaf in leaves
+    }
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -171,9 +204,13 @@ def runs(request: Any, tmp_path_factory: Any, shared: dict[str, str], text: Path
     with cluster(count, base / "w", shared, (*options, "--folder", base / "whole")) as whole:
         whole.finish()
     said = [whole.lines(number) for number in range(count)]
-    with cluster(count, base / "k", shared, (*options, "--folder", base / "killed")) as killed:
-        killed.wait_for(base / "killed" / "checkpoints" / str(EVERY))
-        killed.processes[-1].send_signal(signal.SIGKILL)
+    # Between two checkpoints, so that there is something to do again.
+    first = base / "killed" / "checkpoints" / str(EVERY)
+    step = EVERY + EVERY // 2
+    code = KILLED.format(base=str(base), first=str(first), step=step, victim=count - 1)
+    command = (sys.executable, "-c", code)
+    options_killed = (*options, "--folder", base / "killed")
+    with cluster(count, base / "k", shared, options_killed, 1, command) as killed:
         codes = killed.wait()
     return {
         "count": count,
@@ -208,7 +245,7 @@ def test_a_restart_ends_with_the_same_bits(runs: dict[str, Any], shared: dict[st
     shutil.copytree(base / "killed", folder)
     with cluster(count, base / "r", shared, (*runs["options"], "--folder", folder)) as restarted:
         restarted.finish()
-    assert re.search(r"from step (2|4)0$", restarted.lines(0)[0])
+    assert restarted.lines(0)[0].endswith(f"from step {EVERY}")
     expected = saved_state(base / "whole")
     actual = saved_state(folder)
     assert actual.keys() == expected.keys()
@@ -224,13 +261,98 @@ def test_one_process_goes_on_from_the_checkpoint_of_many(
     folder = base / "alone"
     shutil.copytree(base / "killed", folder)
     options = (*runs["options"], "--folder", folder, "--processes", 1)
-    with cluster(1, base / "o", shared, options, count) as alone:
-        alone.finish()
-    assert "1 processes" in alone.lines(0)[0]
+    with cluster(1, base / "o", shared, options, count) as single:
+        single.finish()
+    assert single.lines(0)[0].endswith(f"from step {EVERY}")
+    assert "1 processes" in single.lines(0)[0]
     # The same devices in one process add in another order, and 40 steps carry that on.
     expected = saved_state(base / "whole")
     for path, leaf in saved_state(folder).items():
         np.testing.assert_allclose(leaf, expected[path], rtol=0, atol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_one_process_restores_the_bits_that_many_held(runs: dict[str, Any], devices: int):
+    restored = saved_state(runs["base"] / "killed", EVERY, devices)
+    compared = dict.fromkeys(restored, 0)
+    for number in range(runs["count"]):
+        for path, index, data in pickle.loads((runs["base"] / f"shards-{number}").read_bytes()):
+            np.testing.assert_array_equal(restored[path][index], data, err_msg=path)
+            compared[path] += data.size
+    for path, leaf in restored.items():
+        assert compared[path] >= leaf.size, path
+
+
+def test_a_run_goes_on_where_the_devices_do_not_divide_the_batch(
+    runs: dict[str, Any], shared: dict[str, str]
+):
+    """Two or four devices become three, and the batch of 8 is no multiple of that."""
+    base = runs["base"]
+    folder = base / "three"
+    shutil.copytree(base / "killed", folder)
+    options = (*runs["options"], "--folder", folder, "--processes", 1, "--tp", 1)
+    with cluster(1, base / "3", shared, options, 3) as three:
+        three.finish()
+    said = three.lines(0)
+    assert said[0].endswith(f"mesh {{'fsdp': 3, 'tp': 1}}, from step {EVERY}")
+    assert "3 devices along fsdp do not divide --batch-size 8" in said[1]
+    # Sums over other devices, carried on by 40 steps.
+    expected = saved_state(base / "whole")
+    for path, leaf in saved_state(folder).items():
+        np.testing.assert_allclose(leaf, expected[path], rtol=0, atol=1e-5, err_msg=path)
+
+
+def test_devices_that_would_do_nothing_are_refused(tmp_path: Path, shared: dict[str, str]):
+    options = (*OPTIONS, "--processes", 1, "--tp", 3, "--folder", tmp_path / "run")
+    with cluster(1, tmp_path / "logs", shared, options, 4) as refused:
+        assert refused.wait() == [1]
+    assert "--tp 3 does not divide the 4 devices" in refused.printed()
+    assert "--tp 1, 2, 4." in refused.printed()
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_are_told_to_end_save_the_same_step(
+    tmp_path: Path, shared: dict[str, str], text: Path
+):
+    """With the command that the page gives a container, whose first process is told."""
+    page = (ROOT / "docs" / "multihost.md").read_text()
+    assert 'command: ["sh", "-c"]' in page
+    (line,) = re.findall(r"args:\n +- (.*?)\n +env:", page, re.DOTALL)
+    # A shell between would keep the signal to itself; not every one gives way by itself.
+    assert line.startswith("exec ")
+    line = " ".join(line.split()).replace("/shared/run", f'{tmp_path / "run"} "$@"')
+    line = f"JOB_COMPLETION_INDEX=${NUMBER}; unset {NUMBER}; {line}"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    # More steps than there is time for.
+    options = (*OPTIONS, "--data", text, "--steps", 10**6)
+    command = ("sh", "-c", line, "sh")
+    with cluster(2, tmp_path / "logs", shared | {"PATH": path}, options, 1, command) as told:
+        told.wait_for(tmp_path / "run" / "checkpoints" / str(EVERY))
+        told.processes[1].send_signal(signal.SIGTERM)
+        told.finish()
+    (last,) = {lines[-1] for lines in map(told.lines, range(2))}
+    step = int(re.findall(r"after step (\d+)$", last)[0])
+    assert step > EVERY
+    saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
+    assert max(saved) == step
+    assert int(saved_state(tmp_path / "run", step)["step"]) == step
+
+
+def test_ports_are_not_those_of_outgoing_connections():
+    """Linux gives those from 32768 on, others from 49152 on; and nobody gets the same twice."""
+    ports = [free_port() for _ in range(3)]
+    assert len(set(ports)) == 3
+    assert all(20_000 <= port < 30_000 for port in ports)
+
+
+def test_a_machine_of_a_cluster_is_none_to_the_tests():
+    kept = {"PATH": "/bin", "HOME": "/root"}
+    inside = {
+        "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+        "SLURM_JOB_ID": "7",
+        "OMPI_COMM_WORLD_SIZE": "2",
+    }
+    assert alone(kept | inside) == kept
 
 
 def test_the_page_starts_two_processes(tmp_path: Path, shared: dict[str, str]):

@@ -143,10 +143,28 @@ def test_a_stack_has_one_exchange():
     assert len(plan_of([LEAVES["rows"]] * 13).rounds) == 1
 
 
-def test_stacks_are_bounded():
+@pytest.mark.parametrize(
+    ("count", "depths"),
+    [(40, [2, 2, 1]), (35, [2, 2, 1]), (9, [2]), (100, [2, 2, 2, 2, 2, 2, 1])],
+)
+def test_stacks_are_bounded(count: int, depths: list[int]):
     options = Distribution(max_stack_bytes=2 * 8 * 16 * 4)
-    plan = plan_of([LEAVES["rows"]] * 40, options)
-    assert [turn.branches[0][0] for turn in plan.rounds] == [2, 2, 1]
+    plan = plan_of([LEAVES["rows"]] * count, options)
+    assert [max(hand[0] for hand in turn.branches) for turn in plan.rounds] == depths
+
+
+@pytest.mark.parametrize("flops_per_byte", [0.0, 2000.0, math.inf])
+def test_balancing_keeps_the_bound_too(flops_per_byte: float):
+    """Devices without a large matrix would take up to twenty small ones, for their cost."""
+    large, small = ((16, 32), MatrixSpec(), ((), FSDP)), ((4, 32), MatrixSpec(), ((), FSDP))
+    options = Distribution(max_stack_bytes=2 * 16 * 32 * 4, flops_per_byte=flops_per_byte)
+    for count in (3, 5, 13):
+        plan = plan_of([large] * count + [small] * 60, options)
+        for turn in plan.rounds:
+            ways = turn.exchange.ways(dict(plan.sizes))
+            for number, job in enumerate(turn.jobs):
+                most = max(hand[number] for hand in turn.branches)
+                assert most * job.rows * job.columns * 4 <= options.max_stack_bytes * ways
 
 
 def test_what_lies_on_another_pipeline_stage_stays_there():
@@ -167,6 +185,20 @@ def test_a_fused_axis_is_gathered_and_interleaved_heads_are_not():
     fused, interleaved = plan_of([LEAVES["fused"], LEAVES["interleaved"]]).leaves
     assert fused.gathered == ((1, TP),)
     assert interleaved.gathered == ()
+
+
+def test_what_a_fused_kernel_sharded_on_its_cut_costs():
+    """What docs/scaling.md says: the whole leaf comes to everyone along that axis, and only it."""
+    cut, other = Split(1, (8, 8, 8)), Split(0, (4, 4))
+    leaves = {
+        "the cut axis": ((8, 24), MatrixSpec((0, 1), cut), (FSDP, TP)),
+        "the other axis": ((8, 24), MatrixSpec((0, 1), cut), (FSDP, ())),
+        "the cut rows": ((8, 24), MatrixSpec((0, 1), other), (FSDP, TP)),
+    }
+    found = plan_of(list(leaves.values())).leaves
+    assert [local.gathered for local in found] == [((1, TP),), (), ((0, FSDP),)]
+    # After it, a device holds all columns of each part.
+    assert [block.shape for block in found[0].blocks] == [(2, 8)] * 3
 
 
 def test_few_large_matrices_are_split_over_the_fast_axis():
@@ -202,6 +234,12 @@ def test_plans_are_values():
 )
 def test_hands_hold_every_matrix_and_are_balanced(kinds: list[tuple[int, int]], groups: int):
     counts, costs = [count for count, _ in kinds], [float(cost) for _, cost in kinds]
+    limits = [max(1, math.ceil(count / groups)) for count in counts]
+    limited = deal(counts, costs, groups, limits)
+    assert all(
+        held <= limit for hand in limited.counts for held, limit in zip(hand, limits, strict=True)
+    )
+    assert [sum(column) for column in zip(*limited.counts, strict=True)] == counts
     for hands in (deal(counts, costs, groups), spread(counts, costs, groups)):
         assert [sum(column) for column in zip(*hands.counts, strict=True)] == counts
         if not hands.padded:

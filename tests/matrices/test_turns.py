@@ -70,7 +70,7 @@ def test_every_matrix_comes_home(max_bytes: int, jitted: bool):
             assert y.shape == x.shape
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf, -3e38])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf, -3e38, 1.5e30, -1.5e30])
 def test_what_one_matrix_holds_leaves_the_others_alone(bad: float):
     leaves = _leaves()
     leaves[0] = jnp.full_like(leaves[0], bad)

@@ -10,7 +10,6 @@ another order. That is a difference in the last bit, which the steps multiply by
 import functools
 import re
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import muonclip_jax as mc
+from benchmarks.hlo import tally
 from muonclip_jax.layouts import MatrixSpec, Split
 
 P = PartitionSpec
@@ -119,28 +119,10 @@ def stack_of(count: int, sharding: PartitionSpec) -> Case:
     return Case({f"w{number}": leaf for number in range(count)}, make_mesh())
 
 
-COLLECTIVE = re.compile(
-    r" (all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)(?:-start)?\("
-)
-
-
-def collectives(text: str) -> dict[str, int]:
-    return dict(Counter(COLLECTIVE.findall(text)))
-
-
-def collectives_in_loops(text: str) -> dict[str, int]:
-    """Collectives in the bodies of loops, and in what those call."""
-    bodies = dict(re.findall(r"^%?([\w.-]+) \([^\n]*\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
-    wanted = set(re.findall(r"body=%?([\w.-]+)", text))
-    while True:
-        called = {
-            name
-            for body in wanted
-            for name in re.findall(r"(?:calls|to_apply|body)=%?([\w.-]+)", bodies.get(body, ""))
-        }
-        if called <= wanted:
-            return collectives("\n".join(bodies.get(name, "") for name in wanted))
-        wanted |= called
+def collectives(text: str, in_loops: bool | None = None) -> dict[str, int]:
+    """How many collectives of each kind a program has; None: in loops or not."""
+    kinds = tally(text).by_kind(in_loops)
+    return {kind: int(row["count"]) for kind, row in kinds.items()}
 
 
 def compiled(tx: Any, params: Any) -> Any:
@@ -170,6 +152,44 @@ def test_a_tree_of_mixed_shardings_equals_one_device(types: Sequence[AxisType]):
         assert m.sharding.is_equivalent_to(case.shardings[name], m.ndim), name
     step(case.params, state)
     assert len(traces) == 1
+
+
+OTHER_MESHES = {
+    "one axis": (
+        {"fsdp": 8},
+        {
+            "rows": ((8, 16), MatrixSpec(), P("fsdp")),
+            "columns": ((8, 16), MatrixSpec(), P(None, "fsdp")),
+            "out": ((8, 4, 8), MatrixSpec(((0, 1), 2)), P("fsdp")),
+            "stages": ((8, 8, 16), MatrixSpec((1, 2)), P("fsdp")),
+            "replicated": ((8, 16), MatrixSpec(), P()),
+        },
+    ),
+    "three axes": (
+        {"stage": 2, "fsdp": 2, "tp": 2},
+        {
+            "layers": ((4, 8, 16), MatrixSpec((1, 2)), P("stage", "fsdp", "tp")),
+            "query": ((2, 8, 4, 4), MatrixSpec((1, (2, 3))), P("stage", "fsdp", "tp")),
+            "experts": ((2, 2, 8, 16), MatrixSpec((2, 3)), P("stage", "fsdp", None, "tp")),
+            "tall": ((16, 8), MatrixSpec(), P(("stage", "fsdp"), "tp")),
+            "replicated": ((8, 16), MatrixSpec(), P()),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", but_slow({"auto": AUTO, "explicit": EXPLICIT}, "explicit"))
+@pytest.mark.parametrize(("sizes", "leaves"), OTHER_MESHES.values(), ids=OTHER_MESHES)
+def test_a_tree_on_a_mesh_of_one_axis_or_of_three(
+    sizes: dict[str, int], leaves: dict[str, tuple], kind: AxisType
+):
+    names = tuple(sizes)
+    mesh = jax.make_mesh(tuple(sizes.values()), names, axis_types=(kind,) * len(names))
+    case = Case(leaves, mesh)
+    tx = case.transformation(param_shardings=case.shardings)
+    program = compiled(tx, case.params)
+    case.check(program(case.params, tx.init(case.params))[0], atol=1e-6)
+    assert collectives(program.as_text(), in_loops=True) == {}
 
 
 @pytest.mark.parametrize("sharding", but_slow(STACK_SHARDINGS, *SLOW_STACKS))
@@ -235,7 +255,7 @@ def test_no_collective_is_in_a_loop():
     tx = case.transformation(param_shardings=case.shardings)
     text = compiled(tx, case.params).as_text()
     assert "body=" in text
-    assert collectives_in_loops(text) == {}
+    assert collectives(text, in_loops=True) == {}
     assert collectives(text) == {"all-to-all": 2}
 
 
@@ -363,6 +383,26 @@ def test_a_users_own_shard_map(axis_name: Any):
     for name in expected:
         np.testing.assert_allclose(updates[name], expected[name], atol=1e-6)
     assert collectives(program.as_text()) == ({} if axis_name is None else {"all-gather": 1})
+
+
+def test_experts_that_differ_along_an_axis_of_a_users_shard_map():
+    """A device of "fsdp" has its own experts; along "tp" all is equal, and shared."""
+    experts = ((4, 3, 8, 16), MatrixSpec((2, 3)), P("fsdp"))
+    case = Case({"experts": experts, "dense": ((8, 16), MatrixSpec(), P())}, make_mesh())
+    tx = case.transformation(axis_name="tp")
+    inside = {"experts": P("fsdp"), "dense": P()}
+    step = jax.shard_map(
+        lambda x: tx.update(x, tx.init(x))[0],
+        mesh=case.mesh,
+        in_specs=(inside,),
+        out_specs=inside,
+        check_vma=False,
+    )
+    program: Any = jax.jit(step).lower(case.params).compile()
+    case.check(program(case.params), atol=1e-6)
+    # Four matrices a device of "tp" without it, two with it.
+    one = 2 * (4 * 8 * 8 * 16 + 2 * 8**3)
+    assert tally(program.as_text()).flops < 2.5 * one
 
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT])

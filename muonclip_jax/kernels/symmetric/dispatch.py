@@ -72,7 +72,8 @@ def kernels_for(problem: Problem) -> dict[str, Implementation]:
     return KERNELS if problem.columns is None else MATMUL_ADD
 
 
-def _runs_on(name: str, target: Target) -> bool:
+def runs_on(name: str, target: Target) -> bool:
+    """Returns whether a kernel is for this device, whatever the product."""
     if KERNELS[name].platform != target.platform:
         return False
     # Hopper's `wgmma` is in no GPU before it, and in none after.
@@ -111,7 +112,7 @@ def choose(problem: Problem, implementation: str | None) -> str:
             raise NotImplementedError(_refused(implementation, reason))
         return implementation
     target = current_target()
-    candidates = [name for name in kernels if _runs_on(name, target)]
+    candidates = [name for name in kernels if runs_on(name, target)]
     reasons = {name: kernels[name].refusal(problem) for name in candidates}
     fit = [name for name, reason in reasons.items() if reason is None]
     if implementation is None:

@@ -9,11 +9,11 @@ from jax import lax
 from muonclip_jax._typing import ScalarLike
 from muonclip_jax.kernels.platform import default_platform
 
-# On a CPU a Hermitian product of at least this many rows is computed as an upper triangle of 2 x 2
-# blocks, and the fourth block is a transpose: a quarter of the work less, 10 to 20 % of the time of
-# a whole polar factor at 768 rows. More blocks save little more and compile twice as long; small
-# matrices lose.
-_SPLIT_FROM = 512
+#: On a CPU a Hermitian product of at least this many rows is computed as an upper triangle of 2 x 2
+#: blocks, and the fourth block is a transpose: a quarter of the work less, 10 to 20 % of the time
+#: of a whole polar factor at 768 rows. More blocks save little more and compile twice as long;
+#: small matrices lose.
+SPLIT_FROM = 512
 
 
 def accumulator(dtype: jax.typing.DTypeLike) -> jnp.dtype:
@@ -41,7 +41,7 @@ def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
 def hermitian(x: jax.Array, y: jax.Array) -> jax.Array:
     """Computes `x y`, known to be Hermitian."""
     rows = x.shape[-2]
-    if rows < _SPLIT_FROM or x.dtype.itemsize < 4 or default_platform() != "cpu":
+    if rows < SPLIT_FROM or x.dtype.itemsize < 4 or default_platform() != "cpu":
         return matmul(x, y)
     half = rows // 2
     upper = matmul(x[..., :half, :], y)

@@ -14,7 +14,10 @@ Everything but the last step follows from shapes, shardings and the mesh, and ho
    each device works on its hand (`hands`), and moves bring the results home.
 """
 
-from muonclip_jax.matrices.distribution.alignment import align_shardings as align_shardings
+from muonclip_jax.matrices.distribution.alignment import (
+    align_shardings as align_shardings,
+    is_entry as is_entry,
+)
 from muonclip_jax.matrices.distribution.momentum import spread_momentum as spread_momentum
 from muonclip_jax.matrices.distribution.options import Distribution as Distribution
 from muonclip_jax.matrices.distribution.reading import read_shardings as read_shardings

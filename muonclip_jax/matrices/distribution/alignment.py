@@ -29,7 +29,7 @@ def align_shardings(params: Tree, param_shardings: Tree) -> list[tuple[str, Any,
     """
     if callable(param_shardings):
         param_shardings = param_shardings(params)
-    entries = dict(flatten_with_paths(param_shardings, is_leaf=_is_entry)[0])
+    entries = dict(flatten_with_paths(param_shardings, is_leaf=is_entry)[0])
     aligned = []
     for path, leaf in flatten_with_paths(params)[0]:
         covering = path
@@ -45,7 +45,8 @@ def align_shardings(params: Tree, param_shardings: Tree) -> list[tuple[str, Any,
     return aligned
 
 
-def _is_entry(x: Any) -> bool:
+def is_entry(x: Any) -> bool:
+    """Tells what is an entry of a tree of shardings, and no branch of it."""
     return x is None or isinstance(x, Sharding | PartitionSpec)
 
 

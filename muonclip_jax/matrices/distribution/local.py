@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 from jax import lax
 
-from muonclip_jax.layouts import MatrixSpec, Split
+from muonclip_jax.layouts import MatrixSpec, Split, axes_tuple
 from muonclip_jax.matrices.distribution.blocks import Axes, Block, LeafAxes, Sizes, make_block
 from muonclip_jax.matrices.distribution.moves import position
 from muonclip_jax.matrices.parts import LeafPlan, join_leaf, plan_leaf, split_leaf
@@ -57,7 +57,7 @@ def plan_local(
         >>> local.blocks[0].shape, local.gathered
         ((2, 16), ())
     """
-    reduction, output = (_tuple(dims) for dims in spec.dims)
+    reduction, output = (axes_tuple(dims) for dims in spec.dims)
     splits = {split.axis: split for split in spec.splits}
     local, held, gathered = [], [], []
     for axis, (length, names) in enumerate(zip(shape, axes, strict=True)):
@@ -98,10 +98,6 @@ def _local_split(split: Split, ways: int) -> Split | None:
     if split.view is None or split.along == 0 or split.view[0] % ways:
         return None
     return Split(split.axis, split.sizes, (split.view[0] // ways, *split.view[1:]), split.along)
-
-
-def _tuple(axes: int | Sequence[int]) -> tuple[int, ...]:
-    return (axes,) if isinstance(axes, int) else tuple(axes)
 
 
 def blocks_of(x: jax.Array, local: LocalLeaf) -> list[jax.Array]:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from muonclip_jax.layouts import MatrixSpec
+from muonclip_jax.layouts import MatrixSpec, axes_tuple
 from muonclip_jax.matrices.distribution.sharding import MeshShardings
 
 
@@ -29,12 +29,7 @@ def spread_momentum(
     leaves = []
     for shape, spec, axes in zip(shapes, specs, shardings.leaves, strict=True):
         cut = {split.axis for split in spec.splits}
-        candidates = [
-            axis
-            for dims in spec.dims
-            for axis in ((dims,) if isinstance(dims, int) else dims)
-            if axis not in cut
-        ]
+        candidates = [axis for dims in spec.dims for axis in axes_tuple(dims) if axis not in cut]
         leaf = list(axes)
         for name, size in shardings.sizes:
             if size == 1 or name in shardings.slow or any(name in names for names in leaf):

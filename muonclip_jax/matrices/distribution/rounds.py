@@ -77,6 +77,7 @@ def _plan_pool(
     groups = whole.groups(sizes)
     last: dict[Kind, Members] = {}
     left: dict[Kind, Members] = {}
+    limits: dict[Kind, int] = {}
     for kind, members in pool.items():
         # Neighbours in a stack are held alike, so that they travel together.
         members = sorted(members, key=lambda member: repr(member[0]))
@@ -85,29 +86,37 @@ def _plan_pool(
         if size > options.max_matrix_bytes:
             yield from _split_rounds(kind, members, axes, sizes, options, size)
             continue
-        full, limit = len(members) // groups, max(1, options.max_stack_bytes // size)
-        # Chunks of nearly equal size, as many as it takes to hold all rounds and the leftovers.
-        chunks = math.ceil(math.ceil(len(members) / groups) / limit)
-        length = math.ceil(full / chunks) * groups
-        bounds = list(range(0, full * groups, length)) if length else []
-        for start in bounds[:-1]:
-            chunk = members[start : start + length]
+        limits[kind] = max(1, options.max_stack_bytes // size)
+        # Chunks of nearly equal size, as many as it takes to hold all rounds and the leftovers; a
+        # shorter one comes last, for the leftovers are worked on with it.
+        depth = math.ceil(len(members) / groups)
+        length = math.ceil(depth / math.ceil(depth / limits[kind])) * groups
+        *bounds, start = range(0, len(members), length)
+        for bound in bounds:
+            chunk = members[bound : bound + length]
             yield make_round(whole, [kind], [chunk], _even(chunk, groups))
-        last[kind] = members[bounds[-1] : full * groups] if bounds else []
-        left[kind] = members[full * groups :]
-    yield from _last_rounds(last, left, axes, sizes, cost)
+        stop = start + (len(members) - start) // groups * groups
+        last[kind], left[kind] = members[start:stop], members[stop:]
+    yield from _last_rounds(last, left, limits, axes, sizes, cost)
 
 
 def _last_rounds(
-    last: dict[Kind, Members], left: dict[Kind, Members], axes: Axes, sizes: Sizes, cost: Cost
+    last: dict[Kind, Members],
+    left: dict[Kind, Members],
+    limits: dict[Kind, int],
+    axes: Axes,
+    sizes: Sizes,
+    cost: Cost,
 ) -> Iterator[Round]:
     """The last full rounds and the leftovers: one stack, unless the leftovers are split."""
-    exchange, hands = _deal_leftovers(left, axes, sizes, cost)
     whole = Exchange(axes, ())
     groups = whole.groups(sizes)
+    rooms = {kind: limit - len(last[kind]) // groups for kind, limit in limits.items()}
+    exchange, hands = _deal_leftovers(left, limits, rooms, axes, sizes, cost)
     rest = {kind: last[kind] + left[kind] for kind in last if last[kind] or left[kind]}
     costs = [cost(*kind, 1) for kind in rest]
-    together = deal([len(members) for members in rest.values()], costs, groups)
+    counts = [len(members) for members in rest.values()]
+    together = deal(counts, costs, groups, [limits[kind] for kind in rest])
     apart_cost = hands.makespan + sum(
         len(last[kind]) // groups * price for kind, price in zip(rest, costs, strict=True)
     )
@@ -117,7 +126,7 @@ def _last_rounds(
     apart = [kind for kind in last if exchange.split or not left[kind]]
     for kind in apart:
         if last[kind]:
-            yield make_round(whole, [kind], [last[kind]], _even(last[kind], whole.groups(sizes)))
+            yield make_round(whole, [kind], [last[kind]], _even(last[kind], groups))
     kinds = [kind for kind in left if left[kind]]
     if kinds:
         depth = [0 if kind in apart else len(last[kind]) // len(hands.counts) for kind in kinds]
@@ -134,16 +143,23 @@ def _last_rounds(
 
 
 def _deal_leftovers(
-    left: dict[Kind, Members], axes: Axes, sizes: Sizes, cost: Cost
+    left: dict[Kind, Members],
+    limits: dict[Kind, int],
+    rooms: dict[Kind, int],
+    axes: Axes,
+    sizes: Sizes,
+    cost: Cost,
 ) -> tuple[Exchange, Hands]:
+    """Deals what is left: shares of matrices, or whole ones into the room beside the last round."""
     kinds = [kind for kind in left if left[kind]]
     counts = [len(left[kind]) for kind in kinds]
     best: tuple[float, int, Exchange, Hands] | None = None
     for exchange in _exchanges(axes):
         ways, groups = exchange.ways(sizes), exchange.groups(sizes)
         costs = [cost(*kind, ways) for kind in kinds]
+        most = [limits[kind] * ways if exchange.split else rooms[kind] for kind in kinds]
         # On a tie, the even spread, for it has no branches.
-        for hands in (spread(counts, costs, groups), deal(counts, costs, groups)):
+        for hands in (spread(counts, costs, groups), deal(counts, costs, groups, most)):
             if best is None or (hands.makespan, ways) < best[:2]:
                 best = (hands.makespan, ways, exchange, hands)
     assert best is not None

@@ -36,13 +36,19 @@ class Hands:
     padded: bool = False
 
 
-def deal(counts: Sequence[int], costs: Sequence[float], groups: int) -> Hands:
+def deal(
+    counts: Sequence[int],
+    costs: Sequence[float],
+    groups: int,
+    limits: Sequence[int] | None = None,
+) -> Hands:
     """Deals matrices to groups of devices: the costliest first, to whoever has least.
 
     Args:
         counts: How many matrices there are of each kind.
         costs: What one of each kind costs.
         groups: How many groups there are.
+        limits: How many of each kind a group may get, enough for all of them; None is any number.
 
     Returns:
         The hands; those of `spread` where there are more than `MAX_BRANCHES` different ones.
@@ -51,6 +57,8 @@ def deal(counts: Sequence[int], costs: Sequence[float], groups: int) -> Hands:
         >>> hands = deal([3, 2], [1.0, 2.0], 4)
         >>> hands.counts, hands.makespan
         (((2, 0), (1, 0), (0, 1), (0, 1)), 2.0)
+        >>> deal([3, 2], [1.0, 2.0], 4, limits=[1, 1]).counts
+        ((1, 1), (1, 0), (1, 0), (0, 1))
 
     References:
         Graham 1969, "Bounds on multiprocessing timing anomalies".
@@ -58,10 +66,17 @@ def deal(counts: Sequence[int], costs: Sequence[float], groups: int) -> Hands:
     hands = [[0] * len(counts) for _ in range(groups)]
     loads = [(0.0, group) for group in range(groups)]
     for kind in sorted(range(len(counts)), key=lambda kind: -costs[kind]):
+        full: list[tuple[float, int]] = []
         for _ in range(counts[kind]):
-            load, group = loads[0]
+            load, group = heapq.heappop(loads)
             hands[group][kind] += 1
-            heapq.heapreplace(loads, (load + costs[kind], group))
+            has_all = limits is not None and hands[group][kind] >= limits[kind]
+            if has_all:
+                full.append((load + costs[kind], group))
+            else:
+                heapq.heappush(loads, (load + costs[kind], group))
+        for entry in full:
+            heapq.heappush(loads, entry)
     # Equal hands side by side keep consecutive matrices together.
     hands.sort(reverse=True)
     if len({tuple(hand) for hand in hands}) > MAX_BRANCHES:

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
+from muonclip_jax.layouts import axes_tuple
 from muonclip_jax.matrices.distribution.blocks import Axes, LeafAxes
 
 SLICES_WARNING = (
@@ -89,6 +90,6 @@ def sharing_axes(
     """
     if chosen is not None:
         return frozenset(chosen)
-    matrix = itertools.chain(*((axes,) if isinstance(axes, int) else axes for axes in dims))
+    matrix = itertools.chain.from_iterable(map(axes_tuple, dims))
     held = {name for axis in matrix for name in leaf[axis]}
     return frozenset(name for name in names if name not in slow or name in held)
