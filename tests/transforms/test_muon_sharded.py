@@ -396,6 +396,7 @@ def test_experts_that_differ_along_an_axis_of_a_users_shard_map():
         mesh=case.mesh,
         in_specs=(inside,),
         out_specs=inside,
+        # A stack has matrices of both leaves: JAX then takes all results to differ along "fsdp".
         check_vma=False,
     )
     program: Any = jax.jit(step).lower(case.params).compile()
