@@ -27,12 +27,12 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import muonclip_jax as mc
 from benchmarks import compilers, hlo, pod_models, report_text, scaling
 from benchmarks.harness import versions
 from benchmarks.pod_models import LAYOUTS, MAXIMA, MODELS, Layout
+from muonclip_jax import checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "pods.json"
 #: TPU slices by their number of devices.
@@ -124,30 +124,13 @@ def compile_step(row: Row) -> Any:
         return optax.apply_updates(params, updates), state
 
     with compilers.compiling_for("gpu" if is_gpu else "tpu"):
-        state = _state(tx, params, shardings, mesh)
+        state = checkpoint.abstract_state(tx, params)
         jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=_shardings_of((params, state)))
         return jitted.lower(params, state, params, extra).compile()
 
 
 def _shardings_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
-
-
-def _state(tx: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """The state's shapes: what ends in a parameter's path is sharded as it is, the rest not."""
-    places = {_keys(path): at for path, at in jax.tree_util.tree_flatten_with_path(shardings)[0]}
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def placed(path: Any, x: Any) -> Any:
-        keys = _keys(path)
-        at = next((places[keys[n:]] for n in range(len(keys)) if keys[n:] in places), everywhere)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
-
-    return jax.tree_util.tree_map_with_path(placed, jax.eval_shape(tx.init, params))
-
-
-def _keys(path: Any) -> tuple[str, ...]:
-    return tuple(map(str, path))
 
 
 def measure(row: Row) -> dict[str, Any]:
