@@ -129,7 +129,11 @@ def train(options: argparse.Namespace) -> None:
     if options.processes != 1:
         connect(options.heartbeat)
     number = jax.process_index()
-    say = partial(print, f"[{number}]", flush=True)
+
+    def say(text: str) -> None:
+        # In one piece, for all processes may write to one pipe.
+        print(f"[{number}] {text}\n", end="", flush=True)
+
     settings = Settings(
         learning_rate=Settings().rate,
         steps=options.steps,

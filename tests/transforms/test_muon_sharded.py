@@ -406,6 +406,24 @@ def test_experts_that_differ_along_an_axis_of_a_users_shard_map():
     assert tally(program.as_text()).flops < 2.5 * one
 
 
+@pytest.mark.parametrize("axis_name", [None, "tp"])
+def test_a_users_shard_map_that_checks_what_differs(axis_name: Any):
+    """With `check_vma`, the default: both branches of a conditional must differ along one axis."""
+    leaves = {
+        "experts": ((4, 3, 8, 16), MatrixSpec((2, 3)), P("fsdp")),
+        "rows": ((4, 8, 16), MatrixSpec((1, 2)), P("fsdp")),
+    }
+    case = Case(leaves, make_mesh())
+    tx = case.transformation(axis_name=axis_name)
+    step = jax.shard_map(
+        lambda x: tx.update(x, tx.init(x))[0],
+        mesh=case.mesh,
+        in_specs=P("fsdp"),
+        out_specs=P("fsdp"),
+    )
+    case.check(jax.jit(step)(case.params), atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
 def test_a_shard_map_over_some_axes(kind: AxisType):
     case = Case({name: TREE[name] for name in ("layers", "replicated")}, make_mesh((kind, kind)))
