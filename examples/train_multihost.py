@@ -13,7 +13,6 @@ import argparse
 import os
 import sys
 import traceback
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +30,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
 from muonclip_jax import checkpoint
-
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -122,6 +120,18 @@ class ShardedTraining(Training):
         divides = len(windows) % self.mesh.shape["fsdp"] == 0
         sharding = NamedSharding(self.mesh, P("fsdp") if divides else P())
         return jax.make_array_from_callback(windows.shape, sharding, lambda index: windows[index])
+
+
+def make_mesh(tp: int) -> Mesh:
+    """Returns the mesh of all devices of all processes, `tp` of them for a layer's heads."""
+    count = jax.device_count()
+    if tp < 1 or count % tp:
+        fitting = [str(size) for size in range(1, count + 1) if count % size == 0]
+        raise SystemExit(
+            f"--tp {tp} does not divide the {count} devices of the {jax.process_count()} "
+            f"processes, and some would do nothing. Write one of --tp {', '.join(fitting)}."
+        )
+    return jax.make_mesh((count // tp, tp), ("fsdp", "tp"), (AxisType.Auto,) * 2)
 
 
 def train(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from muonclip_jax.matrices.distribution import (
     Distribution as Distribution,
     MeshShardings as MeshShardings,
     align_shardings as align_shardings,
+    alike as alike,
     is_entry as is_entry,
     orthogonalize_distributed as orthogonalize_distributed,
     place as place,

@@ -128,9 +128,10 @@ def map_in_turn(
         def idle(operands: list[list[jax.Array]], offsets: list[jax.Array]) -> jax.Array:
             # Not an operand: one of those would have to be copied before it could be a result.
             del offsets
-            like = operands[0][-1]
-            count = sum(len(pieces[-1]) for pieces in operands)
-            return jnp.zeros((count, *like.shape[1:]), like.dtype)
+            # Like an operand all the same: in a `shard_map` its type says along which axes of the
+            # mesh it differs, and both branches must agree in that.
+            like = jnp.zeros_like(operands[0][-1][:1])
+            return jnp.broadcast_to(like, (sum(len(x[-1]) for x in operands), *like.shape[1:]))
 
         stack = lax.cond(go, work, idle, operands, offsets)
         go = _always(stack)

@@ -15,6 +15,7 @@ from muonclip_jax.layouts import MatrixRules, MatrixSpec, resolve_muon_specs
 from muonclip_jax.matrices import (
     Distribution,
     MeshShardings,
+    alike,
     orthogonalize_distributed,
     orthogonalize_on_one_device,
     place,
@@ -181,28 +182,34 @@ def scale_by_muon(
         how = (weights if nesterov else None, corrections)
         momenta, treedef = jax.tree.flatten(mu)
         gradients = jax.tree.leaves(updates)
-        if shardings is None and not mapped_axes:
-            polars = orthogonalize_on_one_device(
-                polar,
-                eps,
-                _direction,
-                how,
-                (momenta, gradients),
-                tuple(spec for _, _, spec in specs),
-                count,
-                options.max_stack_bytes,
-            )
-        else:
-            polars = orthogonalize_distributed(
-                polar,
-                eps,
-                _directions(momenta, gradients, how),
-                [spec for _, _, spec in specs],
-                momentum_shardings,
-                shardings,
-                mapped_axes,
-                options,
-            )
+        results: dict[int, jax.Array] = {}
+        for group in alike(gradients):
+            m, g = ([leaves[leaf] for leaf in group] for leaves in (momenta, gradients))
+            chosen = [specs[leaf][2] for leaf in group]
+            if shardings is None and not mapped_axes:
+                polars = orthogonalize_on_one_device(
+                    polar,
+                    eps,
+                    _direction,
+                    how,
+                    (m, g),
+                    tuple(chosen),
+                    count,
+                    options.max_stack_bytes,
+                )
+            else:
+                polars = orthogonalize_distributed(
+                    polar,
+                    eps,
+                    _directions(m, g, how),
+                    chosen,
+                    momentum_shardings and momentum_shardings.of(group),
+                    shardings and shardings.of(group),
+                    mapped_axes,
+                    options,
+                )
+            results.update(zip(group, polars, strict=True))
+        polars = [results[leaf] for leaf in range(len(gradients))]
         if adaptive:
             # The dual norm: <U, O> is the sum of U's singular values where O is its polar factor.
             directions = _directions(momenta, gradients, how)

@@ -396,14 +396,13 @@ def test_experts_that_differ_along_an_axis_of_a_users_shard_map():
         mesh=case.mesh,
         in_specs=(inside,),
         out_specs=inside,
-        # A stack has matrices of both leaves: JAX then takes all results to differ along "fsdp".
-        check_vma=False,
     )
     program: Any = jax.jit(step).lower(case.params).compile()
     case.check(program(case.params), atol=1e-6)
-    # Four matrices a device of "tp" without it, two with it.
+    # Four matrices a device without "tp"; with it two of three experts, and of the dense one, which
+    # shares no stack with what differs along "fsdp", a half with some of the work done twice.
     one = 2 * (4 * 8 * 8 * 16 + 2 * 8**3)
-    assert tally(program.as_text()).flops < 2.5 * one
+    assert tally(program.as_text()).flops < 2.8 * one
 
 
 @pytest.mark.parametrize("axis_name", [None, "tp"])

@@ -26,5 +26,6 @@ from muonclip_jax.matrices.distribution.run import (
 )
 from muonclip_jax.matrices.distribution.sharding import (
     MeshShardings as MeshShardings,
+    alike as alike,
     place as place,
 )

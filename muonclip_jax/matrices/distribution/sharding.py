@@ -1,6 +1,7 @@
 """How leaves lie on a mesh, as values: `MeshShardings`, what an array tells, and placing one."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,6 +26,10 @@ class MeshShardings:
     sizes: tuple[tuple[str, int], ...]
     leaves: tuple[LeafAxes, ...]
     slow: Axes = ()
+
+    def of(self, leaves: Sequence[int]) -> "MeshShardings":
+        """The shardings of some of the leaves."""
+        return dataclasses.replace(self, leaves=tuple(self.leaves[leaf] for leaf in leaves))
 
     @property
     def inside_manual(self) -> bool:
@@ -56,6 +61,19 @@ def place(x: jax.Array, sharding: NamedSharding) -> jax.Array:
             ]
             x = move(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
     return x
+
+
+def alike(leaves: Sequence[jax.Array]) -> list[list[int]]:
+    """Groups leaves by the manual axes that they differ along, where JAX keeps account of those.
+
+    In a `shard_map` with `check_vma` a stack of two leaves differs along whatever one of them
+    differs along, and so would all its results: a dense kernel that shares a stack with experts
+    would come out as one that its `out_specs` may not call replicated.
+    """
+    groups: dict[Any, list[int]] = {}
+    for number, leaf in enumerate(leaves):
+        groups.setdefault(getattr(jax.typeof(leaf), "manual_axis_type", None), []).append(number)
+    return list(groups.values())
 
 
 def sharding_of(x: Any) -> NamedSharding | None:
