@@ -24,7 +24,8 @@ def count_products(plan: ResolvedPlan) -> dict[str, int]:
 
     Example:
         >>> from muonclip_jax.polar import plan_polar
-        >>> count_products(plan_polar(ns_method="standard").resolve((8, 16), "float32"))
+        >>> plain = plan_polar("keller_jordan", ns_method="standard")
+        >>> count_products(plain.resolve((8, 16), "float32"))
         {'gram': 5, 'square': 5, 'update': 5}
     """
     if plan.method not in ("standard", "gram"):
@@ -58,7 +59,7 @@ def needed_flops(plan: ResolvedPlan, rows: int, columns: int) -> float:
 
     Example:
         >>> from muonclip_jax.polar import plan_polar
-        >>> plain = plan_polar(ns_method="standard").resolve((1, 4), "float32")
+        >>> plain = plan_polar("keller_jordan", ns_method="standard").resolve((1, 4), "float32")
         >>> needed_flops(plain, 1, 4), full_flops(plain, 1, 4)  # 5 (3 * 4 + 1), 5 (4 * 4 + 2)
         (65.0, 90)
     """

@@ -38,7 +38,7 @@ OPTIMIZERS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
         FAST: _ours(**POLAR_SETTINGS[FAST]),
         KERNELS: _ours(**POLAR_SETTINGS[OURS], ns_implementation=None),
         "ours, scale_by_muon": lambda dims: optax.chain(
-            mc.scale_by_muon(weight_dimension_numbers=dims),
+            mc.scale_by_muon("keller_jordan", weight_dimension_numbers=dims),
             mc.scale_by_shape(dims),
             optax.scale_by_learning_rate(LEARNING_RATE),
         ),

@@ -120,7 +120,8 @@ def measure(families: dict[str, np.ndarray], smoke: bool, rounds: int) -> list[d
     owners = [name for name, stack in families.items() for _ in stack]
     reference = Reference(np.asarray(x, np.float64))
     rows, columns = x.shape[1:]
-    baseline = full_flops(plan_polar(ns_method="standard").resolve(x.shape, x.dtype), rows, columns)
+    plain = plan_polar("keller_jordan", ns_method="standard")
+    baseline = full_flops(plain.resolve(x.shape, x.dtype), rows, columns)
     records = []
     for label, arguments in variants(smoke):
         for method, dtype in forms(smoke):

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import RESULTS, ROOT
-from benchmarks.report import IMAGES, load, written
+from benchmarks.harness import RESULTS
+from benchmarks.report import DOCS, load, written
 from benchmarks.report_settings_pictures import draw_clip, draw_width
 from benchmarks.report_text import Results, table
 from benchmarks.settings_curves import Curve, best, curves, rule_names
 
-PAGE = ROOT / "docs" / "settings.md"
+PAGE = DOCS / "settings.md"
 PICTURES = {
     "settings_width": ("settings_width", draw_width),
     "settings_clip": ("settings_clip", draw_clip),
@@ -192,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
-    parser.add_argument("--images", type=Path, default=IMAGES)
+    parser.add_argument("--images", type=Path, default=DOCS / "images")
     parser.add_argument("--check", action="store_true", help="only compare")
     options = parser.parse_args()
     results, page = load(options.results), options.page.read_text()

@@ -49,7 +49,7 @@ def optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Muon at `rate`, AdamW at its own, both on the task's schedule."""
     muon = optax.chain(
-        mc.scale_by_muon(),
+        mc.scale_by_muon("keller_jordan"),
         scale_by_rule(rule),
         optax.scale_by_learning_rate(lambda count: rate * task.shape(count)),
     )

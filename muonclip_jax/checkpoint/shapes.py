@@ -39,6 +39,13 @@ def read_shapes(checkpoint: str | Path) -> Shapes:
         FileNotFoundError: If there is nothing at that path.
         ValueError: If what is there is no checkpoint.
         ImportError: If it is a folder and Orbax is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.savez(f"{folder}/params.npz", **{"up/kernel": np.zeros((4, 8), np.float32)})
+        ...     read_shapes(f"{folder}/params.npz")
+        {'up/kernel': ShapeDtypeStruct(shape=(4, 8), dtype=float32)}
     """
     path = Path(checkpoint)
     if not path.exists():

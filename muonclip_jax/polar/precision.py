@@ -29,7 +29,8 @@ NS_METHODS = ("auto", "standard", "gram", "svd")
 # GPUs multiply both 16-bit types at one rate, and normalised matrices fit float16's range, so its
 # three more bits are free there. Entries of a matrix of norm one are about (m n)^-1/2, 1.5e-4 at
 # 4096 x 11008; below the smallest normal number, 6.1e-5, rounding errs by at most 2^-25 an entry,
-# over the whole matrix by sqrt(m n) 2^-25 of its norm: less than 2^-11 up to m n = 2^28. TPUs multiply bfloat16 natively and float32 in six passes.
+# over the whole matrix by sqrt(m n) 2^-25 of its norm: less than 2^-11 up to m n = 2^28. TPUs
+# multiply bfloat16 natively and float32 in six passes.
 _DEFAULT_DTYPE = {
     ("cpu", "standard"): "float32",
     ("cpu", "gram"): "float32",

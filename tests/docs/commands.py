@@ -124,7 +124,7 @@ COMMANDS: dict[str, Run | Covered] = {
         f"{_PROGRAMS}::test_sweep_and_compare_work_together", ("examples/compare.py",)
     ),
     r"make bench": Covered(
-        f"{_BENCH}::test_the_report_writes_page_and_pictures",
+        f"{_BENCH}::test_the_report_writes_pages_and_pictures",
         (
             "benchmarks/momentum.py",
             "benchmarks/step_time.py",
