@@ -16,8 +16,16 @@ from muonclip_jax.attention.batches import batched_max_logits
 
 #: What marks a function that records by itself.
 _MARK = "records_max_logits"
-#: Arguments that say which pairs take part.
-_PAIRS = ("bias", "mask", "is_causal")
+#: Arguments that say which pairs take part, and what their products are multiplied by.
+_MEANT = (
+    "bias",
+    "mask",
+    "is_causal",
+    "query_seq_lengths",
+    "key_value_seq_lengths",
+    "local_window_size",
+    "scale",
+)
 
 
 def records(attention_fn: Callable[..., Any], *ours: Callable[..., Any]) -> bool:
@@ -37,6 +45,13 @@ def records(attention_fn: Callable[..., Any], *ours: Callable[..., Any]) -> bool
     return inspect.unwrap(attention_fn) in known or hasattr(attention_fn, _MARK)
 
 
+def _bound(attention_fn: Callable[..., Any]) -> dict[str, Any]:
+    """Returns the keywords that `functools.partial` bound, the outermost last."""
+    if not isinstance(attention_fn, functools.partial):
+        return {}
+    return _bound(attention_fn.func) | attention_fn.keywords
+
+
 def recording_beside(
     attention_fn: Callable[..., jax.Array],
     to_one_dtype: Callable[[jax.Array, jax.Array, Any], Sequence[jax.Array]],
@@ -44,8 +59,11 @@ def recording_beside(
 ) -> Callable[..., jax.Array]:
     """Returns an attention function that computes the same and records its maxima.
 
-    They are computed once more, block by block. The signature stays, for Flax's modules pass only
-    the arguments that they find in it.
+    They are computed once more, block by block. Every argument that
+    `jax.nn.dot_product_attention` has for hiding pairs, and `scale`, is understood by its name,
+    whether it is passed, bound by `functools.partial` or a default. What a function does inside is
+    not seen: without a `scale` its logits are taken to be `q . k / sqrt(head_dim)`. The signature
+    stays, for Flax's modules pass only the arguments that they find in it.
 
     Args:
         attention_fn: A function of `(query, key, value, ...)`.
@@ -71,10 +89,12 @@ def recording_beside(
         call = inspect.signature(attention_fn).bind_partial(
             query, key, value, *arguments, **keywords
         )
-        given: Mapping[str, Any] = call.arguments | keywords
+        call.apply_defaults()
+        # A partial's keywords that the function takes as **keywords are not in its signature.
+        given: Mapping[str, Any] = _bound(attention_fn) | call.arguments | keywords
         query_, key_ = to_one_dtype(query, key, given.get("dtype"))
-        pairs = {name: given[name] for name in _PAIRS if name in given}
-        record(batched_max_logits(query_, key_, **pairs))
+        meant = {name: given[name] for name in _MEANT if given.get(name) is not None}
+        record(batched_max_logits(query_, key_, **meant))
         return attention_fn(query, key, value, *arguments, **keywords)
 
     recorded.__dict__[_MARK] = True

@@ -3,13 +3,15 @@
 Some optimizers keep weights beside the parameters: schedule-free its `z`, lookahead its slow
 weights, an average, master weights in float32. A clip of the parameters alone is undone by the
 next blend with such a copy. Momenta look alike, a tree like the parameters', and must not be
-clipped. So copies are told by the name of the field that holds them.
+clipped. So copies are told by the name of the field that holds them. One field's name misleads:
+`optax.ema` averages updates, and calls the average as others call that of the weights.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import optax
 from jax.tree_util import GetAttrKey
 
 from muonclip_jax._paths import nothing_matched, path_names
@@ -63,7 +65,8 @@ def apply_qk_clip_to_copies(
         shared_keys: As for `apply_qk_clip`.
         blocks: As for `apply_qk_clip`.
         copies: Names of the fields (of a NamedTuple, a dataclass or a dict) that hold copies.
-            Momenta, which live in other fields, are left alone.
+            Momenta, which live in other fields, are left alone, and so is an `optax.EmaState`,
+            which averages updates; where yours averages weights, pass `{"ema": state.ema}`.
 
     Returns:
         The state with clipped copies.
@@ -89,7 +92,7 @@ def apply_qk_clip_to_copies(
     check_clip_settings(threshold, alpha, shared_keys)
     plans, recorded = plan_clip(named_leaves(params), max_logits, block_rules(blocks))
     wanted = {leaf.path: leaf.shape for plan in plans for leaf in plan.leaves}
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=_averages_updates)
     places: dict[str, dict[str, int]] = {}
     for index, (key_path, leaf) in enumerate(leaves):
         for depth, key in enumerate(key_path):
@@ -125,6 +128,10 @@ def apply_qk_clip_to_copies(
         for path, leaf in clipped.items():
             new[indices[path]] = leaf
     return jax.tree.unflatten(treedef, new)
+
+
+def _averages_updates(node: Any) -> bool:
+    return isinstance(node, optax.EmaState)
 
 
 def _key(key: Any) -> str:

@@ -6,19 +6,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from muonclip_jax._typing import ScalarLike
 
 Factors = dict[str, jax.Array]
 
 
+def is_over(max_logits: Float[Array, "..."], threshold: ScalarLike) -> Bool[Array, "..."]:
+    """Returns for which heads `clip_gamma` is below 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> is_over(jnp.asarray([150.0, 90.0, jnp.inf]), 100.0).tolist()
+        [True, False, False]
+    """
+    s = jnp.asarray(max_logits, jnp.float32)
+    tau = jnp.asarray(threshold, jnp.float32)
+    return jnp.isfinite(s) & (s > tau) & (tau > 0)
+
+
 def clip_gamma(max_logits: Float[Array, "..."], threshold: ScalarLike) -> Float[Array, "..."]:
     """Computes by how much each head's logits must shrink to stay under the threshold.
 
-        gamma = tau / S   where S is finite and S > tau,   1 elsewhere
+        gamma = tau / S   where S is finite and S > tau > 0,   1 elsewhere
 
-    A maximum that is NaN, infinite, zero or negative never changes a weight.
+    A maximum that is NaN, infinite, zero or negative never changes a weight, and neither does a
+    threshold that is NaN, zero or negative: a number like that is refused where it is given, but a
+    traced one or a schedule's may turn up.
 
     Args:
         max_logits: `S`, largest pre-softmax logit of each head, any shape.
@@ -37,7 +52,7 @@ def clip_gamma(max_logits: Float[Array, "..."], threshold: ScalarLike) -> Float[
     """
     s = jnp.asarray(max_logits, jnp.float32)
     tau = jnp.asarray(threshold, jnp.float32)
-    over = jnp.isfinite(s) & (s > tau)
+    over = is_over(s, tau)
     return jnp.where(over, tau / jnp.where(over, s, 1.0), 1.0)
 
 

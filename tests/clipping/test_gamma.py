@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from muonclip_jax.clipping import apply_qk_clip
 from muonclip_jax.clipping.gamma import (
     SHARED_KEYS,
     check_clip_settings,
     clip_gamma,
     role_factors,
 )
+from tests.clipping.models import attention
 
 # One group of four query heads on one key head, threshold 100 (Megatron's rule, "query only" and
 # the compensated rule of the table in the documentation).
@@ -69,6 +71,18 @@ def test_a_maximum_at_the_threshold_is_left_alone():
 
 def test_an_infinite_threshold_switches_the_clip_off():
     assert clip_gamma(jnp.asarray([1e30]), jnp.inf).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("threshold", [0.0, -0.0, -1.0, np.nan, -np.inf])
+def test_a_traced_threshold_that_is_not_positive_changes_nothing(threshold):
+    maxima = jnp.asarray([50.0, 0.0, -0.5, 1e30])
+    assert jax.jit(clip_gamma)(maxima, threshold).tolist() == [1.0] * 4
+    attn = attention()
+    new, info = jax.jit(lambda p, t: apply_qk_clip(p, {"attn": maxima}, threshold=t))(
+        {"attn": attn}, threshold
+    )
+    jax.tree.map(np.testing.assert_array_equal, new["attn"], attn)
+    assert int(info.total_clipped) == 0
 
 
 def test_traced_settings_pass():
