@@ -251,6 +251,24 @@ def test_capture_works_with_other_attention_functions(attention_fn):
     )
 
 
+def test_a_function_of_any_keywords_gets_no_mask_from_flax_and_none_is_recorded():
+    """Flax passes only arguments that the signature names; the maxima are those of its logits."""
+
+    def any_keywords(query, key, value, **keywords):
+        assert not keywords
+        return nn.dot_product_attention(query, key, value)
+
+    x, mask = _inputs(2, LENGTH, WIDTH), _causal()
+    model = nn.MultiHeadDotProductAttention(HEADS, attention_fn=any_keywords)
+    variables = model.init(jax.random.key(1), x)
+    out, max_logits = capture_max_logits(model.apply)(variables, x, mask=mask)
+    plain = nn.MultiHeadDotProductAttention(HEADS)
+    np.testing.assert_allclose(out, _apply(plain, variables, x), rtol=1e-5, atol=1e-5)
+    expected = _dense_maxima(variables["params"], x)
+    np.testing.assert_allclose(max_logits["max_logits"], expected, rtol=TOLERANCE["float32"])
+    assert (expected > _dense_maxima(variables["params"], x, mask)).any()
+
+
 @pytest.mark.parametrize(("remat", "attention_fn"), [(True, None), (False, dot_product_attention)])
 def test_scanned_layers_have_one_row_of_maxima_each(remat, attention_fn):
     keywords = {} if attention_fn is None else {"attention_fn": attention_fn}
@@ -424,6 +442,23 @@ def test_train_state_forwards_what_is_not_a_field():
     assert (state.step, state.note) == (1, 7)
     assert state.tx is tx
     np.testing.assert_array_equal(state.params["kernel"], 2 * params["kernel"])
+
+
+@pytest.mark.parametrize("spelling", ["itself", "gradient_transformation"])
+def test_train_state_forwards_through_multi_steps(spelling):
+    multi = optax.MultiSteps(_recorder(), 1)
+    tx: Any = multi if spelling == "itself" else multi.gradient_transformation()
+    params = {"kernel": jnp.ones((2, 2))}
+    maxima = {"attention": {"max_logits": jnp.ones(4)}}
+    state: Any = TrainState.create(apply_fn=None, params=params, tx=tx)
+    inner = {"max_logits": jax.tree.map(jnp.zeros_like, maxima)}
+    state = state.replace(opt_state=state.opt_state._replace(inner_opt_state=inner))
+    state = state.apply_gradients(grads=params, max_logits=maxima)
+    jax.tree.map(
+        np.testing.assert_array_equal, state.opt_state.inner_opt_state, {"max_logits": maxima}
+    )
+    np.testing.assert_array_equal(state.params["kernel"], 2 * params["kernel"])
+    assert state.tx is tx
 
 
 def test_train_state_works_in_a_jitted_step_with_any_optimizer():

@@ -1,6 +1,7 @@
 """A Linen train state whose `apply_gradients` forwards the maxima."""
 
 import dataclasses
+import inspect
 from typing import Any
 
 import optax
@@ -47,7 +48,7 @@ class TrainState(train_state.TrainState):
         names = {field.name for field in dataclasses.fields(self)}
         replaced = {name: value for name, value in kwargs.items() if name in names}
         extra = {name: value for name, value in kwargs.items() if name not in names}
-        tx = optax.with_extra_args_support(self.tx)
+        tx = self.tx if _takes_keywords(self.tx) else optax.with_extra_args_support(self.tx)
 
         def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
             return tx.update(updates, state, params, **extra)
@@ -55,3 +56,13 @@ class TrainState(train_state.TrainState):
         forwarding = self.replace(tx=optax.GradientTransformation(tx.init, update))
         stepped = super(TrainState, forwarding).apply_gradients(grads=grads, **replaced)
         return stepped.replace(tx=replaced.get("tx", self.tx))
+
+
+def _takes_keywords(tx: Any) -> bool:
+    """Whether `tx.update` takes extra arguments, also where its type does not say so.
+
+    `optax.MultiSteps` is of a type of its own, and its `gradient_transformation()` of the type of
+    those that take none; `optax.with_extra_args_support` would drop what both would pass on.
+    """
+    parameters = inspect.signature(tx.update).parameters.values()
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
