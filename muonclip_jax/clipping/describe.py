@@ -7,9 +7,8 @@ from muonclip_jax.clipping.blocks import assign_maxima, find_in, named_leaves
 from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.clipping.maxima import read_maxima, trailing_shape
 from muonclip_jax.layouts.attention_finding import Blocks, FoundBlock, block_rules
-from muonclip_jax.layouts.attention_leaves import kernel_of
-from muonclip_jax.layouts.attention_plan import BlockPlan, LeafPlan
-from muonclip_jax.layouts.attention_reading import read_block
+from muonclip_jax.layouts.attention_plan import LeafPlan
+from muonclip_jax.layouts.attention_reading import guess_block, read_block
 
 _OWN_KEYS = {
     "query": "gamma^alpha",
@@ -36,7 +35,8 @@ def describe_attention(
     Args:
         params: Tree of parameters; `jax.ShapeDtypeStruct` leaves will do.
         max_logits: The tree of maxima, arrays or shapes. Without it the head counts are read off
-            the shapes where these show them, as in kernels `(d_model, heads, head_dim)`.
+            the shapes where these allow one reading alone, as kernels `(d_model, heads, head_dim)`
+            and an output projection `(heads, head_dim, d_model)` do.
         shared_keys: As for `apply_qk_clip`.
         blocks: As for `apply_qk_clip`.
 
@@ -52,6 +52,7 @@ def describe_attention(
         >>> import jax.numpy as jnp
         >>> kernel = jnp.ones((6, 2, 4))
         >>> params = {"attn": {"query": {"kernel": kernel}, "key": {"kernel": kernel}}}
+        >>> params["attn"]["out"] = {"kernel": jnp.ones((2, 4, 6))}
         >>> print(describe_attention(params))
         attn: separate q and k, 2 heads of 4
           attn/query/kernel (6, 2, 4): query by gamma^alpha
@@ -75,27 +76,6 @@ def describe_attention(
     return "\n".join(lines)
 
 
-def _guessed_shapes(block: FoundBlock) -> Iterator[tuple[int, ...]]:
-    """Yields shapes that the maxima may have, judging by the query kernel's axes."""
-    found = kernel_of(block.leaves, block.layout.projections[0].path)
-    shape = tuple(found[1].shape) if found else ()
-    for count in range(max(len(shape) - 2, 0)):
-        for heads in shape[count:]:
-            yield (*shape[:count], heads)
-
-
-def _guess(block: FoundBlock) -> BlockPlan | None:
-    """Reads a block without its maxima; only a kernel with an axis for the heads shows them."""
-    for shape in _guessed_shapes(block):
-        try:
-            plan = read_block(block.layout, block.path, block.leaves, shape)
-        except ValueError:
-            continue
-        if any(len(leaf.feature_axes) > 1 for leaf in plan.leaves):
-            return plan
-    return None
-
-
 def _describe_block(
     block: FoundBlock, shape: tuple[int, ...] | None, shared_keys: str
 ) -> Iterator[str]:
@@ -104,7 +84,7 @@ def _describe_block(
         yield f"{name}: {block.layout.name}, not selected by blocks="
         return
     if shape is None:
-        plan = _guess(block)
+        plan = guess_block(block.layout, block.path, block.leaves)
         if plan is None:
             yield f"{name}: {block.layout.name}, heads as many as the maxima say"
             return

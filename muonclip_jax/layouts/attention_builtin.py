@@ -1,38 +1,12 @@
 """The attention layouts that are found by name, and the names of what stands beside q and k."""
 
 from muonclip_jax.layouts.attention import AttentionLayout, Projection, separate
+from muonclip_jax.layouts.words import QUERY_KEY_VALUE
 
-#: Names of a query and a key projection that stand side by side, and who uses them.
-QUERY_KEY_NAMES: tuple[tuple[str, str], ...] = (
-    ("query", "key"),  # Linen and NNX attention, MaxText, BERT and ViT of Hugging Face
-    ("q_proj", "k_proj"),  # Llama, Gemma, Qwen, Mistral, GPT-J, OPT, BART, CLIP, Whisper
-    ("query_proj", "key_proj"),  # Equinox
-    ("wq", "wk"),
-    ("q", "k"),  # T5
-    ("to_q", "to_k"),  # diffusion models
-    ("q_lin", "k_lin"),  # DistilBERT
-    ("c_q", "c_k"),  # nanochat
-    ("Wq", "Wk"),
-    ("W_q", "W_k"),
-    ("q_linear", "k_linear"),
-    ("linear_q", "linear_k"),
-)
-
+#: Names of a query and a key projection that stand side by side.
+QUERY_KEY_NAMES: tuple[tuple[str, str], ...] = tuple(names[:2] for names in QUERY_KEY_VALUE)
 #: What the value projection beside them is called.
-VALUE_NAMES: tuple[str, ...] = (
-    "value",
-    "v_proj",
-    "value_proj",
-    "wv",
-    "v",
-    "to_v",
-    "v_lin",
-    "c_v",
-    "Wv",
-    "W_v",
-    "v_linear",
-    "linear_v",
-)
+VALUE_NAMES: tuple[str, ...] = tuple(value for *_, value in QUERY_KEY_VALUE)
 
 _GEMMA_AXES = -2  # (heads, d_model, head_dim): einsum kernels keep the input in the middle
 
@@ -113,21 +87,6 @@ BUILTIN_LAYOUTS: tuple[AttentionLayout, ...] = (
         )
         for query, key_value in (("q_proj", "kv_proj"), ("to_q", "to_kv"), ("q", "kv"))
     ),
-)
-
-#: Output projections: their input features are all the heads' values.
-OUT_NAMES = (
-    "out",
-    "o_proj",
-    "out_proj",
-    "output_proj",
-    "c_proj",
-    "wo",
-    "o",
-    "to_out",
-    "out_lin",
-    "dense",
-    "attn_vec_einsum",
 )
 
 #: Normalisations of queries and keys, as they are called beside the projections.

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from muonclip_jax._paths import join
 from muonclip_jax.layouts.attention import AttentionLayout, Projection
+from muonclip_jax.layouts.attention_choices import choices_of, query_shape
 from muonclip_jax.layouts.attention_finding import Rule, find_blocks
 from muonclip_jax.layouts.attention_kernels import Choice, Reading
 from muonclip_jax.layouts.attention_leaves import MisfitError, RefusalError, kernel_of
@@ -122,7 +122,7 @@ def _block_cuts(
     specs = dict(table)
     found: dict[tuple[tuple[str, Cut], ...], list[tuple[Choice, Reading]]] = {}
     misfits: list[MisfitError] = []
-    for choice in _choices(layout, leaves, scan_axis):
+    for choice in choices_of(layout, leaves, _stackings(layout, leaves, scan_axis)):
         try:
             reading = choice.read()
             cuts = tuple(cuts_of(choice, reading, specs, attention))
@@ -159,32 +159,15 @@ def _preferred(found: dict[Any, list[Any]], wanted: Callable[..., bool]) -> dict
     return {cuts: pairs for cuts, pairs in kept.items() if pairs} or found
 
 
-def _choices(
+def _stackings(
     layout: AttentionLayout, leaves: Mapping[str, Shape], scan_axis: int
-) -> Iterator[Choice]:
-    """Yields every number of heads, on every stack, that the query's features allow."""
-    query = next(p for p in layout.projections if {"query", "query_alone"} & set(p.parts))
-    found = kernel_of(leaves, query.path)
-    shape = tuple(found[1].shape) if found else ()
-    counts = range(max(len(shape) - 1, 0))
+) -> list[tuple[int, ...]]:
+    """Returns axes that layers may be stacked on."""
     if layout.stack_axes is not None:
-        stackings = [layout.stack_axes]
-    elif scan_axis:
-        stackings = [(), (scan_axis,)]
-    else:
-        stackings = [tuple(range(count)) for count in counts]
-    candidates = [len(p.input_axis) for p in layout.projections if isinstance(p.input_axis, tuple)]
-    for axes, number in itertools.product(stackings, range(max(candidates, default=1))):
-        if any(not -len(shape) <= axis < len(shape) for axis in axes):
-            continue
-        stack = tuple(shape[axis] for axis in sorted(axis % len(shape) for axis in axes))
-        choice = Choice(layout, leaves, axes, stack, 1, number)
-        try:
-            total = choice.kernel(query.path, query.input_axis).total
-        except MisfitError:
-            continue
-        for heads in (n for n in range(1, total + 1) if total % n == 0):
-            yield dataclasses.replace(choice, heads=heads)
+        return [layout.stack_axes]
+    if scan_axis:
+        return [(), (scan_axis,)]
+    return [tuple(range(n)) for n in range(max(len(query_shape(layout, leaves)) - 1, 0))]
 
 
 def _features_a_head(reading: Reading) -> int:

@@ -5,15 +5,18 @@ checked against every projection of the block and against the output projection;
 is a `MisfitError` with the reason.
 """
 
+import contextlib
 import dataclasses
 import math
+from typing import Any
 
 from muonclip_jax.layouts.attention import AttentionLayout, Projection
-from muonclip_jax.layouts.attention_builtin import KERNEL_NAMES, OUT_NAMES, VALUE_NAMES
+from muonclip_jax.layouts.attention_builtin import KERNEL_NAMES, NORM_NAMES, VALUE_NAMES
 from muonclip_jax.layouts.attention_leaves import (
     Leaves,
     MisfitError,
     RefusalError,
+    children,
     kernel_of,
     unstack,
 )
@@ -24,6 +27,11 @@ from muonclip_jax.layouts.attention_sizes import (
     key_heads,
     segments_of,
 )
+from muonclip_jax.layouts.names import spelling
+from muonclip_jax.layouts.words import OUT_NAMES
+
+#: What stands beside queries and keys and is no output projection.
+_NO_OUTPUT = (*VALUE_NAMES, *(name for names in NORM_NAMES for name in names))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,16 +143,41 @@ class Choice:
 
     def out_features(self) -> int | None:
         """Returns the input features of the output projection, where there is one."""
-        for path in OUT_NAMES:
-            found = kernel_of(self.leaves, path)
+        spelled = {spelling(path): path for path in children(self.leaves)}
+        for name in OUT_NAMES:
+            found = kernel_of(self.leaves, spelled[name]) if name in spelled else None
             if found is None:
                 continue
-            shape, _ = self.one_layer(found[1])
-            inputs = shape[1:] if found[0] == "weight" else shape[:-1]
+            inputs = self._inputs_of(*found)
             if len(inputs) not in (1, 2):
-                raise MisfitError(f"{path}: {shape} is no output kernel of one layer")
+                raise MisfitError(f"{spelled[name]}: its inputs {inputs} are no heads' values")
             return math.prod(inputs) if len(inputs) == 1 or inputs[0] == self.heads else None
         return None
+
+    def _inputs_of(self, name: str, leaf: Any) -> tuple[int, ...]:
+        """Returns the axes that an output kernel takes in one layer."""
+        shape, _ = self.one_layer(leaf)
+        return shape[1:] if name == "weight" else shape[:-1]
+
+    def _half_taken(self, kernels: dict[str, Kernel]) -> int | None:
+        """Returns half of the query's features where an unknown kernel takes just those.
+
+        An output projection under a name that is not known shows a gate all the same.
+        """
+        query, key = self.layout.projections[0], self.layout.projections[-1]
+        total = kernels[query.path].total
+        if total % 2 or (key.parts == ("key",) and kernels[key.path].total > total // 2):
+            return None
+        taken: set[int] = set()
+        for path in children(self.leaves):
+            found = kernel_of(self.leaves, path)
+            known = path in (*self.layout.paths, *_NO_OUTPUT) or spelling(path) in OUT_NAMES
+            if found is None or known:
+                continue
+            with contextlib.suppress(MisfitError):  # it may not be stacked
+                inputs = self._inputs_of(*found)
+                taken.add(math.prod(inputs) if inputs else 0)
+        return total // 2 if total // 2 in taken and total not in taken else None
 
     def read(self) -> Reading:
         """Returns what this choice finds, or raises `MisfitError`."""
@@ -154,7 +187,7 @@ class Choice:
         rope = None if layout.latent is None else self._rope(*layout.latent)
         out = self.out_features()
         size = head_size(layout, totals, heads, layout.kv_heads, rope, out)
-        if self._has_gate(kernels, size, out):
+        if self._has_gate(kernels, size, self._half_taken(kernels) if out is None else out):
             layout = _gated(layout)
             size = head_size(layout, totals, heads, layout.kv_heads, rope, out)
         kv_heads = key_heads(layout, totals, heads, size)

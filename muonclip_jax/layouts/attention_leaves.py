@@ -49,6 +49,16 @@ def under(leaves: Leaves, path: str) -> dict[str, Any]:
     return {"": leaves[path]} | found if path in leaves else found
 
 
+def children(leaves: Leaves) -> tuple[str, ...]:
+    """Returns the names directly below a block.
+
+    Example:
+        >>> children({"query/kernel": 1, "query/bias": 2, "wk": 3})
+        ('query', 'wk')
+    """
+    return tuple(dict.fromkeys(path.partition("/")[0] for path in leaves))
+
+
 def kernel_of(leaves: Leaves, path: str) -> tuple[str, Any] | None:
     """Returns the name and the leaf of a projection's kernel, if it has one."""
     found = under(leaves, path)

@@ -7,12 +7,14 @@ takes one head's values a query head. So every reading is tried on all of that, 
 kept. Where several fit, the stack on the first axes wins; a tie beyond that is an error.
 """
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 
 from muonclip_jax._paths import join
 from muonclip_jax.layouts.attention import SCALED, AttentionLayout, Projection
 from muonclip_jax.layouts.attention_builtin import ADAPTER_NAMES, BIAS_NAMES, KERNEL_NAMES
+from muonclip_jax.layouts.attention_choices import choices_of, query_shape
 from muonclip_jax.layouts.attention_kernels import Choice, Heads
 from muonclip_jax.layouts.attention_leaves import (
     Leaves,
@@ -158,6 +160,30 @@ def read_block(
         f"{_without_batch(layout, block, leaves, maxima_shape)} "
         f"Tried: {reasons or 'nothing, for there are too few axes'}."
     )
+
+
+def guess_block(layout: AttentionLayout, block: str, leaves: Leaves) -> BlockPlan | None:
+    """Returns the plan of one block without its maxima, or None where shapes leave it open.
+
+    Every number of heads on every stack is tried. One reading has to be the only one that the
+    output projection agrees with: `(4, 64, 64)` alone may be four layers of merged heads as well as
+    64 heads of 64.
+
+    Args:
+        layout: What the block's projections are.
+        block: The block's path.
+        leaves: Its leaves by their path inside it.
+    """
+    rank = len(query_shape(layout, leaves))
+    stackings = [layout.stack_axes or ()]
+    if layout.stack_axes is None:
+        stackings = [axes for count in range(rank - 1) for axes in _stackings(rank, count)]
+    plans: set[BlockPlan] = set()
+    for choice in choices_of(layout, leaves, stackings):
+        with contextlib.suppress(MisfitError):
+            plan, agrees = _block_plan(block, choice)
+            plans |= {plan} if agrees else set()
+    return plans.pop() if len(plans) == 1 else None
 
 
 def _without_batch(

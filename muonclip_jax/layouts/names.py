@@ -41,7 +41,13 @@ class LeafName:
     grouped: bool = False
 
 
-def _spelling(name: str) -> str:
+def spelling(name: str) -> str:
+    """Returns a name in the one spelling in which names are compared.
+
+    Example:
+        >>> [spelling(name) for name in ("MoeBlock_0", "Wq", "out-proj")]
+        ['moe_block_0', 'wq', 'out_proj']
+    """
     name = name.replace("MoE", "Moe").strip("_")
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
     return name.lower().replace("-", "_")
@@ -68,10 +74,10 @@ def read_path(path: str) -> LeafName:
                 numbered[-1] = True
                 one_layer[-1] = True
             continue
-        spelling = _spelling(part)
-        name = re.sub(r"_\d+$", "", spelling)
+        spelled = spelling(part)
+        name = re.sub(r"_\d+$", "", spelled)
         names.append(name)
-        numbered.append(name != spelling)
+        numbered.append(name != spelled)
         one_layer.append(_LAYER.fullmatch(part) is not None)
     for i, (name, has_number) in enumerate(zip(names, numbered, strict=True)):
         if has_number and name in ("expert", "experts"):

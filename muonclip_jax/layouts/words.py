@@ -1,8 +1,61 @@
 """The words that libraries use for the same thing, as patterns for whole names.
 
 The spelling is that of `names.py`. Each pattern must match a whole name; `word` makes one that asks
-for a word of the name.
+for a word of the name. The projections of attention are tables of names, for QK-Clip looks for each
+of them by itself.
 """
+
+from muonclip_jax.layouts.names import spelling
+
+#: A query, a key and a value projection that stand side by side, and who calls them so.
+QUERY_KEY_VALUE: tuple[tuple[str, str, str], ...] = (
+    ("query", "key", "value"),  # Linen and NNX attention, MaxText, BERT and ViT of Hugging Face
+    ("q_proj", "k_proj", "v_proj"),  # Llama, Gemma, Qwen, Mistral, GPT-J, OPT, BART, CLIP, Whisper
+    ("query_proj", "key_proj", "value_proj"),  # Equinox
+    ("query_projection", "key_projection", "value_projection"),
+    ("wq", "wk", "wv"),
+    ("w_q", "w_k", "w_v"),
+    ("q", "k", "v"),  # T5
+    ("to_q", "to_k", "to_v"),  # diffusion models
+    ("q_lin", "k_lin", "v_lin"),  # DistilBERT
+    ("c_q", "c_k", "c_v"),  # nanochat
+    ("Wq", "Wk", "Wv"),
+    ("W_q", "W_k", "W_v"),
+    ("q_linear", "k_linear", "v_linear"),
+    ("query_linear", "key_linear", "value_linear"),
+    ("linear_q", "linear_k", "linear_v"),
+    ("q_dense", "k_dense", "v_dense"),
+    ("query_dense", "key_dense", "value_dense"),
+)
+
+#: Output projections, whose input features are all the heads' values, in one spelling.
+OUT_NAMES: tuple[str, ...] = (
+    "out",  # Linen and NNX attention, MaxText
+    "o_proj",
+    "out_proj",
+    "output_proj",
+    "c_proj",  # GPT-2
+    "wo",
+    "w_o",
+    "o",  # T5
+    "to_out",
+    "to_out_0",  # diffusion models
+    "out_lin",  # DistilBERT
+    "attn_out",
+    "attention_out",
+    "o_dense",
+    "out_dense",
+    "output_dense",
+    "out_linear",
+    "output_linear",
+    "out_projection",
+    "output_projection",
+    "dense",  # BLOOM, GPT-NeoX, Falcon
+    "attn_vec_einsum",  # Gemma in its own library
+    "proj",  # ViT of timm
+)
+# Those that say so little, or lie so differently, that the table has rows of their own for them.
+_OWN_ROWS = ("out", "dense", "attn_vec_einsum")
 
 
 def word(words: str) -> str:
@@ -41,13 +94,10 @@ HEAD = (
 LINEN_QKV = r"query|key|value|w(?:q|kv|k|v)_b"
 # ... and those that are a plain matrix in most libraries and have such an axis in some.
 OTHER_QKV = (
-    r"q|k|v|w[qkv]|w_[qkv]|to_[qkv]|[qkv]_(?:proj|lin|linear|dense)|"
-    r"(?:query|key|value)_(?:proj|projection|dense|linear)|(?:q|k|v|kv)_b_proj"
+    "|".join(dict.fromkeys(spelling(name) for names in QUERY_KEY_VALUE[1:] for name in names))
+    + r"|(?:q|k|v|kv)_b_proj"
 )
-OTHER_OUT = (
-    r"o|o_proj|out_proj|wo|w_o|to_out|proj|c_proj|attn_out|attention_out|o_dense|"
-    r"(?:out|output)_(?:projection|proj|dense|linear)"
-)
+OTHER_OUT = "|".join(name for name in OUT_NAMES if name not in _OWN_ROWS)
 CLEAR_OUT = r"o_proj|(?:attn|attention)_(?:out|output|o|proj|projection)"
 QKV = r"qkv|qkv_proj|wqkv|w_qkv|to_qkv|c_attn|qkv_(?:dense|linear|projection)"
 FUSED = rf"{QKV}|query_key_value|in_proj_\w+|kv|kv_proj|to_kv|wkv(?:_[ab])?|kv_[ab]_proj(?:_.*)?"

@@ -1,5 +1,7 @@
 """The printed table, the telemetry, and the copies of the weights."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,11 +21,16 @@ def leaf(*shape):
 
 
 PARAMS = {
-    "a": {"query": {"kernel": leaf(6, 4, 8), "bias": leaf(4, 8)}, "key": {"kernel": leaf(6, 2, 8)}},
+    "a": {
+        "query": {"kernel": leaf(6, 4, 8), "bias": leaf(4, 8)},
+        "key": {"kernel": leaf(6, 2, 8)},
+        "out": {"kernel": leaf(4, 8, 6)},
+    },
     "b": {
         "wq_b": {"kernel": leaf(3, 5, 2, 6)},
         "wkv_a": {"kernel": leaf(3, 9, 6)},
         "wkv_b": {"kernel": leaf(3, 4, 2, 7)},
+        "out": {"kernel": leaf(3, 2, 3, 9)},
     },
 }
 B = """\
@@ -52,6 +59,33 @@ def test_merged_kernels_need_the_maxima():
     assert describe_attention(params) == "attn: separate q and k, heads as many as the maxima say"
     text = describe_attention(params, {"attn": leaf(4)})
     assert text.startswith("attn: separate q and k, 4 query heads on 2 key heads of 8\n")
+
+
+OPEN = {
+    "four layers of merged heads, or heads of 64": {"q": (4, 64, 64), "k": (4, 64, 64)},
+    "with the layers' output": {"q": (4, 64, 64), "k": (4, 64, 64), "o": (4, 64, 64)},
+    "heads on an axis, without an output": {"q": (6, 2, 4), "k": (6, 2, 4)},
+    "an axis of four in every place": {"q": (4, 4, 4), "k": (4, 4, 4), "o": (4, 4, 4)},
+}
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_shapes_that_leave_the_heads_open_are_not_guessed(name):
+    params = {"attn": {role: {"kernel": leaf(*shape)} for role, shape in OPEN[name].items()}}
+    assert describe_attention(params) == "attn: separate q and k, heads as many as the maxima say"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "expected"),
+    [
+        ({"q": (64, 8, 16), "k": (64, 2, 16), "o": (8, 16, 64)}, "8 query heads on 2 key heads of"),
+        ({"q": (3, 64, 4, 16), "k": (3, 64, 4, 16), "o": (3, 4, 16, 64)}, "4 heads of 16, stacked"),
+        ({"q": (64, 3, 4, 16), "k": (64, 3, 4, 16), "o": (4, 3, 16, 64)}, "4 heads of 16, stacked"),
+    ],
+)
+def test_shapes_that_allow_one_reading_are_read(shapes, expected):
+    params = {"attn": {role: {"kernel": leaf(*shape)} for role, shape in shapes.items()}}
+    assert f"attn: separate q and k, {expected}" in describe_attention(params)
 
 
 def test_a_block_that_cannot_be_clipped_says_why():
@@ -172,6 +206,24 @@ def test_a_state_without_copies_is_an_error():
     params = params_like(0)
     with pytest.raises(ValueError, match="copy of the parameters under one of the names 'z, fast"):
         apply_qk_clip_to_copies(optax.adam(0.1).init(params), params, MAXIMA)
+
+
+def test_an_average_of_updates_is_no_copy():
+    """`optax.ema` is a momentum whose field is called as an average of weights is elsewhere."""
+    params = params_like(0)
+    state = optax.chain(optax.ema(0.9), optax.sgd(0.1)).init(params)
+    with pytest.raises(ValueError, match="copy of the parameters under one of the names"):
+        apply_qk_clip_to_copies(state, params, MAXIMA)
+    average: Any = optax.EmaState(count=jnp.zeros((), jnp.int32), ema=params_like(1))
+    state = {"average": average, "params_ema": params}
+    new = apply_qk_clip_to_copies(state, params, MAXIMA)
+    jax.tree.map(np.testing.assert_array_equal, new["average"], average)
+    expected, _ = apply_qk_clip(params, MAXIMA)
+    jax.tree.map(np.testing.assert_array_equal, new["params_ema"], expected)
+    # Whoever averages weights with it says so.
+    new = apply_qk_clip_to_copies({"ema": average.ema}, params, MAXIMA)
+    expected, _ = apply_qk_clip(average.ema, MAXIMA)
+    jax.tree.map(np.testing.assert_array_equal, new["ema"], expected)
 
 
 def test_a_copy_with_a_hole_is_an_error():

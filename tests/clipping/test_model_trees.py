@@ -165,6 +165,30 @@ MODELS: dict[str, tuple[dict[str, tuple[int, ...]], str, tuple[int, ...], str, d
         "latent (low-rank query), 4 heads of 3, stacked (3,)",
         {"wq_b": "query (2 a head) by gamma"},
     ),
+    "ViT of timm, ported": (
+        {
+            "blocks/0/attn/qkv/kernel": (12, 36),
+            "blocks/0/attn/qkv/bias": (36,),
+            "blocks/0/attn/proj/kernel": (12, 12),
+            "blocks/0/attn/proj/bias": (12,),
+        },
+        "blocks/0/attn",
+        (4,),
+        "fused q k v, 4 heads of 3",
+        {"qkv": "gamma^alpha"},
+    ),
+    "Names of one's own that the router knows": (
+        {
+            "layers/0/attention/q_dense/kernel": (10, 12),
+            "layers/0/attention/k_dense/kernel": (10, 6),
+            "layers/0/attention/v_dense/kernel": (10, 6),
+            "layers/0/attention/attn_out/kernel": (12, 10),
+        },
+        "layers/0/attention",
+        (4,),
+        "separate q and k, 4 query heads on 2 key heads of 3",
+        {"q_dense": "gamma"},
+    ),
     "Qwen3-Next's gate, MaxText": (
         {
             "params/decoder/layers_3/attention/attention/query/kernel": (10, 4, 6),

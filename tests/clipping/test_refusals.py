@@ -11,6 +11,7 @@ import pytest
 
 from muonclip_jax.clipping import apply_qk_clip, qk_clip_info
 from muonclip_jax.layouts.attention import AttentionLayout, Projection
+from muonclip_jax.layouts.words import OUT_NAMES
 from tests.clipping.models import attention, normal
 
 
@@ -95,6 +96,51 @@ def test_a_gate_that_hides_in_the_query_kernel_is_refused():
     }
     with pytest.raises(ValueError, match=r"as if half of them were a gate.*'gate'"):
         apply_qk_clip({"attn": attn}, {"attn": jnp.ones(4)})
+
+
+@pytest.mark.parametrize("name", [*OUT_NAMES, "Wo", "W_o"])
+def test_a_gate_shows_under_every_name_of_the_output(name):
+    attn = {
+        "q_proj": {"kernel": normal(6, 2 * 4 * 8)},
+        "k_proj": {"kernel": normal(6, 2 * 8)},
+        name: {"kernel": normal(4 * 8, 6)},
+    }
+    with pytest.raises(ValueError, match=r"as if half of them were a gate"):
+        apply_qk_clip({"attn": attn}, {"attn": jnp.ones(4)})
+
+
+def test_a_gate_beside_an_output_of_an_unknown_name():
+    """Refused where merged kernels leave its place open, read where an axis for heads shows it."""
+    attn = {
+        "q_proj": {"kernel": normal(6, 2 * 4 * 8)},
+        "k_proj": {"kernel": normal(6, 2 * 8)},
+        "v_proj": {"kernel": normal(6, 2 * 8)},
+        "mixing": {"kernel": normal(4 * 8, 6)},
+    }
+    with pytest.raises(ValueError, match=r"as if half of them were a gate.*'gate'"):
+        apply_qk_clip({"attn": attn}, {"attn": jnp.ones(4)})
+    attn = {
+        "query": {"kernel": normal(6, 4, 16)},
+        "key": {"kernel": normal(6, 2, 8)},
+        "mixing": {"kernel": normal(4, 8, 6)},
+    }
+    maxima = {"attn": jnp.asarray([400.0, 1.0, 1.0, 1.0])}
+    new, _ = apply_qk_clip({"attn": attn}, maxima)
+    ratio = np.asarray(new["attn"]["query"]["kernel"] / attn["query"]["kernel"])
+    np.testing.assert_allclose(ratio[:, 0, :8], 0.25, rtol=1e-6)
+    assert (ratio[:, 0, 8:] == 1).all()
+    assert (ratio[:, 1:] == 1).all()
+
+
+def test_an_output_of_an_unknown_name_that_takes_all_queries_is_no_gate():
+    attn = {
+        "q_proj": {"kernel": normal(32, 4 * 16)},
+        "k_proj": {"kernel": normal(32, 2 * 16)},
+        "mixing": {"kernel": normal(4 * 16, 32)},
+        "outer_gate": {"kernel": normal(32, 4 * 16)},  # takes half as many, by chance
+    }
+    _, info = apply_qk_clip({"attn": attn}, {"attn": jnp.asarray([400.0, 1.0, 1.0, 1.0])})
+    assert int(info.total_clipped) == 1
 
 
 def test_a_gate_that_values_reveal_still_needs_its_place():
