@@ -9,10 +9,15 @@ import jax.numpy as jnp
 
 from muonclip_jax._typing import ScalarLike, Tree
 from muonclip_jax.clipping.blocks import named_leaves, plan_clip
-from muonclip_jax.clipping.gamma import check_clip_settings, clip_gamma, role_factors
+from muonclip_jax.clipping.gamma import (
+    check_clip_settings,
+    clip_gamma,
+    is_over,
+    role_factors,
+)
 from muonclip_jax.clipping.info import QKClipInfo
 from muonclip_jax.clipping.maxima import Recorded, merge_recordings
-from muonclip_jax.clipping.scaling import leaf_factor, scale_if
+from muonclip_jax.clipping.scaling import check_reduced, leaf_factor, scale_if
 from muonclip_jax.layouts.attention_finding import Blocks, block_rules
 from muonclip_jax.layouts.attention_plan import BlockPlan
 
@@ -60,14 +65,22 @@ def clip_leaves(
     """Clips leaves given by path; they hold at least those of the plans."""
     info = clip_info(recorded, threshold, plans=plans)
     factors = leaf_factors(plans, info.gamma, alpha, shared_keys)
-    needed = {
+    needed = leaves_needing(plans, recorded, threshold)
+    check_reduced(leaves, factors)
+    return {
+        path: scale_if(needed[path], leaves[path], factor) for path, factor in factors.items()
+    }, info
+
+
+def leaves_needing(
+    plans: tuple[BlockPlan, ...], recorded: Recorded, threshold: ScalarLike
+) -> dict[str, jax.Array]:
+    """Returns for every leaf whether its block has a head over the threshold, by path."""
+    return {
         leaf.path: _any_over(recorded[plan.path], threshold)
         for plan in plans
         for leaf in plan.leaves
     }
-    return {
-        path: scale_if(needed[path], leaves[path], factor) for path, factor in factors.items()
-    }, info
 
 
 def _any_over(recordings: Sequence[Any], threshold: ScalarLike) -> jax.Array:
@@ -76,8 +89,7 @@ def _any_over(recordings: Sequence[Any], threshold: ScalarLike) -> jax.Array:
     The recordings are asked, not gamma: the partitioner may lay gamma out over devices like the
     kernels that it scales, and would have to gather the answer.
     """
-    tau = jnp.asarray(threshold, jnp.float32)
-    over = [jnp.any(jnp.isfinite(x) & (jnp.asarray(x, jnp.float32) > tau)) for x in recordings]
+    over = [jnp.any(is_over(x, threshold)) for x in recordings]
     return functools.reduce(jnp.logical_or, over)
 
 
@@ -104,8 +116,10 @@ def apply_qk_clip(
     the names of their projections; see `describe_attention`.
 
     Where queries and keys are normalised, scaling kernels changes nothing: gains that every head
-    has for itself are clipped instead, else the block is refused. A normalisation that has no
-    parameters cannot be seen in the tree; leave such blocks out with `blocks`.
+    has for itself are clipped instead, else the block is refused. A gain is taken to be stored as
+    it multiplies. A gain that a model stores as its difference from one, `1 + w`, and a
+    normalisation that has no parameters cannot be seen in the tree; leave such blocks out with
+    `blocks`, or clip a tree that holds `1 + w`.
 
     Call it after the weight update, with any optimizer:
 
@@ -119,7 +133,7 @@ def apply_qk_clip(
             before those, and several recordings, are reduced by the maximum. A logit that the
             model caps (`cap * tanh(s / cap)`) is meant as it was before the cap.
         threshold: Largest logit that stays, positive; may be traced. Infinity switches the clip
-            off.
+            off, and so does a traced value that is not positive.
         alpha: Share of the queries, in [0, 1]; may be traced.
         shared_keys: Rule for keys that heads share: "query", "group" or "balanced". See
             `role_factors`.

@@ -5,7 +5,8 @@ it is laid out without leaving them; where they are sharded differently, it is t
 moves, never a weight.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +114,54 @@ def scale_if(
         >>> scale_if(jnp.asarray(True), jnp.asarray([1.0, 3.0]), factor).tolist()
         [1.0, 1.5]
     """
-    return jax.lax.cond(needed, scale, lambda x, _: x, x, factor)
+    return compute_if(needed, scale, x, factor)
+
+
+def compute_if(
+    needed: Bool[Array, ""], function: Callable[..., jax.Array], x: jax.Array, *others: jax.Array
+) -> jax.Array:
+    """Returns `function(x, *others)` where it is needed, and `x` without reading it elsewhere.
+
+    Example:
+        >>> float(compute_if(jnp.asarray(False), jnp.add, jnp.asarray(1.0), jnp.asarray(2.0)))
+        1.0
+    """
+    # Inside a checked `jax.shard_map` both branches must vary over the same mesh axes.
+    varying = frozenset[str]().union(*map(_varying, (needed, x, *others)))
+    if missing := tuple(sorted(varying - _varying(x))):
+        x = jax.lax.pcast(x, missing, to="varying")
+    return jax.lax.cond(needed, function, lambda x, *_: x, x, *others)
+
+
+def _varying(x: Any) -> frozenset[str]:
+    """Returns the mesh axes over which a checked `jax.shard_map` knows an array to vary."""
+    kind: Any = jax.typeof(x)
+    # JAX called it `vma` until 0.10.1.
+    return kind.mat.varying if hasattr(kind, "mat") else kind.vma
+
+
+def check_reduced(leaves: Mapping[str, Any], factors: Mapping[str, jax.Array]) -> None:
+    """Raises where maxima differ between devices that hold the same weights.
+
+    Inside a checked `jax.shard_map` the types say over which mesh axes arrays vary. A factor that
+    varies where its leaf does not would clip every copy of the weights in its own way.
+
+    Args:
+        leaves: Weights by path.
+        factors: What they are to be multiplied by, as the maxima give it.
+
+    Raises:
+        ValueError: With the axes over which the maxima have to be reduced.
+    """
+    for path, factor in factors.items():
+        axes = tuple(sorted(_varying(factor) - _varying(leaves[path])))
+        if axes:
+            raise ValueError(
+                f"The maxima for {path!r} vary over the mapped mesh axes {axes} and the weights do "
+                "not: every device knows the maxima of its own part of the batch. Expected those "
+                "of the whole batch; write max_logits = muonclip_jax.reduce_max_logits("
+                f"max_logits, {(axes[0] if len(axes) == 1 else axes)!r})."
+            )
 
 
 def keep_unscaled(x: jax.Array, scaled: jax.Array, factor: jax.Array) -> jax.Array:

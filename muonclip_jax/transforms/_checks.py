@@ -1,4 +1,4 @@
-"""Checks of hyperparameters at construction; traced values and schedules pass."""
+"""Hyperparameters: checks at construction, which let traced values and schedules pass."""
 
 import math
 from typing import Any
@@ -15,6 +15,16 @@ def is_concrete(value: Any) -> bool:
         (True, False)
     """
     return isinstance(value, int | float | np.number) and not isinstance(value, jax.Array)
+
+
+def value_at(value: Any, count: Any) -> Any:
+    """Returns a schedule's value after `count` updates, and anything else as it is.
+
+    Example:
+        >>> value_at(0.1, 5), value_at(lambda count: 0.1 * count, 5)
+        (0.1, 0.5)
+    """
+    return value(count) if callable(value) else value
 
 
 def check_rate(name: str, value: Any) -> None:

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from muonclip_jax._typing import ScalarOrSchedule, Tree
 from muonclip_jax.attention.maxima import merge_max_logits
 from muonclip_jax.matrices import MeshShardings, place, read_shardings
-from muonclip_jax.transforms._checks import is_concrete
+from muonclip_jax.transforms._checks import is_concrete, value_at
 from muonclip_jax.transforms._recorded import forms_of, read_recorded
 
 #: What `optax.MultiSteps` takes by this name: of the gradients, the number of steps so far and the
@@ -181,7 +181,7 @@ def accumulate(
                 (state.gradients, state.max_logits, state.mini_step),
             )
         mean, (maxima, mini_step) = _placed(mean, (maxima, mini_step), shardings)
-        complete = mini_step >= _at(every, state.gradient_step)
+        complete = mini_step >= value_at(every, state.gradient_step)
 
         def act(mean: Any, maxima: Any, inner_state: Any, params: Any) -> tuple[Any, Any]:
             gradients = jax.tree.map(lambda m, g: m.astype(g.dtype), mean, updates)
@@ -223,10 +223,6 @@ def _check_every(every: Any) -> None:
             f"every must be an integer from 1, got {every}. It is the number of micro-batches of "
             "a step, or a schedule of it."
         )
-
-
-def _at(value: Any, count: Any) -> Any:
-    return value(count) if callable(value) else value
 
 
 def _wide(x: Any) -> Any:

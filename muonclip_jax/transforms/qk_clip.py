@@ -8,17 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from muonclip_jax._typing import ScalarLike
+from muonclip_jax._typing import ScalarLike, ScalarOrSchedule
 from muonclip_jax.clipping.blocks import find_in, named_leaves, plan_clip
-from muonclip_jax.clipping.clip import clip_info, leaf_factors
+from muonclip_jax.clipping.clip import clip_info, leaf_factors, leaves_needing
 from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.clipping.maxima import Recorded
-from muonclip_jax.clipping.scaling import beside, keep_unscaled
+from muonclip_jax.clipping.scaling import beside, check_reduced, compute_if, keep_unscaled
 from muonclip_jax.layouts.attention_finding import Blocks, block_rules
 from muonclip_jax.layouts.attention_plan import BlockPlan
-
-#: A number, or a function of the number of updates so far.
-ScalarOrSchedule = ScalarLike | Callable[[Any], Any]
+from muonclip_jax.transforms._checks import value_at
 
 
 class QKClipState(NamedTuple):
@@ -56,14 +54,10 @@ def clip_until(step: int, threshold: ScalarOrSchedule = 100.0) -> Callable[[Any]
     check_clip_settings(threshold, 0.5, "query")
 
     def schedule(count: Any) -> jax.Array:
-        tau = threshold(count) if callable(threshold) else threshold
-        return jnp.where(count < step, jnp.asarray(tau, jnp.float32), jnp.inf)
+        tau = jnp.asarray(value_at(threshold, count), jnp.float32)
+        return jnp.where(count < step, tau, jnp.inf)
 
     return schedule
-
-
-def _at(value: Any, count: Any) -> Any:
-    return value(count) if callable(value) else value
 
 
 @functools.partial(jax.jit, static_argnames=("plans", "shared_keys"))
@@ -79,15 +73,21 @@ def _clip_updates(
 ) -> dict[str, Any]:
     """Returns `clip(p + u) - p`, and `u` itself to the bit where the factor is 1."""
     info = clip_info(recorded, threshold, plans=plans)
-    new: dict[str, Any] = {}
-    for path, factor in leaf_factors(plans, info.gamma, alpha, shared_keys).items():
-        p, u = params[path], updates[path]
-        factor = beside(factor, p)
-        wide = jnp.promote_types(jnp.promote_types(p.dtype, u.dtype), jnp.float32)
-        moved = p.astype(wide) + u.astype(wide)
-        clipped = moved * factor.astype(wide) - p.astype(wide)
-        new[path] = keep_unscaled(u, clipped.astype(u.dtype), factor)
-    return new
+    factors = leaf_factors(plans, info.gamma, alpha, shared_keys)
+    needed = leaves_needing(plans, recorded, threshold)
+    check_reduced(params, factors)
+    return {
+        path: compute_if(needed[path], _clip_update, updates[path], params[path], factor)
+        for path, factor in factors.items()
+    }
+
+
+def _clip_update(u: jax.Array, p: jax.Array, factor: jax.Array) -> jax.Array:
+    factor = beside(factor, p)
+    wide = jnp.promote_types(jnp.promote_types(p.dtype, u.dtype), jnp.float32)
+    moved = p.astype(wide) + u.astype(wide)
+    clipped = moved * factor.astype(wide) - p.astype(wide)
+    return keep_unscaled(u, clipped.astype(u.dtype), factor)
 
 
 def qk_clip(
@@ -192,8 +192,8 @@ def qk_clip(
             {path: p[path] for path in touched},
             {path: u[path] for path in touched},
             recorded,
-            _at(threshold, count),
-            _at(alpha, count),
+            value_at(threshold, count),
+            value_at(alpha, count),
             plans=plans,
             shared_keys=shared_keys,
         )

@@ -1,6 +1,7 @@
 """A clip is elementwise: the partitioner moves no weight, and of the maxima as little as can be."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -207,6 +208,46 @@ def test_a_train_step_in_shard_map_equals_one_device():
     for batch in batches():
         params, state, _ = step(params, state, batch)
     assert_close(params, expected)
+
+
+@pytest.mark.parametrize("axes", ["x", ("x", "y")])
+@pytest.mark.parametrize("how", ["apply_qk_clip", "qk_clip"])
+def test_maxima_that_were_not_reduced_are_an_error(how, axes):
+    """Inside a checked `shard_map` the types tell; without a check nothing can."""
+
+    def step(params, batch):
+        _, maxima = loss(params, batch)
+        if how == "apply_qk_clip":
+            return mc.apply_qk_clip(params, maxima)[0]
+        return mc.qk_clip().update(params, optax.EmptyState(), params, max_logits=maxima)[0]
+
+    mapped = jax.shard_map(step, mesh=mesh(AxisType.Auto), in_specs=(P(), P(axes)), out_specs=P())
+    message = r"'block_0/attn/query/kernel' vary over the mapped mesh axes .*reduce_max_logits\("
+    with pytest.raises(ValueError, match=message + rf"max_logits, {re.escape(repr(axes))}\)"):
+        jax.jit(mapped)(model(), batches(1)[0])
+
+
+@pytest.mark.parametrize("how", ["apply_qk_clip", "qk_clip"])
+def test_reduced_maxima_pass_a_checked_shard_map(how):
+    """Also where every device has heads of its own, weights and maxima alike."""
+    params = {"attn": {name: {"kernel": jnp.ones((6, 4, 2))} for name in ("query", "key")}}
+    maxima = jnp.asarray([[150.0, 90.0, 400.0, 3.0], [3.0, 100.0, 200.0, 5.0]])
+
+    def step(params, maxima):
+        maxima = mc.reduce_max_logits({"attn": maxima[0]}, "y")
+        if how == "apply_qk_clip":
+            return mc.apply_qk_clip(params, maxima)[0]
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
+        updates, _ = mc.qk_clip().update(zeros, optax.EmptyState(), params, max_logits=maxima)
+        return optax.apply_updates(params, updates)
+
+    heads = P(None, "x")
+    mapped = jax.shard_map(
+        step, mesh=mesh(AxisType.Auto), in_specs=(heads, P("y", "x")), out_specs=heads
+    )
+    expected, _ = mc.apply_qk_clip(params, {"attn": maxima.max(0)})
+    got = jax.jit(mapped)(params, maxima)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, expected)
 
 
 def test_a_train_step_in_pmap_equals_one_device():

@@ -79,6 +79,16 @@ def test_without_a_head_over_the_threshold_it_is_the_identity():
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(bits(a), bits(b)), new, UPDATES)
 
 
+def test_what_is_not_clipped_is_not_computed():
+    """A branch a leaf, so that updates of other blocks and their weights are not even read."""
+    params, updates = ({"a": tree["attn"], "b": tree["attn"]} for tree in (PARAMS, UPDATES))
+    maxima = {"a": MAXIMA["attn"], "b": jnp.ones(3)}
+    tx: Any = qk_clip()
+    step = jax.make_jaxpr(lambda u, p, m: tx.update(u, tx.init(p), p, max_logits=m)[0])
+    text = str(step(updates, params, maxima))
+    assert text.count(" cond[") == 2 * len(("query", "key")) * len(("kernel", "bias"))
+
+
 def test_low_precision_parameters_with_wide_updates():
     params = params_like(0, jnp.bfloat16)
     tx = qk_clip()
@@ -109,6 +119,15 @@ def test_threshold_and_alpha_may_be_schedules():
         assert jax.tree.structure(state) == structure
     assert isinstance(state, QKClipState)
     assert int(state.count) == 3
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0])
+def test_a_schedule_that_is_not_positive_clips_nothing(bad):
+    tx = qk_clip(lambda count: jnp.where(count < 1, bad, 100.0))
+    first, state = run(tx, tx.init(PARAMS))
+    second, _ = run(tx, state)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(bits(a), bits(b)), first, UPDATES)
+    assert (second["attn"]["query"]["bias"][0] != UPDATES["attn"]["query"]["bias"][0]).all()
 
 
 def test_clipping_may_stop_after_a_step():
