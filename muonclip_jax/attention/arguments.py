@@ -52,6 +52,17 @@ class AttentionArguments:
         """Returns the same call with other queries, keys and values."""
         return replace(self, query=query, key=key, value=value)
 
+    def with_share(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array | None,
+        scale: ScalarLike,
+        arrays: PairArrays,
+    ) -> "AttentionArguments":
+        """Returns the same call on what one device has of its arrays."""
+        return replace(self, query=query, key=key, value=value, scale=scale, arrays=arrays)
+
 
 def _as_batched(array: Any) -> jax.Array:
     array = jnp.asarray(array)

@@ -45,7 +45,7 @@ def _never(arguments: AttentionArguments) -> str | None:
     return None
 
 
-#: Every implementation by name. The first one is exact and serves every call: it is the default.
+#: Every implementation by name. "xla" is exact and serves every call: it is what None means.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla": Implementation(_attend_xla, _never, is_exact=True),
     "pallas": Implementation(attend_pallas, refuse_pallas, is_exact=True),
@@ -82,14 +82,16 @@ def dot_product_attention(
           softmax subtracts, so recording costs next to nothing.
         - "pallas": NVIDIA GPUs and TPUs. The output comes from `jax.nn.dot_product_attention`: from
           cuDNN where that serves the call, which forward-mode derivatives then refuse, and from XLA
-          elsewhere. The maxima come from a kernel beside it and are exact.
+          elsewhere. The maxima come from a kernel beside it: they are those of the products that
+          it forms, from float32 in TF32 on a GPU and in bfloat16 on a TPU, unless
+          `jax.default_matmul_precision` says otherwise.
         - "cudnn": NVIDIA GPUs, half precision. The maxima come from the kernel's log-sum-exp: an
           upper bound, at most `ln(keys)` and one unit of rounding in the dtype of the output too
           high. Refused with an additive bias, which is part of that sum.
         - "tokamax": where the package is installed, by its fused kernels. Exact. Refused with an
           additive bias, which its residuals include.
-        - None: "xla", which serves every call on every platform, in forward mode and any order of
-          derivatives too. It never fails.
+        - None: "xla", on every platform, for it serves every call, in forward mode and any order of
+          derivatives too. The others are taken where they are named.
 
     Args:
         query: Queries `(B, T, N, H)` or `(T, N, H)`.
@@ -131,7 +133,7 @@ def dot_product_attention(
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r} is unknown; choose one of "
-            f"{', '.join(map(repr, IMPLEMENTATIONS))}, or None for the best that serves the call."
+            f"{', '.join(map(repr, IMPLEMENTATIONS))}, or None for XLA's, which serves every call."
         )
     arguments = read_arguments(
         query,
@@ -145,7 +147,7 @@ def dot_product_attention(
         key_value_seq_lengths=key_value_seq_lengths,
         local_window_size=local_window_size,
     )
-    chosen = IMPLEMENTATIONS[implementation or next(iter(IMPLEMENTATIONS))]
+    chosen = IMPLEMENTATIONS[implementation or "xla"]
     reason = chosen.refusal(arguments)
     if reason is not None:
         raise NotImplementedError(f"implementation={implementation!r} cannot be used: {reason}.")

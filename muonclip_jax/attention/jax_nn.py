@@ -5,6 +5,7 @@ bounds them. The kernel for per-head maxima runs beside any attention and looks 
 alone: one product more, of the seven of a training step, and exact.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float
 
 from muonclip_jax.attention.arguments import AttentionArguments
 from muonclip_jax.attention.log_sum_exp import bound_from_log_sum_exp
-from muonclip_jax.kernels.max_logits import MAX_LOGITS, max_logits
+from muonclip_jax.kernels.max_logits import IMPLEMENTATIONS, max_logits
 
 
 def merge_groups(array: Float[Array, "B T K G D"]) -> Float[Array, "B T N D"]:
@@ -71,6 +72,19 @@ def refuse_cudnn(arguments: AttentionArguments) -> str | None:
         return f"it takes bfloat16 and float16, not {arguments.query.dtype}; use 'xla'"
     if jax.default_backend() != "gpu":
         return f"it runs on NVIDIA GPUs, not on {jax.default_backend()!r}; use 'xla'"
+    objection = _objection(
+        lambda *arrays: _attend(arguments.with_sequences(*arrays), "cudnn", return_residual=True),
+        arguments,
+    )
+    return None if objection is None else f"cuDNN says: {objection}; use 'xla'"
+
+
+def _objection(function: Callable[..., Any], arguments: AttentionArguments) -> str | None:
+    """Traces a function of query, key and value, and returns what cuDNN has against it."""
+    try:
+        jax.eval_shape(function, arguments.query, arguments.key, arguments.value)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        return str(error).strip().rstrip(".")
     return None
 
 
@@ -83,13 +97,7 @@ def _prefers_cudnn(arguments: AttentionArguments) -> bool:
         call = arguments.with_sequences(query, key, value)
         return jnp.sum(_attend(call, "cudnn"), dtype=jnp.float32)
 
-    try:
-        jax.eval_shape(
-            jax.grad(total, argnums=(0, 1, 2)), arguments.query, arguments.key, arguments.value
-        )
-    except (NotImplementedError, RuntimeError, ValueError):
-        return False
-    return True
+    return _objection(jax.grad(total, argnums=(0, 1, 2)), arguments) is None
 
 
 def attend_pallas(
@@ -116,7 +124,7 @@ def refuse_pallas(arguments: AttentionArguments) -> str | None:
             f"jax.nn's attention, which it runs beside, takes values as wide as keys "
             f"({arguments.key.shape[-1]}), not {value.shape[-1]}; use 'xla'"
         )
-    reason = MAX_LOGITS["pallas"].refusal(
+    reason = IMPLEMENTATIONS["pallas"].refusal(
         arguments.query, arguments.key, jnp.asarray(arguments.scale), arguments.arrays
     )
     return None if reason is None else f"{reason}; use 'xla'"

@@ -50,15 +50,16 @@ def attention_max_logits(
     not with `T S`. No gradient flows. It runs beside any attention that keeps its logits to itself.
 
     Implementations:
-        - "xla": everywhere.
-        - "pallas": NVIDIA GPUs and TPUs, a kernel that keeps the logits in the core. Products of
+        - "xla": everywhere, in plain operations that any partitioner splits.
+        - "pallas": NVIDIA GPUs and TPUs, a kernel that keeps the logits in the core. It has been
+          compiled by both platforms' compilers and run by Pallas's interpreter, not yet on the
+          machines, so it is taken only where it is named. Products of
           float32 are what JAX makes of them there by default: in TF32 on a GPU, from bfloat16 on a
           TPU; `jax.default_matmul_precision` raises that. On many devices each works on its own
           sequences and key heads: inside a `jax.shard_map` over all axes of a mesh, on meshes with
           Explicit axes, and on GPUs under Auto axes too. On TPUs under Auto axes the partitioner
           cannot split a kernel; map over the axes there.
-        - None: the kernel where the platform has one that serves the call, and "xla" elsewhere. It
-          never fails.
+        - None: "xla".
 
     Args:
         query: Queries `(B, T, N, H)` or `(T, N, H)`.

@@ -9,6 +9,8 @@ Short sequences are one block. Longer ones are cut into blocks of queries, one a
 block sees the whole range of keys that causality and the window leave it, and its logits are
 computed again in the backward pass (`jax.checkpoint`) instead of being kept. Memory is then one
 block, linear in the sequence, and everything stays differentiable in both modes and any order.
+
+Blocks are cut from what one device has, where the types of arrays tell (`kernels/shards.py`).
 """
 
 from typing import NamedTuple
@@ -19,8 +21,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from muonclip_jax.attention.arguments import AttentionArguments
-from muonclip_jax.kernels.max_logits import block_logits
+from muonclip_jax.kernels.max_logits import block_logits, least_block
 from muonclip_jax.kernels.pairs import allowed_pairs, bias_permits, cut
+from muonclip_jax.kernels.shards import shares_of
 
 # Logits alive at once in float32. On a CPU 8 MB stay in the last cache; an accelerator wants
 # few large launches. Up to the second number there is one block, kept for the backward pass.
@@ -90,7 +93,7 @@ def plan_segments(arguments: AttentionArguments) -> tuple[Segment, ...]:
         return (Segment(0, 1, queries, (0,), keys),)
 
     wanted = _BLOCK_ELEMENTS.get(platform, _ACCELERATOR_BLOCK) // (rows * keys)
-    length = min(queries, max(32, wanted // 32 * 32))
+    length = min(queries, max(least_block(), wanted // 32 * 32))
     starts = list(range(0, queries - length + 1, length))
 
     # With a bias every pair is computed: a hidden pair may then outweigh a forbidden one, and
@@ -201,6 +204,16 @@ def attend_xla(
     """Returns exact attention and, unless `record` is false, the exact maxima of its heads."""
     key, value = arguments.key, arguments.value
     assert value is not None
+    shares = shares_of(arguments.query)
+    if shares is not None:
+        return shares.call(
+            lambda *own: attend_xla(arguments.with_share(*own), record),
+            arguments.query,
+            key,
+            value,
+            arguments.scale,
+            arguments.arrays,
+        )
     segments = plan_segments(arguments)
     if len(segments) == 1 and segments[0].blocks == 1:
         out, maxima = _attend(arguments.query, key, value, None, arguments, 0, 0, record)

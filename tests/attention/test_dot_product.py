@@ -230,7 +230,8 @@ def test_log_sum_exp_of_rows_with_nothing_counts_for_nothing():
 def test_unknown_implementation_lists_the_known_ones():
     query, key, value, _ = CASES["plain"].make()
     with pytest.raises(
-        ValueError, match=r"'flash' is unknown; choose one of 'xla', 'pallas', 'cudnn'"
+        ValueError,
+        match=r"'flash' is unknown; .* 'pallas', 'cudnn', .*None for XLA's, which serves",
     ):
         dot_product_attention(query, key, value, implementation="flash")
 
@@ -248,6 +249,14 @@ def test_cudnn_says_why_not():
         dot_product_attention(query, key, value, implementation="cudnn")
     query, key, value, _ = CASES["plain"].make(jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="NVIDIA GPUs, not on 'cpu'; use 'xla'"):
+        dot_product_attention(query, key, value, implementation="cudnn")
+
+
+def test_what_cudnn_itself_objects_to_is_a_refusal(monkeypatch):
+    """On a GPU without a cuDNN, or with heads of a size that it does not serve."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    query, key, value, _ = CASES["plain"].make(jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"cannot be used: cuDNN says: .*; use 'xla'"):
         dot_product_attention(query, key, value, implementation="cudnn")
 
 

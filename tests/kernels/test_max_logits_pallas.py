@@ -1,5 +1,6 @@
 """The Pallas kernels for per-head maxima, interpreted, against dense float64 logits."""
 
+import functools
 import itertools
 import re
 from typing import Any
@@ -154,7 +155,7 @@ def test_inside_shard_map(interpreted):
     np.testing.assert_allclose(jax.jit(mapped)(query, key), expected, rtol=TOLERANCE["float32"])
 
 
-def test_a_shard_map_over_some_axes_alone_is_refused_and_none_takes_xla(interpreted):
+def test_a_shard_map_over_some_axes_alone_is_refused_and_xla_takes_it(interpreted):
     query, key, _ = CASES["plain"]._replace(queries=20, keys=30).arrays()
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "heads"))
 
@@ -173,19 +174,16 @@ def test_a_shard_map_over_some_axes_alone_is_refused_and_none_takes_xla(interpre
     np.testing.assert_allclose(mapped(None)(query, key), expected, rtol=TOLERANCE["float32"])
 
 
-def test_none_takes_the_kernel_where_there_is_one_and_xla_elsewhere(interpreted, monkeypatch):
+def test_none_is_xla_and_the_kernel_is_taken_by_name(interpreted):
     query, key, _ = CASES["plain"].arrays()
 
-    def program(query, key):
-        # A new function each time: a trace is kept for a function that was seen before.
-        return str(jax.make_jaxpr(lambda q, k: attention_max_logits(q, k))(query, key))
+    def program(implementation):
+        find = functools.partial(attention_max_logits, implementation=implementation)
+        return str(jax.make_jaxpr(find)(query, key))
 
-    assert "pallas_call" in program(query, key)
-    assert "pallas_call" not in program(query[:0], key[:0])
-    half = query.astype(jnp.float16), key.astype(jnp.float16)
-    assert ("pallas_call" in program(*half)) == (interpreted != "tpu")
-    monkeypatch.undo()
-    assert "pallas_call" not in program(query, key)
+    assert "pallas_call" in program("pallas")
+    assert "pallas_call" not in program(None)
+    assert program(None) == program("xla")
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)

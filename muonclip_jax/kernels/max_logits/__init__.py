@@ -3,14 +3,15 @@
     S_h = max over b, t, s attended of  scale q[b, t, h] . k[b, s, h]
 
 `xla` says what it means, `pallas_gpu` and `pallas_tpu` are kernels for it, `pallas` launches them
-on one device or many, and `dispatch` chooses.
+on one device or many, and `dispatch` goes by the name.
 """
 
 from muonclip_jax.kernels.max_logits.dispatch import (
-    MAX_LOGITS as MAX_LOGITS,
+    IMPLEMENTATIONS as IMPLEMENTATIONS,
     max_logits as max_logits,
 )
 from muonclip_jax.kernels.max_logits.xla import (
     block_logits as block_logits,
     dot_precision as dot_precision,
+    least_block as least_block,
 )

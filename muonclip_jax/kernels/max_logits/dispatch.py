@@ -9,13 +9,13 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from muonclip_jax._typing import ScalarLike
-from muonclip_jax.kernels.max_logits.pallas import has_kernel, max_logits_pallas, refuse_pallas
+from muonclip_jax.kernels.max_logits.pallas import max_logits_pallas, refuse_pallas
 from muonclip_jax.kernels.max_logits.xla import max_logits_xla
 from muonclip_jax.kernels.pairs import Geometry, PairArrays
 
 
 @dataclass(frozen=True)
-class MaxLogits:
+class Implementation:
     """One way to compute the operation.
 
     Attributes:
@@ -33,9 +33,9 @@ def _never(*arguments: object) -> str | None:
 
 
 #: Every implementation of the operation, the meaning first.
-MAX_LOGITS: dict[str, MaxLogits] = {
-    "xla": MaxLogits(max_logits_xla, _never),
-    "pallas": MaxLogits(max_logits_pallas, refuse_pallas),
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "xla": Implementation(max_logits_xla, _never),
+    "pallas": Implementation(max_logits_pallas, refuse_pallas),
 }
 
 
@@ -56,8 +56,7 @@ def max_logits(
         scale: What the dot products are multiplied by.
         geometry: Causality and window.
         arrays: Mask, bias and lengths. The bias is not added; it only hides pairs.
-        implementation: The name of an implementation. None takes the kernel on platforms that
-            have one which serves the call, and XLA elsewhere; it never fails.
+        implementation: The name of an implementation; None is "xla", which serves every call.
 
     Returns:
         The maxima `[K, G]` in float32, -inf for a head with no pair at all. No gradient flows.
@@ -74,21 +73,18 @@ def max_logits(
         >>> max_logits(query, key, scale=1.0, geometry=Geometry(), arrays=PairArrays()).tolist()
         [[3.0]]
     """
-    if implementation is not None and implementation not in MAX_LOGITS:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"implementation={implementation!r} is none of {', '.join(map(repr, MAX_LOGITS))}, and "
-            "not None, which takes the best one."
+            f"implementation={implementation!r} is none of "
+            f"{', '.join(map(repr, IMPLEMENTATIONS))}, and not None, which is XLA's and serves "
+            "every call."
         )
     query, key, scale, arrays = lax.stop_gradient((query, key, jnp.asarray(scale), arrays))
-    if implementation is not None:
-        reason = MAX_LOGITS[implementation].refusal(query, key, scale, arrays)
-        if reason is not None:
-            raise NotImplementedError(
-                f"implementation={implementation!r} cannot be used: {reason}; use 'xla'."
-            )
+    chosen = IMPLEMENTATIONS[implementation or "xla"]
+    reason = chosen.refusal(query, key, scale, arrays)
+    if reason is not None:
+        raise NotImplementedError(
+            f"implementation={implementation!r} cannot be used: {reason}; use 'xla'."
+        )
     with jax.named_scope("max_logits"):
-        if implementation is not None:
-            return MAX_LOGITS[implementation].compute(query, key, scale, geometry, arrays)
-        if has_kernel(jax.default_backend(), query, key, scale, arrays):
-            return max_logits_pallas(query, key, scale, geometry, arrays, fallback=max_logits_xla)
-        return max_logits_xla(query, key, scale, geometry, arrays)
+        return chosen.compute(query, key, scale, geometry, arrays)

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from muonclip_jax.kernels.max_logits.operands import Operands
 from muonclip_jax.kernels.pairs import Geometry
+from muonclip_jax.kernels.shards import axes_of
 
 P = PartitionSpec
 
@@ -48,11 +49,6 @@ def _rule(operands: Operands) -> str:
     if operands.limits is not None:
         names.append("b two")
     return f"{', '.join(names)} -> b {'(k g)' if group > 1 else 'k'}"
-
-
-def axes_of(entry: Any) -> tuple[str, ...]:
-    """Returns the mesh axes that one entry of a PartitionSpec names."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _partitioned(launch: Callable[..., Any], geometry: Geometry, operands: Operands) -> Any:

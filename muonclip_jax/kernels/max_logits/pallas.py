@@ -12,18 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from muonclip_jax.kernels.max_logits.launch import axes_of, launched
+from muonclip_jax.kernels.max_logits.launch import launched
 from muonclip_jax.kernels.max_logits.operands import Operands, make_operands, rescale
 from muonclip_jax.kernels.max_logits.pallas_gpu import max_logits_gpu, refuse_gpu
 from muonclip_jax.kernels.max_logits.pallas_tpu import max_logits_tpu, refuse_tpu
 from muonclip_jax.kernels.max_logits.xla import max_logits_xla
 from muonclip_jax.kernels.pairs import Geometry, PairArrays
 from muonclip_jax.kernels.refusal import refused
-
-P = PartitionSpec
+from muonclip_jax.kernels.shards import shares_of
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,6 @@ KERNELS: dict[str, Kernel] = {
     # libtpu calls back no partitioner: https://github.com/jax-ml/jax, CustomPartitionerTest.
     "tpu": Kernel(max_logits_tpu, refuse_tpu, is_partitioned=False),
 }
-# What jax.default_backend() calls the platforms of a family.
-_FAMILIES = {"gpu": ("cuda", "rocm")}
 
 
 def _refusals(*arguments: Any) -> dict[str, str | None]:
@@ -78,83 +74,17 @@ def refuse_pallas(*arguments: Any) -> str | None:
     return "; ".join(f"on {platform}, {reason}" for platform, reason in refusals.items())
 
 
-def _has_explicit_axes(query: jax.Array) -> bool:
-    return AxisType.Explicit in jax.typeof(query).sharding.mesh.axis_types
-
-
-def has_kernel(backend: str, query: jax.Array, *arguments: Any) -> bool:
-    """Says whether what a backend's programs are lowered to is sure to take the kernel.
-
-    Under Auto axes nobody knows while tracing how many devices a program will have. A kernel that
-    the partitioner cannot split is then taken only where there is no second device.
-    """
-    platforms = [name for name in _FAMILIES.get(backend, (backend,)) if name in KERNELS]
-    if not platforms:
-        return False
-    alone = (
-        jax.device_count() == 1
-        or _has_explicit_axes(query)
-        or jax.sharding.get_abstract_mesh().are_all_axes_manual
-    )
-    refusals = _refusals(query, *arguments)
-    return any(
-        refusals[name] is None and (alone or KERNELS[name].is_partitioned) for name in platforms
-    )
-
-
-def _shard_mapped(
-    geometry: Geometry,
-    fallback: Callable[..., Any] | None,
-    query: jax.Array,
-    key: jax.Array,
-    scale: jax.Array,
-    arrays: PairArrays,
-) -> jax.Array:
-    """Maps over the shards of arrays whose sharding is part of their type (Explicit axes)."""
-    sharding = jax.typeof(query).sharding
-    batch, _, key_heads, groups, _ = sharding.spec
-
-    def place(x: jax.Array, *entries: Any) -> PartitionSpec:
-        split = zip(entries, x.shape, strict=False)
-        return P(*(entry if size > 1 else None for entry, size in split))
-
-    in_specs: Any = (
-        place(query, batch, None, key_heads, groups),
-        place(key, batch, None, key_heads),
-        P(),
-        jax.tree.map(
-            lambda x: place(x, batch, key_heads, groups) if x.ndim > 1 else P(batch), arrays
-        ),
-    )
-
-    def local(*arguments: Any) -> jax.Array:
-        query, key, scale, arrays = arguments
-        maxima = max_logits_pallas(query, key, scale, geometry, arrays, fallback)
-        return lax.pmax(maxima, axes_of(batch)) if batch else maxima
-
-    arguments = jax.tree.map(
-        lambda x, spec: jax.reshard(x, NamedSharding(sharding.mesh, spec)),
-        (query, key, scale, arrays),
-        in_specs,
-    )
-    return jax.shard_map(
-        local,
-        mesh=sharding.mesh,
-        in_specs=in_specs,
-        out_specs=P(key_heads, groups),
-        check_vma=False,  # what varies between shards is lost where Pallas interprets a kernel
-    )(*arguments)
-
-
 def max_logits_pallas(
     query: Float[Array, "B T K G H"],
     key: Float[Array, "B S K H"],
     scale: Float[Array, ""],
     geometry: Geometry,
     arrays: PairArrays,
-    fallback: Callable[..., Float[Array, "K G"]] | None = None,
 ) -> Float[Array, "K G"]:
     """Returns the maxima, as `max_logits` describes them, from the platform's kernel.
+
+    Lowering for a platform whose kernel cannot serve the call, or that has none, raises
+    NotImplementedError.
 
     Args:
         query: Queries.
@@ -162,15 +92,24 @@ def max_logits_pallas(
         scale: What the dot products are multiplied by.
         geometry: Causality and window.
         arrays: Mask, bias and lengths.
-        fallback: What runs on platforms whose kernel cannot serve the call; without it lowering
-            for such a platform raises NotImplementedError.
 
     Returns:
         The maxima.
     """
+    shares = shares_of(query)
+    if shares is not None:
+        return shares.call(
+            lambda query, key, _, scale, arrays: max_logits_pallas(
+                query, key, scale, geometry, arrays
+            ),
+            query,
+            key,
+            None,
+            scale,
+            arrays,
+            check_vma=False,  # what varies between shards is lost where Pallas interprets a kernel
+        )
     arguments = (query, key, scale, arrays)
-    if _has_explicit_axes(query):
-        return _shard_mapped(geometry, fallback, *arguments)
     refusals = _refusals(*arguments)
 
     def by_kernel(kernel: Kernel, *arguments: Any) -> jax.Array:
@@ -179,8 +118,6 @@ def max_logits_pallas(
         return jnp.max(rescale(maxima, arguments[2]), axis=0).reshape(query.shape[2:4])
 
     def otherwise(reason: str, query: Any, key: Any, scale: Any, arrays: Any) -> jax.Array:
-        if fallback is not None:
-            return fallback(query, key, scale, geometry, arrays)
         meaning = max_logits_xla(query, key, scale, geometry, arrays)
         return refused(
             meaning, f"implementation='pallas' cannot be used: {reason}; use 'xla' or None."

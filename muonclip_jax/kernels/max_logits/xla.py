@@ -20,9 +20,16 @@ from muonclip_jax.kernels.pairs import (
     bias_permits,
     cut,
 )
+from muonclip_jax.kernels.shards import shares_of
 
 # Logits alive at once: 2 MB in float32, which a core's caches hold.
 _BLOCK_ELEMENTS = 1 << 19
+# Queries in a block at least. Under Auto axes it is not known how many devices share a batch, so a
+# block may come out many times smaller than one of them would hold: on an accelerator, where every
+# block is a launch, it keeps as many as fill a matrix unit. From 512 tokens and 64 features a head
+# on, the logits of 256 by 256 pairs take no more memory than queries and keys do.
+_LEAST_BLOCK = {"cpu": 32}
+_ACCELERATOR_LEAST_BLOCK = 256
 
 
 def dot_precision(dtype: jax.typing.DTypeLike) -> lax.DotAlgorithmPreset | None:
@@ -50,10 +57,15 @@ def block_logits(
     return logits * jnp.asarray(scale, dtype)
 
 
+def least_block() -> int:
+    """Returns how many queries a block has at least, where there are as many."""
+    return _LEAST_BLOCK.get(jax.default_backend(), _ACCELERATOR_LEAST_BLOCK)
+
+
 def _block_length(length: int, other: int, rows: int) -> int:
     """Returns how much of an axis a block covers, given `rows` products of `other` each."""
     wanted = _BLOCK_ELEMENTS // max(rows * other, 1)
-    return min(length, max(32, min(512, wanted // 32 * 32)))
+    return min(length, max(least_block(), min(512, wanted // 32 * 32)))
 
 
 def _block_starts(
@@ -77,6 +89,18 @@ def max_logits_xla(
     arrays: PairArrays,
 ) -> Float[Array, "K G"]:
     """Returns the maxima, as `max_logits` describes them."""
+    shares = shares_of(query)
+    if shares is not None:
+        return shares.call(
+            lambda query, key, _, scale, arrays: max_logits_xla(
+                query, key, scale, geometry, arrays
+            ),
+            query,
+            key,
+            None,
+            scale,
+            arrays,
+        )
     batch, queries, key_heads, groups, _ = query.shape
     keys = key.shape[1]
     rows = batch * key_heads * groups

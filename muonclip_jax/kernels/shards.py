@@ -1,0 +1,132 @@
+"""Attention on every device's own share, where the types of arrays say who holds what.
+
+Under Explicit mesh axes a sharding is part of an array's type. What each device does is then known
+while tracing: it works on its own sequences and heads, as long as heads that share a key stay
+together, and on whole sequences. Queries or keys that come with their sequence divided are gathered
+first. Under Auto axes nothing is known here, and the partitioner decides.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from muonclip_jax._typing import ScalarLike
+from muonclip_jax.kernels.pairs import PairArrays
+
+P = PartitionSpec
+
+
+def axes_of(entry: Any) -> tuple[str, ...]:
+    """Returns the mesh axes that one entry of a PartitionSpec names."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Which mesh axes divide what.
+
+    Attributes:
+        mesh: The mesh, as types know it.
+        batch: Entry of a PartitionSpec for the sequences.
+        queries: For the positions of the queries: they are gathered, and divided again.
+        key_heads: For the key heads.
+        groups: For the query heads of a key head.
+    """
+
+    mesh: Any
+    batch: Any
+    queries: Any
+    key_heads: Any
+    groups: Any
+
+    def _spec(self, x: jax.Array, *entries: Any) -> PartitionSpec:
+        split = zip(entries, x.shape, strict=False)
+        return P(*(entry if size > 1 else None for entry, size in split))
+
+    def call(
+        self,
+        function: Callable[..., Any],
+        query: Float[Array, "B T K G H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K D"] | None,
+        scale: ScalarLike,
+        arrays: PairArrays,
+        *,
+        check_vma: bool = True,
+    ) -> Any:
+        """Calls a function of these arguments on every device's share.
+
+        Args:
+            function: Returns the maxima `[K, G]` of its share; with a value, the output
+                `[B, T, K, G, D]` before them.
+            query: Queries.
+            key: Keys.
+            value: Values, or None.
+            scale: What the dot products are multiplied by.
+            arrays: Mask, bias and lengths.
+            check_vma: As of `jax.shard_map`.
+
+        Returns:
+            What the function returns, whole.
+        """
+        heads = (self.batch, None, self.key_heads)
+        out = P(self.batch, None, self.key_heads, self.groups)
+        in_specs: Any = (
+            self._spec(query, *heads, self.groups),
+            self._spec(key, *heads),
+            None if value is None else self._spec(value, *heads),
+            P(),
+            jax.tree.map(
+                lambda x: (
+                    self._spec(x, self.batch, self.key_heads, self.groups)
+                    if x.ndim > 1
+                    else P(self.batch)
+                ),
+                arrays,
+            ),
+        )
+
+        def local(*arguments: Any) -> Any:
+            *others, maxima = jax.tree.leaves(function(*arguments))
+            if axes := axes_of(self.batch):
+                maxima = lax.pmax(lax.stop_gradient(maxima), axes)
+            return (*others, maxima)
+
+        arguments = jax.tree.map(
+            lambda x, spec: jax.reshard(x, NamedSharding(self.mesh, spec)),
+            (query, key, value, jnp.asarray(scale), arrays),
+            in_specs,
+        )
+        maxima = P(self.key_heads, self.groups)
+        *others, found = jax.shard_map(
+            local,
+            mesh=self.mesh,
+            axis_names=set(_explicit_axes(self.mesh)),
+            in_specs=in_specs,
+            out_specs=(maxima,) if value is None else (out, maxima),
+            check_vma=check_vma,
+        )(*arguments)
+        if self.queries is not None:
+            again = P(self.batch, self.queries, self.key_heads, self.groups)
+            others = [jax.reshard(x, NamedSharding(self.mesh, again)) for x in others]
+        return (*others, found) if others else found
+
+
+def shares_of(query: Float[Array, "B T K G H"]) -> Shares | None:
+    """Returns how Explicit axes divide a call, by its queries; None without such axes."""
+    sharding = jax.typeof(query).sharding
+    if not _explicit_axes(sharding.mesh) or query.size == 0:
+        return None
+    batch, queries, key_heads, groups, _ = (*sharding.spec, *[None] * query.ndim)[: query.ndim]
+    return Shares(sharding.mesh, batch, queries, key_heads, groups)
+
+
+def _explicit_axes(mesh: Any) -> list[str]:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return [name for name, kind in kinds if kind == AxisType.Explicit]
