@@ -1,10 +1,17 @@
 """What a clip saw and did, with a fixed structure."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from muonclip_jax.kernels import finite_first
+
+
+def _largest(x: Float[Array, "..."]) -> Float[Array, ""]:
+    return finite_first.max_over(x, range(x.ndim))
 
 
 class QKClipInfo(NamedTuple):
@@ -22,8 +29,13 @@ class QKClipInfo(NamedTuple):
 
     @property
     def largest(self) -> Float[Array, ""]:
-        """The largest logit of all heads; -inf for a model without attention."""
-        return self._over(self.max_logits, jnp.max, -jnp.inf)
+        """The largest finite logit of all heads; -inf for a model without attention.
+
+        A head whose maximum is NaN or infinite does not hide the others; it shows where there are
+        no others.
+        """
+        parts = [_largest(x) for x in self.max_logits.values()]
+        return functools.reduce(finite_first.maximum, parts, jnp.asarray(-jnp.inf, jnp.float32))
 
     @property
     def total_clipped(self) -> Int[Array, ""]:
@@ -34,10 +46,6 @@ class QKClipInfo(NamedTuple):
     def total_heads(self) -> int:
         """How many heads there are, clipped or not."""
         return sum(gamma.size for gamma in self.gamma.values())
-
-    def _over(self, tree: dict[str, jax.Array], reduce, empty: float) -> jax.Array:
-        parts = [reduce(x) for x in tree.values()]
-        return reduce(jnp.stack(parts)) if parts else jnp.asarray(empty, jnp.float32)
 
     def scalars(self, prefix: str = "qk_clip", *, blocks: bool = True) -> dict[str, jax.Array]:
         """Returns flat scalars for TensorBoard, Weights & Biases or a JSON line.
@@ -66,13 +74,15 @@ class QKClipInfo(NamedTuple):
         clipped = self.total_clipped
         flat = {
             f"{prefix}/max_logit": self.largest,
-            f"{prefix}/min_gamma": self._over(self.gamma, jnp.min, 1.0),
+            f"{prefix}/min_gamma": functools.reduce(
+                jnp.minimum, map(jnp.min, self.gamma.values()), jnp.ones((), jnp.float32)
+            ),
             f"{prefix}/clipped_heads": clipped,
             f"{prefix}/clipped_fraction": clipped / max(self.total_heads, 1),
         }
         for path in self.gamma if blocks else ():
             name = f"{prefix}/{path}" if path else prefix + "/block"
-            flat[f"{name}/max_logit"] = self.max_logits[path].max()
+            flat[f"{name}/max_logit"] = _largest(self.max_logits[path])
             flat[f"{name}/min_gamma"] = self.gamma[path].min()
             flat[f"{name}/clipped_heads"] = self.clipped_heads[path]
         return flat

@@ -22,6 +22,10 @@ def _recorded(attention_fn: Any, *arguments: Any, **keywords: Any) -> tuple[Any,
     return out, max_logits
 
 
+def _any_keywords(query, key, value, **keywords):
+    return jax.nn.dot_product_attention(query, key, value, **keywords)
+
+
 MASK = jnp.asarray(np.random.default_rng(3).random((2, 4, 40, 40)) < 0.4)
 
 MEANT: dict[str, dict[str, Any]] = {
@@ -40,12 +44,7 @@ MEANT: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", MEANT)
 def test_what_says_which_pairs_is_understood_wherever_it_stands(name, how):
     query, key, value, _ = CASES["plain"].make()
-    function: Any = jax.nn.dot_product_attention
-    if how == "bound to keywords":
-
-        def function(query, key, value, **keywords):
-            return jax.nn.dot_product_attention(query, key, value, **keywords)
-
+    function: Any = _any_keywords if how == "bound to keywords" else jax.nn.dot_product_attention
     keywords = MEANT[name]
     if how != "passed":
         function, keywords = functools.partial(function, **keywords), {}

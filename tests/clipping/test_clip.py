@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from muonclip_jax.clipping import apply_qk_clip, qk_clip_info
@@ -192,6 +193,45 @@ def test_one_trace_for_any_threshold_and_the_values_may_be_traced():
     assert len(traces) == 1
     eager, _ = apply_qk_clip(params, maxima)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), new, eager)
+
+
+def _multi_steps(inner):
+    multi = optax.MultiSteps(inner, 2)
+    return multi, lambda state: multi.has_updated(state)
+
+
+SKIPPING = {
+    "gradients that are not finite": (
+        lambda inner: (optax.apply_if_finite(inner, 3), lambda state: state.last_finite),
+        [np.nan, 1.0],
+    ),
+    "micro-batches": (_multi_steps, [1.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("name", SKIPPING)
+def test_a_step_that_the_optimizer_skips_is_not_clipped(name):
+    """The recipe of the documentation: an infinite threshold where nothing was updated."""
+    make, factors = SKIPPING[name]
+    tx, stepped = make(optax.sgd(0.1))
+    params, maxima = {"attn": attention()}, {"attn": jnp.full(4, 400.0)}
+    state, history = tx.init(params), [params]
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        threshold = jnp.where(stepped(state), 100.0, jnp.inf)
+        return *apply_qk_clip(params, maxima, threshold=threshold), state
+
+    for factor in factors:
+        grads = jax.tree.map(lambda x, factor=factor: factor * jnp.ones_like(x), params)
+        params, info, state = step(params, state, grads)
+        history.append(params)
+    same_bits(history[0], history[1])
+    expected, _ = apply_qk_clip(jax.tree.map(lambda x: x - 0.1, history[0]), maxima)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), params, expected)
+    assert int(info.total_clipped) == 4
 
 
 def test_a_clip_compiles_once_when_it_is_not_jitted():

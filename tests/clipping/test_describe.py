@@ -123,6 +123,17 @@ def test_flat_scalars():
     assert len(info_of().scalars(blocks=False)) == 4
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_head_that_is_not_finite_hides_no_other(bad):
+    maxima = {"a": jnp.asarray([bad, 9.0]), "b": jnp.asarray([bad, bad])}
+    gamma = jax.tree.map(jnp.ones_like, maxima)
+    info = QKClipInfo(max_logits=maxima, gamma=gamma, clipped_heads={"a": 0, "b": 0})
+    assert float(info.largest) == 9.0
+    scalars = info.scalars()
+    assert float(scalars["qk_clip/a/max_logit"]) == 9.0
+    np.testing.assert_array_equal(scalars["qk_clip/b/max_logit"], bad)
+
+
 def test_structure_does_not_depend_on_values():
     clipped, not_clipped = info_of(), info_of(1e9)
     assert jax.tree.structure(clipped) == jax.tree.structure(not_clipped)
@@ -188,6 +199,45 @@ def test_lookahead_clips_fast_and_slow():
     expected, _ = apply_qk_clip(params.fast, MAXIMA)
     for copy in (new.fast, new.slow):
         jax.tree.map(np.testing.assert_array_equal, copy, expected)
+
+
+def test_lookahead_in_training_stays_at_the_threshold():
+    """Where slow weights are not clipped, the next synchronisation brings the old ones back."""
+    x = jax.random.normal(jax.random.key(5), (5, 6))
+    threshold = 2.0
+
+    def maxima_of(params):
+        q, k = (
+            jnp.einsum("td,dhk->thk", x, params["attn"][name]["kernel"])
+            for name in ("query", "key")
+        )
+        return {"attn": jnp.einsum("thk,shk->hts", q, k).max((1, 2)) / 2}
+
+    tx = optax.lookahead(optax.sgd(0.0), sync_period=2, slow_step_size=0.5)
+    params: Any = optax.LookaheadParams.init_synced(params_like(0))
+    state = tx.init(params)
+    unclipped: Any = params
+    assert (maxima_of(params.fast)["attn"] > threshold).all()
+
+    @jax.jit
+    def step(params, state, clip_slow):
+        maxima = maxima_of(params.fast)
+        grads = jax.tree.map(jnp.ones_like, params.fast)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        clipped = apply_qk_clip_to_copies(params, params.fast, maxima, threshold=threshold)
+        slow = jax.tree.map(lambda a, b: jnp.where(clip_slow, a, b), clipped.slow, params.slow)
+        return clipped._replace(slow=slow), state
+
+    before = state
+    for _ in range(4):
+        params, state = step(params, state, True)
+        np.testing.assert_allclose(maxima_of(params.fast)["attn"], threshold, rtol=1e-5)
+    state = before
+    for _ in range(2):
+        unclipped, state = step(unclipped, state, False)
+    # What the test is about: the blend with slow weights that kept their size.
+    assert (maxima_of(unclipped.slow)["attn"] > 1.5 * threshold).all()
 
 
 def test_master_weights_are_clipped_and_momenta_are_not():

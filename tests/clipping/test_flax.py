@@ -50,13 +50,13 @@ def attention(kernel_init: Any = NORMAL, **kwargs):
 class Layer(nn.Module):
     """One layer without a residual, so that layers differ."""
 
-    boxed: bool = False
+    box: Any = None
 
     @nn.compact
     def __call__(self, x, _=None):
         init: Any = NORMAL
-        if self.boxed:
-            init = nn.with_partitioning(init, (None, None, None))
+        if self.box is not None:
+            init = self.box(init, (None, None, None))
         return nn.LayerNorm()(attention(init, name="attn")(x)), None
 
 
@@ -100,13 +100,19 @@ def test_linen_frozen():
     np.testing.assert_allclose(new["attn"]["query"]["bias"][0], old[0] / 2, rtol=1e-6)
 
 
-def test_linen_with_the_whole_variables_and_boxes():
-    model = Layer(boxed=True)
+@pytest.mark.parametrize(
+    ("box", "kind"),
+    [
+        (nn.with_partitioning, nn.Partitioned),
+        (nn.with_logical_partitioning, nn.LogicallyPartitioned),
+    ],
+)
+def test_linen_with_the_whole_variables_and_boxes(box, kind):
+    model = Layer(box=box)
     variables = {"params": init(model)}
     before = record(model, variables["params"])
     new, info = apply_qk_clip(variables, before, threshold=THRESHOLD)
-    box = new["params"]["attn"]["query"]["kernel"]
-    assert isinstance(box, nn.Partitioned)
+    assert type(new["params"]["attn"]["query"]["kernel"]) is kind
     after = record(model, new["params"])
     expected = np.minimum(first_layer(before, ""), THRESHOLD)
     np.testing.assert_allclose(first_layer(after, ""), expected, rtol=1e-5)
@@ -177,6 +183,13 @@ def test_nnx(pure, kv_heads):
     nnx.update(model, new)
     np.testing.assert_allclose(maxima(), np.minimum(before, THRESHOLD), rtol=1e-5)
     assert int(info.total_clipped) == int((before > THRESHOLD).sum()) > 0
+
+
+def test_nnx_normalised_is_refused():
+    model = nnx_model(normalize_qk=True)
+    maxima = nnx.State({"max_logits": nnx.Intermediate((jnp.full(6, 400.0),))})
+    with pytest.raises(ValueError, match=r"normalised \('query_ln' and 'key_ln'\)"):
+        apply_qk_clip(nnx.state(model, nnx.Param), maxima)
 
 
 def test_nnx_optimizer():
