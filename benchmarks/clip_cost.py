@@ -7,23 +7,31 @@
 stacked on axis 0, and as GPT-2 keeps them, with queries, keys and values in one kernel
 `(1600, 4800)`. `apply_qk_clip` is jitted with its parameters donated, as in a training step, and
 timed with all heads, with one head and with no head over the threshold. The yardstick runs in the
-same turns: a jitted pass with donation that multiplies the same kernels by a constant.
+same turns: a jitted pass with donation that multiplies the same queries and keys by a constant, and
+leaves values alone as the clip does.
+
+`qk_clip`, the transformation, is timed likewise on updates that are donated. It has its parameters
+beside them to read, so its yardstick reads both and writes the updates.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from benchmarks.harness import interleave, parser, ratio, store, summary
 from muonclip_jax.clipping import apply_qk_clip
+from muonclip_jax.transforms import qk_clip
 
 WIDTH, HEADS, SIZE, BLOCKS = 1600, 25, 64, 48
 THRESHOLD = 100.0
 YARDSTICK = "read and write once"
+CLIP, TRANSFORMATION = "apply_qk_clip", "qk_clip"
 FACTOR = 1 - 2**-7  # a bfloat16 number: one that rounds to 1 would be compiled away
 Tree = dict[str, Any]
 
@@ -80,24 +88,43 @@ def maxima_of(shapes: Tree) -> dict[str, Tree]:
     return {"all heads": high, "one head": one, "no head": low}
 
 
-def _touched(params: Tree) -> list[str]:
-    """Paths of the kernels that hold queries or keys."""
+def scaled_columns(path: Any, x: Any) -> int:
+    """How many of a kernel's columns hold queries or keys."""
+    name = jax.tree_util.keystr(path)
+    return 0 if "c_proj" in name else 2 * WIDTH if "c_attn" in name else x.shape[-1]
+
+
+def bytes_scaled(params: Tree) -> int:
+    """Bytes of queries and keys."""
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    return [jax.tree_util.keystr(path) for path, _ in leaves if "c_proj" not in str(path)]
+    return sum(x.nbytes * scaled_columns(path, x) // x.shape[-1] for path, x in leaves)
 
 
-class Weights:
-    """The parameters, which every contender takes over from the one before and hands on."""
+def over_queries_and_keys(change: Callable[..., jax.Array], tree: Tree, *others: Tree) -> Tree:
+    """Changes queries and keys in place."""
 
-    def __init__(self, params: Tree):
-        self.params = params
+    def one(path: Any, x: jax.Array, *rest: jax.Array) -> jax.Array:
+        columns = scaled_columns(path, x)
+        if columns in (0, x.shape[-1]):
+            return change(x, *rest) if columns else x
+        changed = change(x[..., :columns], *(y[..., :columns] for y in rest))
+        return x.at[..., :columns].set(changed)
+
+    return jax.tree_util.tree_map_with_path(one, tree, *others)
+
+
+class Held:
+    """A tree that every contender takes over from the one before and hands on."""
+
+    def __init__(self, tree: Tree):
+        self.tree = tree
 
     def through(self, step: Callable[[Tree], Tree]) -> Callable[[], Tree]:
         """Returns a run of `step`, which may take its argument's memory for its result."""
 
         def run() -> Tree:
-            self.params = step(self.params)
-            return self.params
+            self.tree = step(self.tree)
+            return self.tree
 
         return run
 
@@ -121,34 +148,49 @@ def check(params: Tree, maxima: dict[str, Tree]) -> None:
             assert (np.abs(np.asarray(y).astype(np.float64) - expected) <= bound).all(), name
 
 
-def measure(name: str, blocks: int, dtype: str, rounds: int) -> dict[str, Any]:
-    """Times one tree."""
+def contenders_of(what: str, params: Tree, shapes: Tree) -> dict[str, Callable[[], Tree]]:
+    """Returns the yardstick and one run for each of the maxima, all on one tree."""
+    if what == CLIP:
+        held = Held(params)
+        once = jax.jit(
+            functools.partial(over_queries_and_keys, lambda x: x * FACTOR), donate_argnums=0
+        )
+        run = jax.jit(
+            lambda maxima, tree: apply_qk_clip(tree, maxima, threshold=THRESHOLD)[0],
+            donate_argnums=1,
+        )
+        steps = {YARDSTICK: once}
+    else:
+        # Updates far below the parameters, so that thousands of runs change their sum little.
+        held = Held(jax.tree.map(lambda p: p * 2**-7, params))
+        tx = qk_clip(THRESHOLD)
+
+        def moved(updates: Tree, params: Tree) -> Tree:
+            return over_queries_and_keys(lambda u, p: (p + u) * FACTOR - p, updates, params)
+
+        def clip(maxima: Tree, updates: Tree, params: Tree) -> Tree:
+            return tx.update(updates, optax.EmptyState(), params, max_logits=maxima)[0]
+
+        reading = jax.jit(moved, donate_argnums=0)
+        clipping = jax.jit(clip, donate_argnums=1)
+        steps = {YARDSTICK: lambda updates: reading(updates, params)}
+        run = lambda maxima, updates: clipping(maxima, updates, params)  # noqa: E731
+    for kind, maxima in maxima_of(shapes).items():
+        steps[kind] = functools.partial(run, maxima)
+    return {name: held.through(step) for name, step in steps.items()}
+
+
+def measure(what: str, name: str, blocks: int, dtype: str, rounds: int) -> dict[str, Any]:
+    """Times the function or the transformation on one tree."""
     params, shapes = TREES[name](1, dtype)
     check(params, maxima_of(shapes))
     params, shapes = TREES[name](blocks, dtype)
-    touched = set(_touched(params))
-    size = sum(
-        leaf.nbytes
-        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
-        if jax.tree_util.keystr(path) in touched
-    )
-
-    def once(params: Tree) -> Tree:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: x * FACTOR if jax.tree_util.keystr(path) in touched else x, params
-        )
-
-    def clip(maxima: Tree, params: Tree) -> Tree:
-        return apply_qk_clip(params, maxima, threshold=THRESHOLD)[0]
-
-    weights = Weights(params)
-    clipped = jax.jit(clip, donate_argnums=1)
-    contenders = {YARDSTICK: weights.through(jax.jit(once, donate_argnums=0))}
-    for kind, maxima in maxima_of(shapes).items():
-        contenders[kind] = weights.through(functools.partial(clipped, maxima))
+    size = bytes_scaled(params)
+    contenders = contenders_of(what, params, shapes)
     del params
     seconds = interleave(contenders, rounds, warmup=2)
     return {
+        "what": what,
         "tree": name,
         "dtype": dtype,
         "blocks": blocks,
@@ -167,25 +209,27 @@ def main() -> None:
     made = parser(__doc__, "clip_cost")
     made.add_argument("--blocks", type=int, default=BLOCKS)
     made.add_argument("--trees", nargs="+", default=list(TREES), choices=list(TREES))
+    made.add_argument("--what", nargs="+", default=[CLIP, TRANSFORMATION])
     made.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     made.set_defaults(rounds=25)
     options = made.parse_args()
     blocks = 2 if options.smoke else options.blocks
     rows = []
-    for dtype in options.dtypes:
-        for name in options.trees:
-            row = measure(name, blocks, dtype, 2 if options.smoke else options.rounds)
-            rows.append(row)
-            once = row["seconds"][YARDSTICK]["median"]
-            shown = ", ".join(
-                f"{kind} {r['median']:.2f} ({r['range'][0]:.2f} - {r['range'][1]:.2f})"
-                for kind, r in row["over_yardstick"].items()
-            )
-            print(
-                f"{name}, {dtype}, {row['bytes'] / 1e6:.0f} MB: once {1e3 * once:.1f} ms "
-                f"({2 * row['bytes'] / once / 1e9:.1f} GB/s); times that: {shown}",
-                flush=True,
-            )
+    for what, dtype, name in itertools.product(options.what, options.dtypes, options.trees):
+        row = measure(what, name, blocks, dtype, 2 if options.smoke else options.rounds)
+        rows.append(row)
+        once = row["seconds"][YARDSTICK]["median"]
+        shown = ", ".join(
+            f"{kind} {r['median']:.2f} ({r['range'][0]:.2f} - {r['range'][1]:.2f})"
+            for kind, r in row["over_yardstick"].items()
+        )
+        passes = 2 if what == CLIP else 3
+        print(
+            f"{what}, {name}, {dtype}, {row['bytes'] / 1e6:.0f} MB of queries and keys: once "
+            f"{1e3 * once:.1f} ms ({passes * row['bytes'] / once / 1e9:.1f} GB/s); times that: "
+            f"{shown}",
+            flush=True,
+        )
     store("clip_cost", {"width": WIDTH, "heads": HEADS, "head_dim": SIZE, "rows": rows}, options)
 
 
