@@ -16,6 +16,8 @@ from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 from muonclip_jax._typing import Tree
 
 SEPARATOR = "/"
+#: The name under which a module records its heads' largest logits.
+MAX_LOGITS = "max_logits"
 
 
 def _key_name(key: Any) -> str:

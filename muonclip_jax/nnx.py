@@ -25,6 +25,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jaxtyping import Array, Float
 
+from muonclip_jax._paths import MAX_LOGITS
 from muonclip_jax.attention import (
     batched_attention,
     batched_max_logits,
@@ -32,8 +33,6 @@ from muonclip_jax.attention import (
     recording_beside,
     records,
 )
-
-_NAME = "max_logits"
 
 
 def _calling_module() -> nnx.Module | None:
@@ -50,7 +49,7 @@ def _calling_module() -> nnx.Module | None:
 def _record(module: nnx.Module | None, max_logits: Float[Array, " N"]) -> None:
     """Sows maxima at the module's own path, inside a capture only."""
     if module is not None and hasattr(module, "__captures__"):
-        module.sow(nnx.Intermediate, _NAME, max_logits)
+        module.sow(nnx.Intermediate, MAX_LOGITS, max_logits)
 
 
 def dot_product_attention(
@@ -138,8 +137,9 @@ def dot_product_attention(
     return out
 
 
-# One recorder per function: jit compares the functions that a module holds.
-@functools.cache
+# One recorder per function: jit compares the functions that a module holds. A function that is made
+# anew for every call does not stay here for ever.
+@functools.lru_cache(maxsize=256)
 def _recording(attention_fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Returns an attention function that computes the same and records."""
     if attention_fn is nnx.dot_product_attention:
@@ -218,7 +218,7 @@ def capture_max_logits(
                 "The capture caught no logit. It sees nnx.MultiHeadAttention modules of the model "
                 "that the call runs. In other attention modules call "
                 "muonclip_jax.nnx.dot_product_attention, or sow maxima yourself: "
-                f"self.sow(nnx.Intermediate, {_NAME!r}, max_logits)."
+                f"self.sow(nnx.Intermediate, {MAX_LOGITS!r}, max_logits)."
             )
         return out, max_logits
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from muonclip_jax._typing import ScalarLike
 from muonclip_jax.kernels.pairs import Geometry, PairArrays, split_heads
+from muonclip_jax.kernels.shards import divisions
 
 #: What a caller may pass as an array.
 AnyArray: TypeAlias = jax.Array | np.ndarray
@@ -111,6 +112,12 @@ def _check_sequences(query: jax.Array, key: jax.Array, value: jax.Array | None) 
         )
 
 
+def _for_every_query_head(keys: jax.Array, heads: int) -> jax.Array:
+    batch, length, key_heads, size = keys.shape
+    shared = (batch, length, key_heads, heads // key_heads, size)
+    return jnp.broadcast_to(keys[:, :, :, None], shared).reshape(batch, length, heads, size)
+
+
 def _pair_array(name: str, array: Any, full: tuple[int, ...]) -> jax.Array:
     array = jnp.asarray(array)
     lifted = (1,) * (4 - array.ndim) + array.shape
@@ -161,6 +168,11 @@ def read_arguments(
     value = None if value is None else _as_batched(value)
 
     batch, queries, heads, head_dim = query.shape
+    if key.shape[2] % divisions(query, 2):
+        # Devices divide the query heads further than there are key heads: each gets the keys that
+        # its own heads read.
+        key = _for_every_query_head(key, heads)
+        value = None if value is None else _for_every_query_head(value, heads)
     keys, key_heads = key.shape[1:3]
     full = (batch, heads, queries, keys)
     if mask is not None:

@@ -18,14 +18,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from muonclip_jax._paths import flatten_with_paths
+from muonclip_jax._paths import MAX_LOGITS, flatten_with_paths
 from muonclip_jax._typing import ScalarLike, Tree
 from muonclip_jax.attention.arguments import AnyArray, read_arguments
 from muonclip_jax.kernels import finite_first
 from muonclip_jax.kernels.max_logits import max_logits
-
-#: The name under which a module records its heads' largest logits.
-MAX_LOGITS = "max_logits"
 
 
 def attention_max_logits(

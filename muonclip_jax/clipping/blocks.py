@@ -13,6 +13,7 @@ from muonclip_jax._typing import Tree
 from muonclip_jax.clipping.maxima import Recorded, read_maxima, trailing_shape
 from muonclip_jax.layouts.attention_builtin import NORM_NAMES
 from muonclip_jax.layouts.attention_finding import FoundBlock, Rule, find_blocks, strip_outer
+from muonclip_jax.layouts.attention_leaves import Shape
 from muonclip_jax.layouts.attention_plan import BlockPlan
 from muonclip_jax.layouts.attention_reading import read_block
 
@@ -145,21 +146,14 @@ def assign_maxima(
     return {block.path: assigned[block.path] for block in found if block.selected}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shape:
-    """A leaf of which only the shape is known."""
-
-    shape: tuple[int, ...]
-
-
-def _shapes(arrays: Sequence[Any]) -> tuple[_Shape, ...]:
-    return tuple(_Shape(tuple(getattr(x, "shape", ()))) for x in arrays)
+def _shapes(arrays: Sequence[Any]) -> tuple[Shape, ...]:
+    return tuple(Shape(tuple(getattr(x, "shape", ()))) for x in arrays)
 
 
 @functools.lru_cache(maxsize=64)
 def _plans(
     params: NamedLeaves,
-    recorded: tuple[tuple[str, tuple[_Shape, ...]], ...],
+    recorded: tuple[tuple[str, tuple[Shape, ...]], ...],
     rules: tuple[Rule, ...] | None,
 ) -> tuple[tuple[BlockPlan, tuple[str, ...]], ...]:
     """Returns every block's plan and the modules that recorded for it, from shapes alone."""

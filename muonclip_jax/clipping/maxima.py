@@ -12,12 +12,10 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from muonclip_jax._paths import join, path_names
+from muonclip_jax._paths import MAX_LOGITS, join, path_names
 from muonclip_jax._typing import Tree
 from muonclip_jax.kernels import finite_first
 
-#: The name under which a module records its heads' largest logits.
-MAX_LOGITS = "max_logits"
 _OUTER = ("params", "intermediates")
 
 #: Module path -> the arrays that were recorded there.

@@ -58,8 +58,7 @@ class Geometry:
         return (low, high) if low < high else (0, 0)
 
     def allowed(self, queries: jax.Array, keys: jax.Array) -> jax.Array | None:
-        """Returns which of `queries` `[t]` see which of `keys` `[s]`, or None where all do."""
-        queries, keys = queries[:, None], keys[None, :]
+        """Returns which positions of queries see which of keys, broadcast, or None where all do."""
         conditions = []
         if self.is_causal:
             conditions.append(queries >= keys)
@@ -137,7 +136,7 @@ def allowed_pairs(
     query_positions = query_start + jnp.arange(queries)
     key_positions = key_start + jnp.arange(keys)
     conditions = []
-    seen = geometry.allowed(query_positions, key_positions)
+    seen = geometry.allowed(query_positions[:, None], key_positions[None, :])
     if seen is not None:
         conditions.append(seen[None, None, None])
     if arrays.mask is not None:

@@ -6,6 +6,7 @@ together, and on whole sequences. Queries or keys that come with their sequence 
 first. Under Auto axes nothing is known here, and the partitioner decides.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,18 @@ P = PartitionSpec
 def axes_of(entry: Any) -> tuple[str, ...]:
     """Returns the mesh axes that one entry of a PartitionSpec names."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def divisions(x: jax.Array, axis: int) -> int:
+    """Returns into how many parts Explicit mesh axes divide an axis; 1 where nothing is known.
+
+    Example:
+        >>> divisions(jnp.ones((4, 8)), 0)
+        1
+    """
+    sharding = jax.typeof(x).sharding
+    names = axes_of((*sharding.spec, *[None] * x.ndim)[axis])
+    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,9 @@ class Shares:
     def _spec(self, x: jax.Array, *entries: Any) -> PartitionSpec:
         split = zip(entries, x.shape, strict=False)
         return P(*(entry if size > 1 else None for entry, size in split))
+
+    def _placed(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return jax.reshard(x, NamedSharding(self.mesh, spec))
 
     def call(
         self,
@@ -98,23 +114,26 @@ class Shares:
                 maxima = lax.pmax(lax.stop_gradient(maxima), axes)
             return (*others, maxima)
 
-        arguments = jax.tree.map(
-            lambda x, spec: jax.reshard(x, NamedSharding(self.mesh, spec)),
-            (query, key, value, jnp.asarray(scale), arrays),
-            in_specs,
-        )
         maxima = P(self.key_heads, self.groups)
-        *others, found = jax.shard_map(
-            local,
-            mesh=self.mesh,
-            axis_names=set(_explicit_axes(self.mesh)),
-            in_specs=in_specs,
-            out_specs=(maxima,) if value is None else (out, maxima),
-            check_vma=check_vma,
-        )(*arguments)
+
+        def mapped(*arguments: Any) -> tuple[Any, ...]:
+            return jax.shard_map(
+                local,
+                mesh=self.mesh,
+                axis_names=set(_explicit_axes(self.mesh)),
+                in_specs=in_specs,
+                out_specs=(maxima,) if value is None else (out, maxima),
+                check_vma=check_vma,
+            )(*jax.tree.map(self._placed, arguments, in_specs))
+
+        arguments = (query, key, value, jnp.asarray(scale), arrays)
+        if any(jax.typeof(x).sharding.mesh.empty for x in jax.tree.leaves(arguments)):
+            # Eagerly, where no mesh is set, an array that is on one device cannot be placed.
+            mapped = jax.jit(mapped)
+        *others, found = mapped(*arguments)
         if self.queries is not None:
             again = P(self.batch, self.queries, self.key_heads, self.groups)
-            others = [jax.reshard(x, NamedSharding(self.mesh, again)) for x in others]
+            others = [self._placed(x, again) for x in others]
         return (*others, found) if others else found
 
 

@@ -1,6 +1,5 @@
 """Which kernels of a tree are cut, and how: attention blocks, read whole from their shapes."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -11,18 +10,11 @@ from muonclip_jax.layouts.attention import AttentionLayout, Projection
 from muonclip_jax.layouts.attention_choices import choices_of, query_shape
 from muonclip_jax.layouts.attention_finding import Rule, find_blocks
 from muonclip_jax.layouts.attention_kernels import Choice, Reading
-from muonclip_jax.layouts.attention_leaves import MisfitError, RefusalError, kernel_of
+from muonclip_jax.layouts.attention_leaves import MisfitError, RefusalError, Shape, kernel_of
 from muonclip_jax.layouts.attention_matrices import ATTENTION, Cut, cuts_of
 from muonclip_jax.layouts.fitting import normalized_axes
 from muonclip_jax.layouts.names import read_path
 from muonclip_jax.layouts.specs import MatrixSpec
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """A leaf of which only the shape is known."""
-
-    shape: tuple[int, ...]
 
 
 def attention_cuts(

@@ -1,5 +1,6 @@
 """The leaves of one attention block: finding a projection's kernel, taking stacked axes away."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,13 @@ from muonclip_jax.layouts.attention_builtin import KERNEL_NAMES
 
 #: A block's leaves by their path inside the block. Only `.shape` is looked at.
 Leaves = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A leaf of which only the shape is known."""
+
+    shape: tuple[int, ...]
 
 
 class MisfitError(Exception):

@@ -13,12 +13,11 @@ from flax.linen.dtypes import promote_dtype
 from jax import lax
 from jaxtyping import Array, Float
 
-from muonclip_jax._paths import join
+from muonclip_jax._paths import MAX_LOGITS, join
 from muonclip_jax.attention import batched_attention
 from muonclip_jax.kernels.pairs import bias_permits
 
 COLLECTION = "intermediates"
-NAME = "max_logits"
 
 # Whether a capture is under way: what cannot be recorded is an error then.
 capturing: ContextVar[bool] = ContextVar("capturing", default=False)
@@ -44,7 +43,7 @@ def record_in_module(module: nn.Module | None, max_logits: Float[Array, " N"]) -
     """Sows maxima at the module's own path, where somebody collects them."""
     if module is None or module.scope is None or module.is_initializing():
         return
-    if not module.sow(COLLECTION, NAME, max_logits) and capturing.get():
+    if not module.sow(COLLECTION, MAX_LOGITS, max_logits) and capturing.get():
         raise ValueError(
             f"The maxima of {join(module.path)!r} cannot leave the transformation it runs in, for "
             f"that does not carry the collection {COLLECTION!r}. Name it beside 'params', for "

@@ -10,11 +10,11 @@ import jax
 from flax.core.scope import CollectionFilter, in_filter, union_filters
 from flax.linen.dtypes import promote_dtype
 
+from muonclip_jax._paths import MAX_LOGITS
 from muonclip_jax._typing import Tree
 from muonclip_jax.attention import only_max_logits, recording_beside, records
 from muonclip_jax.linen.attention import (
     COLLECTION,
-    NAME,
     calling_module,
     capturing,
     dot_product_attention,
@@ -110,7 +110,7 @@ def capture_max_logits(apply_fn: Callable[..., Any]) -> Callable[..., tuple[Any,
                 "The capture caught no logit. It sees nn.MultiHeadDotProductAttention and modules "
                 "derived from it, nn.SelfAttention and nn.MultiHeadAttention among them. In other "
                 "attention modules call muonclip_jax.linen.dot_product_attention, or sow maxima "
-                f"yourself: self.sow({COLLECTION!r}, {NAME!r}, max_logits)."
+                f"yourself: self.sow({COLLECTION!r}, {MAX_LOGITS!r}, max_logits)."
             )
         if mutable is False:
             return out, max_logits

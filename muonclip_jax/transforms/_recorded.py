@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from muonclip_jax._paths import flatten_with_paths
+from muonclip_jax._paths import MAX_LOGITS, flatten_with_paths
 from muonclip_jax._typing import Shaped, Tree
-from muonclip_jax.clipping.maxima import MAX_LOGITS
 
 
 def _positions(leaves: list[tuple[str, Any]]) -> list[int]:

@@ -22,6 +22,7 @@ PLACES: dict[str, tuple[P, int, int]] = {
     "positions": (P(None, "model"), 4, 2),
     "sequences and positions": (P("data", "model"), 4, 4),
     "heads on one key head": (P("data", None, "model"), 4, 1),
+    "more devices than key heads": (P("model", None, "data"), 8, 2),
 }
 
 
@@ -45,8 +46,11 @@ def many_blocks(monkeypatch):
 
 
 def _placed(mesh: Mesh, spec: P, x: jax.Array) -> jax.Array:
-    # One key head is not divided: it is on every device.
-    entries = [entry if n > 1 else None for entry, n in zip(spec, x.shape, strict=False)]
+    # Key heads that are too few are not divided: they are on every device.
+    entries = [
+        entry if entry is None or n % mesh.shape[entry] == 0 else None
+        for entry, n in zip(spec, x.shape, strict=False)
+    ]
     return jax.device_put(x, NamedSharding(mesh, P(*entries)))
 
 
@@ -90,6 +94,17 @@ def test_maxima_alone_equal_one_device(kind, name):
             *(_placed(mesh, spec, x) for x in (query, key)), _placed(mesh, P(spec[0]), lengths)
         )
     np.testing.assert_allclose(found, expected, rtol=TOLERANCE["float32"])
+
+
+def test_without_jit_and_without_a_mesh_that_is_set():
+    query, key, value, _ = _arrays(4, 2)
+    mesh = _mesh(AxisType.Explicit)
+    mask = jnp.asarray(np.random.default_rng(1).random((4, 1, 80, 96)) < 0.7)
+    dense = dense_attention(query, key, value, mask=mask)
+    placed = [_placed(mesh, P("data", None, "model"), x) for x in (query, key, value)]
+    out, max_logits = dot_product_attention(*placed, mask=mask)
+    np.testing.assert_allclose(max_logits, dense.max_logits, rtol=TOLERANCE["float32"])
+    np.testing.assert_allclose(out, dense.out, rtol=2e-5, atol=2e-5)
 
 
 def _trips(function, *arguments) -> list[int]:

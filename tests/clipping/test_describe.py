@@ -14,6 +14,7 @@ from muonclip_jax.clipping import (
     apply_qk_clip_to_copies,
     describe_attention,
 )
+from muonclip_jax.clipping.gamma import SHARED_KEYS, role_factors
 
 
 def leaf(*shape):
@@ -52,6 +53,14 @@ def test_the_table_by_rule():
     key = "  a/key/kernel (6, 2, 8): key by eta^(1-alpha)"
     unselected = "b: latent (low-rank query), not selected by blocks="
     assert text == f"{A.format(query='gamma/eta^(1-alpha)')}\n{key}\n{unselected}"
+
+
+@pytest.mark.parametrize("rule", SHARED_KEYS)
+def test_the_words_name_what_each_rule_scales(rule):
+    factors = role_factors(jnp.asarray([0.25, 1.0, 1.0, 0.5]), 0.5, rule, 2)
+    text = describe_attention({"a": PARAMS["a"]}, shared_keys=rule)
+    named = {line.split("/")[1] for line in text.splitlines()[1:]}
+    assert named == set(factors) - {"query_alone"}
 
 
 def test_merged_kernels_need_the_maxima():

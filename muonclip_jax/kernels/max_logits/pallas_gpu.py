@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from muonclip_jax.kernels.max_logits.operands import Operands, at, like
-from muonclip_jax.kernels.max_logits.ranges import block_ranges, seen
+from muonclip_jax.kernels.max_logits.ranges import block_ranges
 from muonclip_jax.kernels.pairs import Geometry
 
 # JAX 0.11 announces that a later version will be without it.
@@ -117,7 +117,7 @@ def _kernel(
                 logits += plgpu.dot(part, key, trans_b=True)
             if hidden:
                 allowed = (columns < key_limit)[None, :]
-                pairs = seen(geometry, rows[:, None], columns[None, :])
+                pairs = geometry.allowed(rows[:, None], columns[None, :])
                 allowed = allowed if pairs is None else allowed & pairs
                 for ref, (height, width) in zip(permit_refs, permit_shapes, strict=True):
                     mask = jnp.ones((1, 1), bool)

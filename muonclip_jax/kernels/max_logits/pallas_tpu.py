@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from muonclip_jax.kernels.max_logits.operands import Operands, at, like
-from muonclip_jax.kernels.max_logits.ranges import block_ranges, seen, within
+from muonclip_jax.kernels.max_logits.ranges import block_ranges, within
 from muonclip_jax.kernels.pairs import Geometry
 
 NAME = "muonclip_max_logits"
@@ -100,7 +100,7 @@ def _kernel(
                     jnp.int32, logits.shape, 1
                 )
                 allowed = (rows < query_limit) & (columns < key_limit)
-                pairs = seen(geometry, rows, columns)
+                pairs = geometry.allowed(rows, columns)
                 allowed = allowed if pairs is None else allowed & pairs
                 for ref in permit_refs:
                     permit = ref[:, here] if ref.shape[1] > 1 else ref[...]

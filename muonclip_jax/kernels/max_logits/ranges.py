@@ -88,15 +88,3 @@ def within(ranges: BlockRanges, start: Position, stop: Position) -> BlockRanges:
     """
     low, full_low, full_high, high = (jnp.clip(bound, start, stop) for bound in ranges)
     return low, full_low, full_high, high
-
-
-def seen(geometry: Geometry, queries: jax.Array, keys: jax.Array) -> jax.Array | None:
-    """Returns which positions of queries see which of keys, broadcast, or None where all do."""
-    allowed = None
-    if geometry.is_causal:
-        allowed = queries >= keys
-    if geometry.local_window_size is not None:
-        left, right = geometry.local_window_size
-        window = (queries <= keys + left) & (queries >= keys - right)
-        allowed = window if allowed is None else allowed & window
-    return allowed
