@@ -7,8 +7,8 @@
 stacked on axis 0, and as GPT-2 keeps them, with queries, keys and values in one kernel
 `(1600, 4800)`. `apply_qk_clip` is jitted with its parameters donated, as in a training step, and
 timed with all heads, with one head and with no head over the threshold. The yardstick runs in the
-same turns: a jitted pass with donation that multiplies the same queries and keys by a constant, and
-leaves values alone as the clip does.
+same turns: a jitted pass with donation that multiplies the same queries and keys by a constant, in
+arrays of their own without any values.
 
 `qk_clip`, the transformation, is timed likewise on updates that are donated. It has its parameters
 beside them to read, so its yardstick reads both and writes the updates.
@@ -100,29 +100,23 @@ def bytes_scaled(params: Tree) -> int:
     return sum(x.nbytes * scaled_columns(path, x) // x.shape[-1] for path, x in leaves)
 
 
-def over_queries_and_keys(change: Callable[..., jax.Array], tree: Tree, *others: Tree) -> Tree:
-    """Changes queries and keys in place."""
-
-    def one(path: Any, x: jax.Array, *rest: jax.Array) -> jax.Array:
-        columns = scaled_columns(path, x)
-        if columns in (0, x.shape[-1]):
-            return change(x, *rest) if columns else x
-        changed = change(x[..., :columns], *(y[..., :columns] for y in rest))
-        return x.at[..., :columns].set(changed)
-
-    return jax.tree_util.tree_map_with_path(one, tree, *others)
+def queries_and_keys(tree: Tree) -> list[jax.Array]:
+    """Copies of what a clip multiplies, in arrays of their own."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    columns = [(x, scaled_columns(path, x)) for path, x in leaves]
+    return [jnp.array(x[..., :count], copy=True) for x, count in columns if count]
 
 
 class Held:
     """A tree that every contender takes over from the one before and hands on."""
 
-    def __init__(self, tree: Tree):
+    def __init__(self, tree: Any):
         self.tree = tree
 
-    def through(self, step: Callable[[Tree], Tree]) -> Callable[[], Tree]:
+    def through(self, step: Callable[[Any], Any]) -> Callable[[], Any]:
         """Returns a run of `step`, which may take its argument's memory for its result."""
 
-        def run() -> Tree:
+        def run() -> Any:
             self.tree = step(self.tree)
             return self.tree
 
@@ -148,36 +142,41 @@ def check(params: Tree, maxima: dict[str, Tree]) -> None:
             assert (np.abs(np.asarray(y).astype(np.float64) - expected) <= bound).all(), name
 
 
-def contenders_of(what: str, params: Tree, shapes: Tree) -> dict[str, Callable[[], Tree]]:
-    """Returns the yardstick and one run for each of the maxima, all on one tree."""
+def contenders_of(what: str, params: Tree, shapes: Tree) -> dict[str, Callable[[], Any]]:
+    """Returns the yardstick, and one run for each of the maxima, all of those on one tree."""
     if what == CLIP:
-        held = Held(params)
-        once = jax.jit(
-            functools.partial(over_queries_and_keys, lambda x: x * FACTOR), donate_argnums=0
-        )
-        run = jax.jit(
-            lambda maxima, tree: apply_qk_clip(tree, maxima, threshold=THRESHOLD)[0],
-            donate_argnums=1,
-        )
-        steps = {YARDSTICK: once}
-    else:
-        # Updates far below the parameters, so that thousands of runs change their sum little.
-        held = Held(jax.tree.map(lambda p: p * 2**-7, params))
-        tx = qk_clip(THRESHOLD)
+        alone, held = Held(queries_and_keys(params)), Held(params)
+        once = jax.jit(lambda tree: [x * FACTOR for x in tree], donate_argnums=0)
 
-        def moved(updates: Tree, params: Tree) -> Tree:
-            return over_queries_and_keys(lambda u, p: (p + u) * FACTOR - p, updates, params)
+        def clip(maxima: Tree, tree: Tree) -> Tree:
+            return apply_qk_clip(tree, maxima, threshold=THRESHOLD)[0]
 
-        def clip(maxima: Tree, updates: Tree, params: Tree) -> Tree:
-            return tx.update(updates, optax.EmptyState(), params, max_logits=maxima)[0]
-
-        reading = jax.jit(moved, donate_argnums=0)
         clipping = jax.jit(clip, donate_argnums=1)
-        steps = {YARDSTICK: lambda updates: reading(updates, params)}
-        run = lambda maxima, updates: clipping(maxima, updates, params)  # noqa: E731
-    for kind, maxima in maxima_of(shapes).items():
-        steps[kind] = functools.partial(run, maxima)
-    return {name: held.through(step) for name, step in steps.items()}
+        return {YARDSTICK: alone.through(once)} | {
+            kind: held.through(functools.partial(clipping, maxima))
+            for kind, maxima in maxima_of(shapes).items()
+        }
+
+    # Updates far below the parameters, so that thousands of runs change their sum little.
+    held = Held(jax.tree.map(lambda p: p * 2**-7, params))
+    alone, beside = Held(queries_and_keys(held.tree)), queries_and_keys(params)
+    tx = qk_clip(THRESHOLD)
+    moving = jax.jit(
+        lambda tree, params: [(p + u) * FACTOR - p for u, p in zip(tree, params, strict=True)],
+        donate_argnums=0,
+    )
+
+    def clip_updates(maxima: Tree, updates: Tree, params: Tree) -> Any:
+        return tx.update(updates, optax.EmptyState(), params, max_logits=maxima)[0]
+
+    clipping = jax.jit(clip_updates, donate_argnums=1)
+
+    def run(maxima: Tree) -> Callable[[], Tree]:
+        return held.through(lambda updates: clipping(maxima, updates, params))
+
+    return {YARDSTICK: alone.through(lambda tree: moving(tree, beside))} | {
+        kind: run(maxima) for kind, maxima in maxima_of(shapes).items()
+    }
 
 
 def measure(what: str, name: str, blocks: int, dtype: str, rounds: int) -> dict[str, Any]:

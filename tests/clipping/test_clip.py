@@ -215,7 +215,7 @@ def test_a_step_that_the_optimizer_skips_is_not_clipped(name):
     make, factors = SKIPPING[name]
     tx, stepped = make(optax.sgd(0.1))
     params, maxima = {"attn": attention()}, {"attn": jnp.full(4, 400.0)}
-    state, history = tx.init(params), [params]
+    state, history, info = tx.init(params), [params], None
 
     @jax.jit
     def step(params, state, grads):
@@ -231,6 +231,7 @@ def test_a_step_that_the_optimizer_skips_is_not_clipped(name):
     same_bits(history[0], history[1])
     expected, _ = apply_qk_clip(jax.tree.map(lambda x: x - 0.1, history[0]), maxima)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), params, expected)
+    assert info is not None
     assert int(info.total_clipped) == 4
 
 

@@ -136,7 +136,8 @@ def test_flat_scalars():
 def test_a_head_that_is_not_finite_hides_no_other(bad):
     maxima = {"a": jnp.asarray([bad, 9.0]), "b": jnp.asarray([bad, bad])}
     gamma = jax.tree.map(jnp.ones_like, maxima)
-    info = QKClipInfo(max_logits=maxima, gamma=gamma, clipped_heads={"a": 0, "b": 0})
+    none = jnp.zeros((), jnp.int32)
+    info = QKClipInfo(max_logits=maxima, gamma=gamma, clipped_heads={"a": none, "b": none})
     assert float(info.largest) == 9.0
     scalars = info.scalars()
     assert float(scalars["qk_clip/a/max_logit"]) == 9.0
@@ -233,9 +234,9 @@ def test_lookahead_in_training_stays_at_the_threshold():
         maxima = maxima_of(params.fast)
         grads = jax.tree.map(jnp.ones_like, params.fast)
         updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        clipped = apply_qk_clip_to_copies(params, params.fast, maxima, threshold=threshold)
-        slow = jax.tree.map(lambda a, b: jnp.where(clip_slow, a, b), clipped.slow, params.slow)
+        moved: Any = optax.apply_updates(params, updates)
+        clipped = apply_qk_clip_to_copies(moved, moved.fast, maxima, threshold=threshold)
+        slow = jax.tree.map(lambda a, b: jnp.where(clip_slow, a, b), clipped.slow, moved.slow)
         return clipped._replace(slow=slow), state
 
     before = state

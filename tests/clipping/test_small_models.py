@@ -28,7 +28,7 @@ class Model(NamedTuple):
     """A model: its weights' shapes, and queries, keys and values made from them."""
 
     shapes: dict[str, tuple[int, ...]]
-    project: Callable[[Params, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
+    project: Callable[[Params, jax.Array], tuple[jax.Array, ...]]
     change: Callable[[jax.Array], jax.Array] = lambda logits: logits
     sink: float | None = None
     blocks: Any = None
