@@ -175,9 +175,10 @@ def capture_max_logits(
 
     The model stays as it is. `nnx.MultiHeadAttention` modules record while the call runs: with
     Flax's default `attention_fn` from the very logits that attention computes, with another one by
-    computing them once more, block by block. Whatever else is sown as an `nnx.Intermediate` called
-    `max_logits` is returned too. It works inside `nnx.jit` and `nnx.value_and_grad` and around
-    them, and through `nnx.remat`, `nnx.scan` and `nnx.vmap`, where maxima are stacked like kernels.
+    computing them once more, block by block, from its arguments: what it scales or hides inside is
+    not seen. Whatever else is sown as an `nnx.Intermediate` called `max_logits` is returned too. It
+    works inside `nnx.jit` and `nnx.value_and_grad` and around them, and through `nnx.remat`,
+    `nnx.scan` and `nnx.vmap`, where maxima are stacked like kernels.
 
     Args:
         function: A model, one of its methods, or a function whose first argument is the model.

@@ -69,9 +69,9 @@ def capture_max_logits(apply_fn: Callable[..., Any]) -> Callable[..., tuple[Any,
 
     The model stays as it is. Flax's attention modules, and those derived from them, record while
     the call runs: with Flax's default `attention_fn` from the very logits that attention computes,
-    with another one by computing them once more, block by block. Whatever else is sown as
-    `max_logits` is returned too. Pure: it works under `jit`, `value_and_grad`, `nn.remat`,
-    `nn.scan` and `nn.vmap`.
+    with another one by computing them once more, block by block, from its arguments: what it scales
+    or hides inside is not seen. Whatever else is sown as `max_logits` is returned too. Pure: it
+    works under `jit`, `value_and_grad`, `nn.remat`, `nn.scan` and `nn.vmap`.
 
     Args:
         apply_fn: `model.apply`, or a function that takes variables first and `mutable=` as it does.
