@@ -109,10 +109,11 @@ class GPT(nn.Module):
 
 
 def next_byte_loss(
-    model: GPT, params: Any, tokens: UInt8[Array, "batch length"]
+    model: nn.Module, params: Any, tokens: UInt8[Array, "batch length"]
 ) -> tuple[Float[Array, ""], Any]:
     """Returns the mean cross-entropy in nats a byte, and what the attention recorded."""
-    logits, variables = model.apply({"params": params}, tokens[:, :-1], mutable=["intermediates"])
+    out: Any = model.apply({"params": params}, tokens[:, :-1], mutable=["intermediates"])
+    logits, variables = out
     return cross_entropy(jnp.asarray(logits), tokens[:, 1:]), variables["intermediates"]
 
 

@@ -21,13 +21,18 @@ COLORS = {
     "muon": "#d55e00",
     "muonclip": "#009e73",
     "muonclip_lower": "#cc79a7",
+    "sgd": "#56b4e9",
 }
 NAMES = {
     "adamw": "AdamW",
     "muon": "Muon",
     "muonclip": "MuonClip",
     "muonclip_lower": "MuonClip, threshold 15 % lower",
+    "sgd": "SGD with momentum",
 }
+
+#: Colours for what is no optimizer.
+SEQUENCE = ("#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 
 
 def series(records: Iterable[Record], name: str) -> tuple[list[float], list[float]]:

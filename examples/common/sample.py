@@ -3,16 +3,15 @@
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from common.model import GPT
-
 
 def sample(
-    model: GPT,
+    model: nn.Module,
     params: Any,
     *,
     prompt: str,
@@ -46,7 +45,12 @@ def sample(
 
 @partial(jax.jit, static_argnums=0)
 def _continue(
-    model: GPT, params: Any, window: Array, known: Int[Array, ""], keys: Array, temperature: float
+    model: nn.Module,
+    params: Any,
+    window: Array,
+    known: Int[Array, ""],
+    keys: Array,
+    temperature: float,
 ) -> Array:
     """Scans over keys: one byte each. Attention is causal, so that what follows is not seen."""
 

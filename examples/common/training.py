@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,12 +116,18 @@ class State(NamedTuple):
 
 
 class Training:
-    """One run's model, optimizer and text, with its step compiled."""
+    """One run's model, optimizer and text, with its step compiled.
 
-    def __init__(self, settings: Settings, corpus: Corpus):
+    Args:
+        settings: What decides the numbers.
+        corpus: The text.
+        model: A language model that records its largest logits; None is the GPT of the settings.
+    """
+
+    def __init__(self, settings: Settings, corpus: Corpus, model: nn.Module | None = None):
         self.settings = settings
         self.text = corpus.train
-        self.model = GPT(settings.model)
+        self.model = GPT(settings.model) if model is None else model
         self.tx = OPTIMIZERS[settings.optimizer].build(settings)
         self.scored = scored_windows(settings, corpus)
         # The old parameters and moments are given up for the new ones: no second copy of either.
@@ -146,8 +153,12 @@ class Training:
         clips = OPTIMIZERS[self.settings.optimizer].clips
         threshold = self.settings.threshold if clips else jnp.inf
         info = mc.qk_clip_info(state.params, max_logits, threshold=threshold)
-        record = step_record(self.settings, state.step, loss, info)
+        record = step_record(self.settings, state.step, loss, info) | self.observe(max_logits)
         return State(step=state.step + 1, params=params, optimizer=optimizer), record
+
+    def observe(self, recorded: Any) -> dict[str, jax.Array]:
+        """What a model that records more than its maxima adds to each record: scalars by name."""
+        return {}
 
     def batch(self, step: int) -> Any:
         """The windows that a step trains on, from the seed and the step alone."""
