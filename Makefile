@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sweep compare bench settings kernels notebooks docs package test test-newest test-oldest quick \
+.PHONY: help setup train sweep compare bench bench-attention settings kernels notebooks docs package test test-newest test-oldest quick \
 	format lint types floors clean
 
 help:  ## this list
@@ -49,6 +49,12 @@ bench: $(VENV)/.bench  ## measure on this CPU (under 15 minutes, keep it idle): 
 	$(BIN)/python benchmarks/polar_time.py
 	$(BIN)/python benchmarks/compile_time.py
 	$(BIN)/python benchmarks/polar_quality.py --momentum $(MOMENTUM)
+	$(BIN)/python benchmarks/block_products.py
+	$(BIN)/python benchmarks/report.py
+
+bench-attention: $(READY)  ## what the clip and the recording of its maxima cost (keep it idle)
+	$(BIN)/python benchmarks/clip_cost.py
+	$(BIN)/python benchmarks/attention_recording.py
 	$(BIN)/python benchmarks/report.py
 
 settings: $(READY)  ## the sweeps of docs/settings.md; what is there is not run again

@@ -14,7 +14,15 @@ import pytest
 from benchmarks.report import DOCS, PAGES, RESULTS, load, written
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ("step_time", "polar_time", "compile_time", "polar_quality")
+SCRIPTS = (
+    "step_time",
+    "polar_time",
+    "compile_time",
+    "polar_quality",
+    "block_products",
+    "clip_cost",
+    "attention_recording",
+)
 
 
 def run(script: str, *options: object) -> subprocess.CompletedProcess[str]:
@@ -43,7 +51,11 @@ def results(tmp_path_factory) -> Path:
     momentum = tmp_path_factory.mktemp("momentum") / "momentum.npz"
     runs: list[tuple[object, ...]] = [("momentum", "--smoke", "--out", momentum)]
     for script in SCRIPTS:
-        options = ("--momentum", momentum) if script in ("step_time", "polar_quality") else ()
+        options: tuple[object, ...] = ()
+        if script in ("step_time", "polar_quality"):
+            options = ("--momentum", momentum)
+        elif script == "clip_cost":
+            options = ("--dtypes", "float32")
         runs.append((script, "--smoke", "--out", folder, *options))
     for command in runs:
         done = run(str(command[0]), *command[1:])
@@ -106,7 +118,8 @@ def test_the_report_writes_pages_and_pictures(results, tmp_path):
     text = {name: (tmp_path / name).read_text() for name in PAGES}
     for name, blocks in PAGES.items():
         assert text[name] == written(text[name], load(results), blocks)
-    assert "| ours, minimax4 |" in text["performance.md"]
+    for said in ("| ours, minimax4 |", "| 3 x 3 blocks |", "| fused q k v |", "T = 256"):
+        assert said in text["performance.md"]
     # What is stored is what is published: the page of the repository.
     assert text["scaling.md"] == (DOCS / "scaling.md").read_text()
     for name in ("step_time", "compile_time", "polar_quality"):

@@ -131,8 +131,13 @@ COMMANDS: dict[str, Run | Covered] = {
             "benchmarks/polar_time.py",
             "benchmarks/compile_time.py",
             "benchmarks/polar_quality.py",
+            "benchmarks/block_products.py",
             "benchmarks/report.py",
         ),
+    ),
+    r"make bench-attention": Covered(
+        f"{_BENCH}::test_the_report_writes_pages_and_pictures",
+        ("benchmarks/clip_cost.py", "benchmarks/attention_recording.py", "benchmarks/report.py"),
     ),
     r"make test": Covered(f"{_HERE}::test_what_ci_runs_is_make_test", ("pytest",)),
     r"make quick": Covered(f"{_HERE}::test_what_ci_runs_is_make_test", ("pytest",)),
