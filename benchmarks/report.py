@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks import pods, scaling
 from benchmarks.harness import RESULTS, ROOT
 from benchmarks.report_attention import blocks_table, clip_table, recording_table
+from benchmarks.report_floor import floor_table
 from benchmarks.report_pictures import draw_all
 from benchmarks.report_quality import default_table, quality_table, rounding_table
 from benchmarks.report_targets import targets_table
@@ -159,6 +160,7 @@ PAGES: Mapping[str, Blocks] = {
         "rounding": rounding_table,
         "default": default_table,
         "blocks": blocks_table,
+        "floor": floor_table,
         "clip": clip_table,
         "recording": recording_table,
     },
