@@ -1,6 +1,7 @@
 """Scikit-learn's handwritten digits, which come with the package: three parts, shifted batches."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -27,7 +28,8 @@ class Digits:
 
 def load_parts() -> dict[str, Digits]:
     """Returns the 1797 images in three parts, always the same: train, validation and held_out."""
-    pixels, labels = load_digits(return_X_y=True)
+    loaded: Any = load_digits(return_X_y=True)
+    pixels, labels = loaded
     images = np.float32(np.asarray(pixels) / 16).reshape(-1, 8, 8, 1)
     # Neighbours in the file were written by one hand.
     order = np.random.Generator(np.random.Philox(key=0)).permutation(len(images))

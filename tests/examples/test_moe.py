@@ -50,7 +50,8 @@ def test_each_token_is_the_weighted_sum_of_its_best_experts(x):
     """Against a loop over tokens and the experts that a sort of the scores gives, in float64."""
     router, experts = Router(TINY), Experts(TINY)
     routing = variables(router, x) | {"bias": jnp.array([0.3, -0.2, 0.0, 0.1])}
-    weights, sown = router.apply({"params": routing}, x, mutable=["intermediates"])
+    routed: Any = router.apply({"params": routing}, x, mutable=["intermediates"])
+    weights, sown = routed
     params = variables(experts, x, weights)
     out: Any = experts.apply({"params": params}, x, weights)
 

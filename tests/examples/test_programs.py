@@ -18,17 +18,21 @@ def command(program: str, *options: object) -> list[str]:
     return [sys.executable, str(ROOT / "examples" / program), *map(str, options)]
 
 
-def environment() -> dict[str, str]:
-    # The tests' eight devices would slow down a program that uses one; quick compiling is welcome.
+def environment(*, optimized: bool = False) -> dict[str, str]:
+    # The tests' eight devices would slow down a program that uses one. Quick compiling is welcome
+    # to a program that is short.
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    flags = [] if optimized else flags
     changed = {"XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     return os.environ | changed
 
 
-def run(program: str, *options: object) -> subprocess.CompletedProcess[str]:
+def run(
+    program: str, *options: object, optimized: bool = False
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(program, *options),
-        env=environment(),
+        env=environment(optimized=optimized),
         cwd=ROOT,
         capture_output=True,
         text=True,
