@@ -22,7 +22,7 @@ from muonclip_jax.polar import PolarPlan, apply_polar
 # A stack is the unit of work and of temporary memory. On a CPU, where matrices are worked on one
 # after another, it is a share of the tree: the number of stacks, and with it the program, then
 # stays as it is however deep the tree. Smaller ones than the second bound save nothing that counts.
-_CPU_STACK_SHARE = 6
+_CPU_STACK_SHARE = 8
 _CPU_STACK_BYTES = 24 * 2**20
 # Newton-Schulz holds a few copies of a stack; a small device has little room beside the parameters.
 _ACCELERATOR_MEMORY_SHARE = 64
