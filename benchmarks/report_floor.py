@@ -43,6 +43,8 @@ def floor_table(results: Results) -> str:
         for row in results["polar_time"]["rows"]
         if "flops_per_second" in row
     }
+    if any((shape, kind) not in rates for shape in matrices for kind in KINDS):
+        return missing("polar_time")  # a run of other shapes
     steps = by(results["step_time"]["rows"], "contender")
     lines = []
     for name in (OPTAX, OURS, FAST):

@@ -36,7 +36,24 @@ def test_the_matrices_are_those_of_the_models(model):
     assert numbers == {"muon": model.numbers, "adamw": model.others}
 
 
-@pytest.mark.parametrize(("name", "case"), CHECKED.items(), ids=map(" ".join, CHECKED))
+#: As `max_stack_bytes` holds for leftovers too, this tree takes two rounds on 64 devices, and the
+#: compiler gathers more than the model counts (docs/scaling.md says how much).
+TWO_ROUNDS = ("7B dense", "replicated, 64", "v5p:4x4x4")
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        pytest.param(
+            *item,
+            id=" ".join(item[0]),
+            marks=[pytest.mark.xfail(strict=True, reason="a second round's gathers")]
+            if item[0] == TWO_ROUNDS
+            else [],
+        )
+        for item in CHECKED.items()
+    ],
+)
 def test_the_model_is_near_the_compiler(name, case):
     """The errors that docs/scaling.md states."""
     model, plan = case
