@@ -31,12 +31,16 @@ def platform_of(device: jax.Device) -> str:
     return "gpu" if device.platform in ("cuda", "rocm") else device.platform
 
 
-def device_memory() -> int | None:
-    """Returns the bytes of memory of the default accelerator, or None where it does not say."""
+def _default_device() -> jax.Device:
     device = getattr(jax.config, "jax_default_device", None)
     if device is None or isinstance(device, str):
-        device = jax.local_devices(backend=device)[0]
-    statistics = device.memory_stats() or {}
+        return jax.local_devices(backend=device)[0]
+    return device
+
+
+def device_memory() -> int | None:
+    """Returns the bytes of memory of the default accelerator, or None where it does not say."""
+    statistics = _default_device().memory_stats() or {}
     return statistics.get("bytes_limit")
 
 
@@ -45,10 +49,8 @@ def current_target() -> Target:
     platform = default_platform()
     if platform not in ("gpu", "cuda", "rocm"):
         return Target(platform)
-    device = getattr(jax.config, "jax_default_device", None)
-    if device is None or isinstance(device, str):
-        device = jax.local_devices(backend=device)[0]
-    major, _, minor = str(getattr(device, "compute_capability", "0.0")).partition(".")
+    capability = str(getattr(_default_device(), "compute_capability", "0.0"))
+    major, _, minor = capability.partition(".")
     known = major.isdigit() and minor.isdigit()
     return Target("gpu", (int(major), int(minor)) if known else (0, 0))
 
