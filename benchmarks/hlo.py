@@ -14,6 +14,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from benchmarks.replica_groups import read_groups
+
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -111,12 +113,7 @@ def tally(text: str | None) -> Tally:
         >>> tally(jax.jit(lambda x: x @ x.T).lower(x).compile().as_text()).flops
         256.0
     """
-    if text is None:
-        raise ValueError("This program has no text: the platform's compiler does not give it.")
-    computations, entry = _parse(text)
-    header = text.split("\n", 1)[0]
-    named = re.findall(r"(?:num_partitions|replica_count)=(\d+)", header)
-    devices = max(map(int, named), default=1)
+    computations, entry, devices = _parse(text)
     done: dict[str, Tally] = {}
 
     def total(name: str) -> Tally:
@@ -147,7 +144,43 @@ def tally(text: str | None) -> Tally:
     return total(entry)
 
 
-def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
+def device_groups(text: str | None) -> list[tuple[int, ...]]:
+    """Which devices exchange data with each other in a program.
+
+    Args:
+        text: `Compiled.as_text()`.
+
+    Returns:
+        The groups of all its collectives, and the pairs of those that permute. A device has the
+        number of its place in the mesh of the program.
+
+    Raises:
+        ValueError: If there is no text.
+
+    Example:
+        >>> import jax
+        >>> mesh = jax.make_mesh((4, 2), ("x", "y"))
+        >>> one, two = jax.P("x", "y"), jax.P("x")
+        >>> gather = jax.jit(lambda x: x, out_shardings=jax.NamedSharding(mesh, two))
+        >>> x = jax.ShapeDtypeStruct((8, 8), "float32", sharding=jax.NamedSharding(mesh, one))
+        >>> device_groups(gather.lower(x).compile().as_text())
+        [(0, 1), (2, 3), (4, 5), (6, 7)]
+    """
+    computations, _, devices = _parse(text)
+    return [
+        group
+        for instructions in computations.values()
+        for each in instructions.values()
+        if each.operation.removesuffix("-start") in COLLECTIVES
+        for group in read_groups(each.attributes, devices)
+    ]
+
+
+def _parse(text: str | None) -> tuple[dict[str, dict[str, _Instruction]], str, int]:
+    """The computations, the name of the one that is run, and for how many devices they are."""
+    if text is None:
+        raise ValueError("This program has no text: the platform's compiler does not give it.")
+    named = re.findall(r"(?:num_partitions|replica_count)=(\d+)", text.split("\n", 1)[0])
     computations: dict[str, dict[str, _Instruction]] = {}
     entry, current = "", {}
     for line in text.splitlines():
@@ -156,7 +189,7 @@ def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
             entry = header[2] if header[1] else entry
         elif instruction := _read(line):
             current[instruction.name] = instruction
-    return computations, entry
+    return computations, entry, max(map(int, named), default=1)
 
 
 def _read(line: str) -> _Instruction | None:
@@ -181,6 +214,18 @@ def _closing(text: str) -> int:
         if not depth:
             return index
     return len(text) - 1
+
+
+def _elements(text: str) -> list[str]:
+    """The types in the type of a tuple."""
+    elements, depth = [""], 0
+    for letter in text[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            elements.append("")
+        else:
+            elements[-1] += letter
+    return elements
 
 
 def _one(instruction: _Instruction, others: Mapping[str, _Instruction], devices: int) -> Tally:
@@ -220,32 +265,19 @@ def _size(kind: str, dims: str) -> float:
 
 def _sent(kind: str, instruction: _Instruction, devices: int) -> float:
     """Bytes that a device sends, by the ring algorithm."""
-    sizes = [_size(*shape) for shape in _SHAPE.findall(instruction.type)]
-    if instruction.operation.endswith("-start"):
-        if kind == "collective-permute":
-            sizes = sizes[1:2]
-        elif kind in ("all-gather", "reduce-scatter"):
-            # Operands, then results.
-            sizes = sizes[len(sizes) // 2 :]
-    size, group = sum(sizes), _group(instruction.attributes, devices)
+    results = instruction.type
+    is_start = instruction.operation.endswith("-start")
+    if is_start and (kind != "all-reduce" or results.startswith("((")):
+        # Operands, results, and what it works with; an all-reduce may say its results alone.
+        results = _elements(results)[1]
+    size = sum(_size(*shape) for shape in _SHAPE.findall(results))
+    if kind == "collective-permute":
+        return size
+    group = len(read_groups(instruction.attributes, devices)[0])
     share = (group - 1) / group
-    return {
-        "all-reduce": 2 * size * share,
-        "reduce-scatter": size * (group - 1),
-        "collective-permute": size,
-    }.get(kind, size * share)
-
-
-def _group(attributes: str, devices: int) -> int:
-    """How many devices take part together; where no groups are named, all of them."""
-    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
-        return listed[1].count(",") + 1
-    if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
-        return int(tiled[1])
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{}]*\{([^}]*)\}", attributes):
-        sizes = dict(re.findall(r"'?([\w.-]+)'?=(\d+)", named[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'?([\w.-]+)'?", named[2]))
-    return devices
+    return {"all-reduce": 2 * size * share, "reduce-scatter": size * (group - 1)}.get(
+        kind, size * share
+    )
 
 
 def _dot(instruction: _Instruction, operands: list[tuple[int, ...]]) -> float:

@@ -74,6 +74,38 @@ ENTRY %main (a: bf16[2,64,96], b: bf16[2,96,32]) -> f32[2,64,32] {
 """.replace("HOLES", "{size=2 pad=0_0 lhs_dilate=2}")
 
 
+STARTS = """HloModule jit_f, is_scheduled=true, num_partitions=4
+
+ENTRY %main (a: f32[8,128], b: f16[2,4,16]) -> f32[8,128] {
+  %a = f32[8,128]{1,0} parameter(0)
+  %b = f16[2,4,16]{2,0,1} parameter(1)
+  START
+}
+"""
+
+
+A, B = 8 * 128 * 4, 2 * 4 * 16 * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "written", "size"),
+    [
+        ("all-to-all", "((f16[2,4,16]{2,0,1}), f16[2,4,16]{2,0,1})", B * 3 / 4),
+        ("all-to-all", "((f32[8,128], f16[2,4,16]), (f32[8,128], f16[2,4,16]))", (A + B) * 3 / 4),
+        ("all-gather", "(f32[8,128]{1,0}, f32[32,128]{1,0})", 4 * A * 3 / 4),
+        ("all-gather", "((f32[8,128], f16[2,4,16]), (f32[32,128], f16[8,4,16]))", (A + B) * 3),
+        ("reduce-scatter", "((f32[8,128]{1,0}), f32[2,128]{1,0})", A / 4 * 3),
+        ("all-reduce", "(f32[8,128]{1,0}, f16[2,4,16]{2,0,1})", 2 * (A + B) * 3 / 4),
+        ("all-reduce", "((f32[8,128]{1,0}), f32[8,128]{1,0}, u32[])", 2 * A * 3 / 4),
+        ("collective-permute", "(f32[8,128]{1,0}, f32[8,128]{1,0}, u32[], u32[])", A),
+    ],
+)
+def test_a_start_sends_its_results(kind: str, written: str, size: float):
+    """What begins and ends apart, as on a GPU, has its operands in its type too."""
+    start = f"%s = {written} {kind}-start(%a, %b), replica_groups=[1,4]<=[4]"
+    assert tally(STARTS.replace("START", start)).by_kind() == {kind: {"count": 1, "bytes": size}}
+
+
 def test_what_a_tpu_writes():
     """A batched product is a convolution with holes; a start counts, its end does not."""
     counted = tally(TPU)

@@ -185,7 +185,16 @@ def test_the_kernels_are_timed_and_checked(tmp_path):
 
 @pytest.mark.parametrize(
     "module",
-    ["harness", "counting", "hlo", "report_text", "polar_time", "report_targets", "report_floor"],
+    [
+        "harness",
+        "counting",
+        "hlo",
+        "replica_groups",
+        "report_text",
+        "polar_time",
+        "report_targets",
+        "report_floor",
+    ],
 )
 def test_doctests(module):
     assert doctest.testmod(import_module(f"benchmarks.{module}")).failed == 0
