@@ -1,8 +1,13 @@
 """Oracles, case tables and tolerances that the tests share."""
 
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 #: Relative tolerance by dtype for one pass through the library; a looser one says why.
 TOLERANCE = {
@@ -29,6 +34,51 @@ def polynomial_of_singular_values(
     for a, b, c in rows:
         s = a * s + b * s**3 + c * s**5
     return (u * s[..., None, :]) @ vh
+
+
+def described_mesh(
+    platform: str, sizes: tuple[int, ...] = (1,), names: tuple[str, ...] = ("device",)
+) -> AbstractMesh:
+    """A mesh of devices that are not here; H200s for "cuda".
+
+    JAX 0.12 asks the mesh for which GPU a kernel is lowered, and where none says so it looks for a
+    GPU. In 0.10.0 a described device has no platform.
+    """
+    fields = {"device_kind": "NVIDIA H200", "num_cores": None, "platform": "gpu"}
+    known = inspect.signature(AbstractDevice).parameters
+    device = AbstractDevice(**{name: fields[name] for name in fields if name in known})
+    return AbstractMesh(
+        sizes,
+        names,
+        axis_types=(AxisType.Auto,) * len(names),
+        abstract_device=device if platform == "cuda" else None,
+    )
+
+
+def lowered(
+    platform: str,
+    function: Callable[..., Any],
+    *arguments: Any,
+    mesh: AbstractMesh | None = None,
+) -> str:
+    """What a function becomes on a platform ("tpu" or "cuda") that is not here, before compiling.
+
+    A function with a `shard_map` needs its `mesh`, a described one, here as well.
+    """
+    with jax.sharding.use_abstract_mesh(mesh or described_mesh(platform)):
+        traced = jax.jit(function).trace(*arguments)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a jaxpr, those of the jaxprs inside it too, once for each use.
+
+    The text of a jaxpr will not do to count by: JAX 0.12 prints what is used twice once.
+    """
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
 
 
 def update(tx: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:

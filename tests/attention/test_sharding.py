@@ -13,7 +13,7 @@ from muonclip_jax.attention import attention_max_logits, dot_product_attention, 
 from muonclip_jax.kernels.max_logits import xla as maxima_xla
 from muonclip_jax.kernels.max_logits.xla import least_block
 from tests.attention.dense import dense_attention
-from tests.helpers import TOLERANCE
+from tests.helpers import TOLERANCE, equations
 
 KINDS = [AxisType.Auto, AxisType.Explicit]
 # name -> where query, key and value lie, and query heads on key heads
@@ -109,22 +109,8 @@ def test_without_jit_and_without_a_mesh_that_is_set():
 
 def _trips(function, *arguments) -> list[int]:
     """Returns the lengths of the loops in a program, those inside of others too."""
-    lengths: list[int] = []
-
-    def visit(jaxpr):
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "scan":
-                lengths.append(equation.params["length"])
-            for inner in jax.tree.leaves(
-                list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-            ):
-                if hasattr(inner, "eqns"):
-                    visit(inner)
-                elif hasattr(inner, "jaxpr"):
-                    visit(inner.jaxpr)
-
-    visit(jax.make_jaxpr(function)(*arguments).jaxpr)
-    return lengths
+    found = equations(jax.make_jaxpr(function)(*arguments))
+    return [each.params["length"] for each in found if each.primitive.name == "scan"]
 
 
 def test_blocks_are_cut_from_what_one_device_has(monkeypatch):

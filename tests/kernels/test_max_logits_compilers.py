@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from benchmarks.compilers import TPU_ENVIRONMENT, h200_devices, tpu_devices
 from benchmarks.kernel_cases_max_logits import CASES
 from muonclip_jax.attention import attention_max_logits, dot_product_attention
+from tests.helpers import described_mesh, lowered
 
 P = PartitionSpec
 NAME = "muonclip_max_logits"
@@ -26,16 +27,12 @@ def _pallas(query: Any, key: Any, **keywords: Any) -> Any:
     return attention_max_logits(query, key, implementation="pallas", **keywords)
 
 
-def _lowered(platform: str, function: Any, *arguments: Any) -> str:
-    return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
-
-
 @pytest.mark.parametrize(
     ("platform", "name"), [(platform, case[0]) for platform in CASES for case in CASES[platform]]
 )
 def test_lowering(platform, name):
     function, arguments = next(case[1:] for case in CASES[platform] if case[0] == name)
-    text = _lowered(platform, function, *arguments)
+    text = lowered(platform, function, *arguments)
     assert NAME in text
     queries, keys = arguments[0].shape[1], arguments[1].shape[1]
     assert f"{queries}x{keys}xf32" not in text
@@ -43,14 +40,14 @@ def test_lowering(platform, name):
 
 def test_what_one_platform_refuses_the_other_takes():
     query = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.float16)
-    assert NAME in _lowered("cuda", _pallas, query, query)
+    assert NAME in lowered("cuda", _pallas, query, query)
     with pytest.raises(NotImplementedError, match="takes bfloat16 and float32, not float16; use"):
-        _lowered("tpu", _pallas, query, query)
+        lowered("tpu", _pallas, query, query)
 
 
 @pytest.mark.parametrize("platform", CASES)
 def test_shard_map_knows_what_varies(platform):
-    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "heads"))
+    mesh = described_mesh(platform, (2, 2), ("data", "heads"))
     spec = P("data", None, "heads")
 
     def local(query, key, lengths):
@@ -61,7 +58,8 @@ def test_shard_map_knows_what_varies(platform):
         local, mesh=mesh, in_specs=(spec, spec, P("data")), out_specs=P("heads"), check_vma=True
     )
     array = jax.ShapeDtypeStruct((2, 64, 4, 64), jnp.bfloat16)
-    assert NAME in _lowered(platform, mapped, array, array, jax.ShapeDtypeStruct((2,), jnp.int32))
+    lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
+    assert NAME in lowered(platform, mapped, array, array, lengths, mesh=mesh)
 
 
 @pytest.mark.parametrize("platform", CASES)
@@ -73,7 +71,7 @@ def test_beside_attention(platform):
         return jnp.sum(out.astype(jnp.float32)), max_logits
 
     array = jax.ShapeDtypeStruct((1, 64, 4, 64), jnp.bfloat16)
-    assert NAME in _lowered(platform, jax.value_and_grad(loss, has_aux=True), array)
+    assert NAME in lowered(platform, jax.value_and_grad(loss, has_aux=True), array)
 
 
 @pytest.fixture(params=CASES)
@@ -102,11 +100,11 @@ def test_compiled_for_many_devices(described, axis_type):
     mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "heads"), axis_types=(axis_type,) * 2)
     sharding = NamedSharding(mesh, P("data", None, "heads"))
     array: Any = jax.ShapeDtypeStruct((4, 1024, 4, 64), jnp.bfloat16, sharding=sharding)
-    lowered = jax.jit(lambda q, k: _pallas(q, k, is_causal=True))
+    run = jax.jit(lambda q, k: _pallas(q, k, is_causal=True))
     if platform == "tpu" and axis_type == AxisType.Auto:
         with pytest.raises(NotImplementedError, match="wrap the call in a shard_map"):
-            lowered.lower(array, array)
+            run.lower(array, array)
         return
-    program: Any = lowered.lower(array, array).compile()
+    program: Any = run.lower(array, array).compile()
     assert NAME in program.as_text()
     assert " all-gather" not in program.as_text()

@@ -1,6 +1,5 @@
 """Axes across a slow network: which they are, and that nothing crosses unless it has to."""
 
-import re
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
+from benchmarks.hlo import device_groups
 from muonclip_jax.matrices.distribution import slow
 from muonclip_jax.matrices.distribution.slow import slow_axes
 
@@ -63,20 +63,9 @@ def trees(mesh: Mesh, at: P, count: int = 5) -> tuple[Any, Any, Any]:
     return alone, jax.device_put(alone, shardings), shardings
 
 
-def groups_that_cross(text: str) -> list[str]:
+def groups_that_cross(text: str) -> list[tuple[int, ...]]:
     """Groups of devices of any collective that are not of one slice."""
-    found = re.findall(r"replica_groups=\{(\{.*?\})\}|replica_groups=(\[[^\s]*)", text)
-    assert found or "all-" not in text
-    crossing = []
-    for listed, tiled in found:
-        if tiled:
-            shape, rest = re.fullmatch(r"\[(\d+,\d+)\]<=\[8\](.*?),?", tiled).groups()  # pyright: ignore[reportOptionalMemberAccess]
-            assert not rest, tiled
-            rows = np.arange(8).reshape([int(n) for n in shape.split(",")])
-        else:
-            rows = [list(map(int, group.split(","))) for group in re.findall(r"[\d,]+\d", listed)]
-        crossing += [str(row) for row in rows if len({int(n) // 4 for n in row}) > 1]
-    return crossing
+    return [group for group in device_groups(text) if len({each // 4 for each in group}) > 1]
 
 
 @pytest.mark.parametrize("at", [P(), P("fsdp"), P(None, "fsdp")], ids=str)

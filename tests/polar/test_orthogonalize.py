@@ -348,13 +348,15 @@ def test_gram_and_plain_agree(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", [*METHODS, "svd"])
+@pytest.mark.usefixtures("float64")
 def test_batches_jit_vmap_and_shapes(method: str) -> None:
-    x = jnp.asarray(matrix((1, 2, 6, 10), "float32"))
+    # Programs of other shapes round differently, and the default rows are steep.
+    x = jnp.asarray(matrix((1, 2, 6, 10)))
     apply = functools.partial(apply_polar, plan_polar(ns_method=method))
     one = jax.jit(apply)
     expected = np.stack([[one(x[0, 0]), one(x[0, 1])]])
     for y in (apply(x), jax.jit(apply)(x), jax.vmap(jax.vmap(apply))(x)):
-        np.testing.assert_allclose(y, expected, atol=TOLERANCE["float32"])
+        np.testing.assert_allclose(y, expected, rtol=0, atol=FLOAT64)
     shaped = jax.eval_shape(apply, jax.ShapeDtypeStruct((5, 9, 4), jnp.bfloat16))
     assert (shaped.shape, shaped.dtype) == ((5, 9, 4), jnp.bfloat16)
 

@@ -3,12 +3,14 @@
 Results equal those of one device bit for bit where both run the same reductions over the same
 arrays. Two programs may differ, though: XLA fuses a reduction (the norm, above all) with whatever
 stands before it, such as the cut of a part or the selection of a branch, and the fused one adds in
-another order. That is a difference in the last bit, which the steps multiply by their slopes: up to
-1e-6 after two steps, 2e-6 after five. Where devices add parts of one matrix, it is up to 1e-5.
+another order. So does a product X X^T whose X^T is copied first, as the XLA of JAX 0.12 does where
+a device has one matrix, and not where it has several. That is a difference in the last bit, 2^-24,
+which the steps multiply by their slopes: two of keller_jordan by 3.4445^2 = 12, or if it is in the
+first X X^T by 4.775 x 3.4445 = 16. So it is up to 1e-6 after two steps, 2e-6 after five. Where
+devices add parts of one matrix, it is up to 1e-5.
 """
 
 import functools
-import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +22,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import muonclip_jax as mc
-from benchmarks.hlo import tally
+from benchmarks.hlo import device_groups, tally
 from muonclip_jax.layouts import MatrixSpec, Split
 
 P = PartitionSpec
@@ -210,7 +212,8 @@ def test_a_stack_moves_twice_and_is_worked_on_once(sharding: PartitionSpec):
 def test_stacks_smaller_than_and_equal_to_the_devices(count: int):
     case = stack_of(count, P("fsdp", "tp"))
     tx = case.transformation(param_shardings=case.shardings)
-    case.check(jax.jit(tx.update)(case.params, tx.init(case.params))[0])
+    # The last bit: a device has one matrix.
+    case.check(jax.jit(tx.update)(case.params, tx.init(case.params))[0], atol=1e-6)
 
 
 @pytest.mark.slow
@@ -282,9 +285,8 @@ def test_work_stays_on_the_axes_that_are_named():
     program = compiled(tx, case.params)
     case.check(program(case.params, tx.init(case.params))[0])
     assert collectives(program.as_text()) == {"all-to-all": 2}
-    groups = re.findall(r"replica_groups=(\{\{.*?\}\}|\[[^\s]*)", program.as_text())
     # Devices are numbered along "tp" first.
-    assert set(groups) <= {"{{0,1},{2,3},{4,5},{6,7}}", "[4,2]<=[8]"}
+    assert set(device_groups(program.as_text())) == {(0, 1), (2, 3), (4, 5), (6, 7)}
 
 
 # Momentum
@@ -365,8 +367,10 @@ def test_pmap_shares_the_work():
     state = jax.pmap(tx.init, axis_name="batch")(copies)
     updates, _ = jax.pmap(tx.update, axis_name="batch")(copies, state)
     for name, expected in case.expected().items():
+        # The last bit: a device has one matrix. All devices have the same bits.
+        np.testing.assert_allclose(updates[name][0], expected, rtol=0, atol=1e-6)
         np.testing.assert_array_equal(
-            updates[name], np.broadcast_to(expected, (8, *expected.shape))
+            updates[name], np.broadcast_to(updates[name][0], (8, *expected.shape))
         )
 
 

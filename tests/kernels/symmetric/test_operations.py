@@ -1,8 +1,6 @@
 """The symmetric products: every implementation against float64, symmetric to the bit."""
 
-import contextlib
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +21,7 @@ from muonclip_jax.kernels.symmetric.operations import _symmetric
 from muonclip_jax.kernels.symmetric.problem import Problem
 from muonclip_jax.kernels.symmetric.tilings import TILINGS, choose_tiling
 from muonclip_jax.kernels.symmetric.triangle import triangle_count
-from tests.helpers import TOLERANCE
+from tests.helpers import TOLERANCE, lowered
 from tests.kernels.symmetric.interpreted import interpret_hopper
 
 # One tile, several, ragged in rows, in depth, in both; stacks.
@@ -175,22 +173,13 @@ def test_the_kernel_without_symmetry_lowers(shape):
         jax.ShapeDtypeStruct((batch, *each), jnp.float16)
         for each in ((rows, depth), (depth, columns), (rows, columns))
     )
-    run = jax.jit(functools.partial(matmul_add, beta=3.4, implementation="mosaic_gpu"))
-    lowered = run.trace(x, y, addend).lower(lowering_platforms=("cuda",))
-    assert re.search("matmul_add", lowered.as_text())
+    run = functools.partial(matmul_add, beta=3.4, implementation="mosaic_gpu")
+    assert "matmul_add" in lowered("cuda", run, x, y, addend)
     # It has to be named: nothing tells yet whether it is faster.
     assert (
         "mosaic"
         not in jax.jit(functools.partial(matmul_add, beta=3.4)).lower(x, y, addend).as_text()
     )
-
-
-def _described(platform):
-    """Tells newer versions of JAX for which GPU to lower: they look for one."""
-    device = jax.sharding.AbstractDevice("NVIDIA H200", None, "gpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=device)
-    is_gpu = platform == "cuda"
-    return jax.sharding.use_abstract_mesh(mesh) if is_gpu else contextlib.nullcontext()
 
 
 @pytest.mark.parametrize("with_addend", [False, True])
@@ -209,11 +198,9 @@ def test_kernels_lower_for_platforms_that_are_not_here(platform, kernel, dtype, 
     x = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
     addend = jax.ShapeDtypeStruct((*shape[:2], shape[1]), jnp.dtype(dtype))
     factors = jax.ShapeDtypeStruct((2,), jnp.float32)
-    run = jax.jit(lambda x, y, addend, factors: kernel.run(x, y, addend, factors, dtype))
-    with _described(platform):
-        traced = run.trace(x, x, addend if with_addend else None, factors)
-        lowered = traced.lower(lowering_platforms=(platform,))
-    assert re.search(r"symmetric_product", lowered.as_text())
+    run = functools.partial(kernel.run, out_dtype=dtype)
+    text = lowered(platform, run, x, x, addend if with_addend else None, factors)
+    assert "symmetric_product" in text
 
 
 def _grid(kernel, shape):
