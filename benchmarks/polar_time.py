@@ -77,18 +77,18 @@ def repeated(function: Callable[[], Any], least: float) -> tuple[Callable[[], An
 
 
 def programs(x: jax.Array) -> tuple[dict[str, Callable[[], Any]], dict[str, PolarPlan]]:
-    """Returns what is timed on a stack `(batch, rows, columns)`, and the plans of ours."""
+    """Returns what is timed on a matrix or a stack of them, and the plans of ours."""
     settings = OURS if jax.default_backend() == "cpu" else {**OURS, **WITH_KERNELS}
     plans = {name: plan_polar(**arguments) for name, arguments in settings.items()}
     jitted: dict[str, Callable[[], Any]] = {
         name: functools.partial(jax.jit(functools.partial(apply_polar, plan)), x)
         for name, plan in plans.items()
     }
-    optax_function = jax.vmap(
-        functools.partial(
-            optax_muon.orthogonalize_via_newton_schulz, ns_coeffs=jnp.asarray(KELLER_JORDAN)
-        )
+    optax_function = functools.partial(
+        optax_muon.orthogonalize_via_newton_schulz, ns_coeffs=jnp.asarray(KELLER_JORDAN)
     )
+    if x.ndim == 3:
+        optax_function = jax.vmap(optax_function)
     jitted[OPTAX] = functools.partial(jax.jit(optax_function), x)
     work = plans["ours, keller_jordan, plain"].resolve(x.shape, x.dtype).dtype
     scaled = (x / jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)).astype(work)
@@ -97,10 +97,16 @@ def programs(x: jax.Array) -> tuple[dict[str, Callable[[], Any]], dict[str, Pola
         jitted[f"product: {name}"] = functools.partial(jax.jit(product), scaled, square)
     if torch_muon is not None:
         torch_muon.prepare()
-        tensors = [torch_muon.tensor(matrix) for matrix in np.asarray(x, np.float32)]
+        matrices = np.asarray(x, np.float32).reshape(-1, *x.shape[-2:])
+        tensors = [torch_muon.tensor(matrix) for matrix in matrices]
         for name, function in torch_muon.newton_schulz_functions().items():
             jitted[name] = functools.partial(_torch_stack, function, tensors)
     return jitted, plans
+
+
+def _first(x: jax.Array) -> np.ndarray:
+    """The first matrix, as a stack of one."""
+    return np.asarray(x, np.float64).reshape(-1, *x.shape[-2:])[:1]
 
 
 def _torch_stack(function: Callable[..., Any], tensors: list[Any]) -> None:
@@ -114,7 +120,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Times every program on one shape and compares with the products' own rate."""
     rows, columns = shape
-    x = jax.random.normal(jax.random.key(0), (batch, rows, columns), dtype)
+    # A batch of one is no batch: XLA's CPU compiler makes slow products of it.
+    stack = (batch, *shape) if batch > 1 else shape
+    x = jax.random.normal(jax.random.key(0), stack, dtype)
     jitted, plans = programs(x)
     runs, calls = {}, {}
     for name, function in jitted.items():
@@ -124,7 +132,7 @@ def measure(
         for name, times in interleave(runs, rounds, warmup=0).items()
     }
     products = {kind: summary(seconds[f"product: {kind}"])["median"] / batch for kind in PRODUCTS}
-    reference = Reference(np.asarray(x[:1], np.float64))
+    reference = Reference(_first(x))
     flops = product_flops(rows, columns)
     found = []
     for name, times in seconds.items():
@@ -154,8 +162,7 @@ def measure(
                 "needed_products_over_time": seconds_at(resolved, products, needed=True) / median,
             }
         if name in plans or name == OPTAX:
-            result = np.asarray(jitted[name](), np.float64)[:1]
-            record["quality"] = over_all(reference.quality(result))
+            record["quality"] = over_all(reference.quality(_first(jitted[name]())))
         found.append(record)
     return found
 

@@ -1,4 +1,4 @@
-"""Writes tables and pictures of docs/performance.md and docs/scaling.md from the stored results.
+"""Writes tables and pictures of the docs (performance, quality, scaling) from the stored results.
 
     python benchmarks/report.py
 
@@ -8,6 +8,7 @@ is not what would be written.
 """
 
 import argparse
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -19,7 +20,12 @@ from benchmarks.harness import RESULTS, ROOT
 from benchmarks.report_attention import blocks_table, clip_table, recording_table
 from benchmarks.report_floor import floor_table
 from benchmarks.report_pictures import draw_all
-from benchmarks.report_quality import default_table, quality_table, rounding_table
+from benchmarks.report_quality import (
+    default_table,
+    errors_table,
+    quality_table,
+    rounding_table,
+)
 from benchmarks.report_targets import targets_table
 from benchmarks.report_text import COMMANDS, Results, by, missing, ranged, table, times
 
@@ -163,6 +169,10 @@ PAGES: Mapping[str, Blocks] = {
         "floor": floor_table,
         "clip": clip_table,
         "recording": recording_table,
+    },
+    "quality.md": {
+        dtype: functools.partial(errors_table, dtype=dtype)
+        for dtype in ("float32", "float16", "bfloat16")
     },
     "scaling.md": {
         "pods": pods_table,

@@ -64,18 +64,41 @@ def quality_table(results: Results) -> str:
             continue
         cells = [rms_and_cosine(records, family) for family in present]
         largest = max(r["quality"][f]["largest"] for r in records for f in r["quality"])
-        microseconds = 1e6 * sum(r["seconds_per_matrix"] for r in records) / len(records)
         lines.append(
             [
                 name,
                 f"{records[0]['steps']}",
                 f"{cost(records):.2f}",
-                f"{microseconds:.0f}",
+                f"{_microseconds(records):.0f}",
                 f"{largest:.2f}",
                 *("" if cell is None else f"{cell[0]:.3f} / {cell[1]:.4f}" for cell in cells),
             ]
         )
     return table(["", "steps", "FLOPs", "µs", "largest", *present], lines)
+
+
+def errors_table(results: Results, dtype: str) -> str:
+    """Worst and mean distance of a singular value from one, in the form that "auto" takes."""
+    stored = results.get("polar_quality")
+    if stored is None:
+        return missing("polar_quality")
+    present = [f for f in FAMILIES if f in stored["families"]]
+    lines = []
+    for name in names(stored):
+        records = auto_records(stored, name, dtype)
+        if not records:
+            continue
+        cells = []
+        for family in present:
+            worst, mean = (_over(records, family, key) for key in ("worst", "mean"))
+            cells.append(f"{np.max(worst):.2f} / {np.mean(mean):.3f}" if worst else "")
+        start = [name, f"{cost(records):.2f}", f"{_microseconds(records):.0f}"]
+        lines.append([*start, *cells])
+    return table(["", "FLOPs", "µs", *present], lines)
+
+
+def _microseconds(records: list[Mapping[str, Any]]) -> float:
+    return 1e6 * sum(r["seconds_per_matrix"] for r in records) / len(records)
 
 
 def rounding_table(results: Results) -> str:

@@ -21,15 +21,16 @@ from muonclip_jax.polar.preconditioning import rescale_first
 from muonclip_jax.polar.shares import WHOLE, Shares
 
 
-def _segment(r: jax.Array, rows: Rows, shares: Shares) -> jax.Array:
-    """Returns the factor Q that the rows accumulate, starting from the Gram matrix `r`."""
+def _segment(r: jax.Array, square: jax.Array | None, rows: Rows, shares: Shares) -> jax.Array:
+    """Returns the factor Q that the rows accumulate; `square` is `r r`, where that is known."""
     dtype, wide = r.dtype, accumulator(r.dtype)
     # Polynomials of one matrix: the product of two is Hermitian.
     product = functools.partial(symmetric_product, implementation=shares.implementation)
     identity = jnp.eye(r.shape[-1], dtype=wide)
     q = None
     for index, (a, b, c) in enumerate(rows):
-        z = shares.quadratic(r, b, c) if c else (b * r.astype(wide)).astype(dtype)
+        z = shares.polynomial(r, b, c, square)
+        square = None
         start = q is None
         q = (z.astype(wide) + a * identity).astype(dtype) if start else product(q, z, q, beta=a)
         if index < len(rows) - 1:
@@ -63,11 +64,11 @@ def gram_newton_schulz(
     References:
         Zhang, Amsel, Chen and Dao 2026, "Gram Newton-Schulz".
     """
-    x, r = rescale_first(x, preconditioning, dtype, shares)
+    x, r, square = rescale_first(x, preconditioning, dtype, shares)
     for start, stop in itertools.pairwise((0, *restarts, len(rows))):
         if start:
-            r = gram(x, implementation=shares.implementation)
-        x = shares.matmul_add(_segment(r, rows[start:stop], shares), x)
+            r, square = gram(x, implementation=shares.implementation), None
+        x = shares.matmul_add(_segment(r, square, rows[start:stop], shares), x)
     return x
 
 

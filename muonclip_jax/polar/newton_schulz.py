@@ -11,17 +11,10 @@ loop would keep XLA from fusing the scalings into the products, and five steps m
 import jax
 import jax.numpy as jnp
 
-from muonclip_jax.kernels.symmetric import accumulator, gram
-from muonclip_jax.polar.generators import Row, Rows
+from muonclip_jax.kernels.symmetric import gram
+from muonclip_jax.polar.generators import Rows
 from muonclip_jax.polar.preconditioning import rescale_first
 from muonclip_jax.polar.shares import WHOLE, Shares
-
-
-def _step(x: jax.Array, product: jax.Array, row: Row, shares: Shares) -> jax.Array:
-    a, b, c = row
-    wide = accumulator(x.dtype)
-    update = shares.quadratic(product, b, c) if c else (b * product.astype(wide)).astype(x.dtype)
-    return shares.matmul_add(update, x, x, beta=a)
 
 
 def newton_schulz(
@@ -43,12 +36,13 @@ def newton_schulz(
     References:
         Jordan et al. 2024, kellerjordan.github.io/posts/muon.
     """
-    x, product = rescale_first(x, preconditioning, dtype, shares)
-    for index, row in enumerate(rows):
+    x, product, square = rescale_first(x, preconditioning, dtype, shares)
+    for index, (a, b, c) in enumerate(rows):
         if index:
             # Rounded before the sum: where there is one, half the bytes are sent.
             product = shares.sum(gram(x, implementation=shares.implementation))
-        x = _step(x, product, row, shares)
+            square = None
+        x = shares.matmul_add(shares.polynomial(product, b, c, square), x, x, beta=a)
     return x
 
 

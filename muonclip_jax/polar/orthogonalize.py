@@ -17,7 +17,7 @@ from muonclip_jax.polar.coefficients import DEFAULT_SET
 from muonclip_jax.polar.gram import gram_newton_schulz
 from muonclip_jax.polar.newton_schulz import newton_schulz
 from muonclip_jax.polar.plan import PolarPlan, plan_polar
-from muonclip_jax.polar.preconditioning import divide_by_largest_entry, normalize
+from muonclip_jax.polar.preconditioning import normalize, scale_by_power_of_two
 from muonclip_jax.polar.shares import whole_on
 from muonclip_jax.polar.svd import svd_polar
 
@@ -73,12 +73,15 @@ def apply_polar(
         )
     if not x.size:
         return x
+    if ones := tuple(axis for axis in range(x.ndim - 2) if x.shape[axis] == 1):
+        # A batch of one is no batch: XLA's CPU compiler takes up to twice as long for it.
+        return jnp.expand_dims(apply_polar(plan, jnp.squeeze(x, ones), eps), ones)
     x, restore = _replicate_matrix_axes(x)
     resolved = plan.resolve(x.shape, x.dtype)
     wide, work = resolved.dtypes(x.dtype)
     y = x.astype(jnp.promote_types(wide, x.dtype))
     if resolved.method == "svd":
-        return restore(svd_polar(divide_by_largest_entry(y).astype(wide)).astype(x.dtype))
+        return restore(svd_polar(scale_by_power_of_two(y)[0].astype(wide)).astype(x.dtype))
     tall = x.shape[-2] > x.shape[-1]
     y = jnp.swapaxes(y, -1, -2) if tall else y
     y = normalize(y, plan.preconditioning, eps, plan.relative_eps).astype(wide)

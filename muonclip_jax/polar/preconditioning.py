@@ -6,8 +6,8 @@ grow is lost; so the tighter the bound on the largest one, the better. In order 
 - "frobenius": divide by `||X||_F`. Far too much when the spectrum is flat.
 - "schatten": divide by `||X X^H||_F^(1/2) = (sum sigma^4)^(1/4)`; `X X^H` is what the first step
   computes anyway.
-- "schatten8": divide by `||(X X^H)^2||_F^(1/4) = (sum sigma^8)^(1/8)`; the first step computes that
-  square too, so this bound is free as well.
+- "schatten8": divide by `||(X X^H)^2||_F^(1/4) = (sum sigma^8)^(1/8)`; the first step wants that
+  square too, so in 32 bits this bound is free as well.
 - "spectral": divide by the largest singular value. Exact, but costs an eigenvalue computation.
 - "aol": divide row `i` by `(sum_j |X X^H|_ij)^(1/2)`. Rows of different size end up alike, so the
   result is near orthogonal, yet not the polar factor of `X`.
@@ -20,9 +20,11 @@ how devices sum and compare what they have; by default a device has them all.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from muonclip_jax.kernels.symmetric import accumulator, gram
 from muonclip_jax.polar.shares import WHOLE, Shares
@@ -41,50 +43,45 @@ def frobenius_norm(x: jax.Array, shares: Shares = WHOLE) -> jax.Array:
     return jnp.sqrt(shares.sum(jnp.sum(_squares(x), axis=(-2, -1), keepdims=True)))
 
 
-def _sizes(x: jax.Array) -> jax.Array:
-    """The sizes of entries: of the real or the imaginary part, whichever is larger."""
-    if jnp.iscomplexobj(x):
-        return jnp.maximum(jnp.abs(jnp.real(x)), jnp.abs(jnp.imag(x)))
-    return jnp.abs(x)
+def scale_by_power_of_two(x: jax.Array, shares: Shares = WHOLE) -> tuple[jax.Array, jax.Array]:
+    """Brings the largest entry of each matrix (real or imaginary part) near one, without rounding.
 
+    The squares in the norm then neither overflow nor vanish, whatever the scale of `x`. The largest
+    entry is found among the bits, which are ordered as sizes are. CPUs and TPUs read a subnormal
+    number as zero, so where those count no product could lift them; but the bits are an integer,
+    the number's multiple of the smallest one.
 
-def _largest(x: jax.Array, shares: Shares) -> jax.Array:
-    return shares.max(jnp.max(x, axis=(-2, -1), keepdims=True))
+    Args:
+        x: `(..., m, n)`, of at least 32 bits; or the columns that a device has of it.
+        shares: How devices that share the columns compute together.
 
-
-def _into_range(shares: Shares, *parts: jax.Array) -> tuple[jax.Array, ...]:
-    """Multiplies a matrix by 2^100 or 2^-100 if its largest entry is below 2^-100 or above 2^100.
-
-    CPUs and TPUs read a subnormal float32 as zero, so a product cannot lift it; but its bits are an
-    integer, its multiple of 2^-149. And the reciprocal of an entry above 2^126 is subnormal.
+    Returns:
+        The matrices, their largest entries in [1, 4) unless they were subnormal or zero; and the
+        powers of two that they were multiplied by, `(..., 1, 1)`.
     """
-    bits = [jax.lax.bitcast_convert_type(part, jnp.int32) for part in parts]
-    magnitudes = [b & 0x7FFFFFFF for b in bits]
-    largest = _largest(functools.reduce(jnp.maximum, magnitudes), shares)
-    small, large = largest < ((127 - 100) << 23), largest > ((127 + 100) << 23)
-    lifted = []
-    for part, b, magnitude in zip(parts, bits, magnitudes, strict=True):
-        from_bits = magnitude.astype(part.dtype) * 2.0 ** (100 - 149)
-        from_bits = jnp.where(b < 0, -from_bits, from_bits)
-        up = jnp.where(magnitude < (1 << 23), from_bits, part * 2.0**100)
-        lifted.append(jnp.where(small, up, jnp.where(large, part * 2.0**-100, part)))
-    return tuple(lifted)
+    parts = (jnp.real(x), jnp.imag(x)) if jnp.iscomplexobj(x) else (x,)
+    info = jnp.finfo(x.dtype)
+    bias, digits = info.maxexp - 1, info.nmant
+    integer = jnp.dtype(f"int{info.bits}").type
+    all_bits = [lax.bitcast_convert_type(part, integer) for part in parts]
+    magnitudes = [bits & jnp.iinfo(integer).max for bits in all_bits]
+    largest = jnp.max(functools.reduce(jnp.maximum, magnitudes), axis=(-2, -1), keepdims=True)
+    exponent = shares.max(largest) >> digits
+    # Subnormal entries count beside a largest one that is a few digits above them at most.
+    lift = bias - digits - 4
+    is_small = exponent < bias - lift
+    exponent = jnp.minimum(exponent + jnp.where(is_small, lift, 0), 2 * bias - 1)
+    power = lax.bitcast_convert_type((2 * bias - exponent).astype(integer) << digits, info.dtype)
 
+    def scaled(part: jax.Array, bits: jax.Array, magnitude: jax.Array) -> jax.Array:
+        size = magnitude.astype(part.dtype) * 2.0 ** (lift + 1 - bias - digits)
+        subnormal = jnp.where(bits < 0, -size, size)
+        lifted = jnp.where(magnitude < 1 << digits, subnormal, part * 2.0**lift)
+        return jnp.where(is_small, lifted, part) * power
 
-def divide_by_largest_entry(x: jax.Array, shares: Shares = WHOLE) -> jax.Array:
-    """Divides each matrix by its largest entry (real or imaginary part); zero stays zero.
-
-    The squares in the norm then neither overflow nor vanish, whatever the scale of `x`.
-    """
-    if jnp.iscomplexobj(x):
-        parts = (jnp.real(x), jnp.imag(x))
-        if x.dtype == jnp.complex64:
-            parts = _into_range(shares, *parts)
-            x = jax.lax.complex(*parts)
-    elif x.dtype == jnp.float32:
-        (x,) = _into_range(shares, x)
-    largest = _largest(_sizes(x), shares)
-    return x / jnp.where(largest == 0, 1, largest).astype(x.dtype)
+    done = [scaled(*each) for each in zip(parts, all_bits, magnitudes, strict=True)]
+    power = power * jnp.where(is_small, 2.0**lift, 1).astype(power.dtype)
+    return done[0] if len(done) == 1 else lax.complex(*done), power
 
 
 def normalize(
@@ -99,33 +96,42 @@ def normalize(
     Args:
         x: `(..., m, n)` with `m <= n`, of at least 32 bits; or the columns that a device has of it.
         preconditioning: A name of `PRECONDITIONINGS`.
-        eps: Smallest divisor, after division by the largest entry: only the zero matrix meets it.
+        eps: Smallest divisor, once the largest entry is near one: only the zero matrix meets it.
         relative_eps: False adds `eps`, as it is, to the norm, as Optax does.
         shares: How devices that share the columns compute together.
 
     Returns:
         As `x`, with Frobenius (or spectral) norm one.
     """
-    given = x
-    x = divide_by_largest_entry(x, shares)
+    x, power = scale_by_power_of_two(x, shares)
     norm = frobenius_norm(x, shares)
     if preconditioning == "spectral":
         safe = jnp.where(norm > 0, norm, 1)
         product = shares.sum(gram(x / safe.astype(x.dtype), implementation="xla"))
         square = jnp.linalg.eigvalsh(product)[..., -1:, None]
         norm = safe * jnp.sqrt(jnp.abs(square))
-    if relative_eps:
-        divisor = jnp.maximum(norm, eps)
-    else:
-        largest = _largest(_sizes(given), shares)
-        divisor = norm + eps / jnp.where(largest == 0, 1, largest)
+    divisor = jnp.maximum(norm, eps) if relative_eps else norm + eps * power
     return x / jnp.where(divisor == 0, 1, divisor).astype(x.dtype)
+
+
+class First(NamedTuple):
+    """What the first step starts from.
+
+    Attributes:
+        x: The rescaled matrices.
+        product: Their Gram matrices `x x^H`.
+        square: The squares of those, where they are known; else None.
+    """
+
+    x: jax.Array
+    product: jax.Array
+    square: jax.Array | None = None
 
 
 def rescale_first(
     x: jax.Array, preconditioning: str, dtype: jnp.dtype, shares: Shares = WHOLE
-) -> tuple[jax.Array, jax.Array]:
-    """Rescales by a norm of the first Gram matrix, and returns that matrix with the result.
+) -> First:
+    """Rescales by a norm of the first Gram matrix, or of its square, and returns what it computed.
 
     Args:
         x: `(..., m, n)`, normalised, of at least 32 bits; or the columns that a device has of it.
@@ -134,30 +140,34 @@ def rescale_first(
         shares: How devices that share the columns compute together.
 
     Returns:
-        The rescaled `x` and its Gram matrix `x x^H`, both in `dtype`.
+        The rescaled `x`, its Gram matrix and maybe the square of that, all in `dtype`.
     """
     low = x.astype(dtype)
     multiply = functools.partial(gram, low, implementation=shares.implementation)
     if preconditioning not in INSIDE:
-        return low, shares.sum(multiply())
+        return First(low, shares.sum(multiply()))
     product = shares.sum(multiply(out_dtype=accumulator(dtype)))
     tiny = jnp.finfo(product.dtype).tiny
     if preconditioning == "aol":
         rows = jnp.sum(jnp.abs(product), axis=-1, keepdims=True)
-        scale = jnp.where(rows > tiny, jax.lax.rsqrt(jnp.maximum(rows, tiny)), 0)
+        scale = jnp.where(rows > tiny, lax.rsqrt(jnp.maximum(rows, tiny)), 0)
         product = (product * scale) * jnp.swapaxes(scale, -1, -2)
-        return (x * scale.astype(x.dtype)).astype(dtype), product.astype(dtype)
+        return First((x * scale.astype(x.dtype)).astype(dtype), product.astype(dtype))
     # One where there is nothing to divide by. A tiny number would not do: XLA makes one division of
     # two, and the product of two tiny numbers is zero.
     bound = _or_one(frobenius_norm(product))
     product = product / bound.astype(product.dtype)
+    square = None
     if preconditioning == "schatten8":
         square = shares.quadratic(product.astype(dtype), 0.0, 1.0).astype(product.dtype)
         tighter = _or_one(jnp.sqrt(frobenius_norm(square)))
         product = product / tighter.astype(product.dtype)
+        # Rounded to 16 bits the one would not be the square of the other, and the steps are steep.
+        is_wide = jnp.dtype(dtype).itemsize >= 4
+        square = square / (tighter**2).astype(square.dtype) if is_wide else None
         bound = bound * tighter
     x = x / jnp.sqrt(bound).astype(x.dtype)
-    return x.astype(dtype), product.astype(dtype)
+    return First(x.astype(dtype), product.astype(dtype), square)
 
 
 def _or_one(norm: jax.Array) -> jax.Array:

@@ -13,7 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from muonclip_jax.kernels.symmetric import MATMUL_ADD, matmul_add, symmetric_product
+from muonclip_jax.kernels.symmetric import (
+    MATMUL_ADD,
+    accumulator,
+    matmul_add,
+    symmetric_product,
+)
 
 
 class Shares(NamedTuple):
@@ -30,6 +35,18 @@ class Shares(NamedTuple):
     max: Callable[[jax.Array], jax.Array]
     quadratic: Callable[[jax.Array, float, float], jax.Array]
     implementation: str | None
+
+    def polynomial(
+        self, r: jax.Array, b: float, c: float, square: jax.Array | None = None
+    ) -> jax.Array:
+        """Computes `b R + c R R`, of what is there where `R R` is known or not wanted."""
+        wide = accumulator(r.dtype)
+        if c and square is None:
+            return self.quadratic(r, b, c)
+        result = b * r.astype(wide)
+        if square is not None:
+            result = result + c * square.astype(wide)
+        return result.astype(r.dtype)
 
     def matmul_add(
         self, x: jax.Array, y: jax.Array, addend: jax.Array | None = None, beta: float = 1.0

@@ -1,15 +1,19 @@
 """Which form and dtype are chosen, and that nothing diverges in any of them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.counting import count_products
 from muonclip_jax.polar import COEFFICIENT_SETS, apply_polar, plan_polar
 from muonclip_jax.polar.generators import evaluate
 from muonclip_jax.polar.gram import gram_flops
 from muonclip_jax.polar.newton_schulz import plain_flops
 from muonclip_jax.polar.precision import choose_dtype, choose_method, guarded_rows
+from tests.helpers import equations
 
 KJ = COEFFICIENT_SETS["keller_jordan"].rows
 WIDE, SQUARE = (64, 256), (64, 64)
@@ -98,6 +102,55 @@ def test_guard_gives_steep_sets_room() -> None:
     assert abs(evaluate(guarded_rows(rows, "bfloat16"), 1.004)) < 1.2
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64"])
+def test_a_power_of_two_changes_no_bit(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    real = np.dtype(dtype).type(0).real.dtype
+    x = rng.normal(size=(12, 20)).astype(dtype)
+    if np.iscomplexobj(x):
+        x = (x + 1j * rng.normal(size=x.shape)).astype(dtype)
+    digits, lowest, highest = np.finfo(real).nmant, np.finfo(real).minexp, np.finfo(real).maxexp
+    with jax.enable_x64(real == "float64"):
+        apply = jax.jit(functools.partial(apply_polar, plan_polar("keller_jordan")))
+        expected = np.asarray(apply(jnp.asarray(x)))
+        # From where a smaller entry would lose digits to where the largest one would overflow.
+        for power in (lowest + digits, lowest // 2, -1, 1, highest // 2, highest - 4):
+            np.testing.assert_array_equal(apply(jnp.asarray(x * real.type(2.0**power))), expected)
+
+
+def test_a_matrix_of_subnormal_numbers_is_like_any_other() -> None:
+    # Their multiples of the smallest number, 2^-149, are the matrix.
+    multiples = np.random.default_rng(0).integers(-1000, 1000, (12, 20)).astype(np.float32)
+    subnormal = (multiples.astype(np.float64) * 2.0**-149).astype(np.float32)
+    apply = jax.jit(functools.partial(apply_polar, plan_polar("keller_jordan")))
+    np.testing.assert_array_equal(apply(jnp.asarray(subnormal)), apply(jnp.asarray(multiples)))
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+@pytest.mark.parametrize("preconditioning", ["frobenius", "aol", "schatten", "schatten8"])
+def test_no_product_is_computed_twice(preconditioning: str, method: str) -> None:
+    # The bounds are free: what they are norms of, the first step uses.
+    plan = plan_polar("keller_jordan", ns_method=method, preconditioning=preconditioning)
+    x = jnp.ones((48, 192), jnp.float32)
+    jaxpr = jax.make_jaxpr(functools.partial(apply_polar, plan))(x)
+    products = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+    expected = count_products(plan.resolve(x.shape, x.dtype))
+    assert len(products) == sum(expected.values())
+
+
+def test_a_batch_of_one_is_no_batch() -> None:
+    def products(*shape: int) -> list[tuple[int, ...]]:
+        jaxpr = jax.make_jaxpr(functools.partial(apply_polar, plan_polar()))(jnp.ones(shape))
+        return [
+            equation.outvars[0].aval.shape
+            for equation in equations(jaxpr.jaxpr)
+            if equation.primitive.name == "dot_general"
+        ]
+
+    assert products(1, 1, 12, 20) == products(12, 20) != []
+    assert {len(shape) for shape in products(1, 3, 12, 20)} == {3}
+
+
 DEGENERATE = {
     "rank one": lambda rng: np.outer(rng.normal(size=48), rng.normal(size=192)),
     "all ones": lambda rng: np.ones((48, 192)),
@@ -107,12 +160,13 @@ DEGENERATE = {
 }
 
 
+@pytest.mark.parametrize("method", ["standard", "auto"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", COEFFICIENT_SETS)
-def test_nothing_diverges(name: str, dtype: str) -> None:
+def test_nothing_diverges(name: str, dtype: str, method: str) -> None:
     rng = np.random.default_rng(0)
     x = jnp.asarray(np.stack([f(rng) for f in DEGENERATE.values()]), jnp.float32)
-    plan = plan_polar(name, ns_method="standard", ns_dtype=dtype)
+    plan = plan_polar(name, ns_method=method, ns_dtype=dtype)
     with jax.disable_jit():  # each 16-bit rounding really takes place
         y = np.asarray(apply_polar(plan, x), np.float64)
     assert np.isfinite(y).all()

@@ -177,8 +177,9 @@ def _symmetric(
     chosen = choose(problem_of(x, addend, out), implementation)
     with jax.named_scope(name):
         if chosen == "xla":
+            product = functools.partial(reference.hermitian, adjoint_of_y=x if y is None else y)
             other = reference.adjoint(x) if y is None else y
-            return reference.matmul_add(x, other, addend, alpha, beta, out, reference.hermitian)
+            return reference.matmul_add(x, other, addend, alpha, beta, out, product)
         flat = [_stacked(each) for each in (x, x if y is None else y, addend)]
         result = _product("symmetric", chosen, out, *flat, _factors(alpha, beta))
         return result.reshape(square)
