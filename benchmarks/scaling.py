@@ -219,8 +219,10 @@ def muon_cost(model: Model, plan: Plan, machine: Machine) -> Cost:
     held = model.numbers / (1 if plan.replicated else plan.devices)
     # Everyone gives what it holds of others' matrices, and gets the rest of its own.
     trades = 0.0 if plan.replicated else (1 - 1 / plan.devices) * (WIDE + NARROW) * whole
-    # Replicated: all results come to everyone; a torus does it as a sum, which sends twice.
-    gathers = 2 * NARROW * model.numbers * (1 - 1 / plan.devices) if plan.replicated else 0.0
+    # Replicated: all results come to everyone; along one axis that is a whole torus as a sum, which
+    # sends twice.
+    times = (2 if plan.split == 1 else 1) if plan.replicated else 0
+    gathers = times * NARROW * model.numbers * (1 - 1 / plan.devices)
     # A shared matrix: every step sums the Gram matrix (twice its size) and gathers its square.
     couples = 3 * STEPS * NARROW * coupled
     # Where the axis that shares columns shards rows so far, they are regrouped on both ways.
@@ -235,12 +237,13 @@ def muon_cost(model: Model, plan: Plan, machine: Machine) -> Cost:
         + STEPS * NARROW * (3 * whole + 6 * small)
         + 7 * WIDE * model.others / (1 if plan.replicated else plan.devices)
     )
-    # The direction; a stack as it was received; the small matrices of the shape that has most.
+    # Results on their way to the update; a stack as it is received, and then as it is worked on,
+    # with the small matrices of the shape that has most.
     stack = min(whole, model.stack / WIDE) if plan.bounded else whole
     most = max(h.most for h in chosen)
     if plan.bounded:
         most = max(m * m * max(1, model.stack // (WIDE * m * n)) for m, n in shapes)
-    temporary = WIDE * held + WIDE * stack + 3 * NARROW * most
+    temporary = NARROW * held + max(WIDE * stack, NARROW * (stack + 3 * most))
     network = (trades * plan.hops + regroups + couples + gathers) / machine.link
     busiest = sum(_sum(h.counts, flops) / h.ways for h in chosen)
     return Cost(
@@ -282,6 +285,8 @@ def _sum(counts: Sequence[float], values: Sequence[float]) -> float:
 
 # The output projections have the axis "tp" on their rows: one place of square ones in all four.
 REGROUPED = 4096 / (2 * 4096 + 2 * 11008)
+# Sharded over one axis, all but the down projections have it on their rows.
+REGROUPED_FSDP = (2 * 4096 + 11008) / (2 * 4096 + 2 * 11008)
 #: Layouts of results/pods.json that the model is checked with: model, layout, devices -> plan.
 CHECKED = {
     ("7B dense", "fsdp x tp", "v5p:8x8x8"): (
@@ -292,6 +297,11 @@ CHECKED = {
         DENSE_7B,
         Plan(512, split=4, hops=6, regrouped=REGROUPED),
     ),
+    ("7B dense", "fsdp", "v5p:8x8x8"): (
+        DENSE_7B,
+        Plan(512, split=4, hops=6, regrouped=REGROUPED_FSDP),
+    ),
+    ("7B dense", "replicated", "v5p:8x8x8"): (DENSE_7B, Plan(512, split=4, replicated=True)),
     ("7B dense", "replicated, 64", "v5p:4x4x4"): (DENSE_7B, Plan(64, replicated=True)),
 }
 

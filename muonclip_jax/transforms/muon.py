@@ -28,8 +28,8 @@ from muonclip_jax.transforms._checks import check_fraction, check_non_negative
 #: One spec for all leaves, a tree of them (full, prefix or masked), or a function of the tree.
 WeightDimNumOrFn: TypeAlias = Any
 
-#: `(beta, 1 - beta)` or None without Nesterov; corrections of momentum and gradient or None.
-_Ahead: TypeAlias = tuple[tuple[ScalarLike, ScalarLike] | None, tuple[jax.Array, jax.Array] | None]
+#: Weights of momentum and gradient in what is orthogonalised; without Nesterov, of momentum alone.
+_Weights: TypeAlias = tuple[ScalarLike, ...]
 
 
 class MuonState(NamedTuple):
@@ -173,13 +173,15 @@ def scale_by_muon(
         if momentum_shardings is not shardings:
             updates = _placed(updates, momentum_shardings)
         count = jnp.asarray(optax.safe_increment(jnp.asarray(state.count)))
-        weights = (beta, 1 - beta)
-        mu = jax.tree.map(functools.partial(_average, weights=weights), state.mu, updates)
-        corrections = None
+        mu = jax.tree.map(functools.partial(_average, weights=(beta, 1 - beta)), state.mu, updates)
+        weights: _Weights = (beta, 1 - beta) if nesterov else (1.0,)
         if bias_correction:
-            ahead = jnp.asarray(optax.safe_increment(count)) if nesterov else count
-            corrections = (_correction(beta, ahead), _correction(beta, count))
-        how = (weights if nesterov else None, corrections)
+            # With Nesterov, the momentum's is that of the next step.
+            counts = (jnp.asarray(optax.safe_increment(count)), count)[-len(weights) :]
+            weights = tuple(
+                weight / _correction(beta, after)
+                for weight, after in zip(weights, counts, strict=True)
+            )
         momenta, treedef = jax.tree.flatten(mu)
         gradients = jax.tree.leaves(updates)
         results: dict[int, jax.Array] = {}
@@ -191,7 +193,7 @@ def scale_by_muon(
                     polar,
                     eps,
                     _direction,
-                    how,
+                    weights,
                     (m, g),
                     tuple(chosen),
                     count,
@@ -201,7 +203,9 @@ def scale_by_muon(
                 polars = orthogonalize_distributed(
                     polar,
                     eps,
-                    _directions(m, g, how),
+                    _direction,
+                    weights,
+                    (m, g),
                     chosen,
                     momentum_shardings and momentum_shardings.of(group),
                     shardings and shardings.of(group),
@@ -212,7 +216,7 @@ def scale_by_muon(
         polars = [results[leaf] for leaf in range(len(gradients))]
         if adaptive:
             # The dual norm: <U, O> is the sum of U's singular values where O is its polar factor.
-            directions = _directions(momenta, gradients, how)
+            directions = map(functools.partial(_direction, weights), momenta, gradients)
             polars = [jnp.sum(u.conj() * o) * o for u, o in zip(directions, polars, strict=True)]
         mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
         if momentum_shardings is not shardings:
@@ -222,25 +226,17 @@ def scale_by_muon(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _average(m: jax.Array, g: jax.Array, weights: tuple[ScalarLike, ScalarLike]) -> jax.Array:
-    """`beta m + (1 - beta) g`, accumulated in float32 or wider."""
+def _average(m: jax.Array, g: jax.Array, weights: _Weights) -> jax.Array:
+    """The weighted sum of `m` and `g`, accumulated in float32 or wider."""
     dtype = jnp.promote_types(jnp.promote_types(m.dtype, g.dtype), jnp.float32)
     return jnp.asarray(weights[0] * m.astype(dtype) + weights[1] * g.astype(dtype), dtype)
 
 
-def _direction(how: _Ahead, m: jax.Array, g: jax.Array) -> jax.Array:
+def _direction(weights: _Weights, m: jax.Array, g: jax.Array) -> jax.Array:
     """What is orthogonalised, entry by entry: the momentum, or one step ahead of it."""
-    dtype = g.dtype
-    weights, corrections = how
-    if corrections is not None:
-        m, g = m / corrections[0], g / corrections[1]
-    return (m if weights is None else _average(m, g, weights)).astype(dtype)
-
-
-def _directions(
-    momenta: Sequence[jax.Array], gradients: Sequence[jax.Array], how: _Ahead
-) -> list[jax.Array]:
-    return [_direction(how, m, g) for m, g in zip(momenta, gradients, strict=True)]
+    if len(weights) == 1:
+        return (weights[0] * m).astype(g.dtype)
+    return _average(m, g, weights).astype(g.dtype)
 
 
 def _momentum_shardings(

@@ -36,34 +36,16 @@ def test_the_matrices_are_those_of_the_models(model):
     assert numbers == {"muon": model.numbers, "adamw": model.others}
 
 
-#: As `max_stack_bytes` holds for leftovers too, this tree takes two rounds on 64 devices, and the
-#: compiler gathers more than the model counts (docs/scaling.md says how much).
-TWO_ROUNDS = ("7B dense", "replicated, 64", "v5p:4x4x4")
-
-
-@pytest.mark.parametrize(
-    ("name", "case"),
-    [
-        pytest.param(
-            *item,
-            id=" ".join(item[0]),
-            marks=[pytest.mark.xfail(strict=True, reason="a second round's gathers")]
-            if item[0] == TWO_ROUNDS
-            else [],
-        )
-        for item in CHECKED.items()
-    ],
-)
+@pytest.mark.parametrize(("name", "case"), CHECKED.items(), ids=map(" ".join, CHECKED))
 def test_the_model_is_near_the_compiler(name, case):
     """The errors that docs/scaling.md states."""
     model, plan = case
     compiled, cost = result(name, "muonclip_jax.muonclip"), muon_cost(model, plan, V5P)
     assert cost.flops == pytest.approx(compiled["flops"], rel=0.02)
     assert cost.sent == pytest.approx(compiled["bytes_sent"], rel=0.1)
-    if plan.replicated:
-        assert compiled["temp_bytes"] < cost.temporary
-    else:
-        assert cost.temporary == pytest.approx(compiled["temp_bytes"], rel=0.2)
+    # Of replicated parameters not all results are on their way at once.
+    least = 0.6 if plan.replicated else 0.7
+    assert least < compiled["temp_bytes"] / cost.temporary < 1
     # The compiler's estimate lets some of the sending overlap.
     assert cost.compute + cost.memory < compiled["optimal_seconds"] < 1.05 * cost.seconds
 
@@ -85,6 +67,9 @@ def test_the_targets():
     assert ours["flops"] <= 1.1e12
     assert ours["optimal_seconds"] < 0.006
     assert ours["temp_bytes"] < 0.5e9
+    alone = result(("7B dense", "fsdp", "v5p:8x8x8"), "muonclip_jax.muonclip")
+    assert alone["flops"] <= 1.1e12
+    assert alone["optimal_seconds"] < 0.006
     total = sum(count * work(*shape) for count, *shape in DENSE_7B.matrices)
     alike = result(("7B dense", "replicated, 64", "v5p:4x4x4"), "muonclip_jax.muonclip")
     assert alike["flops"] < 1.15 * total / 64

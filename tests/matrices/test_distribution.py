@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -279,7 +280,9 @@ def test_matrices_become_whole_and_come_home(options: Distribution):
     xs = [rng.standard_normal(shape).astype(np.float32) for shape, _, _ in LEAVES.values()]
     run = jax.jit(
         jax.shard_map(
-            lambda *xs: map_distributed(subtract_sum, xs, plan),
+            lambda *xs: map_distributed(
+                subtract_sum, operator.sub, [[2 * x for x in xs], xs], plan
+            ),
             mesh=mesh,
             in_specs=tuple(specs),
             out_specs=specs,
@@ -329,6 +332,6 @@ def test_an_axis_that_the_mesh_has_not_is_an_error():
 
 
 def test_an_axis_name_that_is_not_mapped_is_an_error():
-    run = functools.partial(orthogonalize_distributed, POLAR, 1e-7)
+    run = functools.partial(orthogonalize_distributed, POLAR, 1e-7, lambda how, x: x, None)
     with pytest.raises(ValueError, match=r"axis_name='batch' is not the name of a mapped axis"):
-        run([jnp.ones((2, 3))], [MatrixSpec()], None, None, ("batch",))
+        run([[jnp.ones((2, 3))]], [MatrixSpec()], None, None, ("batch",))

@@ -54,11 +54,25 @@ def test_unequal_matrices_are_balanced():
     assert floor <= tally(program.as_text()).flops < 1.02 * floor
 
 
-def test_padding_is_not_gathered(monkeypatch: pytest.MonkeyPatch):
-    """Three matrices on eight devices: what comes home are three, not eight."""
-    monkeypatch.setattr("muonclip_jax.matrices.distribution.moves._GATHERED_BYTES", 1)
+@pytest.mark.parametrize(
+    ("shapes", "bounds"),
+    [
+        # Three matrices on eight devices: what comes home are three, not eight.
+        ({"a": (2, 16, 24), "b": (1, 7, 9), "c": (1, 16, 24)}, {"_GATHERED_BYTES": 1}),
+        # One for every device; more than shall be gathered at once.
+        (
+            {"a": (6, 16, 24), "b": (2, 16, 24)},
+            {"_GATHERED_BYTES": 1, "_GATHERED_AT_ONCE": 4000},
+        ),
+    ],
+    ids=["padding", "much"],
+)
+def test_results_come_home_by_owner_and_without_padding(
+    shapes: dict[str, tuple[int, ...]], bounds: dict[str, int], monkeypatch: pytest.MonkeyPatch
+):
+    for name, bound in bounds.items():
+        monkeypatch.setattr(f"muonclip_jax.matrices.distribution.moves.{name}", bound)
     mesh = mesh_of(jax.devices(), (8,), ("data",))
-    shapes = {"a": (2, 16, 24), "b": (1, 7, 9), "c": (1, 16, 24)}
     options = mc.Distribution(flops_per_byte=float("inf"))
     tx: Any = mc.scale_by_muon(
         "keller_jordan",
@@ -81,6 +95,7 @@ def test_padding_is_not_gathered(monkeypatch: pytest.MonkeyPatch):
     updates = program(on_mesh, state)[0]
     for name, wanted in expected.items():
         assert jnp.allclose(updates[name], wanted, atol=1e-6, rtol=0), name
-    gathered = tally(program.as_text()).by_kind()["all-gather"]["bytes"]
+    gathered = tally(program.as_text()).by_kind()["all-gather"]
+    assert gathered["count"] == len(shapes)
     whole = sum(x.size * 4 for x in params.values())
-    assert gathered < 1.05 * whole
+    assert gathered["bytes"] < 1.05 * whole

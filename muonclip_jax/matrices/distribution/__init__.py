@@ -9,7 +9,8 @@ Everything but the last step follows from shapes, shardings and the mesh, and ho
 1. `sharding`, `alignment`, `reading`, `momentum`: how the leaves lie on the mesh.
 2. `local`: what one device holds of each parameter, as `blocks` of matrices.
 3. `rounds`, `jobs`, `schedule`: who works on which matrix; a `plan` says it, and `planning` makes
-   the one of a whole tree under a caller's `options`.
+   the one of a whole tree under a caller's `options`, on the mesh as it is or with an axis `cut`
+   in two.
 4. `run`: one program on every device, which follows the plan (`map`): `moves` make matrices whole,
    each device works on its hand (`hands`), and moves bring the results home.
 """

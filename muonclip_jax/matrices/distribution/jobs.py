@@ -10,8 +10,8 @@ from muonclip_jax.matrices.distribution.schedule import Hands, branches
 
 #: Rows, columns and dtype of a matrix.
 Kind = tuple[int, int, str]
-#: Matrices of one kind, with what a device holds of each and shall hold.
-Members: TypeAlias = "list[tuple[tuple[Block, Block], Item]]"
+#: Matrices of one kind, with what a device holds of each.
+Members: TypeAlias = "list[tuple[Block, Item]]"
 
 
 def make_round(
@@ -50,15 +50,15 @@ def _job(kind: Kind, members: Members, counts: Sequence[int]) -> Job:
             if depth < count:
                 hand.append(next(queue))
     groups, table, offset = [], [[] for _ in counts], 0
-    for blocks in dict.fromkeys(blocks for blocks, _ in members):
-        columns = [[item for other, item in hand if other == blocks] for hand in hands]
+    for block in dict.fromkeys(block for block, _ in members):
+        columns = [[item for other, item in hand if other == block] for hand in hands]
         slots = max(map(len, columns))
         order = [
             column[slot] if slot < len(column) else None
             for slot in range(slots)
             for column in columns
         ]
-        groups.append(Group(*blocks, tuple(order)))
+        groups.append(Group(block, tuple(order)))
         for row, column in zip(table, columns, strict=True):
             row += range(offset, offset + len(column))
         offset += slots

@@ -10,7 +10,7 @@ from jax import lax
 from muonclip_jax.layouts import MatrixSpec, Split, axes_tuple
 from muonclip_jax.matrices.distribution.blocks import Axes, Block, LeafAxes, Sizes, make_block
 from muonclip_jax.matrices.distribution.moves import position
-from muonclip_jax.matrices.parts import LeafPlan, join_leaf, plan_leaf, split_leaf
+from muonclip_jax.matrices.parts import LeafPlan, Part, join_leaf, plan_leaf, split_leaf
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class LocalLeaf:
         gathered: `(dimension, axes)` along which the piece is gathered first, because it cannot be
             cut or shared as it is sharded.
         blocks: For every part of the plan, what the device holds of each matrix.
-        permutations: For every part, its dimensions in the order batch, rows, columns.
+        order: The piece's dimensions, those that count matrices first.
+        permutations: For every part, the order that makes blocks of `(matrices, *dimensions)`.
         batch: The axes that shard batch dimensions: the matrices themselves differ along them.
         shared: The mesh axes whose devices share the work on it.
     """
@@ -30,6 +31,7 @@ class LocalLeaf:
     plan: LeafPlan
     gathered: tuple[tuple[int, Axes], ...]
     blocks: tuple[Block, ...]
+    order: tuple[int, ...]
     permutations: tuple[tuple[int, ...], ...]
     batch: frozenset[str]
     shared: frozenset[str]
@@ -86,11 +88,14 @@ def plan_local(
         for part in plan.parts
     )
     batch = tuple(axis for axis in range(len(shape)) if axis not in reduction + output)
+    own = tuple(axis for axis in range(len(shape)) if axis not in batch)
     permutations = tuple(
-        batch + (output + reduction if block.transposed else reduction + output) for block in blocks
+        (0, *(1 + own.index(axis) for axis in dims))
+        for block in blocks
+        for dims in [output + reduction if block.transposed else reduction + output]
     )
     differ = frozenset(name for axis in batch for name in held[axis])
-    return LocalLeaf(plan, tuple(gathered), blocks, permutations, differ, shared)
+    return LocalLeaf(plan, tuple(gathered), blocks, batch + own, permutations, differ, shared)
 
 
 def _local_split(split: Split, ways: int) -> Split | None:
@@ -100,30 +105,47 @@ def _local_split(split: Split, ways: int) -> Split | None:
     return Split(split.axis, split.sizes, (split.view[0] // ways, *split.view[1:]), split.along)
 
 
-def blocks_of(x: jax.Array, local: LocalLeaf) -> list[jax.Array]:
-    """A parameter's piece as the blocks of its matrices, each `(count, *block.shape)`."""
+def matrices_of(x: jax.Array, local: LocalLeaf) -> list[jax.Array]:
+    """A parameter's piece as the matrices of its parts, each `(count, *dimensions)`.
+
+    Their dimensions are in the parameter's order. Some of them, cut out along the first axis,
+    become blocks by `block_of`: were the whole piece transposed first, compilers would lay out the
+    momentum and the gradient that way.
+    """
     for axis, names in local.gathered:
         x = lax.all_gather(x, names, axis=axis, tiled=True)
+    pieces = split_leaf(x, local.plan.splits)
     return [
-        piece.transpose(permutation).reshape(part.count, *block.shape)
-        for piece, part, block, permutation in zip(
-            split_leaf(x, local.plan.splits),
-            local.plan.parts,
-            local.blocks,
-            local.permutations,
-            strict=True,
-        )
+        piece.transpose(local.order).reshape(part.count, *_own(part, local))
+        for piece, part in zip(pieces, local.plan.parts, strict=True)
     ]
 
 
+def block_of(x: jax.Array, local: LocalLeaf, part: int) -> jax.Array:
+    """Matrices `(n, *dimensions)` of a part as blocks `(n, *block.shape)`."""
+    return x.transpose(local.permutations[part]).reshape(len(x), *local.blocks[part].shape)
+
+
 def leaf_of(blocks: Sequence[jax.Array], local: LocalLeaf) -> jax.Array:
-    """Undoes `blocks_of`."""
+    """Undoes `matrices_of` and `block_of`."""
     pieces = []
     for x, part, permutation in zip(blocks, local.plan.parts, local.permutations, strict=True):
-        inverse = [permutation.index(axis) for axis in range(len(permutation))]
-        pieces.append(x.reshape([part.shape[axis] for axis in permutation]).transpose(inverse))
+        own = (part.count, *_own(part, local))
+        x = x.reshape([own[axis] for axis in permutation]).transpose(_inverse(permutation))
+        x = x.reshape([part.shape[axis] for axis in local.order]).transpose(_inverse(local.order))
+        pieces.append(x)
     x = join_leaf(pieces, local.plan.splits)
     for axis, names in local.gathered:
         length = x.shape[axis] // lax.axis_size(names)
         x = lax.dynamic_slice_in_dim(x, position(names) * length, length, axis=axis)
     return x
+
+
+def _own(part: Part, local: LocalLeaf) -> list[int]:
+    """Lengths of a matrix's dimensions, in the parameter's order."""
+    of_matrix = len(local.permutations[0]) - 1
+    return [part.shape[axis] for axis in local.order[len(local.order) - of_matrix :]]
+
+
+def _inverse(permutation: Sequence[int]) -> list[int]:
+    return [permutation.index(axis) for axis in range(len(permutation))]

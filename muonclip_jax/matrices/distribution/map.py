@@ -1,8 +1,10 @@
 """Carrying out a `DistributionPlan` where a mesh's axes are manual: one device's program."""
 
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from jax import lax
 
 from muonclip_jax.matrices.distribution.blocks import Block, Sizes
 from muonclip_jax.matrices.distribution.hands import Work, concatenate, work_by_hand
-from muonclip_jax.matrices.distribution.local import blocks_of, leaf_of
+from muonclip_jax.matrices.distribution.local import LocalLeaf, block_of, leaf_of, matrices_of
 from muonclip_jax.matrices.distribution.moves import (
     Exchange,
     bring_home,
@@ -26,6 +28,13 @@ from muonclip_jax.matrices.distribution.plan import DistributionPlan, Group, Ite
 # together and cut.
 _CHOSEN = 16
 
+#: Some matrices of a part as blocks; from how to cut them out of an array.
+_Part: TypeAlias = Callable[[Callable[[jax.Array], jax.Array]], jax.Array]
+
+
+def _itself(x: jax.Array) -> jax.Array:
+    return x
+
 
 def _as_it_is(job: Job, turn: Round) -> str:
     del turn
@@ -34,23 +43,29 @@ def _as_it_is(job: Job, turn: Round) -> str:
 
 def map_distributed(
     work: Work,
-    leaves: Sequence[jax.Array],
+    combine: Callable[..., jax.Array],
+    trees: Sequence[Sequence[jax.Array]],
     plan: DistributionPlan,
     sent: Callable[[Job, Round], str] = _as_it_is,
 ) -> list[jax.Array]:
-    """Replaces every matrix of a tree by what `work` makes of it, the devices sharing the work.
+    """Replaces every matrix of `combine(*leaves)` by `work` of it, the devices sharing the work.
 
     Args:
         work: What to do with a stack of wide matrices.
-        leaves: This device's piece of every parameter.
+        combine: Entry by entry, from arrays of each of `trees` to one; it is applied to what a
+            device gives away or works on, so that the combined tree is never alive as a whole.
+        trees: This device's piece of every leaf, once or several times.
         plan: The plan.
         sent: The dtype in which the results of a job travel home.
 
     Returns:
-        This device's piece of every result, as `plan.homes` says.
+        This device's piece of every result, gathered as the plan says.
     """
     sizes = dict(plan.sizes)
-    parts = [blocks_of(x, local) for x, local in zip(leaves, plan.leaves, strict=True)]
+    parts = [
+        _parts_of(combine, leaves, local)
+        for *leaves, local in zip(*trees, plan.leaves, strict=True)
+    ]
     # For every part, what came back of it: (index of the first matrix, matrices).
     done: dict[tuple[int, int], list[tuple[int, jax.Array]]] = {}
     for turn in plan.rounds:
@@ -74,23 +89,40 @@ def map_distributed(
             for group, (start, stop) in zip(job.groups, itertools.pairwise(bounds), strict=True):
                 owners = [item and (item.leaf, item.part) for item in group.order]
                 for home, places in bring_home(
-                    result[start:stop], group.home, turn.exchange, sizes, owners
+                    result[start:stop], group.block, turn.exchange, sizes, owners
                 ):
                     for first, run, offset in _runs([group.order[place] for place in places]):
                         if first is not None:
-                            piece = lax.slice_in_dim(home, offset, offset + run).astype(job.dtype)
+                            piece = lax.slice_in_dim(home, offset, offset + run)
                             key = first.leaf, first.part
                             done.setdefault(key, []).append((first.index, piece))
     results = []
-    for leaf, (home, blocks) in enumerate(zip(plan.homes, parts, strict=True)):
+    for leaf, (local, like) in enumerate(zip(plan.leaves, trees[-1], strict=True)):
         pieces = [
             concatenate([x for _, x in sorted(done[leaf, part], key=operator.itemgetter(0))])
             if (leaf, part) in done
-            else jnp.zeros((count.count, *block.shape), blocks[part].dtype)
-            for part, (count, block) in enumerate(zip(home.plan.parts, home.blocks, strict=True))
+            else jnp.zeros((count.count, *block.shape), like.dtype)
+            for part, (count, block) in enumerate(zip(local.plan.parts, local.blocks, strict=True))
         ]
-        results.append(leaf_of(pieces, home))
+        result = leaf_of(pieces, local)
+        for axis, names in plan.gathered[leaf]:
+            result = lax.all_gather(result, names, axis=axis, tiled=True, to="invarying")
+        # As it was sent until here.
+        results.append(result.astype(like.dtype))
     return results
+
+
+def _parts_of(
+    combine: Callable[..., jax.Array], leaves: Sequence[jax.Array], local: LocalLeaf
+) -> list[_Part]:
+    if local.gathered:
+        # Combined first, so that one array is gathered and not several.
+        leaves, combine = [combine(*leaves)], _itself
+    matrices = zip(*(matrices_of(x, local) for x in leaves), strict=True)
+    return [
+        lambda cut, part=part, arrays=arrays: block_of(combine(*map(cut, arrays)), local, part)
+        for part, arrays in enumerate(matrices)
+    ]
 
 
 def _runs(order: Sequence[Item | None]) -> Iterator[tuple[Item | None, int, int]]:
@@ -110,7 +142,7 @@ def _follows(item: Item | None, successor: Item | None) -> bool:
 
 
 def _given(
-    parts: Sequence[Sequence[jax.Array]],
+    parts: Sequence[Sequence[_Part]],
     group: Group,
     dtype: str,
     exchange: Exchange,
@@ -142,7 +174,7 @@ def _given(
 
 
 def _chosen(
-    parts: Sequence[Sequence[jax.Array]], choices: Sequence[Item | None], me: jax.Array
+    parts: Sequence[Sequence[_Part]], choices: Sequence[Item | None], me: jax.Array
 ) -> jax.Array:
     """The matrix `choices[me]`, with an axis of length one before it; any where it is None."""
     sources = sorted({(item.leaf, item.part) for item in choices if item is not None})
@@ -151,19 +183,27 @@ def _chosen(
     source, index = jnp.asarray(np.array(rows, np.int32))[me]
 
     def of(leaf: int, part: int) -> Callable[[jax.Array], jax.Array]:
-        return lambda index: lax.dynamic_slice_in_dim(parts[leaf][part], index, 1)
+        # Without the barrier, XLA moves the slice, which all branches have, behind them, and what
+        # a branch then returns is a copy of the whole parameter.
+        return lambda index: lax.optimization_barrier(
+            parts[leaf][part](lambda x: lax.dynamic_slice_in_dim(x, index, 1))
+        )
 
     return lax.switch(source, [of(*source) for source in sources], index)
 
 
 def _gather(
-    parts: Sequence[Sequence[jax.Array]], order: Sequence[Item | None], block: Block, dtype: str
+    parts: Sequence[Sequence[_Part]], order: Sequence[Item | None], block: Block, dtype: str
 ) -> jax.Array:
     return concatenate(
         [
             jnp.zeros((run, *block.shape), dtype)
             if first is None
-            else lax.slice_in_dim(parts[first.leaf][first.part], first.index, first.index + run)
+            else parts[first.leaf][first.part](
+                functools.partial(
+                    lax.slice_in_dim, start_index=first.index, limit_index=first.index + run
+                )
+            )
             for first, run, _ in _runs(order)
         ]
     )

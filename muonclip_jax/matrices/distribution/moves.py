@@ -3,9 +3,10 @@
 To work on whole matrices the devices trade: everyone gives away blocks of matrices that others will
 work on, and gets the missing blocks of its own. That is one `all_to_all` over the axes that shard
 the matrix. Along axes that replicate the matrix nothing has to move: everyone takes its own share
-of the stack, and results are gathered at the end. Where many places of the stack are padding (fewer
-matrices than devices), results are cut into a piece for every device first and traded, so that what
-is gathered are the matrices and no padding.
+of the stack, and results are gathered at the end. Where that would be much at once, or many places
+of the stack are padding (fewer matrices than devices), results are cut into a piece for every
+device first and traded, so that one parameter's matrices after another can be gathered, and no
+padding.
 """
 
 import math
@@ -22,6 +23,8 @@ from muonclip_jax.matrices.distribution.blocks import Axes, Block, Sizes
 # Enough to fill a link. So much padding is worth a collective more; so much is gathered before the
 # next leaf's results are, so that one parameter's can be used before the next one's arrive.
 _GATHERED_BYTES = 64 * 2**20
+# More than this is not gathered at once: the compilers hold it twice, sent and received.
+_GATHERED_AT_ONCE = 2**30
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def bring_home(
 
     Args:
         x: What `make_whole` returned, worked on.
-        block: What a device shall hold of each.
+        block: As for `make_whole`, and what a device shall hold of each in the end.
         exchange: As for `make_whole`.
         sizes: Sizes of the mesh axes.
         owners: For place `s * groups + p` of the stack, what the matrix is a part of, or None
@@ -128,8 +131,9 @@ def bring_home(
         return [(x.reshape(slots * ways, *block.shape), list(range(slots * ways)))]
     padding = sum(owner is None for owner in owners)
     size = math.prod(block.shape) * x.dtype.itemsize
-    if padding > len(owners) // 4 and padding * size >= _GATHERED_BYTES:
-        return _without_padding(x, block, exchange, sizes, owners)
+    is_much = len(owners) * size > _GATHERED_AT_ONCE
+    if is_much or (padding > len(owners) // 4 and padding * size >= _GATHERED_BYTES):
+        return _by_owner(x, block, exchange, sizes, owners)
     x = lax.all_gather(x, free, axis=1, to="invarying")
     x = x.reshape(
         slots, *(sizes[axis] for axis in free), *(sizes[axis] for axis in held), *block.shape
@@ -139,10 +143,13 @@ def bring_home(
     return [(x.reshape(len(owners), *block.shape), list(range(len(owners))))]
 
 
-def _without_padding(
+def _by_owner(
     x: jax.Array, block: Block, exchange: Exchange, sizes: Sizes, owners: Sequence[Hashable | None]
 ) -> list[tuple[jax.Array, list[int]]]:
-    """Gathers `(slots, places along held axes, *block.shape)` along the axes that replicate it."""
+    """Gathers `(slots, places along held axes, *block.shape)` along the axes that replicate it.
+
+    One owner's matrices after another, and no padding.
+    """
     _, free = held_and_free(block, exchange.positions)
     devices = math.prod(sizes[axis] for axis in free)
     shape, slots = block.shape, x.shape[0]

@@ -22,8 +22,9 @@ class Distribution:
             is an upper bound too; stacks are smaller on a CPU and on a device of little memory.
         flops_per_byte: What a byte sent between devices is worth, in floating-point operations.
             Where a mesh has more devices than matrices, a matrix is split over a group of devices
-            if that is cheaper by this measure. Infinity never splits for speed. The default is near
-            what current accelerators have in 16-bit arithmetic.
+            if that is cheaper by this measure: those along an axis or, where all axes are Auto and
+            no mesh is set (`jax.set_mesh`), some neighbours along one. Infinity never splits for
+            speed. The default is near what current accelerators have in 16-bit arithmetic.
         shard_momentum: Whether to shard the momentum also over the axes that replicate its
             parameter (ZeRO stage 1); updates still come home as the parameters are.
 

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from muonclip_jax.matrices.distribution.blocks import Block
+from muonclip_jax.matrices.distribution.blocks import Axes, Block
+from muonclip_jax.matrices.distribution.cut import Cut
 from muonclip_jax.matrices.distribution.local import LocalLeaf
 from muonclip_jax.matrices.distribution.moves import Exchange
 
@@ -22,12 +23,10 @@ class Group:
 
     Attributes:
         block: What a device holds of each.
-        home: What it shall hold of each result.
         order: Entry `s * groups + p` goes to group of devices `p`; None is padding.
     """
 
     block: Block
-    home: Block
     order: tuple[Item | None, ...]
 
 
@@ -73,12 +72,18 @@ class DistributionPlan:
 
     Attributes:
         sizes: Names and sizes of the mesh axes.
-        leaves: What it holds of each parameter's update.
-        homes: What it shall hold of each result.
+        leaves: What it holds of each leaf.
+        gathered: For each leaf `(dimension, axes)` along which its result is gathered in the end.
         rounds: What it works on.
+        busiest: What the busiest device does, in floating-point operations, what it sends included.
+        mean: The mean over all devices if splitting matrices cost nothing.
+        cut: What makes two axes of one of the mesh, or None.
     """
 
     sizes: tuple[tuple[str, int], ...]
     leaves: tuple[LocalLeaf, ...]
-    homes: tuple[LocalLeaf, ...]
+    gathered: tuple[tuple[tuple[int, Axes], ...], ...]
     rounds: tuple[Round, ...]
+    busiest: float = 0.0
+    mean: float = 0.0
+    cut: Cut | None = None

@@ -8,12 +8,17 @@ import jax.numpy as jnp
 
 from muonclip_jax.layouts import MatrixSpec
 from muonclip_jax.matrices.distribution.blocks import Axes, LeafAxes
+from muonclip_jax.matrices.distribution.cut import cuts
 from muonclip_jax.matrices.distribution.local import plan_local
 from muonclip_jax.matrices.distribution.options import Distribution
 from muonclip_jax.matrices.distribution.plan import DistributionPlan
 from muonclip_jax.matrices.distribution.rounds import plan_distribution
 from muonclip_jax.matrices.distribution.slow import sharing_axes
 from muonclip_jax.polar import PolarPlan
+
+# By so much the busiest device may exceed the mean before an axis is cut, and so much a cut must
+# save: it has collectives between the steps.
+_EVEN = 1.1
 
 
 @functools.lru_cache(maxsize=64)
@@ -27,8 +32,12 @@ def plan_for(
     sizes: tuple[tuple[str, int], ...],
     options: Distribution,
     slow: Axes = (),
+    cuttable: Axes = (),
 ) -> DistributionPlan:
     """Plans the distribution of a tree; everything is hashable, and plans are remembered.
+
+    Where devices would have little or nothing to do, an axis is cut in two if that makes the
+    busiest one's work less.
 
     Args:
         polar: How to orthogonalise.
@@ -36,13 +45,14 @@ def plan_for(
         dtypes: Their dtypes, by name.
         specs: Their normalised specs.
         held: The axes that shard their dimensions.
-        homes: The axes that shall shard those of the results.
+        homes: The axes that shall shard those of the results: the first ones of `held`.
         sizes: Names and sizes of the axes.
         options: Who shares the work.
         slow: The axes that cross a slow network.
+        cuttable: The axes that may be cut.
 
     Returns:
-        The plan.
+        The plan. One with a cut speaks of the axes after it.
 
     Raises:
         ValueError: If `options` names an axis that there is not.
@@ -54,19 +64,58 @@ def plan_for(
                 f"Distribution's axes={options.axes} name {axis!r}, and the mesh has the axes "
                 f"{', '.join(map(repr, names))}. Name some of those, or pass None for all."
             )
+    tree = (polar, shapes, dtypes, specs)
+    plan = _plan(*tree, held, homes, sizes, options, slow)
+    if plan.busiest <= _EVEN * plan.mean:
+        return plan
+    others = [
+        dataclasses.replace(
+            _plan(
+                *tree,
+                tuple(map(cut.leaf, held)),
+                tuple(map(cut.leaf, homes)),
+                cut.sizes(sizes),
+                dataclasses.replace(options, axes=options.axes and cut.axes(options.axes)),
+                slow,
+            ),
+            cut=cut,
+        )
+        for cut in cuts(sizes, cuttable)
+    ]
+    best = min(others, key=lambda other: other.busiest, default=plan)
+    return best if best.busiest * _EVEN < plan.busiest else plan
+
+
+def _plan(
+    polar: PolarPlan,
+    shapes: tuple[tuple[int, ...], ...],
+    dtypes: tuple[str, ...],
+    specs: tuple[MatrixSpec, ...],
+    held: tuple[LeafAxes, ...],
+    homes: tuple[LeafAxes, ...],
+    sizes: tuple[tuple[str, int], ...],
+    options: Distribution,
+    slow: Axes,
+) -> DistributionPlan:
+    names = tuple(name for name, _ in sizes)
     shared = [
         sharing_axes(names, slow, options.axes, axes, spec.dims)
         for spec, axes in zip(specs, held, strict=True)
     ]
-    leaves, results = (
-        [
-            plan_local(shape, spec, axes, sharing, dict(sizes))
-            for shape, spec, axes, sharing in zip(shapes, specs, sharded, shared, strict=True)
-        ]
-        for sharded in (held, homes)
-    )
+    leaves = [
+        plan_local(shape, spec, axes, sharing, dict(sizes))
+        for shape, spec, axes, sharing in zip(shapes, specs, held, shared, strict=True)
+    ]
+    gathered = [
+        tuple(
+            (dimension, axes[len(kept) :])
+            for dimension, (axes, kept) in enumerate(zip(leaf, home, strict=True))
+            if len(axes) > len(kept)
+        )
+        for leaf, home in zip(held, homes, strict=True)
+    ]
     return plan_distribution(
-        leaves, results, dtypes, sizes, options, functools.partial(_cost, polar, options)
+        leaves, dtypes, sizes, options, functools.partial(_cost, polar, options), gathered
     )
 
 

@@ -29,41 +29,57 @@ Cost = Callable[[int, int, str, int], float]
 
 def plan_distribution(
     leaves: Sequence[LocalLeaf],
-    homes: Sequence[LocalLeaf],
     dtypes: Sequence[str],
     sizes: tuple[tuple[str, int], ...],
     options: Distribution,
     cost: Cost,
+    gathered: Sequence[tuple[tuple[int, Axes], ...]],
 ) -> DistributionPlan:
     """Plans who works on which matrix.
 
     Args:
-        leaves: What a device holds of each parameter's update.
-        homes: What it shall hold of each result; batch axes are sharded as in `leaves`.
+        leaves: What a device holds of each leaf.
         dtypes: Their dtypes, by name.
         sizes: Names and sizes of the mesh axes, the slowest first.
         options: Bounds and the price of a byte.
         cost: What a matrix costs.
+        gathered: For each leaf `(dimension, axes)` along which its result is gathered in the end.
 
     Returns:
         The plan; `map_distributed` follows it.
     """
     pools: dict[tuple[frozenset[str], frozenset[str]], dict[Kind, Members]] = {}
     lengths = dict(sizes)
-    for leaf, (local, home, dtype) in enumerate(zip(leaves, homes, dtypes, strict=True)):
-        for part, (block, back) in enumerate(zip(local.blocks, home.blocks, strict=True)):
+    for leaf, (local, dtype) in enumerate(zip(leaves, dtypes, strict=True)):
+        for part, block in enumerate(local.blocks):
             rows, columns = block.whole(lengths)
             if not rows * columns:
                 continue
             pool = pools.setdefault((local.batch, local.shared), {})
             kind = pool.setdefault((rows, columns, dtype), [])
             count = local.plan.parts[part].count
-            kind += [((block, back), Item(leaf, part, index)) for index in range(count)]
-    rounds = []
+            kind += [(block, Item(leaf, part, index)) for index in range(count)]
+    rounds: list[Round] = []
+    mean = 0.0
     for (batch, shared), pool in pools.items():
         axes = tuple(name for name, n in sizes if n > 1 and name in shared and name not in batch)
         rounds += _plan_pool(pool, axes, lengths, options, cost)
-    return DistributionPlan(sizes, tuple(leaves), tuple(homes), tuple(rounds))
+        whole = sum(len(members) * cost(*kind, 1) for kind, members in pool.items())
+        mean += whole / Exchange(axes, ()).groups(lengths)
+    busiest = sum(_busiest(turn, lengths, cost) for turn in rounds)
+    return DistributionPlan(sizes, tuple(leaves), tuple(gathered), tuple(rounds), busiest, mean)
+
+
+def _busiest(turn: Round, sizes: Sizes, cost: Cost) -> float:
+    """What the busiest device does in a round."""
+    ways = turn.exchange.ways(sizes)
+    return max(
+        sum(
+            count * cost(job.rows, job.columns, job.dtype, ways)
+            for count, job in zip(hand, turn.jobs, strict=True)
+        )
+        for hand in turn.branches
+    )
 
 
 def _plan_pool(

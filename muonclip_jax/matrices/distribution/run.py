@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,12 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from muonclip_jax.kernels.platform import default_platform, platform_of
 from muonclip_jax.layouts import MatrixSpec
 from muonclip_jax.matrices.distribution.blocks import Axes
+from muonclip_jax.matrices.distribution.cut import Cut, cuttable_axes
 from muonclip_jax.matrices.distribution.map import map_distributed
 from muonclip_jax.matrices.distribution.options import Distribution
 from muonclip_jax.matrices.distribution.plan import DistributionPlan, Job, Round
 from muonclip_jax.matrices.distribution.planning import plan_for
-from muonclip_jax.matrices.distribution.sharding import MeshShardings
+from muonclip_jax.matrices.distribution.sharding import MeshShardings, place
 from muonclip_jax.polar import PolarPlan, apply_polar
 from muonclip_jax.polar.partitioned import apply_polar_partitioned
 
@@ -28,19 +30,23 @@ _UNROLLED_ON_CPU = 4
 def orthogonalize_distributed(
     polar: PolarPlan,
     eps: jax.typing.ArrayLike,
-    leaves: Sequence[jax.Array],
+    combine: Callable[..., jax.Array],
+    how: Any,
+    trees: Sequence[Sequence[jax.Array]],
     specs: Sequence[MatrixSpec],
     shardings: MeshShardings | None,
     homes: MeshShardings | None = None,
     axis_name: Axes = (),
     options: Distribution | None = None,
 ) -> list[jax.Array]:
-    """Replaces every matrix of every leaf by its polar factor.
+    """Replaces every matrix of `combine(how, *leaves)` by its polar factor.
 
     Args:
         polar: How to orthogonalise.
         eps: Smallest divisor, as in `orthogonalize`.
-        leaves: The arrays.
+        combine: As for `orthogonalize_on_one_device`.
+        how: What `combine` needs besides, arrays or None, the same on all devices.
+        trees: Leaves of equal shapes, once or several times; the last one's dtype is the result's.
         specs: The normalised spec of each.
         shardings: The mesh, and how it shards the leaves; None where `axis_name` alone counts.
         homes: How the results shall be sharded; None is as the leaves are.
@@ -57,6 +63,7 @@ def orthogonalize_distributed(
     polar = dataclasses.replace(polar, platform=_platform(shardings))
     mapped = tuple((name, _mapped_size(name)) for name in axis_name)
     sizes = mapped + (shardings.sizes if shardings else ())
+    leaves = trees[-1]
     held = shardings.leaves if shardings else tuple(((),) * leaf.ndim for leaf in leaves)
     plan = plan_for(
         polar,
@@ -68,18 +75,38 @@ def orthogonalize_distributed(
         sizes,
         Distribution() if options is None else options,
         shardings.slow if shardings else (),
+        cuttable_axes(shardings.mesh, shardings.slow) if shardings else (),
     )
     if shardings is None:
-        return _local_program(polar, plan, eps, *leaves)
-    return _program(
+        return _local_program(polar, plan, combine, eps, how, *trees)
+    homes = homes or shardings
+    seen, seen_homes = (_cut(one, plan.cut) for one in (shardings, homes))
+    results = _program(
         polar,
         plan,
-        shardings.mesh,
-        frozenset(name for name, _ in shardings.sizes),
-        shardings.specs(),
-        (homes or shardings).specs(),
+        combine,
+        seen.mesh,
+        frozenset(name for name, _ in seen.sizes),
+        seen.specs(),
+        seen_homes.specs(),
         eps,
-        list(leaves),
+        how,
+        [list(tree) for tree in trees],
+    )
+    if plan.cut:
+        # What comes after shall see the caller's mesh.
+        results = [place(x, home) for x, home in zip(results, homes.shardings(), strict=True)]
+    return results
+
+
+def _cut(shardings: MeshShardings, cut: Cut | None) -> MeshShardings:
+    if cut is None or not isinstance(shardings.mesh, Mesh):
+        return shardings
+    return MeshShardings(
+        cut.mesh(shardings.mesh),
+        cut.sizes(shardings.sizes),
+        tuple(map(cut.leaf, shardings.leaves)),
+        shardings.slow,
     )
 
 
@@ -111,11 +138,17 @@ def _work(polar: PolarPlan, eps: jax.typing.ArrayLike, stack: jax.Array, split: 
 
 
 def _local_program(
-    polar: PolarPlan, plan: DistributionPlan, eps: jax.typing.ArrayLike, *leaves: jax.Array
+    polar: PolarPlan,
+    plan: DistributionPlan,
+    combine: Callable[..., jax.Array],
+    eps: jax.typing.ArrayLike,
+    how: Any,
+    *trees: Sequence[jax.Array],
 ) -> list[jax.Array]:
     return map_distributed(
         lambda stack, split: _work(polar, eps, stack, split),
-        list(leaves),
+        functools.partial(combine, how),
+        trees,
         plan,
         functools.partial(_sent, polar),
     )
@@ -130,24 +163,26 @@ def _sent(polar: PolarPlan, job: Job, turn: Round) -> str:
     return job.dtype if work.itemsize >= jnp.dtype(job.dtype).itemsize else work.name
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
 def _program(
     polar: PolarPlan,
     plan: DistributionPlan,
+    combine: Callable[..., jax.Array],
     mesh: Mesh | AbstractMesh,
     names: frozenset[str],
     specs: tuple[PartitionSpec, ...],
     homes: tuple[PartitionSpec, ...],
     eps: jax.typing.ArrayLike,
-    leaves: list[jax.Array],
+    how: Any,
+    trees: list[list[jax.Array]],
 ) -> list[jax.Array]:
     # Results are equal along the axes that replicate them because all of them gather the same
     # matrices; JAX cannot see that (check_vma).
     return jax.shard_map(
-        functools.partial(_local_program, polar, plan),
+        functools.partial(_local_program, polar, plan, combine),
         mesh=mesh,
-        in_specs=(PartitionSpec(), *specs),
+        in_specs=(PartitionSpec(), PartitionSpec(), *[list(specs)] * len(trees)),
         out_specs=list(homes),
         axis_names=set(names),
         check_vma=False,
-    )(eps, *leaves)
+    )(eps, how, *trees)

@@ -1,0 +1,51 @@
+"""ZeRO-1: momentum sharded over more axes than its parameter, in every way to share a matrix."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+import muonclip_jax as mc
+from tests.transforms.share import mesh_of
+
+SHARDINGS = [P(), P(None, "fsdp"), P(None, None, "fsdp"), P(None, "tp"), P(None, None, "tp")]
+OPTIONS = {
+    "whole": {"flops_per_byte": float("inf")},
+    # The axis that the parameter lacks shares its columns, or all of both do.
+    "split": {"flops_per_byte": 0.0},
+    "too large": {"max_matrix_bytes": 64},
+}
+#: Wide and tall: the wide matrix of the plan is the parameter's transpose.
+SHAPES = {"wide": (3, 16, 32), "tall": (1, 32, 16)}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("at", SHARDINGS, ids=str)
+def test_updates_are_those_of_one_device(at: P, options: dict[str, Any]):
+    mesh = mesh_of(jax.devices(), (4, 2))
+    alone = {
+        name: jax.random.normal(jax.random.key(number), shape)
+        for number, (name, shape) in enumerate(SHAPES.items())
+    }
+    shardings = {name: NamedSharding(mesh, at) for name in SHAPES}
+    arguments: Any = {
+        "ns_coeffs": "keller_jordan",
+        "ns_method": "standard",
+        "ns_steps": 2,
+        "weight_dimension_numbers": mc.MatrixSpec((1, 2)),
+    }
+    one: Any = mc.scale_by_muon(**arguments)
+    tx: Any = mc.scale_by_muon(
+        **arguments,
+        param_shardings=shardings,
+        distribution=mc.Distribution(shard_momentum=True, **options),
+    )
+    params = jax.device_put(alone, shardings)
+    updates, state = jax.jit(tx.update)(params, tx.init(params))
+    for name, expected in jax.jit(one.update)(alone, one.init(alone))[0].items():
+        np.testing.assert_allclose(updates[name], expected, atol=1e-6, err_msg=name)
+        assert updates[name].sharding.is_equivalent_to(shardings[name], 3)
+        momentum = state.mu[name]
+        assert momentum.addressable_shards[0].data.size == momentum.size // 8
