@@ -30,7 +30,7 @@ def count_products(plan: ResolvedPlan) -> dict[str, int]:
     """
     if plan.method not in ("standard", "gram"):
         raise ValueError(f"Only iterations have products to count, got method {plan.method!r}.")
-    squares = sum(1 for _, _, c in plan.rows if c)
+    squares = plan.squares_apart + sum(1 for _, _, c in plan.rows if c)
     if plan.method == "standard":
         touches = len(plan.rows)
     else:

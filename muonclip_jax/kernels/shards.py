@@ -23,7 +23,7 @@ from muonclip_jax.kernels.pairs import PairArrays
 P = PartitionSpec
 
 
-def axes_of(entry: Any) -> tuple[str, ...]:
+def entry_axes(entry: Any) -> tuple[str, ...]:
     """Returns the mesh axes that one entry of a PartitionSpec names."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
@@ -36,7 +36,7 @@ def divisions(x: jax.Array, axis: int) -> int:
         1
     """
     sharding = jax.typeof(x).sharding
-    names = axes_of((*sharding.spec, *[None] * x.ndim)[axis])
+    names = entry_axes((*sharding.spec, *[None] * x.ndim)[axis])
     return math.prod(sharding.mesh.shape[name] for name in names)
 
 
@@ -110,7 +110,7 @@ class Shares:
 
         def local(*arguments: Any) -> Any:
             *others, maxima = jax.tree.leaves(function(*arguments))
-            if axes := axes_of(self.batch):
+            if axes := entry_axes(self.batch):
                 maxima = lax.pmax(lax.stop_gradient(maxima), axes)
             return (*others, maxima)
 

@@ -22,7 +22,7 @@ from muonclip_jax.polar.precision import (
     choose_method,
     guarded_rows,
 )
-from muonclip_jax.polar.preconditioning import PRECONDITIONINGS
+from muonclip_jax.polar.preconditioning import PRECONDITIONINGS, squares_apart
 from muonclip_jax.polar.restarts import choose_restarts
 
 
@@ -72,7 +72,8 @@ class PolarPlan:
         rows = guarded_rows(self.rows, name)
         restarts = choose_restarts(rows, name) if method == "gram" else ()
         flops = gram_flops(rows, m, n, restarts) if method == "gram" else plain_flops(rows, m, n)
-        return ResolvedPlan(method, name, rows, restarts, flops)
+        apart = squares_apart(self.preconditioning, name)
+        return ResolvedPlan(method, name, rows, restarts, flops + apart * 2 * min(m, n) ** 3, apart)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,7 @@ class ResolvedPlan:
         rows: The coefficients, after the guard against divergence in that dtype.
         restarts: The numbers of steps after which the Gram form restarts.
         flops: Floating-point operations a matrix.
+        squares_apart: Squares of the Gram matrix beside those of the steps, for a norm.
     """
 
     method: str
@@ -92,6 +94,7 @@ class ResolvedPlan:
     rows: Rows
     restarts: tuple[int, ...]
     flops: int
+    squares_apart: int = 0
 
     def dtypes(self, dtype: Any) -> tuple[jnp.dtype, jnp.dtype]:
         """Dtypes to normalise in (at least) and to multiply in, for input of `dtype`."""

@@ -128,6 +128,15 @@ class First(NamedTuple):
     square: jax.Array | None = None
 
 
+def squares_apart(preconditioning: str, dtype: jax.typing.DTypeLike) -> int:
+    """How many squares of the Gram matrix the bound takes beside those of the steps.
+
+    Rounded to 16 bits, scaled product and scaled square would not be one the square of the other,
+    and the steps are steep.
+    """
+    return int(preconditioning == "schatten8" and jnp.dtype(dtype).itemsize < 4)
+
+
 def rescale_first(
     x: jax.Array, preconditioning: str, dtype: jnp.dtype, shares: Shares = WHOLE
 ) -> First:
@@ -162,9 +171,8 @@ def rescale_first(
         square = shares.quadratic(product.astype(dtype), 0.0, 1.0).astype(product.dtype)
         tighter = _or_one(jnp.sqrt(frobenius_norm(square)))
         product = product / tighter.astype(product.dtype)
-        # Rounded to 16 bits the one would not be the square of the other, and the steps are steep.
-        is_wide = jnp.dtype(dtype).itemsize >= 4
-        square = square / (tighter**2).astype(square.dtype) if is_wide else None
+        lost = squares_apart(preconditioning, dtype)
+        square = None if lost else square / (tighter**2).astype(square.dtype)
         bound = bound * tighter
     x = x / jnp.sqrt(bound).astype(x.dtype)
     return First(x.astype(dtype), product.astype(dtype), square)

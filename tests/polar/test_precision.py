@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.counting import count_products
+from benchmarks.counting import count_products, full_flops
 from muonclip_jax.polar import COEFFICIENT_SETS, apply_polar, plan_polar
 from muonclip_jax.polar.generators import evaluate
 from muonclip_jax.polar.gram import gram_flops
@@ -126,16 +126,23 @@ def test_a_matrix_of_subnormal_numbers_is_like_any_other() -> None:
     np.testing.assert_array_equal(apply(jnp.asarray(subnormal)), apply(jnp.asarray(multiples)))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["standard", "gram"])
 @pytest.mark.parametrize("preconditioning", ["frobenius", "aol", "schatten", "schatten8"])
-def test_no_product_is_computed_twice(preconditioning: str, method: str) -> None:
-    # The bounds are free: what they are norms of, the first step uses.
-    plan = plan_polar("keller_jordan", ns_method=method, preconditioning=preconditioning)
+def test_no_product_is_computed_twice(preconditioning: str, method: str, dtype: str) -> None:
+    # The bounds are free: what they are norms of, the first step uses; but for one in 16 bits.
+    plan = plan_polar(
+        "keller_jordan", ns_method=method, ns_dtype=dtype, preconditioning=preconditioning
+    )
     x = jnp.ones((48, 192), jnp.float32)
+    assert plan.resolve(x.shape, x.dtype).squares_apart == (
+        preconditioning == "schatten8" and dtype == "bfloat16"
+    )
     jaxpr = jax.make_jaxpr(functools.partial(apply_polar, plan))(x)
     products = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
-    expected = count_products(plan.resolve(x.shape, x.dtype))
-    assert len(products) == sum(expected.values())
+    resolved = plan.resolve(x.shape, x.dtype)
+    assert len(products) == sum(count_products(resolved).values())
+    assert resolved.flops == full_flops(resolved, *x.shape)
 
 
 def test_a_batch_of_one_is_no_batch() -> None:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from muonclip_jax.kernels.max_logits.operands import Operands
 from muonclip_jax.kernels.pairs import Geometry
-from muonclip_jax.kernels.shards import axes_of
+from muonclip_jax.kernels.shards import entry_axes
 
 P = PartitionSpec
 
@@ -61,7 +61,7 @@ def _partitioned(launch: Callable[..., Any], geometry: Geometry, operands: Opera
         del result
         (given,) = shapes
         spec = tuple(given.query.sharding.spec) + (None,) * 4
-        batch, heads = axes_of(spec[0]), axes_of(spec[2])
+        batch, heads = entry_axes(spec[0]), entry_axes(spec[2])
         key_heads = heads if given.key.shape[2] > 1 else ()
         if given.key.shape[2] % math.prod(mesh.shape[axis] for axis in key_heads):
             heads = key_heads = ()  # a key head and the query heads that share it stay together

@@ -8,6 +8,7 @@ import jax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from muonclip_jax.kernels.shards import entry_axes
 from muonclip_jax.matrices.distribution.blocks import Axes, LeafAxes
 
 
@@ -86,8 +87,4 @@ def sharding_of(x: Any) -> NamedSharding | None:
 
 def axes_of(spec: PartitionSpec, rank: int) -> LeafAxes:
     """The mesh axes that shard each of `rank` dimensions."""
-    entries = [*spec, *[None] * (rank - len(spec))]
-    return tuple(
-        entry if isinstance(entry, tuple) else (entry,) if isinstance(entry, str) else ()
-        for entry in entries
-    )
+    return tuple(map(entry_axes, (*spec, *[None] * (rank - len(spec)))))
