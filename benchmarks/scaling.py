@@ -318,12 +318,14 @@ def cost_table() -> str:
     """What a step costs, as Markdown."""
     head = ["model", "devices", "TFLOPs", "sent GB", "temporary GB", "compute ms", "memory ms"]
     lines = []
+    named = {case: f"{model}, {layout}" for (model, layout, _), case in reversed(CHECKED.items())}
     for model, plan in dict.fromkeys([*CHECKED.values(), *LARGE]):
         cost = muon_cost(model, plan, V5P)
         numbers = (cost.flops / 1e12, cost.sent / 1e9, cost.temporary / 1e9)
         times = (cost.compute * 1e3, cost.memory * 1e3, cost.network * 1e3)
         cells = [f"{number:.3g}" for number in numbers + times]
-        lines.append([model.name, f"{plan.devices}", *cells])
+        name = named.get((model, plan), model.name)
+        lines.append([name, f"{plan.devices}", *cells])
     return report_text.table([*head, "network ms"], lines)
 
 

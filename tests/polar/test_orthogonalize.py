@@ -445,3 +445,14 @@ def test_wrong_arrays(x, error, message: str) -> None:
     undecorated = getattr(apply_polar, "__wrapped__", apply_polar)
     with pytest.raises(error, match=message):
         undecorated(plan_polar(), x)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "svd"])
+def test_explicit_axes_of_length_one_are_kept(method: str) -> None:
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((1, 2), ("a", "b"), axis_types=kinds, devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        spec = jax.sharding.PartitionSpec("a", "b")
+        x = jax.device_put(jnp.ones((1, 2, 3, 4)), jax.NamedSharding(mesh, spec))
+        y, _ = jax.lax.scan(lambda c, _: (orthogonalize(c, ns_method=method), None), x, length=1)
+        assert jax.typeof(y) == jax.typeof(x)

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
 from benchmarks.hlo import tally
+from muonclip_jax.matrices.distribution.cut import Cut, possible_cuts
 from muonclip_jax.matrices.distribution.plan import DistributionPlan
 from muonclip_jax.matrices.distribution.planning import plan_for
 from muonclip_jax.polar import plan_polar
@@ -85,18 +86,20 @@ def test_a_mesh_that_types_name_is_not_cut(kind: AxisType):
     assert tally(program.as_text()).flops == work(SHAPE)
 
 
-def plan(count: int, at: P, options: mc.Distribution = OPTIONS) -> DistributionPlan:
+def plan(
+    count: int, at: P, options: mc.Distribution = OPTIONS, shape: tuple[int, int] = SHAPE
+) -> DistributionPlan:
     held = tuple((axis,) if axis else () for axis in (*at, None, None, None)[:3])
     return plan_for(
         plan_polar("keller_jordan", ns_method="standard", ns_dtype="float32"),
-        ((count, *SHAPE),),
+        ((count, *shape),),
         ("float32",),
         (mc.MatrixSpec((1, 2)),),
         (held,),
         (held,),
         (("fsdp", 8),),
         options,
-        cuttable=("fsdp",),
+        cuts=(Cut("fsdp", 2), Cut("fsdp", 4)),
     )
 
 
@@ -122,6 +125,25 @@ def test_a_cut_pays(count: int, at: P):
         if item is not None
     ]
     assert sorted(item.index for item in items) == list(range(count))
+
+
+def test_only_neighbours_share():
+    # Groups of four; those with a stride of two, of the other cut, would do as well.
+    found = plan(10, P(None, "fsdp"), mc.Distribution(flops_per_byte=500.0), (4096, 4096))
+    assert found.cut is not None
+    assert found.cut.group == 4
+    assert {turn.exchange.split for turn in found.rounds} == {(), ("fsdp_within",)}
+
+
+def test_what_may_be_cut(monkeypatch: pytest.MonkeyPatch):
+    mesh = mesh_of()
+    assert [cut.group for cut in possible_cuts(mesh, (("fsdp", 8),), ())] == [2, 4]
+    assert possible_cuts(mesh, (("fsdp", 8),), ("fsdp",)) == ()
+    assert possible_cuts(mesh, (("fsdp_within", 2), ("fsdp", 8)), ()) == ()
+    # Slices of two devices: no group of four is in one.
+    where = "muonclip_jax.matrices.distribution.cut.slice_of"
+    monkeypatch.setattr(where, lambda device: device.id // 2)
+    assert [cut.group for cut in possible_cuts(mesh, (("fsdp", 8),), ())] == [2]
 
 
 def test_a_full_round_is_not_cut():

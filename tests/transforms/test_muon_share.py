@@ -54,6 +54,13 @@ def test_unequal_matrices_are_balanced():
     assert floor <= tally(program.as_text()).flops < 1.02 * floor
 
 
+def test_a_stack_without_matrices_has_no_work():
+    mesh = mesh_of(jax.devices(), (4, 2))
+    shapes = {"none": (0, *SHAPE), "some": (8, *SHAPE)}
+    program = compiled_step(mesh, shapes, P(None, "fsdp", "tp"))
+    check_share(program, 8, devices=8, moves=BOTH_WAYS)
+
+
 @pytest.mark.parametrize(
     ("shapes", "bounds"),
     [

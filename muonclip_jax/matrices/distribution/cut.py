@@ -6,8 +6,6 @@ devices are seen as a mesh whose axis is two, say 128 x 4, and matrices are spli
 Every array stays where it is.
 """
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
@@ -15,8 +13,10 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from muonclip_jax.matrices.distribution.blocks import Axes, LeafAxes
+from muonclip_jax.matrices.distribution.slow import slice_of
 
-# Larger groups lose in sending what they gain in work.
+# What a device saves by sharing with one more falls with the square of the group, and what it sends
+# does not fall: at the default price of a byte, a matrix of 4096 rows pays up to groups of eight.
 _LARGEST_GROUP = 64
 
 
@@ -62,28 +62,41 @@ class Cut:
         return Mesh(np.asarray(mesh.devices).reshape(lengths), names, axis_types=kinds)
 
 
-def cuttable_axes(mesh: Mesh | AbstractMesh, slow: Axes) -> Axes:
-    """Returns the axes that may be cut: of a mesh that knows its devices, with Auto axes alone.
+def possible_cuts(
+    mesh: Mesh | AbstractMesh, sizes: tuple[tuple[str, int], ...], slow: Axes
+) -> tuple[Cut, ...]:
+    """Returns the cuts of a mesh that knows its devices, with Auto axes alone; small groups first.
 
     The type of an array on Explicit axes names the mesh, and so does a mesh that is set for all of
     a program: neither can be seen as another one.
+
+    Args:
+        mesh: The mesh.
+        sizes: Names and sizes of all axes, those that are mapped already too.
+        slow: The axes that cross a slow network, which are not cut.
+
+    Example:
+        >>> [cut.group for cut in possible_cuts(jax.make_mesh(
+        ...     (8,), ("fsdp",), axis_types=(AxisType.Auto,)), (("fsdp", 8),), ())]
+        [2, 4]
     """
     if not isinstance(mesh, Mesh) or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return ()
     if not jax.sharding.get_abstract_mesh().empty:
         return ()
-    return tuple(axis for axis in mesh.axis_names if axis not in slow)
+    slices = np.array([slice_of(device) for device in mesh.devices.flat])
+    slices = slices.reshape(mesh.devices.shape)
+    taken = {name for name, _ in sizes}
+    return tuple(
+        Cut(axis, group)
+        for number, axis in enumerate(mesh.axis_names)
+        if axis not in slow and taken.isdisjoint(Cut(axis, 1).axes((axis,)))
+        for group in range(2, min(_LARGEST_GROUP, mesh.shape[axis] // 2) + 1)
+        if mesh.shape[axis] % group == 0 and _in_one_slice(slices, number, group)
+    )
 
 
-def cuts(sizes: tuple[tuple[str, int], ...], axes: Axes) -> Iterator[Cut]:
-    """All cuts of some axes, small groups first.
-
-    Example:
-        >>> [cut.group for cut in cuts((("fsdp", 12), ("tp", 2)), ("fsdp", "tp"))]
-        [2, 3, 4, 6]
-    """
-    for axis, size in sizes:
-        if axis in axes:
-            for group in range(2, min(_LARGEST_GROUP, math.ceil(size / 2)) + 1):
-                if size % group == 0:
-                    yield Cut(axis, group)
+def _in_one_slice(slices: np.ndarray, axis: int, group: int) -> bool:
+    """Whether no group along an axis has devices of two slices."""
+    groups = np.moveaxis(slices, axis, -1).reshape(-1, group)
+    return bool(np.all(groups == groups[:, :1]))

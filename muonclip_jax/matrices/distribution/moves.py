@@ -9,6 +9,7 @@ device first and traded, so that one parameter's matrices after another can be g
 padding.
 """
 
+import itertools
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from muonclip_jax.matrices.distribution.blocks import Axes, Block, Sizes
 # Enough to fill a link. So much padding is worth a collective more; so much is gathered before the
 # next leaf's results are, so that one parameter's can be used before the next one's arrive.
 _GATHERED_BYTES = 64 * 2**20
-# More than this is not gathered at once: the compilers hold it twice, sent and received.
+# From here on one parameter is gathered after another: the compilers hold a gather twice, as sent
+# and as received, and a sixteenth of what a current accelerator has is enough for that.
 _GATHERED_AT_ONCE = 2**30
 
 
@@ -135,12 +137,7 @@ def bring_home(
     if is_much or (padding > len(owners) // 4 and padding * size >= _GATHERED_BYTES):
         return _by_owner(x, block, exchange, sizes, owners)
     x = lax.all_gather(x, free, axis=1, to="invarying")
-    x = x.reshape(
-        slots, *(sizes[axis] for axis in free), *(sizes[axis] for axis in held), *block.shape
-    )
-    order = [1 + (free + held).index(axis) for axis in exchange.positions]
-    x = x.transpose([0, *order, *range(1 + len(order), x.ndim)])
-    return [(x.reshape(len(owners), *block.shape), list(range(len(owners))))]
+    return [(_in_order(x, free + held, exchange, sizes), list(range(len(owners))))]
 
 
 def _by_owner(
@@ -150,9 +147,9 @@ def _by_owner(
 
     One owner's matrices after another, and no padding.
     """
-    _, free = held_and_free(block, exchange.positions)
+    held, free = held_and_free(block, exchange.positions)
     devices = math.prod(sizes[axis] for axis in free)
-    shape, slots = block.shape, x.shape[0]
+    shape = block.shape
     cut = next((axis for axis, length in enumerate(shape) if length % devices == 0), None)
     if cut is None:
         # No dimension falls into equal pieces, but all entries in a row do, with some at the end.
@@ -161,21 +158,29 @@ def _by_owner(
     at = 2 + (cut or 0)
     # Everyone gets a piece of every matrix.
     x = lax.all_to_all(x[:, None], free, split_axis=1 + at, concat_axis=1, tiled=True)
-    numbers = by_free_and_held(block, exchange, sizes)
-    where = {
-        slot * numbers.size + int(number): (slot, *place)
-        for slot in range(slots)
-        for place, number in np.ndenumerate(numbers)
-    }
+    x = _in_order(x, free + held, exchange, sizes)
     pieces = []
     size = math.prod(shape) * x.dtype.itemsize
     for places in _chunks(owners, size):
-        piece = jnp.stack([x[where[place]] for place in places])
+        runs = [
+            [place for _, place in run]
+            for _, run in itertools.groupby(enumerate(places), lambda pair: pair[1] - pair[0])
+        ]
+        piece = jnp.concatenate([x[run[0] : run[-1] + 1] for run in runs])
         piece = lax.all_gather(piece, free, axis=at - 1, tiled=True, to="invarying")
         if cut is None:
             piece = piece[:, : math.prod(shape)]
         pieces.append((piece.reshape(len(places), *shape), places))
     return pieces
+
+
+def _in_order(x: jax.Array, axes: Axes, exchange: Exchange, sizes: Sizes) -> jax.Array:
+    """From `(slots, places along some axes, those along others, ...)` to `(places, ...)`."""
+    slots, rest = x.shape[0], x.shape[3:]
+    x = x.reshape(slots, *(sizes[axis] for axis in axes), *rest)
+    order = [1 + axes.index(axis) for axis in exchange.positions]
+    x = x.transpose([0, *order, *range(1 + len(order), x.ndim)])
+    return x.reshape(-1, *rest)
 
 
 def _chunks(owners: Sequence[Hashable | None], size: int) -> Iterator[list[int]]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from muonclip_jax.layouts import MatrixSpec
 from muonclip_jax.matrices.distribution.blocks import Axes, LeafAxes
-from muonclip_jax.matrices.distribution.cut import cuts
+from muonclip_jax.matrices.distribution.cut import Cut
 from muonclip_jax.matrices.distribution.local import plan_local
 from muonclip_jax.matrices.distribution.options import Distribution
 from muonclip_jax.matrices.distribution.plan import DistributionPlan
@@ -32,7 +32,7 @@ def plan_for(
     sizes: tuple[tuple[str, int], ...],
     options: Distribution,
     slow: Axes = (),
-    cuttable: Axes = (),
+    cuts: tuple[Cut, ...] = (),
 ) -> DistributionPlan:
     """Plans the distribution of a tree; everything is hashable, and plans are remembered.
 
@@ -49,7 +49,7 @@ def plan_for(
         sizes: Names and sizes of the axes.
         options: Who shares the work.
         slow: The axes that cross a slow network.
-        cuttable: The axes that may be cut.
+        cuts: The ways in which an axis may be cut.
 
     Returns:
         The plan. One with a cut speaks of the axes after it.
@@ -80,10 +80,20 @@ def plan_for(
             ),
             cut=cut,
         )
-        for cut in cuts(sizes, cuttable)
+        for cut in cuts
     ]
+    # Only neighbours share a matrix: another cut has groups of that size.
+    others = [other for other in others if not _has_strided_groups(other)]
     best = min(others, key=lambda other: other.busiest, default=plan)
     return best if best.busiest * _EVEN < plan.busiest else plan
+
+
+def _has_strided_groups(plan: DistributionPlan) -> bool:
+    if plan.cut is None:
+        return False
+    groups, within = plan.cut.axes((plan.cut.axis,))
+    splits = [turn.exchange.split for turn in plan.rounds]
+    return any(groups in split and within not in split for split in splits)
 
 
 def _plan(

@@ -53,11 +53,11 @@ def plan_distribution(
     for leaf, (local, dtype) in enumerate(zip(leaves, dtypes, strict=True)):
         for part, block in enumerate(local.blocks):
             rows, columns = block.whole(lengths)
-            if not rows * columns:
+            count = local.plan.parts[part].count
+            if not rows * columns * count:
                 continue
             pool = pools.setdefault((local.batch, local.shared), {})
             kind = pool.setdefault((rows, columns, dtype), [])
-            count = local.plan.parts[part].count
             kind += [(block, Item(leaf, part, index)) for index in range(count)]
     rounds: list[Round] = []
     mean = 0.0

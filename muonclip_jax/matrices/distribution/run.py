@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from muonclip_jax.kernels.platform import default_platform, platform_of
 from muonclip_jax.layouts import MatrixSpec
 from muonclip_jax.matrices.distribution.blocks import Axes
-from muonclip_jax.matrices.distribution.cut import Cut, cuttable_axes
+from muonclip_jax.matrices.distribution.cut import Cut, possible_cuts
 from muonclip_jax.matrices.distribution.map import map_distributed
 from muonclip_jax.matrices.distribution.options import Distribution
 from muonclip_jax.matrices.distribution.plan import DistributionPlan, Job, Round
@@ -75,7 +75,7 @@ def orthogonalize_distributed(
         sizes,
         Distribution() if options is None else options,
         shardings.slow if shardings else (),
-        cuttable_axes(shardings.mesh, shardings.slow) if shardings else (),
+        possible_cuts(shardings.mesh, sizes, shardings.slow) if shardings else (),
     )
     if shardings is None:
         return _local_program(polar, plan, combine, eps, how, *trees)
@@ -100,8 +100,9 @@ def orthogonalize_distributed(
 
 
 def _cut(shardings: MeshShardings, cut: Cut | None) -> MeshShardings:
-    if cut is None or not isinstance(shardings.mesh, Mesh):
+    if cut is None:
         return shardings
+    assert isinstance(shardings.mesh, Mesh)
     return MeshShardings(
         cut.mesh(shardings.mesh),
         cut.sizes(shardings.sizes),
