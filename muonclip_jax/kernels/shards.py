@@ -65,6 +65,27 @@ class Shares:
     def _placed(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
         return jax.reshard(x, NamedSharding(self.mesh, spec))
 
+    def maxima(
+        self,
+        function: Callable[..., Any],
+        query: Float[Array, "B T K G H"],
+        key: Float[Array, "B S K H"],
+        scale: ScalarLike,
+        arrays: PairArrays,
+        *,
+        check_vma: bool = True,
+    ) -> Float[Array, "K G"]:
+        """Does what `call` does, for a function without a value that takes `arrays` by name."""
+        return self.call(
+            lambda query, key, _, scale, arrays: function(query, key, scale, arrays=arrays),
+            query,
+            key,
+            None,
+            scale,
+            arrays,
+            check_vma=check_vma,
+        )
+
     def call(
         self,
         function: Callable[..., Any],

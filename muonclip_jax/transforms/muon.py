@@ -177,7 +177,8 @@ def scale_by_muon(
         weights: _Weights = (beta, 1 - beta) if nesterov else (1.0,)
         if bias_correction:
             # With Nesterov, the momentum's is that of the next step.
-            counts = (jnp.asarray(optax.safe_increment(count)), count)[-len(weights) :]
+            ahead = jnp.asarray(optax.safe_increment(count))
+            counts = (ahead, count) if nesterov else (count,)
             weights = tuple(
                 weight / _correction(beta, after)
                 for weight, after in zip(weights, counts, strict=True)

@@ -98,17 +98,9 @@ def max_logits_pallas(
     """
     shares = shares_of(query)
     if shares is not None:
-        return shares.call(
-            lambda query, key, _, scale, arrays: max_logits_pallas(
-                query, key, scale, geometry, arrays
-            ),
-            query,
-            key,
-            None,
-            scale,
-            arrays,
-            check_vma=False,  # what varies between shards is lost where Pallas interprets a kernel
-        )
+        share = functools.partial(max_logits_pallas, geometry=geometry)
+        # What varies between shards is lost where Pallas interprets a kernel.
+        return shares.maxima(share, query, key, scale, arrays, check_vma=False)
     arguments = (query, key, scale, arrays)
     refusals = _refusals(*arguments)
 

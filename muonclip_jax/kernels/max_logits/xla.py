@@ -7,6 +7,8 @@ change a maximum, and no padding is needed. Blocks that causality or the window 
 visited.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -91,16 +93,8 @@ def max_logits_xla(
     """Returns the maxima, as `max_logits` describes them."""
     shares = shares_of(query)
     if shares is not None:
-        return shares.call(
-            lambda query, key, _, scale, arrays: max_logits_xla(
-                query, key, scale, geometry, arrays
-            ),
-            query,
-            key,
-            None,
-            scale,
-            arrays,
-        )
+        share = functools.partial(max_logits_xla, geometry=geometry)
+        return shares.maxima(share, query, key, scale, arrays)
     batch, queries, key_heads, groups, _ = query.shape
     keys = key.shape[1]
     rows = batch * key_heads * groups

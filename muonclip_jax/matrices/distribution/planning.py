@@ -64,69 +64,54 @@ def plan_for(
                 f"Distribution's axes={options.axes} name {axis!r}, and the mesh has the axes "
                 f"{', '.join(map(repr, names))}. Name some of those, or pass None for all."
             )
-    tree = (polar, shapes, dtypes, specs)
-    plan = _plan(*tree, held, homes, sizes, options, slow)
+
+    def plan_on(
+        held: tuple[LeafAxes, ...],
+        homes: tuple[LeafAxes, ...],
+        sizes: tuple[tuple[str, int], ...],
+        options: Distribution,
+    ) -> DistributionPlan:
+        names = tuple(name for name, _ in sizes)
+        leaves = [
+            plan_local(
+                shape,
+                spec,
+                axes,
+                sharing_axes(names, slow, options.axes, axes, spec.dims),
+                dict(sizes),
+            )
+            for shape, spec, axes in zip(shapes, specs, held, strict=True)
+        ]
+        gathered = [
+            tuple(
+                (dimension, axes[len(kept) :])
+                for dimension, (axes, kept) in enumerate(zip(leaf, home, strict=True))
+                if len(axes) > len(kept)
+            )
+            for leaf, home in zip(held, homes, strict=True)
+        ]
+        return plan_distribution(
+            leaves, dtypes, sizes, options, functools.partial(_cost, polar, options), gathered
+        )
+
+    plan = plan_on(held, homes, sizes, options)
     if plan.busiest <= _EVEN * plan.mean:
         return plan
-    others = [
-        dataclasses.replace(
-            _plan(
-                *tree,
-                tuple(map(cut.leaf, held)),
-                tuple(map(cut.leaf, homes)),
-                cut.sizes(sizes),
-                dataclasses.replace(options, axes=options.axes and cut.axes(options.axes)),
-                slow,
-            ),
-            cut=cut,
+    best = plan
+    for cut in cuts:
+        other = plan_on(
+            tuple(map(cut.leaf, held)),
+            tuple(map(cut.leaf, homes)),
+            cut.sizes(sizes),
+            dataclasses.replace(options, axes=options.axes and cut.axes(options.axes)),
         )
-        for cut in cuts
-    ]
-    # Only neighbours share a matrix: another cut has groups of that size.
-    others = [other for other in others if not _has_strided_groups(other)]
-    best = min(others, key=lambda other: other.busiest, default=plan)
+        groups, within = cut.axes((cut.axis,))
+        splits = [turn.exchange.split for turn in other.rounds]
+        # Only neighbours share a matrix: another cut has groups of that size.
+        is_strided = any(groups in split and within not in split for split in splits)
+        if not is_strided and other.busiest < best.busiest:
+            best = dataclasses.replace(other, cut=cut)
     return best if best.busiest * _EVEN < plan.busiest else plan
-
-
-def _has_strided_groups(plan: DistributionPlan) -> bool:
-    if plan.cut is None:
-        return False
-    groups, within = plan.cut.axes((plan.cut.axis,))
-    splits = [turn.exchange.split for turn in plan.rounds]
-    return any(groups in split and within not in split for split in splits)
-
-
-def _plan(
-    polar: PolarPlan,
-    shapes: tuple[tuple[int, ...], ...],
-    dtypes: tuple[str, ...],
-    specs: tuple[MatrixSpec, ...],
-    held: tuple[LeafAxes, ...],
-    homes: tuple[LeafAxes, ...],
-    sizes: tuple[tuple[str, int], ...],
-    options: Distribution,
-    slow: Axes,
-) -> DistributionPlan:
-    names = tuple(name for name, _ in sizes)
-    shared = [
-        sharing_axes(names, slow, options.axes, axes, spec.dims)
-        for spec, axes in zip(specs, held, strict=True)
-    ]
-    leaves = [
-        plan_local(shape, spec, axes, sharing, dict(sizes))
-        for shape, spec, axes, sharing in zip(shapes, specs, held, shared, strict=True)
-    ]
-    gathered = [
-        tuple(
-            (dimension, axes[len(kept) :])
-            for dimension, (axes, kept) in enumerate(zip(leaf, home, strict=True))
-            if len(axes) > len(kept)
-        )
-        for leaf, home in zip(held, homes, strict=True)
-    ]
-    return plan_distribution(
-        leaves, dtypes, sizes, options, functools.partial(_cost, polar, options), gathered
-    )
 
 
 def _cost(
