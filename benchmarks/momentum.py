@@ -22,9 +22,9 @@ from common.model import ModelConfig
 from common.training import Settings, Training
 
 import muonclip_jax as mc
-from muonclip_jax.layouts import resolve_muon_specs
 from muonclip_jax.matrices import plan_leaf
 from muonclip_jax.matrices.parts import to_matrices
+from muonclip_jax.routing import resolve_muon_specs
 
 MOMENTS = (20, 100, 300)
 

@@ -17,7 +17,9 @@ from muonclip_jax.clipping import (
     describe_attention as describe_attention,
     qk_clip_info as qk_clip_info,
 )
-from muonclip_jax.layouts import (
+from muonclip_jax.matrices import Distribution as Distribution, describe_cost as describe_cost
+from muonclip_jax.polar import orthogonalize as orthogonalize
+from muonclip_jax.routing import (
     AttentionLayout as AttentionLayout,
     MatrixRules as MatrixRules,
     MatrixSpec as MatrixSpec,
@@ -27,8 +29,6 @@ from muonclip_jax.layouts import (
     infer_dimension_numbers as infer_dimension_numbers,
     label_params as label_params,
 )
-from muonclip_jax.matrices import Distribution as Distribution, describe_cost as describe_cost
-from muonclip_jax.polar import orthogonalize as orthogonalize
 from muonclip_jax.transforms import (
     AccumulateState as AccumulateState,
     MetricsSample as MetricsSample,

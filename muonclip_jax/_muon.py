@@ -9,11 +9,11 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax._typing import ScalarLike, ScalarOrSchedule
-from muonclip_jax.layouts import MatrixRules, resolve_specs
 from muonclip_jax.matrices import Distribution
 from muonclip_jax.polar.coefficients import resolve_coefficients
+from muonclip_jax.routing import MatrixRules, resolve_specs
 from muonclip_jax.transforms import scale_by_muon, scale_by_shape
-from muonclip_jax.transforms.muon import WeightDimNumOrFn
+from muonclip_jax.transforms._scale_by_muon import WeightDimNumOrFn
 
 
 def muon(

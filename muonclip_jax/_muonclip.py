@@ -8,9 +8,9 @@ import optax
 
 from muonclip_jax._typing import ScalarLike, ScalarOrSchedule
 from muonclip_jax.clipping.gamma import check_clip_settings
-from muonclip_jax.layouts import MatrixRules, decay_mask, label_params
-from muonclip_jax.layouts.attention_finding import block_rules
+from muonclip_jax.heads.finding import block_rules
 from muonclip_jax.matrices import Distribution
+from muonclip_jax.routing import MatrixRules, decay_mask, label_params
 from muonclip_jax.transforms import qk_clip, scale_by_muon, scale_by_shape
 from muonclip_jax.transforms._checks import (
     check_fraction,

@@ -11,11 +11,11 @@ import optax
 from muonclip_jax._paths import flatten_with_paths
 from muonclip_jax._typing import Tree
 from muonclip_jax.clipping.maxima import Recorded, read_maxima, trailing_shape
-from muonclip_jax.layouts.attention_builtin import NORM_NAMES
-from muonclip_jax.layouts.attention_finding import FoundBlock, Rule, find_blocks, strip_outer
-from muonclip_jax.layouts.attention_leaves import Shape
-from muonclip_jax.layouts.attention_plan import BlockPlan
-from muonclip_jax.layouts.attention_reading import read_block
+from muonclip_jax.heads.builtin import NORM_NAMES
+from muonclip_jax.heads.finding import FoundBlock, Rule, find_blocks, strip_outer
+from muonclip_jax.heads.leaves import Shape
+from muonclip_jax.heads.plan import BlockPlan
+from muonclip_jax.heads.reading import read_block
 
 
 @dataclasses.dataclass(frozen=True)

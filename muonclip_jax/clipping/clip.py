@@ -18,8 +18,8 @@ from muonclip_jax.clipping.gamma import (
 from muonclip_jax.clipping.info import QKClipInfo
 from muonclip_jax.clipping.maxima import Recorded, merge_recordings
 from muonclip_jax.clipping.scaling import check_reduced, leaf_factor, scale_if
-from muonclip_jax.layouts.attention_finding import Blocks, block_rules
-from muonclip_jax.layouts.attention_plan import BlockPlan
+from muonclip_jax.heads.finding import Blocks, block_rules
+from muonclip_jax.heads.plan import BlockPlan
 
 
 @functools.partial(jax.jit, static_argnames=("plans",))

@@ -19,7 +19,7 @@ from muonclip_jax._typing import ScalarLike, Tree
 from muonclip_jax.clipping.blocks import named_leaves, plan_clip
 from muonclip_jax.clipping.clip import clip_leaves
 from muonclip_jax.clipping.gamma import check_clip_settings
-from muonclip_jax.layouts.attention_finding import Blocks, block_rules, strip_outer
+from muonclip_jax.heads.finding import Blocks, block_rules, strip_outer
 
 #: Fields and dict keys that hold weights, and who uses them.
 COPY_NAMES = (

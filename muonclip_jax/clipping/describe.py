@@ -6,9 +6,9 @@ from muonclip_jax._typing import Tree
 from muonclip_jax.clipping.blocks import assign_maxima, find_in, named_leaves
 from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.clipping.maxima import read_maxima, trailing_shape
-from muonclip_jax.layouts.attention_finding import Blocks, FoundBlock, block_rules
-from muonclip_jax.layouts.attention_plan import LeafPlan
-from muonclip_jax.layouts.attention_reading import guess_block, read_block
+from muonclip_jax.heads.finding import Blocks, FoundBlock, block_rules
+from muonclip_jax.heads.plan import LeafPlan
+from muonclip_jax.heads.reading import guess_block, read_block
 
 _OWN_KEYS = {
     "query": "gamma^alpha",

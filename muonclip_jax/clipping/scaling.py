@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from muonclip_jax.layouts.attention_plan import LeafPlan
+from muonclip_jax.heads.plan import LeafPlan
 
 
 def leaf_factor(leaf: LeafPlan, factors: Mapping[str, jax.Array]) -> Float[Array, "..."]:

@@ -5,9 +5,9 @@ from typing import Any
 
 from muonclip_jax._typing import Tree
 from muonclip_jax.kernels.platform import default_platform
-from muonclip_jax.layouts import MatrixRules, resolve_specs
 from muonclip_jax.matrices.parts import plan_leaf
 from muonclip_jax.polar import plan_polar
+from muonclip_jax.routing import MatrixRules, resolve_specs
 
 _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1e3, "kFLOP"))
 # Of a token that passes a matrix: two in the forward pass and four in the backward, a number.

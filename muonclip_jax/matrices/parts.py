@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from muonclip_jax.layouts import MatrixSpec, Split, axes_tuple
+from muonclip_jax.routing import MatrixSpec, Split, axes_tuple
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ def plan_leaf(shape: Sequence[int], spec: MatrixSpec) -> LeafPlan:
 
     Args:
         shape: The parameter's shape.
-        spec: Its normalised spec (`layouts.normalize_spec`): non-negative axes, checked cuts.
+        spec: Its normalised spec (`normalize_spec`): non-negative axes, checked cuts.
 
     Returns:
         The plan; `to_matrices` and `from_matrices` follow it.
 
     Example:
-        >>> from muonclip_jax.layouts import MatrixSpec
+        >>> from muonclip_jax.routing import MatrixSpec
         >>> plan = plan_leaf((24, 64, 4, 16), MatrixSpec(((1,), (2, 3))))
         >>> [(part.count, part.fan_in, part.fan_out) for part in plan.parts]
         [(24, 64, 64)]

@@ -68,7 +68,7 @@ def plan_stacks(
         The plan; `map_stacks` follows it. Matrices without entries are in no stack.
 
     Example:
-        >>> from muonclip_jax.layouts import MatrixSpec
+        >>> from muonclip_jax.routing import MatrixSpec
         >>> from muonclip_jax.matrices.parts import plan_leaf
         >>> leaves = [plan_leaf((8, 2), MatrixSpec()), plan_leaf((2, 8), MatrixSpec())]
         >>> [(stack.rows, stack.columns, stack.count) for stack in

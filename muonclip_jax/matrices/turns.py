@@ -60,7 +60,7 @@ def plan_turns(leaves: Sequence[LeafPlan], dtypes: Sequence[str], max_bytes: int
         The plan; `map_in_turn` follows it. Matrices without entries have no turn.
 
     Example:
-        >>> from muonclip_jax.layouts import MatrixSpec
+        >>> from muonclip_jax.routing import MatrixSpec
         >>> from muonclip_jax.matrices.parts import plan_leaf
         >>> leaves = [plan_leaf((8, 2), MatrixSpec())] * 3
         >>> [turn.parts for turn in plan_turns(leaves, ["float32"] * 3, 128).turns]

@@ -1,5 +1,9 @@
 """Floor 2: the polar factor of a matrix by Newton-Schulz: coefficients, iterations, oracle."""
 
+from muonclip_jax.polar._orthogonalize import (
+    apply_polar as apply_polar,
+    orthogonalize as orthogonalize,
+)
 from muonclip_jax.polar.coefficients import (
     ALIASES as ALIASES,
     COEFFICIENT_SETS as COEFFICIENT_SETS,
@@ -11,10 +15,6 @@ from muonclip_jax.polar.generators import (
     optimal_odd_polynomial as optimal_odd_polynomial,
     polar_express_coefficients as polar_express_coefficients,
     with_safety_factor as with_safety_factor,
-)
-from muonclip_jax.polar.orthogonalize import (
-    apply_polar as apply_polar,
-    orthogonalize as orthogonalize,
 )
 from muonclip_jax.polar.plan import PolarPlan as PolarPlan, plan_polar as plan_polar
 from muonclip_jax.polar.precision import NS_DTYPES as NS_DTYPES, NS_METHODS as NS_METHODS

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Inexact
 
+from muonclip_jax.polar._orthogonalize import apply_polar
 from muonclip_jax.polar.newton_schulz import newton_schulz
-from muonclip_jax.polar.orthogonalize import apply_polar
 from muonclip_jax.polar.plan import PolarPlan
 from muonclip_jax.polar.preconditioning import normalize
 from muonclip_jax.polar.shares import shares_along

@@ -1,20 +1,23 @@
 """Floor 4: the Optax transformations."""
 
-from muonclip_jax.transforms.accumulate import (
+from muonclip_jax.transforms._accumulate import (
     AccumulateState as AccumulateState,
     accumulate as accumulate,
 )
-from muonclip_jax.transforms.metrics import (
+from muonclip_jax.transforms._metrics import (
     MetricsSample as MetricsSample,
     MetricsState as MetricsState,
     MuonMetrics as MuonMetrics,
     metrics as metrics,
     read_metrics as read_metrics,
 )
-from muonclip_jax.transforms.muon import MuonState as MuonState, scale_by_muon as scale_by_muon
-from muonclip_jax.transforms.qk_clip import (
+from muonclip_jax.transforms._qk_clip import (
     QKClipState as QKClipState,
     clip_until as clip_until,
     qk_clip as qk_clip,
+)
+from muonclip_jax.transforms._scale_by_muon import (
+    MuonState as MuonState,
+    scale_by_muon as scale_by_muon,
 )
 from muonclip_jax.transforms.shape import scale_by_shape as scale_by_shape

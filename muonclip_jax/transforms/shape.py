@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from muonclip_jax._typing import ScalarLike
-from muonclip_jax.layouts import MatrixRules, MatrixSpec, resolve_muon_specs
 from muonclip_jax.matrices import join_leaf, plan_leaf, shape_rule, split_leaf
+from muonclip_jax.routing import MatrixRules, MatrixSpec, resolve_muon_specs
 from muonclip_jax.transforms._checks import check_positive
-from muonclip_jax.transforms.muon import WeightDimNumOrFn
+from muonclip_jax.transforms._scale_by_muon import WeightDimNumOrFn
 
 
 def scale_by_shape(

@@ -7,7 +7,7 @@ largest logit is then the largest `q . k / sqrt(size)`.
 
 import numpy as np
 
-from muonclip_jax.layouts.attention import AttentionLayout, Projection
+from muonclip_jax.heads.layouts import AttentionLayout, Projection
 from tests.clipping.gated_cases import GATED
 from tests.clipping.oracle import Array, Case, heads_in as _heads, linear, normal, per_query, wide
 from tests.clipping.positions_cases import POSITIONS

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from muonclip_jax.layouts.attention import AttentionLayout, Projection
+from muonclip_jax.heads.layouts import AttentionLayout, Projection
 from tests.clipping.oracle import Case, heads_in, linear, normal, per_query
 
 

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from muonclip_jax.clipping import apply_qk_clip
-from muonclip_jax.transforms.qk_clip import qk_clip
+from muonclip_jax.transforms._qk_clip import qk_clip
 
 X = jax.random.normal(jax.random.key(0), (2, 5, 12))
 THRESHOLD = 1.0

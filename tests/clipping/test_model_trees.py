@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from muonclip_jax.clipping import apply_qk_clip, describe_attention
-from muonclip_jax.layouts import MatrixRules, label_params
+from muonclip_jax.routing import MatrixRules, label_params
 
 
 def nested(leaves: dict[str, tuple[int, ...]]) -> Any:

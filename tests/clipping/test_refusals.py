@@ -10,8 +10,8 @@ import optax
 import pytest
 
 from muonclip_jax.clipping import apply_qk_clip, qk_clip_info
-from muonclip_jax.layouts.attention import AttentionLayout, Projection
-from muonclip_jax.layouts.words import OUT_NAMES
+from muonclip_jax.heads.layouts import AttentionLayout, Projection
+from muonclip_jax.routing.words import OUT_NAMES
 from tests.clipping.models import attention, normal
 
 

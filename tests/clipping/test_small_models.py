@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from muonclip_jax.clipping import apply_qk_clip
-from muonclip_jax.layouts.attention import AttentionLayout, Projection
+from muonclip_jax.heads.layouts import AttentionLayout, Projection
 from tests.clipping.models import normal
 from tests.helpers import TOLERANCE
 

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, strategies as st
 from jax.sharding import PartitionSpec as P
 
-from muonclip_jax.layouts import MatrixSpec, Split
 from muonclip_jax.matrices import Distribution, orthogonalize_distributed
 from muonclip_jax.matrices.distribution.map import map_distributed
 from muonclip_jax.matrices.distribution.plan import DistributionPlan, Item
 from muonclip_jax.matrices.distribution.planning import plan_for
 from muonclip_jax.matrices.distribution.schedule import branches, deal, spread
 from muonclip_jax.polar import plan_polar
+from muonclip_jax.routing import MatrixSpec, Split
 
 SIZES = (("fsdp", 4), ("tp", 2))
 FSDP, TP, BOTH, SWAPPED = ("fsdp",), ("tp",), ("fsdp", "tp"), ("tp", "fsdp")

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from muonclip_jax.layouts import MatrixSpec, Split, normalize_spec
 from muonclip_jax.matrices import from_matrices, plan_leaf, to_matrices
+from muonclip_jax.routing import MatrixSpec, Split, normalize_spec
 
 
 def _array(*shape: int) -> np.ndarray:

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from muonclip_jax.layouts import MatrixSpec, normalize_spec
 from muonclip_jax.matrices import map_stacks, plan_leaf, plan_stacks
+from muonclip_jax.routing import MatrixSpec, normalize_spec
 
 SHAPES = {
     "wide": ((4, 6), MatrixSpec()),

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from muonclip_jax.layouts import MatrixSpec, Split, normalize_spec
 from muonclip_jax.matrices import map_in_turn, plan_leaf, plan_turns
+from muonclip_jax.routing import MatrixSpec, Split, normalize_spec
 
 SHAPES = {
     "wide": ((4, 6), MatrixSpec()),

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import muonclip_jax as mc
-from muonclip_jax.transforms.metrics.figures import effective_rank, update_figures
+from muonclip_jax.transforms._metrics.figures import effective_rank, update_figures
 from tests.helpers import TOLERANCE, update
 
 RNG = np.random.default_rng(0)

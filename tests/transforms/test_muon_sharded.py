@@ -23,7 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import muonclip_jax as mc
 from benchmarks.hlo import device_groups, tally
-from muonclip_jax.layouts import MatrixSpec, Split
+from muonclip_jax.routing import MatrixSpec, Split
 
 P = PartitionSpec
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from muonclip_jax.clipping import apply_qk_clip
-from muonclip_jax.layouts.attention import separate
-from muonclip_jax.transforms.qk_clip import QKClipState, clip_until, qk_clip
+from muonclip_jax.heads.layouts import separate
+from muonclip_jax.transforms._qk_clip import QKClipState, clip_until, qk_clip
 
 MAXIMA = {"attn": jnp.asarray([150.0, 90.0, 300.0])}
 

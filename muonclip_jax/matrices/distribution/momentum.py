@@ -4,8 +4,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from muonclip_jax.layouts import MatrixSpec, axes_tuple
 from muonclip_jax.matrices.distribution.sharding import MeshShardings
+from muonclip_jax.routing import MatrixSpec, axes_tuple
 
 
 def spread_momentum(

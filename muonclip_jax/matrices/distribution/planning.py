@@ -6,7 +6,6 @@ import math
 
 import jax.numpy as jnp
 
-from muonclip_jax.layouts import MatrixSpec
 from muonclip_jax.matrices.distribution.blocks import Axes, LeafAxes
 from muonclip_jax.matrices.distribution.cut import Cut
 from muonclip_jax.matrices.distribution.local import plan_local
@@ -15,6 +14,7 @@ from muonclip_jax.matrices.distribution.plan import DistributionPlan
 from muonclip_jax.matrices.distribution.rounds import plan_distribution
 from muonclip_jax.matrices.distribution.slow import sharing_axes
 from muonclip_jax.polar import PolarPlan
+from muonclip_jax.routing import MatrixSpec
 
 # By so much the busiest device may exceed the mean before an axis is cut, and so much a cut must
 # save: it has collectives between the steps.

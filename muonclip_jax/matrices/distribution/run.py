@@ -11,7 +11,6 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from muonclip_jax.kernels.platform import default_platform, platform_of
-from muonclip_jax.layouts import MatrixSpec
 from muonclip_jax.matrices.distribution.blocks import Axes
 from muonclip_jax.matrices.distribution.cut import Cut, possible_cuts
 from muonclip_jax.matrices.distribution.map import map_distributed
@@ -21,6 +20,7 @@ from muonclip_jax.matrices.distribution.planning import plan_for
 from muonclip_jax.matrices.distribution.sharding import MeshShardings, place
 from muonclip_jax.polar import PolarPlan, apply_polar
 from muonclip_jax.polar.partitioned import apply_polar_partitioned
+from muonclip_jax.routing import MatrixSpec
 
 # On a CPU one product fills the cores, so a stack is worked on matrix by matrix: up to this many
 # written out, more in a loop.

@@ -1,0 +1,1 @@
+"""Which features of which kernel belong to which head."""

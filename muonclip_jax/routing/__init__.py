@@ -1,0 +1,23 @@
+"""Which leaf of a tree is which matrix."""
+
+from muonclip_jax._fitting import normalize_spec as normalize_spec
+from muonclip_jax._specs import (
+    MatrixSpec as MatrixSpec,
+    Split as Split,
+    axes_tuple as axes_tuple,
+)
+from muonclip_jax.heads.layouts import (
+    AttentionLayout as AttentionLayout,
+    Projection as Projection,
+)
+from muonclip_jax.routing.alignment import (
+    resolve_muon_specs as resolve_muon_specs,
+    resolve_specs as resolve_specs,
+)
+from muonclip_jax.routing.decay import decay_mask as decay_mask
+from muonclip_jax.routing.describe import describe_labels as describe_labels
+from muonclip_jax.routing.rules import (
+    MatrixRules as MatrixRules,
+    infer_dimension_numbers as infer_dimension_numbers,
+    label_params as label_params,
+)

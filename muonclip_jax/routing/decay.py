@@ -1,0 +1,55 @@
+"""Which parameters weight decay is for: all but norms, gains and biases."""
+
+import jax
+
+from muonclip_jax._typing import Tree
+from muonclip_jax.routing.inference import infer_leaf
+from muonclip_jax.routing.rules import MatrixRules
+
+#: Reasons, as `describe_labels` prints them, of leaves whose size is not to be shrunk.
+UNDECAYED = frozenset(
+    {
+        "scalar",
+        "vector",
+        "bias",
+        "gain or scale",
+        "norm",
+        "running statistic",
+        "state-space vector",
+        "no trained parameter",
+    }
+)
+
+
+def decay_mask(params: Tree, rules: MatrixRules | None = None) -> Tree:
+    """Returns the same tree of bools: True where weight decay applies.
+
+    A leaf that Muon trains decays. Of the others, norms, gains, biases and all vectors do not,
+    stacked over layers or not; embeddings, heads and routers do.
+
+    Args:
+        params: The tree of parameters, or a masked or partial one; only shapes are looked at.
+        rules: A `MatrixRules`; None is `MatrixRules()`.
+
+    Returns:
+        The tree of bools, as `optax.add_decayed_weights` takes it for its `mask`.
+
+    Raises:
+        ValueError: If a leaf of rank three or more is not known.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> dense = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+        >>> decay_mask({"dense": dense, "embed": {"embedding": jnp.ones((9, 4))}})
+        {'dense': {'bias': False, 'kernel': True}, 'embed': {'embedding': True}}
+
+    References:
+        Kimi K2, arXiv 2507.20534: decay 0.1; norms and biases are left out as is usual.
+    """
+    rules = MatrixRules() if rules is None else rules
+    decays = [
+        decision.spec is not None
+        or infer_leaf(path, tuple(leaf.shape), rules.scan_axis).why not in UNDECAYED
+        for path, leaf, decision in rules.decisions(params)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), decays)

@@ -1,0 +1,295 @@
+"""MatrixRules: one value that decides for every leaf how it becomes matrices and who trains it."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+
+from muonclip_jax._fitting import normalize_spec, simplify_spec
+from muonclip_jax._paths import flatten_with_paths, nothing_matched
+from muonclip_jax._specs import SpecLike
+from muonclip_jax._typing import Tree
+from muonclip_jax.heads.cuts import attention_cuts
+from muonclip_jax.heads.finding import Rule, block_rules, find_blocks, strip_outer
+from muonclip_jax.heads.matrices import ATTENTION, MERGED
+from muonclip_jax.routing.inference import Decision, infer_leaf, unknown_leaves
+from muonclip_jax.routing.rule_pairs import check_rule, rule_pairs
+
+MUON = "muon"
+ADAMW = "adamw"
+
+
+@dataclass(frozen=True, init=False)
+class MatrixRules:
+    """How leaves become matrices and who trains them; hashable, so it may be a static argument.
+
+    A leaf is decided by its path and its shape alone. The user's rules come first, the first one
+    that matches wins; then names that the libraries share decide (`routing/table.py`).
+
+    With `attention="split"` or "per_head" the kernels of attention blocks are cut further, each
+    part with the scale of its own shape. Sizes of parts show only in a block as a whole, so the
+    kernels of one block must be there together; of a masked tree those that AdamW trains may be
+    missing. "per_head" cuts queries, keys, values and gates, not the output projection.
+
+    Args:
+        rules: Pairs of a regular expression, searched in the "/"-joined path, and a `MatrixSpec`,
+            `MuonDimensionNumbers` or None (AdamW).
+        scan_axis: The parameter axis that holds stacked layers, the `variable_axes` of `nn.scan`.
+            It cannot be told from shapes.
+        attention: "merged": all heads of a projection are one matrix; "split": fused kernels fall
+            into queries, keys, values and gates, those of latent attention also into the parts
+            with and without rotation and into latent and shared key; "per_head": every head of
+            each of those is a matrix.
+        head_dim: Features of one query head, where kernels `(d_model, heads * head_dim)` do not
+            show it. Only with `attention`.
+        blocks: Which attention blocks to cut and what their layouts are, as for `apply_qk_clip`;
+            None is every block with a known layout. Only with `attention`.
+
+    Raises:
+        TypeError: If a rule is no such pair, `blocks` is not what it can be, or `scan_axis` or
+            `head_dim` is no integer.
+        ValueError: If a pattern is no regular expression, `attention` is unknown, or `head_dim` or
+            `blocks` is given without it.
+
+    Example:
+        >>> import jax
+        >>> from muonclip_jax.routing import MatrixSpec
+        >>> params = {"stem": {"w": jax.ShapeDtypeStruct((64, 8, 16), "float32")}}
+        >>> rules = MatrixRules([("stem/w$", MatrixSpec((0, (1, 2))))])
+        >>> rules.labels(params)
+        {'stem': {'w': 'muon'}}
+        >>> rules.dimension_numbers(params)["stem"]["w"]
+        MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))
+
+        Every head of an attention projection by itself:
+
+        >>> kernel = jax.ShapeDtypeStruct((64, 4, 16), "float32")
+        >>> params = {"attn": {name: {"kernel": kernel} for name in ("query", "key", "value")}}
+        >>> dims = MatrixRules(attention="per_head").dimension_numbers(params)
+        >>> dims["attn"]["value"]["kernel"]
+        MuonDimensionNumbers(reduction_axis=0, output_axis=2)
+
+    References:
+        Jordan et al. 2024, kellerjordan.github.io/posts/muon, splits queries, keys and values;
+        GLM-5 Team 2026, arXiv 2602.15763, orthogonalises head by head.
+    """
+
+    rules: tuple[tuple[str, SpecLike | None], ...] = ()
+    scan_axis: int = 0
+    attention: str = MERGED
+    head_dim: int | None = None
+    blocks: tuple[Rule, ...] | None = None
+
+    def __init__(
+        self,
+        rules: Any = (),
+        scan_axis: Any = 0,
+        attention: Any = MERGED,
+        *,
+        head_dim: Any = None,
+        blocks: Any = None,
+    ):
+        if isinstance(scan_axis, bool) or not isinstance(scan_axis, int):
+            raise TypeError(
+                f"scan_axis must be an integer such as 0 or 1, got {scan_axis!r}: it is the "
+                "parameter axis that holds stacked layers."
+            )
+        object.__setattr__(self, "rules", tuple(check_rule(rule) for rule in rule_pairs(rules)))
+        object.__setattr__(self, "scan_axis", scan_axis)
+        if attention not in ATTENTION:
+            raise ValueError(
+                f"attention must be one of {', '.join(map(repr, ATTENTION))}, got {attention!r}. "
+                "It says into which matrices attention kernels fall."
+            )
+        if head_dim is not None and (isinstance(head_dim, bool) or not isinstance(head_dim, int)):
+            raise TypeError(f"head_dim must be an integer such as 64, got {head_dim!r}.")
+        if attention == MERGED and (head_dim, blocks) != (None, None):
+            given = "head_dim" if blocks is None else "blocks"
+            raise ValueError(
+                f"{given}= says how attention kernels fall into parts or heads, and with "
+                f"attention={MERGED!r} they do not. Leave it out, or write attention='split' or "
+                "attention='per_head'."
+            )
+        object.__setattr__(self, "attention", attention)
+        object.__setattr__(self, "head_dim", head_dim)
+        object.__setattr__(self, "blocks", block_rules(blocks))
+
+    def decide(self, path: str, shape: tuple[int, ...]) -> Decision:
+        """Decides for one leaf by itself; the spec, where there is one, is normalised."""
+        for pattern, spec in self.rules:
+            if re.search(pattern, path):
+                why = f"rule {pattern!r}"
+                if spec is None:
+                    return Decision(None, why)
+                return Decision(normalize_spec(spec, shape, path), why)
+        return infer_leaf(path, shape, self.scan_axis)
+
+    def decisions(self, params: Tree) -> list[tuple[str, Any, Decision]]:
+        """Decides for every leaf, in the order in which `params` flattens.
+
+        Raises:
+            ValueError: If a leaf of rank three or more is not known, or an attention block that is
+                to be cut cannot be read.
+        """
+        leaves = flatten_with_paths(params)[0]
+        decided = [(path, leaf, self.decide(path, tuple(leaf.shape))) for path, leaf in leaves]
+        if self.attention != MERGED:
+            decided = self._cut_attention(params, decided)
+        unknown = [(path, leaf.shape, d.why) for path, leaf, d in decided if d.unknown]
+        if unknown:
+            raise unknown_leaves(unknown, self.scan_axis)
+        return decided
+
+    def _cut_attention(
+        self, params: Tree, decided: list[tuple[str, Any, Decision]]
+    ) -> list[tuple[str, Any, Decision]]:
+        """Puts what attention layouts say in the place of what names say, not of rules."""
+        nodes = flatten_with_paths(params, is_leaf=is_masked)[0]
+        cuts = attention_cuts(
+            {strip_outer(path): leaf for path, leaf, _ in decided},
+            {
+                strip_outer(path): decision.spec
+                for path, _, decision in decided
+                if (decision.spec is not None or decision.unknown)
+                and not any(re.search(pattern, path) for pattern, _ in self.rules)
+            },
+            [strip_outer(path) for path, node in nodes if is_masked(node)],
+            attention=self.attention,
+            scan_axis=self.scan_axis,
+            head_dim=self.head_dim,
+            blocks=self.blocks,
+        )
+        return [
+            (path, leaf, Decision(*cuts[strip_outer(path)]) if strip_outer(path) in cuts else was)
+            for path, leaf, was in decided
+        ]
+
+    def labels(self, params: Tree) -> Tree:
+        """The same tree of "muon" and "adamw".
+
+        Args:
+            params: The tree of parameters; only shapes are looked at.
+
+        Raises:
+            ValueError: If a leaf of rank three or more is not known, or a rule matches nothing.
+        """
+        decided = self.decisions(params)
+        self.check_all_matched(params)
+        labels = [ADAMW if decision.spec is None else MUON for _, _, decision in decided]
+        return jax.tree.unflatten(jax.tree.structure(params), labels)
+
+    def dimension_numbers(self, params: Tree) -> Tree:
+        """The same tree of `MuonDimensionNumbers`, `MatrixSpec` (where split) or None.
+
+        Args:
+            params: The tree of parameters, or a masked or partial one.
+
+        Raises:
+            ValueError: If a leaf of rank three or more is not known.
+        """
+        specs = [decision.spec for _, _, decision in self.decisions(params)]
+        leaves = [None if spec is None else simplify_spec(spec) for spec in specs]
+        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+    def check_all_matched(self, params: Tree) -> None:
+        """Raises if a rule matches no leaf of a full tree, or nothing of it is attention to cut.
+
+        A masked tree is partial, and `optax.tree.map_params` calls `init` with an empty one: they
+        are not asked.
+        """
+        nodes = jax.tree.leaves(params, is_leaf=is_masked)
+        if not nodes or any(is_masked(node) for node in nodes):
+            return
+        paths = [path for path, _ in flatten_with_paths(params)[0]]
+        for pattern, _ in self.rules:
+            if not any(re.search(pattern, path) for path in paths):
+                raise nothing_matched("The rule", pattern, paths)
+        if self.attention == MERGED:
+            return
+        leaves = {strip_outer(path): leaf for path, leaf in flatten_with_paths(params)[0]}
+        if not any(block.selected for block in find_blocks(leaves, self.blocks)):
+            raise ValueError(
+                f"attention={self.attention!r} found no attention block among {paths[:8]}. Say "
+                "what its projections are called, by blocks=[(pattern, AttentionLayout(...))], or "
+                "leave attention out."
+            )
+
+
+def label_params(params: Tree, rules: MatrixRules | None = None) -> Tree:
+    """Labels every leaf "muon" or "adamw"; `optax.multi_transform` takes it as it is.
+
+    Args:
+        params: The tree of parameters; only shapes are looked at.
+        rules: A `MatrixRules`; None is `MatrixRules()`.
+
+    Returns:
+        The same tree of strings.
+
+    Raises:
+        ValueError: If a leaf of rank three or more is not known, or a rule matches nothing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> label_params({"embed": jnp.ones((50, 8)), "dense": {"kernel": jnp.ones((8, 8))}})
+        {'dense': {'kernel': 'muon'}, 'embed': 'adamw'}
+
+    References:
+        Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982.
+    """
+    return as_rules(rules).labels(params)
+
+
+def infer_dimension_numbers(params: Tree, rules: MatrixRules | None = None) -> Tree:
+    """Says for every leaf which axes form its matrices; None is a leaf that AdamW trains.
+
+    Optax's own `optax.contrib.muon` takes it as `muon_weight_dimension_numbers` wherever no kernel
+    is split.
+
+    Args:
+        params: The tree of parameters, or a masked or partial one; only shapes are looked at.
+        rules: A `MatrixRules`; None is `MatrixRules()`.
+
+    Returns:
+        The same tree of `optax.contrib.MuonDimensionNumbers`, `MatrixSpec` (where a fused kernel
+        is split) or None.
+
+    Raises:
+        ValueError: If a leaf of rank three or more is not known.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"attention": {"query": {"kernel": jnp.ones((8, 2, 4))}}}
+        >>> infer_dimension_numbers(params)["attention"]["query"]["kernel"]
+        MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))
+
+    References:
+        Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982.
+    """
+    return as_rules(rules).dimension_numbers(params)
+
+
+def as_rules(rules: Any) -> MatrixRules:
+    """The rules given, or the default ones for None.
+
+    Raises:
+        TypeError: If `rules` is no `MatrixRules`.
+    """
+    if rules is None:
+        return MatrixRules()
+    if not isinstance(rules, MatrixRules):
+        raise TypeError(
+            f"rules must be a MatrixRules, got {rules!r}. Write MatrixRules({rules!r})."
+        )
+    return rules
+
+
+def is_masked(x: Any) -> bool:
+    """Tells the node that Optax leaves where a leaf was masked out.
+
+    Example:
+        >>> is_masked(optax.MaskedNode()), is_masked(None)
+        (True, False)
+    """
+    return isinstance(x, optax.MaskedNode)

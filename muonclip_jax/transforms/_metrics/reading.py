@@ -1,0 +1,177 @@
+"""`read_metrics`: the latest sample in an optimizer's state, by the names of the parameters."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from muonclip_jax._typing import Tree
+from muonclip_jax.heads.finding import block_rules
+from muonclip_jax.routing import MatrixRules
+from muonclip_jax.transforms._metrics.plan import blocks_of, plan_matrices
+from muonclip_jax.transforms._metrics.sample import MetricsSample
+from muonclip_jax.transforms._metrics.transformation import MetricsState
+
+
+class MuonMetrics(NamedTuple):
+    """What `metrics` measured at one update. Its structure depends on shapes alone.
+
+    Attributes:
+        step: Number of the measured update, from 0; -1 where there was none yet.
+        update_rms: Path of each leaf that Muon trains -> root mean square of the update's entries,
+            one number for every matrix of the leaf, `(matrices,)`, float32.
+        spectral_norm: Path -> largest singular value of each matrix of the update.
+        orthogonality_error: Path -> distance of each matrix of the update from a multiple of an
+            orthogonal one: with singular values `s`, the standard deviation of `s^2 / mean(s^2)`.
+        effective_rank: Path -> number of directions in each matrix of the momentum,
+            `(sum s^2)^2 / sum s^4`; 0 where there is no momentum.
+        max_logit: Attention block -> largest logit of its heads and stacked layers, `()`; no
+            blocks where `metrics` got no threshold.
+        min_gamma: Block -> smallest of QK-Clip's factors; 1 where nothing was clipped.
+        clipped_heads: Block -> number of heads that were clipped, over all its layers.
+    """
+
+    step: Int[Array, ""]
+    update_rms: dict[str, Float[Array, " matrices"]]
+    spectral_norm: dict[str, Float[Array, " matrices"]]
+    orthogonality_error: dict[str, Float[Array, " matrices"]]
+    effective_rank: dict[str, Float[Array, " matrices"]]
+    max_logit: dict[str, Float[Array, ""]]
+    min_gamma: dict[str, Float[Array, ""]]
+    clipped_heads: dict[str, Int[Array, ""]]
+
+    def scalars(self, prefix: str = "muon", *, leaves: bool = True) -> dict[str, jax.Array]:
+        """Returns flat scalars for TensorBoard, Weights & Biases or a JSON line.
+
+        Of several matrices, or blocks, it gives the root of the mean square (`update_rms`), the
+        largest (`spectral_norm`, `orthogonality_error`, `max_logit`), the mean (`effective_rank`),
+        the smallest (`min_gamma`) or the sum (`clipped_heads`). Nothing is copied to the host here.
+
+        Args:
+            prefix: First part of every name.
+            leaves: Whether to add the figures of each leaf and each attention block.
+
+        Returns:
+            "prefix/update_rms" and so on over the whole model, and with `leaves`
+            "prefix/update_rms/path/of/leaf". Figures of which there are none, such as maxima of a
+            model without attention, have no name.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> none = {}
+            >>> figures = MuonMetrics(jnp.asarray(7), {"w": jnp.ones(2)}, {"w": jnp.arange(2.0)},
+            ...     none, none, none, none, none)
+            >>> {name: float(value) for name, value in figures.scalars().items()}
+            {'muon/update_rms': 1.0, 'muon/update_rms/w': 1.0, \
+'muon/spectral_norm': 1.0, 'muon/spectral_norm/w': 1.0}
+        """
+        flat: dict[str, jax.Array] = {}
+        for name, reduce in _REDUCTIONS.items():
+            by_path: dict[str, jax.Array] = getattr(self, name)
+            arrays = {path: jnp.ravel(x) for path, x in by_path.items() if x.size}
+            if not arrays:
+                continue
+            flat[f"{prefix}/{name}"] = reduce(jnp.concatenate(list(arrays.values())))
+            for path, x in arrays.items() if leaves else ():
+                flat[f"{prefix}/{name}/{path}" if path else f"{prefix}/{name}/root"] = reduce(x)
+        return flat
+
+
+def _root_mean_square(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.mean(x**2))
+
+
+#: Field -> what stands for several matrices or blocks.
+_REDUCTIONS = {
+    "update_rms": _root_mean_square,
+    "spectral_norm": jnp.max,
+    "orthogonality_error": jnp.max,
+    "effective_rank": jnp.mean,
+    "max_logit": jnp.max,
+    "min_gamma": jnp.min,
+    "clipped_heads": jnp.sum,
+}
+
+
+def read_metrics(
+    state: Any,
+    params: Tree,
+    *,
+    rules: MatrixRules | None = None,
+    qk_clip_blocks: Any = None,
+) -> MuonMetrics:
+    """Finds the latest sample of `metrics` in an optimizer's state and names its entries.
+
+    It works inside and outside of `jit`, and copies nothing to the host.
+
+    Args:
+        state: The state of any chain that has `metrics` somewhere in it, once.
+        params: The parameters; only paths and shapes are looked at.
+        rules: As `metrics` got them.
+        qk_clip_blocks: As `metrics` got them.
+
+    Returns:
+        The figures by path.
+
+    Raises:
+        ValueError: If there is no `metrics` in the state, or more than one, or the sample is of
+            other matrices or blocks than `params` have by these rules.
+
+    Example:
+        >>> import optax
+        >>> from muonclip_jax.transforms._metrics import metrics
+        >>> params = {"dense": {"kernel": jnp.eye(4, 16)}, "bias": jnp.ones(16)}
+        >>> tx = metrics(optax.sgd(0.1), every=1)
+        >>> _, state = tx.update(params, tx.init(params), params)
+        >>> float(read_metrics(state, params).spectral_norm["dense/kernel"][0])
+        0.10000000149011612
+    """
+    nodes = jax.tree.leaves(state, is_leaf=_is_metrics)
+    found = [node for node in nodes if _is_metrics(node)]
+    if len(found) != 1:
+        raise ValueError(
+            f"The optimizer's state has {len(found)} states of metrics, expected one. Write "
+            "tx = muonclip_jax.metrics(muonclip_jax.muonclip(...)), and of several give the state "
+            "of one of them."
+        )
+    # As arrays, where a library has boxed them.
+    sample = MetricsSample(*map(jnp.asarray, found[0].sample))
+    plan = plan_matrices(params, rules)
+    blocks: list[str] = []
+    if sample.max_logit.size:
+        _, known = blocks_of(params, block_rules(qk_clip_blocks, "qk_clip_blocks"))
+        blocks = [block.path for block in known if block.selected]
+    have = (sample.update_rms.size, sample.max_logit.size)
+    if have != (plan.total, len(blocks)):
+        raise ValueError(
+            f"The state has figures of {have[0]} matrices and {have[1]} attention blocks, and "
+            f"params have {plan.total} and {len(blocks)} by these rules. Give read_metrics the "
+            "parameters that the optimizer was made for, and rules= and qk_clip_blocks= as metrics "
+            "got them."
+        )
+    bounds = np.cumsum(plan.counts)[:-1]
+
+    def by_leaf(x: jax.Array) -> dict[str, jax.Array]:
+        if not plan.paths:
+            return {}
+        return dict(zip(plan.paths, jnp.split(x, bounds), strict=True))
+
+    def by_block(x: jax.Array) -> dict[str, jax.Array]:
+        return {path: x[i] for i, path in enumerate(blocks)}
+
+    return MuonMetrics(
+        step=sample.step,
+        update_rms=by_leaf(sample.update_rms),
+        spectral_norm=by_leaf(sample.spectral_norm),
+        orthogonality_error=by_leaf(sample.orthogonality_error),
+        effective_rank=by_leaf(sample.effective_rank),
+        max_logit=by_block(sample.max_logit),
+        min_gamma=by_block(sample.min_gamma),
+        clipped_heads=by_block(sample.clipped_heads),
+    )
+
+
+def _is_metrics(node: Any) -> bool:
+    return isinstance(node, MetricsState)

@@ -1,0 +1,204 @@
+"""QK-Clip as the last transformation of a chain."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from muonclip_jax._typing import ScalarLike, ScalarOrSchedule
+from muonclip_jax.clipping.blocks import find_in, named_leaves, plan_clip
+from muonclip_jax.clipping.clip import clip_info, leaf_factors, leaves_needing
+from muonclip_jax.clipping.gamma import check_clip_settings
+from muonclip_jax.clipping.maxima import Recorded
+from muonclip_jax.clipping.scaling import beside, check_reduced, compute_if, keep_unscaled
+from muonclip_jax.heads.finding import Blocks, block_rules
+from muonclip_jax.heads.plan import BlockPlan
+from muonclip_jax.transforms._checks import value_at
+
+
+class QKClipState(NamedTuple):
+    """State of `qk_clip` with a schedule.
+
+    Attributes:
+        count: Updates so far, int32, `()`.
+    """
+
+    count: Any
+
+
+def clip_until(step: int, threshold: ScalarOrSchedule = 100.0) -> Callable[[Any], jax.Array]:
+    """Returns a threshold schedule that switches QK-Clip off.
+
+    Args:
+        step: First update without a clip.
+        threshold: The threshold before, or a schedule of it.
+
+    Returns:
+        A schedule: the threshold while `count < step`, infinity from then on.
+
+    Raises:
+        ValueError: If `threshold` is a number that is not positive.
+
+    Example:
+        >>> schedule = clip_until(70_000)
+        >>> float(schedule(69_999)), float(schedule(70_000))
+        (100.0, inf)
+
+    References:
+        Kimi Team, Kimi K2, arXiv 2507.20534: no head triggered after the first 70 000
+        steps.
+    """
+    check_clip_settings(threshold, 0.5, "query")
+
+    def schedule(count: Any) -> jax.Array:
+        tau = jnp.asarray(value_at(threshold, count), jnp.float32)
+        return jnp.where(count < step, tau, jnp.inf)
+
+    return schedule
+
+
+@functools.partial(jax.jit, static_argnames=("plans", "shared_keys"))
+def _clip_updates(
+    params: dict[str, Any],
+    updates: dict[str, Any],
+    recorded: Recorded,
+    threshold: ScalarLike,
+    alpha: ScalarLike,
+    *,
+    plans: tuple[BlockPlan, ...],
+    shared_keys: str,
+) -> dict[str, Any]:
+    """Returns `clip(p + u) - p`, and `u` itself to the bit where the factor is 1."""
+    info = clip_info(recorded, threshold, plans=plans)
+    factors = leaf_factors(plans, info.gamma, alpha, shared_keys)
+    needed = leaves_needing(plans, recorded, threshold)
+    check_reduced(params, factors)
+    return {
+        path: compute_if(needed[path], _clip_update, updates[path], params[path], factor)
+        for path, factor in factors.items()
+    }
+
+
+def _clip_update(u: jax.Array, p: jax.Array, factor: jax.Array) -> jax.Array:
+    factor = beside(factor, p)
+    wide = jnp.promote_types(jnp.promote_types(p.dtype, u.dtype), jnp.float32)
+    moved = p.astype(wide) + u.astype(wide)
+    clipped = moved * factor.astype(wide) - p.astype(wide)
+    return keep_unscaled(u, clipped.astype(u.dtype), factor)
+
+
+def qk_clip(
+    threshold: ScalarOrSchedule = 100.0,
+    alpha: ScalarOrSchedule = 0.5,
+    *,
+    shared_keys: str = "query",
+    blocks: Blocks = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips the attention logits of the weights that the update leads to.
+
+    The update `u` of a clipped head becomes `clip(p + u) - p`; everything else is returned as it
+    came, bit for bit. See `apply_qk_clip` for the rule.
+
+    It belongs at the end of the outer chain, where the update is what `optax.apply_updates` will
+    add and where it sees queries and keys, kernels and biases; inside one branch of
+    `optax.multi_transform` it refuses. Adding `clip(p + u) - p` to `p` rounds once more than
+    `clip(p + u)`: about one float32 entry in a hundred of a clipped head differs in its last bit,
+    and parameters kept in bfloat16 lose accordingly more. Where that matters, call
+    `apply_qk_clip` after `optax.apply_updates` instead.
+
+    Args:
+        threshold: Largest logit that stays, positive; may be traced, or a schedule of the number
+            of updates. Infinity switches the clip off, as `clip_until` does after a step.
+        alpha: Share of the queries, in [0, 1]; may be traced, or a schedule.
+        shared_keys: As for `apply_qk_clip`; static.
+        blocks: As for `apply_qk_clip`; static.
+
+    Returns:
+        A transformation whose `update(updates, state, params, max_logits=)` needs the parameters
+        and the maxima of the forward pass that gave the gradients.
+
+    Raises:
+        ValueError: If settings are out of range; from `update`, if `params` or `max_logits` is
+            missing, or where `apply_qk_clip` would raise.
+        TypeError: If `blocks` is not what it can be.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> kernel = jnp.ones((6, 2, 4)) * 3
+        >>> params = {"attn": {"query": {"kernel": kernel}, "key": {"kernel": kernel}}}
+        >>> tx = optax.chain(optax.sgd(1.0), qk_clip(threshold=100.0))
+        >>> state = tx.init(params)
+        >>> updates, state = tx.update(
+        ...     optax.tree.ones_like(params),
+        ...     state,
+        ...     params,
+        ...     max_logits={"attn": jnp.asarray([400.0, 9.0])},
+        ... )
+        >>> updates["attn"]["key"]["kernel"][0, :, 0].tolist()
+        [-2.0, -1.0]
+
+    References:
+        Kimi Team, Kimi K2, arXiv 2507.20534, Algorithm 1.
+    """
+    check_clip_settings(threshold, alpha, shared_keys)
+    rules = block_rules(blocks)
+    counts = callable(threshold) or callable(alpha)
+
+    def init(params: optax.Params) -> optax.OptState:
+        named = named_leaves(params)
+        if rules is not None and named.paths:
+            find_in(named, rules)
+        return QKClipState(count=jnp.zeros((), jnp.int32)) if counts else optax.EmptyState()
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        max_logits: Any = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "qk_clip needs the parameters: call tx.update(grads, state, params, "
+                "max_logits=max_logits)."
+            )
+        now = named_leaves(params)
+        new = named_leaves(updates)
+        if max_logits is None and now.paths:
+            raise ValueError(
+                "qk_clip needs the largest attention logits of the forward pass: call "
+                "tx.update(grads, state, params, max_logits=max_logits), with what Flax returned "
+                "as intermediates or a dict {'path/of/attention': array of (heads,)}. "
+                "muonclip_jax.dot_product_attention returns them, muonclip_jax.linen and "
+                "muonclip_jax.nnx capture them. To train without the clip, leave qk_clip out "
+                "(muonclip: qk_clip_threshold=None)."
+            )
+        count = state.count if isinstance(state, QKClipState) else None
+        plans, recorded = plan_clip(now, max_logits, rules)
+        p, u = now.by_path, new.by_path
+        touched = [leaf.path for plan in plans for leaf in plan.leaves]
+        missing = [path for path in touched if path not in u]
+        if missing:
+            raise ValueError(
+                f"qk_clip has to change {missing[0]!r}, and the updates hold nothing for it. Give "
+                "it an update (zeros will do), or leave its block out with blocks=."
+            )
+        clipped = _clip_updates(
+            {path: p[path] for path in touched},
+            {path: u[path] for path in touched},
+            recorded,
+            value_at(threshold, count),
+            value_at(alpha, count),
+            plans=plans,
+            shared_keys=shared_keys,
+        )
+        if isinstance(state, QKClipState):
+            state = QKClipState(count=optax.safe_increment(jnp.asarray(state.count)))
+        return new.replaced(clipped), state
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,281 @@
+"""`scale_by_muon`: momentum, then the polar factor of every matrix."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+
+from muonclip_jax._typing import ScalarLike
+from muonclip_jax.matrices import (
+    Distribution,
+    MeshShardings,
+    alike,
+    orthogonalize_distributed,
+    orthogonalize_on_one_device,
+    place,
+    read_shardings,
+    spread_momentum,
+)
+from muonclip_jax.polar import DEFAULT_SET, plan_polar
+from muonclip_jax.routing import MatrixRules, MatrixSpec, resolve_muon_specs
+from muonclip_jax.transforms._checks import check_fraction, check_non_negative
+
+#: One spec for all leaves, a tree of them (full, prefix or masked), or a function of the tree.
+WeightDimNumOrFn: TypeAlias = Any
+
+#: Weights of momentum and gradient in what is orthogonalised; without Nesterov, of momentum alone.
+_Weights: TypeAlias = tuple[ScalarLike, ...]
+
+
+class MuonState(NamedTuple):
+    """State of `scale_by_muon`.
+
+    Attributes:
+        count: `int32` scalar, the number of updates so far.
+        mu: The momentum, in the tree, shapes and shardings of the parameters.
+    """
+
+    count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
+    mu: optax.Updates
+
+
+def scale_by_muon(
+    ns_coeffs: Any = DEFAULT_SET,
+    ns_steps: int | None = None,
+    beta: ScalarLike = 0.95,
+    eps: ScalarLike = 1e-8,
+    mu_dtype: Any = None,
+    *,
+    nesterov: bool = True,
+    adaptive: bool = False,
+    preconditioning: str | None = None,
+    weight_dimension_numbers: WeightDimNumOrFn | None = None,
+    bias_correction: bool = False,
+    ns_method: str = "auto",
+    ns_dtype: Any = None,
+    ns_implementation: str | None = "xla",
+    relative_eps: bool = True,
+    rules: MatrixRules | None = None,
+    param_shardings: Any = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    distribution: Distribution | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replaces each matrix of the momentum by its polar factor.
+
+    With gradient `G`, momentum `M` and `polar(U S V^H) = U V^H`, a step is
+
+        M <- beta M + (1 - beta) G
+        U <- beta M + (1 - beta) G      (nesterov)     or  M
+        O <- polar(U)
+
+    The momentum is the exponential average without bias correction: its direction is that of the
+    heavy-ball form `M <- beta M + G` of the reference implementations, and the polar factor sees
+    nothing but direction.
+
+    Arguments marked as static shape the program: under `optax.inject_hyperparams` name those that
+    are given in its `static_args`.
+
+    Every leaf that arrives here is orthogonalised, so route the others elsewhere
+    (`optax.multi_transform` with `label_params`). Momentum is accumulated in float32 or wider and
+    stored as `mu_dtype`; updates keep the gradient's dtype.
+
+    Args:
+        ns_coeffs: Newton-Schulz coefficients: a name, a triple or rows (see `orthogonalize`). By
+            default "minimax4"; "keller_jordan" reproduces the reference implementations. Static.
+        ns_steps: Number of steps; None takes all rows of a set, five of a triple. Static.
+        beta: Decay of the momentum, in [0, 1). May be traced.
+        eps: Smallest divisor of a matrix once its largest entry is one: it guards the zero
+            matrix alone.
+        mu_dtype: Dtype of the stored momentum; None is the parameter's. Static.
+        nesterov: Whether to look one step ahead. Static.
+        adaptive: Whether to multiply by the dual norm `<U, O>`, as in Bernstein and Newhouse 2024.
+            Static.
+        preconditioning: The first rescaling (see `orthogonalize`). Static.
+        weight_dimension_numbers: Where the matrices are: one `MuonDimensionNumbers` or
+            `MatrixSpec` for all leaves, a full, prefix or masked tree of them, or a function from
+            the tree of updates to such a tree. None: `rules` decide; where they say None, a leaf
+            of rank 2 is the matrix of its axes (0, 1). Static.
+        bias_correction: Whether to divide momentum and gradient by `1 - beta^t`, as
+            `optax.contrib.muon` does (with `t + 1` for a Nesterov momentum). Static.
+        ns_method: "auto", "standard", "gram" or "svd" (see `orthogonalize`). Static.
+        ns_dtype: What Newton-Schulz computes in (see `orthogonalize`). Static.
+        ns_implementation: Who computes the products: "xla", None, which takes a Pallas kernel
+            where one should save time, or a kernel's name (see `orthogonalize`). Static.
+        relative_eps: False adds `eps`, as it is, to the norm, as `optax.contrib.muon` does;
+            gradients near it then give smaller updates. Static.
+        rules: `MatrixRules`; None is the built-in inference. Static.
+        param_shardings: How the parameters lie on a mesh: a tree of `NamedSharding` such as
+            `jax.tree.map(lambda x: x.sharding, params)`, or a function from a tree of parameters
+            to one. Needed where the mesh has Auto axes; with Explicit axes it is read off the
+            arrays. The devices then share the matrices. It may be the tree of all parameters
+            where this transformation sees some of them. Static.
+        axis_name: Names of mapped axes, of `jax.pmap` or `jax.shard_map`, along which gradients
+            are equal by now (by `lax.pmean`): the devices along them share the matrices. Static.
+        distribution: Which axes of the mesh share the work, and bounds on memory (see
+            `Distribution`). Static.
+
+    Returns:
+        A transformation with state `MuonState`.
+
+    Raises:
+        ValueError: At construction for a bad hyperparameter; while tracing for a leaf that is no
+            matrix, with its path.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> params = {"w": jnp.eye(2, 3)}
+        >>> tx = optax.chain(scale_by_muon(), optax.scale_by_learning_rate(0.02))
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> updates["w"].shape
+        (2, 3)
+
+    References:
+        Jordan et al. 2024, kellerjordan.github.io/posts/muon; Bernstein and Newhouse 2024,
+        arXiv 2409.20325; Liu et al. 2025, arXiv 2502.16982.
+    """
+    check_fraction("beta", beta, "the momentum's decay, such as 0.95")
+    check_non_negative("eps", eps)
+    polar = plan_polar(
+        ns_coeffs, ns_steps, ns_method, ns_dtype, preconditioning, relative_eps, ns_implementation
+    )
+    options = Distribution() if distribution is None else distribution
+    mapped_axes = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+
+    def init_fn(params: optax.Params) -> MuonState:
+        specs = resolve_muon_specs(params, weight_dimension_numbers, rules)
+        shardings = read_shardings(params, param_shardings, warn=False)
+        if param_shardings is None and not options.shard_momentum:
+            mu = optax.tree.zeros_like(params, dtype=mu_dtype)
+        else:
+            mu = _zeros(params, mu_dtype, _momentum_shardings(shardings, specs, options))
+        count = jnp.zeros([], jnp.int32)
+        if shardings is not None and not shardings.inside_manual:
+            # Where an update leaves it, so that the second step has the types of the first.
+            count = place(count, NamedSharding(shardings.mesh, PartitionSpec()))
+        return MuonState(count=count, mu=mu)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, MuonState]:
+        del params, extra_args
+        specs = resolve_muon_specs(updates, weight_dimension_numbers, rules)
+        shardings = read_shardings(updates, param_shardings)
+        momentum_shardings = _momentum_shardings(shardings, specs, options)
+        if momentum_shardings is not shardings:
+            updates = _placed(updates, momentum_shardings)
+        count = jnp.asarray(optax.safe_increment(jnp.asarray(state.count)))
+        mu = jax.tree.map(functools.partial(_average, weights=(beta, 1 - beta)), state.mu, updates)
+        weights: _Weights = (beta, 1 - beta) if nesterov else (1.0,)
+        if bias_correction:
+            # With Nesterov, the momentum's is that of the next step.
+            ahead = jnp.asarray(optax.safe_increment(count))
+            counts = (ahead, count) if nesterov else (count,)
+            weights = tuple(
+                weight / _correction(beta, after)
+                for weight, after in zip(weights, counts, strict=True)
+            )
+        momenta, treedef = jax.tree.flatten(mu)
+        gradients = jax.tree.leaves(updates)
+        results: dict[int, jax.Array] = {}
+        for group in alike(gradients):
+            m, g = ([leaves[leaf] for leaf in group] for leaves in (momenta, gradients))
+            chosen = [specs[leaf][2] for leaf in group]
+            if shardings is None and not mapped_axes:
+                polars = orthogonalize_on_one_device(
+                    polar,
+                    eps,
+                    _direction,
+                    weights,
+                    (m, g),
+                    tuple(chosen),
+                    count,
+                    options.max_stack_bytes,
+                )
+            else:
+                polars = orthogonalize_distributed(
+                    polar,
+                    eps,
+                    _direction,
+                    weights,
+                    (m, g),
+                    chosen,
+                    momentum_shardings and momentum_shardings.of(group),
+                    shardings and shardings.of(group),
+                    mapped_axes,
+                    options,
+                )
+            results.update(zip(group, polars, strict=True))
+        polars = [results[leaf] for leaf in range(len(gradients))]
+        if adaptive:
+            # The dual norm: <U, O> is the sum of U's singular values where O is its polar factor.
+            directions = map(functools.partial(_direction, weights), momenta, gradients)
+            polars = [jnp.sum(u.conj() * o) * o for u, o in zip(directions, polars, strict=True)]
+        mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
+        if momentum_shardings is not shardings:
+            mu = _placed(mu, momentum_shardings)
+        return jax.tree.unflatten(treedef, polars), MuonState(count=count, mu=mu)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _average(m: jax.Array, g: jax.Array, weights: _Weights) -> jax.Array:
+    """The weighted sum of `m` and `g`, accumulated in float32 or wider."""
+    dtype = jnp.promote_types(jnp.promote_types(m.dtype, g.dtype), jnp.float32)
+    return jnp.asarray(weights[0] * m.astype(dtype) + weights[1] * g.astype(dtype), dtype)
+
+
+def _direction(weights: _Weights, m: jax.Array, g: jax.Array) -> jax.Array:
+    """What is orthogonalised, entry by entry: the momentum, or one step ahead of it."""
+    if len(weights) == 1:
+        return (weights[0] * m).astype(g.dtype)
+    return _average(m, g, weights).astype(g.dtype)
+
+
+def _momentum_shardings(
+    shardings: MeshShardings | None,
+    specs: Sequence[tuple[str, Any, MatrixSpec]],
+    options: Distribution,
+) -> MeshShardings | None:
+    if shardings is None or not options.shard_momentum:
+        return shardings
+    return spread_momentum(
+        shardings, [tuple(leaf.shape) for _, leaf, _ in specs], [spec for _, _, spec in specs]
+    )
+
+
+def _placed(tree: optax.Updates, shardings: MeshShardings | None) -> optax.Updates:
+    if shardings is None:
+        return tree
+    leaves, treedef = jax.tree.flatten(tree)
+    return jax.tree.unflatten(
+        treedef, [place(x, to) for x, to in zip(leaves, shardings.shardings(), strict=True)]
+    )
+
+
+def _zeros(params: optax.Params, dtype: Any, shardings: MeshShardings | None) -> optax.Updates:
+    """Zeros made from shapes alone, so that a traced `init` needs nothing from its arguments.
+
+    Outside of a trace every device makes its own part, and no device ever has the whole.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    homes = [None] * len(leaves) if shardings is None else shardings.shardings()
+    is_traced = any(isinstance(leaf, Tracer) for leaf in leaves)
+    zeros = [
+        jnp.zeros(x.shape, x.dtype if dtype is None else dtype, device=None if is_traced else home)
+        for x, home in zip(leaves, homes, strict=True)
+    ]
+    tree = jax.tree.unflatten(treedef, zeros)
+    return _placed(tree, shardings) if is_traced else tree
+
+
+def _correction(beta: ScalarLike, count: jax.Array) -> jax.Array:
+    return 1 - jnp.asarray(beta, jnp.float32) ** count

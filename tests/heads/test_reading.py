@@ -1,0 +1,168 @@
+"""Which axes are stacked and which hold heads, where shapes alone are ambiguous."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from muonclip_jax.heads.layouts import AttentionLayout, Projection, separate
+from muonclip_jax.heads.leaves import MisfitError, unstack
+from muonclip_jax.heads.plan import Segment
+from muonclip_jax.heads.reading import read_block
+
+LAYOUT = separate("query", "key")
+
+
+def read(maxima_shape, layout: Any = LAYOUT, **shapes: Any):
+    leaves = {
+        name.replace("__", "/"): jax.ShapeDtypeStruct(shape, jnp.float32)
+        for name, shape in shapes.items()
+    }
+    return read_block(layout, "attn", leaves, maxima_shape)
+
+
+def pair(query, key=None) -> dict[str, Any]:
+    return {"query__kernel": query, "key__kernel": key or query}
+
+
+@pytest.mark.parametrize(
+    ("maxima", "kernel", "stack_axes", "feature_axes", "size"),
+    [
+        ((4,), (64, 4, 16), (), (1, 2), 16),
+        ((4,), (64, 64), (), (1,), 16),
+        ((3, 4), (3, 64, 4, 16), (0,), (2, 3), 16),
+        ((3, 4), (64, 3, 4, 16), (1,), (2, 3), 16),
+        ((3, 4), (64, 4, 16, 3), (3,), (1, 2), 16),
+        ((3, 4), (3, 64, 64), (0,), (2,), 16),
+        ((3, 4), (64, 3, 64), (1,), (2,), 16),
+        ((2, 3, 4), (2, 3, 64, 4, 16), (0, 1), (3, 4), 16),
+        ((2, 3, 4), (2, 3, 64, 64), (0, 1), (3,), 16),
+        ((2, 3, 4), (2, 64, 3, 4, 16), (0, 2), (3, 4), 16),
+        # More axes of maxima than the kernel has: micro-batches, reduced.
+        ((5, 4), (64, 4, 16), (), (1, 2), 16),
+        ((5, 3, 4), (3, 64, 4, 16), (0,), (2, 3), 16),
+        # As many layers as heads or as model features: the first axis holds the layers.
+        ((4, 4), (4, 64, 4, 16), (0,), (2, 3), 16),
+        ((64, 4), (64, 64, 4, 16), (0,), (2, 3), 16),
+    ],
+)
+def test_kernels_alone(maxima, kernel, stack_axes, feature_axes, size):
+    plan = read(maxima, **pair(kernel))
+    query = plan.leaves[0]
+    assert (query.stack_axes, query.feature_axes) == (stack_axes, feature_axes)
+    assert (plan.heads, plan.kv_heads, plan.head_dim) == (maxima[-1], maxima[-1], size)
+    assert plan.maxima_shape == maxima[len(maxima) - len(stack_axes) - 1 :]
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "kv_heads"),
+    [
+        ((64, 8, 16), (64, 2, 16), 2),
+        ((64, 8, 16), (64, 1, 16), 1),
+        ((64, 128), (64, 32), 2),
+        ((64, 128), (64, 16), 1),
+    ],
+)
+def test_grouped_keys(query, key, kv_heads):
+    plan = read((8,), **pair(query, key))
+    assert (plan.heads, plan.kv_heads, plan.head_dim) == (8, kv_heads, 16)
+    assert plan.leaves[1].segments == (Segment("key", kv_heads, 16),)
+
+
+def test_biases_tell_layers_from_features():
+    """As many layers as model features, stacked on the second axis: only biases show it."""
+    shapes = pair((16, 16, 2, 4)) | {"query__bias": (2, 16, 4), "key__bias": (2, 16, 4)}
+    assert read((16, 2), **shapes).leaves[0].stack_axes == (1,)
+    shapes = pair((16, 16, 2, 4)) | {"query__bias": (16, 2, 4), "key__bias": (16, 2, 4)}
+    assert read((16, 2), **shapes).leaves[0].stack_axes == (0,)
+
+
+def test_the_output_projection_tells_micro_batches_from_layers():
+    """Four micro-batches and four heads; or four layers, stacked on the second axis."""
+    one_layer = read((4, 4), **pair((64, 4, 16)), out__kernel=(4, 16, 64))
+    assert one_layer.maxima_shape == (4,)
+    layers = read((4, 4), **pair((64, 4, 64)), out__kernel=(64, 4, 64))
+    assert layers.maxima_shape == (4, 4)
+
+
+def test_stack_axes_may_be_said():
+    layout = AttentionLayout(LAYOUT.projections, stack_axes=(1,))
+    assert read((64, 4), layout, **pair((64, 64, 4, 16))).leaves[0].stack_axes == (1,)
+    with pytest.raises(ValueError, match="do not fit together"):
+        read((64, 4), layout, **pair((64, 4, 16)))
+
+
+def test_a_tie_is_an_error_that_says_how_to_break_it():
+    with pytest.raises(
+        ValueError, match=r"several ways: .*stacked nowhere.*stacked \(4,\).*stack_axes"
+    ):
+        read((4, 4), **pair((4, 4, 16)))
+
+
+@pytest.mark.parametrize(
+    ("maxima", "shapes", "why"),
+    [
+        ((3,), pair((64, 4, 16)), "no multiple of 3 heads|do not hold 3 heads"),
+        ((8,), pair((64, 8, 16), (64, 3, 16)), "8 query heads do not divide into 3 groups"),
+        ((8,), pair((64, 128), (64, 40)), "do not hold whole key heads"),
+        ((4,), pair((3, 64, 4, 16)), "stacked|no kernel"),
+        ((4,), pair((64, 4, 16)) | {"query__bias": (5,)}, "query/bias"),
+    ],
+)
+def test_what_does_not_fit_says_why(maxima, shapes, why):
+    with pytest.raises(ValueError, match=f"'attn/query/kernel'.*do not fit together.*({why})"):
+        read(maxima, **shapes)
+
+
+FUSED = AttentionLayout((Projection("qkv", ("query", "key", "value")),), "fused")
+
+
+@pytest.mark.parametrize(
+    ("layout", "shapes"),
+    [
+        (FUSED, {"qkv__kernel": (48, 80), "out__kernel": (48, 48)}),
+        (AttentionLayout(FUSED.projections, head_dim=8), {"qkv__kernel": (48, 80)}),
+        (AttentionLayout(FUSED.projections, kv_heads=2), {"qkv__kernel": (48, 80)}),
+        (
+            AttentionLayout((Projection("qkv", ("query", "key", "value"), sizes=(8, 8, 8)),)),
+            {"qkv__kernel": (48, 80)},
+        ),
+        (
+            AttentionLayout((Projection("qkv", ("query", "key", "value"), sizes=(8, 8, 4)),)),
+            {"qkv__kernel": (48, 72)},
+        ),
+        (AttentionLayout(FUSED.projections, head_dim=8), {"qkv__kernel": (48, 10, 8)}),
+    ],
+)
+def test_fused_kernels_with_grouped_keys(layout, shapes):
+    plan = read((6,), layout, **shapes)
+    assert (plan.heads, plan.kv_heads, plan.head_dim) == (6, 2, 8)
+    assert [s.heads for s in plan.leaves[0].segments] == [6, 2, 2]
+
+
+def test_latent_sizes_come_from_the_down_projection():
+    layout = AttentionLayout(
+        (
+            Projection("q", ("query", "query_alone"), interleaved=True),
+            Projection("up", ("key", "value"), interleaved=True),
+        ),
+        latent=("down", "up"),
+    )
+    shapes = {"q__kernel": (64, 4, 24), "down__kernel": (64, 40), "up__kernel": (32, 4, 28)}
+    plan = read((4,), layout, **shapes)
+    assert plan.leaves[0].segments == (Segment("query", 1, 16), Segment("query_alone", 1, 8))
+    assert plan.leaves[1].segments == (Segment("key", 1, 16), Segment("value", 1, 12))
+    with pytest.raises(ValueError, match="down makes 32 features and up takes 32"):
+        read((4,), layout, **shapes | {"down__kernel": (64, 32)})
+
+
+def test_plans_are_hashable():
+    assert len({read((4,), **pair((64, 4, 16))), read((4,), **pair((64, 4, 16)))}) == 1
+
+
+def test_unstack():
+    assert unstack((3, 8, 5), (0, -1), (3, 5)) == ((8,), (0, 2))
+    for shape, axes, sizes in (((3, 8), (2,), (3,)), ((3, 8), (0,), (4,)), ((), (0,), (3,))):
+        with pytest.raises(MisfitError):
+            unstack(shape, axes, sizes)
