@@ -51,7 +51,7 @@ def orthogonalize_on_one_device(
         how: What `combine` needs besides, arrays or None.
         trees: Leaves of equal shapes, once or several times; the last one's dtype is the result's.
         specs: The normalised spec of each leaf.
-        count: A number that is not negative, though nothing in the program says so.
+        count: Any number that the compiler does not know, such as the number of steps so far.
         max_stack_bytes: Bound on a stack; a single matrix may exceed it.
 
     Returns:
@@ -84,7 +84,7 @@ def _program(
     function = functools.partial(_polar, polar, eps)
     combined = functools.partial(combine, how)
     if default_platform() == "cpu":
-        return map_in_turn(function, combined, trees, _turns(shapes, max_bytes), count >= 0)
+        return map_in_turn(function, combined, trees, _turns(shapes, max_bytes), count)
     return map_stacks(function, combined, trees, _stacks(shapes, max_bytes))
 
 

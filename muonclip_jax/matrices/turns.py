@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from muonclip_jax.matrices.parts import LeafPlan, from_matrices, to_matrices
@@ -97,7 +98,7 @@ def map_in_turn(
     combine: Callable[..., jax.Array],
     trees: Sequence[Sequence[jax.Array]],
     plan: TurnPlan,
-    always: jax.Array,
+    count: jax.Array,
 ) -> list[jax.Array]:
     """Applies `function` to every matrix of `combine(*leaves)`, turn by turn.
 
@@ -106,7 +107,7 @@ def map_in_turn(
         combine: Entry by entry, from arrays of each of `trees` to one.
         trees: The arrays that the plan was made for, once or several times.
         plan: The plan.
-        always: A traced boolean scalar that is true, though nothing in the program says so.
+        count: Any number that the compiler does not know, such as the number of steps so far.
 
     Returns:
         The combined leaves, every matrix of them replaced.
@@ -114,9 +115,9 @@ def map_in_turn(
     parts = [
         [to_matrices(x, leaf) for x, leaf in zip(tree, plan.leaves, strict=True)] for tree in trees
     ]
-    positions = _positions(plan.turns, always)
+    go = _always(count)
+    positions = _positions(plan.turns, go)
     done: dict[tuple[int, int], jax.Array] = {}
-    go = always
     for turn in plan.turns:
         operands = [[tree[leaf][part] for tree in parts] for leaf, part in turn.parts]
         offsets = [positions[offset] for offset in turn.offsets] if len(turn.parts) > 1 else []
@@ -134,7 +135,7 @@ def map_in_turn(
             return jnp.broadcast_to(like, (sum(len(x[-1]) for x in operands), *like.shape[1:]))
 
         stack = lax.cond(go, work, idle, operands, offsets)
-        go = _always(stack)
+        go = _always(stack[0, 0, 0])
         # Cut out here, the pieces are read by whatever uses them, without a copy in between.
         done.update(zip(turn.parts, _scatter(stack, turn.counts, offsets), strict=True))
     return [
@@ -171,11 +172,11 @@ def _positions(turns: Sequence[Turn], always: jax.Array) -> dict[int, jax.Array]
     return dict(zip(offsets, values, strict=True))
 
 
-def _always(result: jax.Array) -> jax.Array:
-    """True, by a look at the result of the turn before, whatever it holds; NaN says so too."""
-    entry = jnp.real(result[0, 0, 0]).astype(jnp.float32)
-    # Not below -1: what the compiler, which keeps no ranges of floats, does not find out.
-    return ~(lax.clamp(-1.0, entry, 1.0) < -2.0)
+def _always(number: jax.Array) -> jax.Array:
+    """A predicate that is true for every number and NaN, and that the compiler cannot fold."""
+    number = jnp.real(number).astype(jnp.float32)
+    # No number is below -1 once clamped. XLA keeps no ranges of floats, so it does not find out.
+    return ~(lax.clamp(np.float32(-1), number, np.float32(1)) < -2)
 
 
 def _gather(pieces: Sequence[jax.Array], offsets: Sequence[jax.Array]) -> jax.Array:
@@ -198,12 +199,13 @@ def _scatter(
 
 def _read(stack: jax.Array, offset: jax.Array, count: int) -> jax.Array:
     # Unlike `stack[offset]`, without code for negative offsets.
-    starts, sizes = (offset, 0, 0), (count, *stack.shape[1:])
-    return lax.dynamic_slice(stack, starts, sizes, allow_negative_indices=False)
+    return lax.dynamic_slice_in_dim(stack, offset, count, allow_negative_indices=False)
 
 
 def _write(stack: jax.Array, piece: jax.Array, offset: jax.Array) -> jax.Array:
-    return lax.dynamic_update_slice(stack, piece, (offset, 0, 0), allow_negative_indices=False)
+    return lax.dynamic_update_slice_in_dim(
+        stack, piece, offset, axis=0, allow_negative_indices=False
+    )
 
 
 def _in_place(function: Callable[[jax.Array], jax.Array], stack: jax.Array) -> jax.Array:
@@ -213,4 +215,4 @@ def _in_place(function: Callable[[jax.Array], jax.Array], stack: jax.Array) -> j
     def replace(index: jax.Array, stack: jax.Array) -> jax.Array:
         return _write(stack, function(_read(stack, index, 1)[0])[None], index)
 
-    return lax.fori_loop(0, len(stack), replace, stack)
+    return lax.fori_loop(np.int32(0), np.int32(len(stack)), replace, stack)

@@ -49,15 +49,15 @@ def test_dtypes_share_no_turn():
 def test_every_matrix_comes_home(max_bytes: int, jitted: bool):
     """A function of each matrix alone gives the same whatever the turns are."""
 
-    def run(leaves: list[jax.Array], always: jax.Array) -> list[jax.Array]:
+    def run(leaves: list[jax.Array], count: jax.Array) -> list[jax.Array]:
         def largest(x: jax.Array) -> jax.Array:
             return 2 * x + jnp.max(x)
 
-        return map_in_turn(largest, jnp.subtract, (leaves, zeros), _plan(max_bytes), always)
+        return map_in_turn(largest, jnp.subtract, (leaves, zeros), _plan(max_bytes), count)
 
     leaves = _leaves()
     zeros = jax.tree.map(jnp.zeros_like, leaves)
-    got = (jax.jit(run) if jitted else run)(leaves, jnp.asarray(True))
+    got = (jax.jit(run) if jitted else run)(leaves, jnp.asarray(-3))
     for (name, (_, spec)), x, y in zip(SHAPES.items(), leaves, got, strict=True):
         x = np.asarray(x)
         if name == "fused":
@@ -76,7 +76,7 @@ def test_what_one_matrix_holds_leaves_the_others_alone(bad: float):
     leaves[0] = jnp.full_like(leaves[0], bad)
     plan = _plan(1)
     assert plan.turns[0].parts == ((3, 0),) or plan.turns[0].counts == (5,)
-    got = map_in_turn(lambda x: -x, jnp.asarray, (leaves,), plan, jnp.asarray(True))
+    got = map_in_turn(lambda x: -x, jnp.asarray, (leaves,), plan, jnp.asarray(0))
     for x, y in zip(leaves, got, strict=True):
         np.testing.assert_array_equal(-x, y)
 
@@ -91,7 +91,7 @@ def test_temporary_memory_is_that_of_a_turn():
     assert len(plan.turns) == 8
 
     def run(tree: list[jax.Array], count: jax.Array) -> list[jax.Array]:
-        polars = map_in_turn(lambda x: x @ x, jnp.sin, (tree,), plan, count >= 0)
+        polars = map_in_turn(lambda x: x @ x, jnp.sin, (tree,), plan, count)
         return [-0.1 * x for x in polars]
 
     count = jax.ShapeDtypeStruct((), jnp.int32)
@@ -106,7 +106,7 @@ def test_code_does_not_grow_with_the_positions():
     plan = plan_turns([plan_leaf((8, 8), MatrixSpec())] * 6, ["float32"] * 6, 10**6)
 
     def run(tree: list[jax.Array], count: jax.Array) -> list[jax.Array]:
-        return map_in_turn(lambda x: x @ x, jnp.sin, (tree,), plan, count >= 0)
+        return map_in_turn(lambda x: x @ x, jnp.sin, (tree,), plan, count)
 
     shapes = [jax.ShapeDtypeStruct((8, 8), jnp.float32)] * 6
     text = jax.jit(run).lower(shapes, jax.ShapeDtypeStruct((), jnp.int32)).compile().as_text()
