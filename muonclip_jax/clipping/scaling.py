@@ -14,6 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from muonclip_jax.heads.plan import LeafPlan
+from muonclip_jax.kernels.shards import varying_axes
 
 
 def leaf_factor(leaf: LeafPlan, factors: Mapping[str, jax.Array]) -> Float[Array, "..."]:
@@ -127,17 +128,10 @@ def compute_if(
         1.0
     """
     # Inside a checked `jax.shard_map` both branches must vary over the same mesh axes.
-    varying = frozenset[str]().union(*map(_varying, (needed, x, *others)))
-    if missing := tuple(sorted(varying - _varying(x))):
+    varying = frozenset[str]().union(*map(varying_axes, (needed, x, *others)))
+    if missing := tuple(sorted(varying - varying_axes(x))):
         x = jax.lax.pcast(x, missing, to="varying")
     return jax.lax.cond(needed, function, lambda x, *_: x, x, *others)
-
-
-def _varying(x: Any) -> frozenset[str]:
-    """Returns the mesh axes over which a checked `jax.shard_map` knows an array to vary."""
-    kind: Any = jax.typeof(x)
-    # JAX called it `vma` until 0.10.1.
-    return kind.mat.varying if hasattr(kind, "mat") else kind.vma
 
 
 def check_reduced(leaves: Mapping[str, Any], factors: Mapping[str, jax.Array]) -> None:
@@ -154,7 +148,7 @@ def check_reduced(leaves: Mapping[str, Any], factors: Mapping[str, jax.Array]) -
         ValueError: With the axes over which the maxima have to be reduced.
     """
     for path, factor in factors.items():
-        axes = tuple(sorted(_varying(factor) - _varying(leaves[path])))
+        axes = tuple(sorted(varying_axes(factor) - varying_axes(leaves[path])))
         if axes:
             raise ValueError(
                 f"The maxima for {path!r} vary over the mapped mesh axes {axes} and the weights do "

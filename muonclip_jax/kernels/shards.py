@@ -28,6 +28,24 @@ def entry_axes(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
+def varying_axes(x: Any) -> frozenset[str]:
+    """Returns the mesh axes over which a checked `jax.shard_map` knows an array to vary."""
+    kind: Any = jax.typeof(x)
+    # JAX called it `vma` until 0.10.1.
+    return kind.mat.varying if hasattr(kind, "mat") else kind.vma
+
+
+def all_gather(x: jax.Array, names: tuple[str, ...], axis: int, *, tiled: bool = True) -> jax.Array:
+    """`lax.all_gather` whose result is known to be equal on all devices, where JAX keeps account.
+
+    A `shard_map` that does not check (`check_vma=False`) and `pmap` keep none. There the gather
+    `to="invarying"` has a wrong derivative: a device would pass back its own cotangent, which is
+    one share of the whole, in place of the sum over devices.
+    """
+    to = "invarying" if varying_axes(x).intersection(names) else "varying"
+    return lax.all_gather(x, names, axis=axis, tiled=tiled, to=to)
+
+
 def divisions(x: jax.Array, axis: int) -> int:
     """Returns into how many parts Explicit mesh axes divide an axis; 1 where nothing is known.
 

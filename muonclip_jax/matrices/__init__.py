@@ -7,13 +7,11 @@ from muonclip_jax.matrices.distribution import (
     align_shardings as align_shardings,
     alike as alike,
     is_entry as is_entry,
-    orthogonalize_distributed as orthogonalize_distributed,
+    on_devices as on_devices,
+    orthogonalize_leaves as orthogonalize_leaves,
     place as place,
     read_shardings as read_shardings,
     spread_momentum as spread_momentum,
-)
-from muonclip_jax.matrices.one_device import (
-    orthogonalize_on_one_device as orthogonalize_on_one_device,
 )
 from muonclip_jax.matrices.parts import (
     LeafPlan as LeafPlan,

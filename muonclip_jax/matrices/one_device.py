@@ -4,6 +4,7 @@ The plan of stacks is chosen by platform and memory, never by the caller's tree 
 on matrices in turn, an accelerator on stacks of them at once.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -31,37 +32,50 @@ _ACCELERATOR_MEMORY_SHARE = 64
 _Shapes: TypeAlias = tuple[tuple[tuple[int, ...], str, MatrixSpec], ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class OneDevicePlan:
+    """What one device needs to know of its leaves.
+
+    Attributes:
+        specs: The normalised spec of each leaf.
+        max_stack_bytes: Bound on a stack; a single matrix may exceed it.
+    """
+
+    specs: tuple[MatrixSpec, ...]
+    max_stack_bytes: int
+
+
 def orthogonalize_on_one_device(
     polar: PolarPlan,
-    eps: jax.typing.ArrayLike,
+    plan: OneDevicePlan,
     combine: Callable[..., jax.Array],
+    eps: jax.typing.ArrayLike,
     how: Any,
-    trees: Sequence[Sequence[jax.Array]],
-    specs: Sequence[MatrixSpec],
     count: jax.Array,
-    max_stack_bytes: int,
+    *trees: Sequence[jax.Array],
 ) -> list[jax.Array]:
     """Replaces every matrix of `combine(how, *leaves)` by its polar factor.
 
     Args:
         polar: How to orthogonalise.
-        eps: Smallest divisor, as in `orthogonalize`.
+        plan: Where the matrices are.
         combine: Entry by entry, from `how` and an array of each of `trees` to one; a function of a
             module, for it is part of the program.
+        eps: Smallest divisor, as in `orthogonalize`.
         how: What `combine` needs besides, arrays or None.
-        trees: Leaves of equal shapes, once or several times; the last one's dtype is the result's.
-        specs: The normalised spec of each leaf.
         count: Any number that the compiler does not know, such as the number of steps so far.
-        max_stack_bytes: Bound on a stack; a single matrix may exceed it.
+        *trees: Leaves of equal shapes, once or several times; the last one's dtype is the result's.
 
     Returns:
         The polar factors, as the leaves.
     """
     shapes = tuple(
-        (leaf.shape, leaf.dtype.name, spec) for leaf, spec in zip(trees[-1], specs, strict=True)
+        (leaf.shape, leaf.dtype.name, spec)
+        for leaf, spec in zip(trees[-1], plan.specs, strict=True)
     )
-    limit = _stack_limit(max_stack_bytes)
-    return _program(polar, shapes, limit, combine, eps, how, trees, count)
+    return _program(
+        polar, shapes, _stack_limit(plan.max_stack_bytes), combine, eps, how, count, trees
+    )
 
 
 def _stack_limit(max_bytes: int) -> int:
@@ -77,8 +91,8 @@ def _program(
     combine: Callable[..., jax.Array],
     eps: jax.typing.ArrayLike,
     how: Any,
-    trees: Sequence[Sequence[jax.Array]],
     count: jax.Array,
+    trees: Sequence[Sequence[jax.Array]],
 ) -> list[jax.Array]:
     # An inner jit: a call outside of one compiles as a whole, and once.
     function = functools.partial(_polar, polar, eps)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from muonclip_jax.kernels.shards import all_gather
 from muonclip_jax.kernels.symmetric import (
     MATMUL_ADD,
     accumulator,
@@ -93,5 +94,5 @@ def _shared_quadratic(r: jax.Array, b: float, c: float, axes: tuple[str, ...]) -
     mine = lax.dynamic_slice_in_dim(padded, lax.axis_index(axes) * rows, rows, axis=rank - 2)
     # Rounded before it is sent: half the bytes.
     result = matmul_add(mine, r, mine if b else None, alpha=c, beta=b, implementation="xla")
-    gathered = lax.all_gather(result, axes, axis=rank - 2, tiled=True, to="invarying")
+    gathered = all_gather(result, axes, rank - 2)
     return lax.slice_in_dim(gathered, 0, m, axis=rank - 2)

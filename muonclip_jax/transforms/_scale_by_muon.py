@@ -15,8 +15,8 @@ from muonclip_jax.matrices import (
     Distribution,
     MeshShardings,
     alike,
-    orthogonalize_distributed,
-    orthogonalize_on_one_device,
+    on_devices,
+    orthogonalize_leaves,
     place,
     read_shardings,
     spread_momentum,
@@ -188,37 +188,31 @@ def scale_by_muon(
         results: dict[int, jax.Array] = {}
         for group in alike(gradients):
             m, g = ([leaves[leaf] for leaf in group] for leaves in (momenta, gradients))
-            chosen = [specs[leaf][2] for leaf in group]
-            if shardings is None and not mapped_axes:
-                polars = orthogonalize_on_one_device(
-                    polar,
-                    eps,
-                    _direction,
-                    weights,
-                    (m, g),
-                    tuple(chosen),
-                    count,
-                    options.max_stack_bytes,
-                )
-            else:
-                polars = orthogonalize_distributed(
-                    polar,
-                    eps,
-                    _direction,
-                    weights,
-                    (m, g),
-                    chosen,
-                    momentum_shardings and momentum_shardings.of(group),
-                    shardings and shardings.of(group),
-                    mapped_axes,
-                    options,
-                )
+            polars = orthogonalize_leaves(
+                polar,
+                eps,
+                _direction,
+                weights,
+                count,
+                (m, g),
+                [specs[leaf][2] for leaf in group],
+                momentum_shardings and momentum_shardings.of(group),
+                shardings and shardings.of(group),
+                mapped_axes,
+                options,
+            )
             results.update(zip(group, polars, strict=True))
         polars = [results[leaf] for leaf in range(len(gradients))]
         if adaptive:
             # The dual norm: <U, O> is the sum of U's singular values where O is its polar factor.
             directions = map(functools.partial(_direction, weights), momenta, gradients)
-            polars = [jnp.sum(u.conj() * o) * o for u, o in zip(directions, polars, strict=True)]
+            beside = polars
+            if momentum_shardings is not shardings:
+                beside = jax.tree.leaves(_placed(polars, momentum_shardings))
+            polars = [
+                jnp.sum(u.conj() * b) * o
+                for u, b, o in zip(directions, beside, polars, strict=True)
+            ]
         mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
         if momentum_shardings is not shardings:
             mu = _placed(mu, momentum_shardings)
@@ -267,14 +261,15 @@ def _zeros(params: optax.Params, dtype: Any, shardings: MeshShardings | None) ->
     Outside of a trace every device makes its own part, and no device ever has the whole.
     """
     leaves, treedef = jax.tree.flatten(params)
-    homes = [None] * len(leaves) if shardings is None else shardings.shardings()
-    is_traced = any(isinstance(leaf, Tracer) for leaf in leaves)
+    dtypes = [x.dtype if dtype is None else dtype for x in leaves]
+    if shardings is None or isinstance(jnp.zeros(()), Tracer):
+        zeros = [jnp.zeros(x.shape, kind) for x, kind in zip(leaves, dtypes, strict=True)]
+        return _placed(jax.tree.unflatten(treedef, zeros), shardings)
     zeros = [
-        jnp.zeros(x.shape, x.dtype if dtype is None else dtype, device=None if is_traced else home)
-        for x, home in zip(leaves, homes, strict=True)
+        jnp.zeros(x.shape, kind, device=on_devices(home))
+        for x, kind, home in zip(leaves, dtypes, shardings.shardings(), strict=True)
     ]
-    tree = jax.tree.unflatten(treedef, zeros)
-    return _placed(tree, shardings) if is_traced else tree
+    return jax.tree.unflatten(treedef, zeros)
 
 
 def _correction(beta: ScalarLike, count: jax.Array) -> jax.Array:

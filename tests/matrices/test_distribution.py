@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, strategies as st
 from jax.sharding import PartitionSpec as P
 
-from muonclip_jax.matrices import Distribution, orthogonalize_distributed
+from muonclip_jax.matrices import Distribution, orthogonalize_leaves
 from muonclip_jax.matrices.distribution.map import map_distributed
 from muonclip_jax.matrices.distribution.plan import DistributionPlan, Item
 from muonclip_jax.matrices.distribution.planning import plan_for
@@ -332,6 +332,6 @@ def test_an_axis_that_the_mesh_has_not_is_an_error():
 
 
 def test_an_axis_name_that_is_not_mapped_is_an_error():
-    run = functools.partial(orthogonalize_distributed, POLAR, 1e-7, lambda how, x: x, None)
+    run = functools.partial(orthogonalize_leaves, POLAR, 1e-7, lambda how, x: x, None, 0)
     with pytest.raises(ValueError, match=r"axis_name='batch' is not the name of a mapped axis"):
         run([[jnp.ones((2, 3))]], [MatrixSpec()], None, None, ("batch",))

@@ -23,10 +23,11 @@ from muonclip_jax.matrices.distribution.momentum import spread_momentum as sprea
 from muonclip_jax.matrices.distribution.options import Distribution as Distribution
 from muonclip_jax.matrices.distribution.reading import read_shardings as read_shardings
 from muonclip_jax.matrices.distribution.run import (
-    orthogonalize_distributed as orthogonalize_distributed,
+    orthogonalize_leaves as orthogonalize_leaves,
 )
 from muonclip_jax.matrices.distribution.sharding import (
     MeshShardings as MeshShardings,
     alike as alike,
+    on_devices as on_devices,
     place as place,
 )

@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from muonclip_jax._paths import flatten_with_paths
 from muonclip_jax._typing import Tree
+from muonclip_jax.matrices.distribution.agreement import check_reduced
 from muonclip_jax.matrices.distribution.sharding import axes_of
 
 
@@ -63,7 +64,13 @@ def _checked(path: str, leaf: Any, sharding: Any) -> NamedSharding | None:
             "Write NamedSharding(mesh, PartitionSpec(...)), or take it from the parameter: "
             "x.sharding."
         )
+    check_reduced(f"param_shardings at {path}", sharding)
     shape = tuple(leaf.shape)
+    if PartitionSpec.UNCONSTRAINED in tuple(sharding.spec):
+        raise ValueError(
+            f"param_shardings has {sharding.spec} at {path!r}, which leaves a dimension open. "
+            "Name the mesh axes that shard it, or None."
+        )
     if len(sharding.spec) > len(shape):
         raise ValueError(
             f"param_shardings has {sharding.spec} at {path!r}, for {len(sharding.spec)} "

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from muonclip_jax.kernels.shards import all_gather
 from muonclip_jax.matrices.distribution.blocks import Block, Sizes
 from muonclip_jax.matrices.distribution.hands import Work, concatenate, work_by_hand
 from muonclip_jax.matrices.distribution.local import LocalLeaf, block_of, leaf_of, matrices_of
@@ -106,7 +107,7 @@ def map_distributed(
         ]
         result = leaf_of(pieces, local)
         for axis, names in plan.gathered[leaf]:
-            result = lax.all_gather(result, names, axis=axis, tiled=True, to="invarying")
+            result = all_gather(result, names, axis)
         # As it was sent until here.
         results.append(result.astype(like.dtype))
     return results

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from muonclip_jax.kernels.shards import all_gather
 from muonclip_jax.matrices.distribution.blocks import Axes, Block, Sizes
 
 # Enough to fill a link. So much padding is worth a collective more; so much is gathered before the
@@ -117,7 +118,7 @@ def bring_home(
     _, columns = _local_lengths(block, held, sizes)
     across, apart = _split_axes(block, exchange)
     if apart:
-        x = lax.all_gather(x, apart, axis=2, tiled=True, to="invarying")
+        x = all_gather(x, apart, 2)
     if across:
         x = lax.all_to_all(x, across, split_axis=1, concat_axis=2, tiled=True)
     x = x[:, :, :columns]
@@ -136,7 +137,7 @@ def bring_home(
     is_much = len(owners) * size > _GATHERED_AT_ONCE
     if is_much or (padding > len(owners) // 4 and padding * size >= _GATHERED_BYTES):
         return _by_owner(x, block, exchange, sizes, owners)
-    x = lax.all_gather(x, free, axis=1, to="invarying")
+    x = all_gather(x, free, 1, tiled=False)
     return [(_in_order(x, free + held, exchange, sizes), list(range(len(owners))))]
 
 
@@ -167,7 +168,7 @@ def _by_owner(
             for _, run in itertools.groupby(enumerate(places), lambda pair: pair[1] - pair[0])
         ]
         piece = jnp.concatenate([x[run[0] : run[-1] + 1] for run in runs])
-        piece = lax.all_gather(piece, free, axis=at - 1, tiled=True, to="invarying")
+        piece = all_gather(piece, free, at - 1)
         if cut is None:
             piece = piece[:, : math.prod(shape)]
         pieces.append((piece.reshape(len(places), *shape), places))

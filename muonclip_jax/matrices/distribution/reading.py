@@ -5,10 +5,8 @@ Auto axes the compiler decides later, and the type only tells that there is a me
 shardings have to be given, as the tree `jax.tree.map(lambda x: x.sharding, params)`.
 """
 
-import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from jax.core import Tracer
@@ -16,6 +14,13 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from muonclip_jax._paths import flatten_with_paths
 from muonclip_jax._typing import Tree
+from muonclip_jax.matrices.distribution.agreement import (
+    Leaves,
+    check_devices,
+    check_one_mesh,
+    describe,
+    differ,
+)
 from muonclip_jax.matrices.distribution.alignment import align_shardings
 from muonclip_jax.matrices.distribution.blocks import Axes, LeafAxes
 from muonclip_jax.matrices.distribution.sharding import MeshShardings, axes_of, sharding_of
@@ -40,80 +45,60 @@ def read_shardings(
         warn: Whether to warn where there are many devices and the shardings cannot be known.
 
     Returns:
-        Mesh and shardings, or None where there is one device, or all axes are manual, or nothing is
-        known.
+        Mesh and shardings, or None where there is one device and no Explicit axis, or all axes are
+        manual, or nothing is known.
 
     Raises:
         TypeError: As in `align_shardings`.
-        ValueError: As in `align_shardings`; also where leaves are on different meshes.
+        ValueError: As in `align_shardings`; also where leaves are on different devices or meshes,
+            or are still to be summed over mesh axes.
     """
+    leaves = flatten_with_paths(tree)[0]
+    seen = [(path, leaf, sharding_of(leaf)) for path, leaf in leaves]
+    check_devices(seen)
+    mesh = next((sharding.mesh for *_, sharding in seen if sharding), None)
     if param_shardings is None:
-        return _read_from_types(flatten_with_paths(tree)[0], warn)
+        return None if mesh is None else _read_from_types(mesh, seen, warn)
+    check_one_mesh(seen)
     aligned = align_shardings(tree, param_shardings)
-    meshes = {sharding.mesh.abstract_mesh: path for path, _, sharding in aligned if sharding}
-    if len({_axes_and_sizes(mesh) for mesh in meshes}) > 1:
-        (first, path), (second, other) = list(meshes.items())[:2]
-        raise ValueError(
-            f"param_shardings has {path!r} on the mesh {dict(first.shape)} and {other!r} on "
-            f"{dict(second.shape)}. All parameters that Muon trains must be on one mesh."
-        )
-    given = next((sharding.mesh for _, _, sharding in aligned if sharding), None)
+    check_one_mesh(aligned, "param_shardings at ")
+    given = next((sharding.mesh for *_, sharding in aligned if sharding), None)
     if given is None:
         return None
-    mesh = _mesh_of_arrays([leaf for _, leaf, _ in aligned])
-    if mesh is None:
-        mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        mesh = given
-    elif _axes_and_sizes(mesh) != _axes_and_sizes(given):
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if not mesh.empty and differ(mesh, given):
         raise ValueError(
-            f"param_shardings is for the mesh {dict(given.shape)}, and the parameters are on "
-            f"{dict(mesh.shape)}. Take the shardings from the parameters as they are now: "
+            f"param_shardings is for the mesh {describe(given)}, and the parameters are on "
+            f"{describe(mesh)}. Take the shardings from the parameters as they are now: "
             "jax.tree.map(lambda x: x.sharding, params)."
         )
-    elif mesh.axis_types == given.axis_types:
+    if mesh.empty or mesh.axis_types == given.axis_types:
         # The same mesh, and this one knows its devices.
         mesh = given
-    return _shardings(
-        mesh,
-        [
-            axes_of(sharding.spec if sharding else PartitionSpec(), leaf.ndim)
-            for _, leaf, sharding in aligned
-        ],
-        devices=given,
-    )
+    return _shardings(mesh, _axes_of_leaves(aligned), devices=given)
 
 
-def _read_from_types(leaves: Sequence[tuple[str, Any]], warn: bool) -> MeshShardings | None:
-    arrays = [leaf for _, leaf in leaves]
-    mesh = _mesh_of_arrays(arrays)
-    if mesh is None:
-        return None
-    known = [
-        axes_of(sharding.spec if (sharding := sharding_of(leaf)) else PartitionSpec(), leaf.ndim)
-        for leaf in arrays
-    ]
-    unseen = [
-        axis
-        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Auto and mesh.shape[axis] > 1
-    ]
-    if any(isinstance(leaf, Tracer) for leaf in arrays) and unseen:
-        if warn:
-            message = AUTO_WARNING.format(devices=mesh.size, axes=tuple(unseen))
+def _read_from_types(mesh: Mesh | AbstractMesh, seen: Leaves, warn: bool) -> MeshShardings | None:
+    unseen: frozenset[str] = frozenset()
+    if any(isinstance(leaf, Tracer) for _, leaf, _ in seen):
+        kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        auto = [axis for axis, kind in kinds if kind == AxisType.Auto and mesh.shape[axis] > 1]
+        if auto and warn:
+            message = AUTO_WARNING.format(devices=mesh.size, axes=tuple(auto))
             warnings.warn(message, stacklevel=3)
         # What the Explicit axes of a mixed mesh tell is still good.
-        return _shardings(mesh, known, frozenset(unseen))
-    return _shardings(mesh, known)
+        unseen = frozenset(auto)
+    shardings = _shardings(mesh, _axes_of_leaves(seen), unseen)
+    if shardings is not None:
+        check_one_mesh(seen)
+    return shardings
 
 
-def _mesh_of_arrays(leaves: Sequence[Any]) -> Mesh | AbstractMesh | None:
-    """The mesh that the arrays are on, if any."""
-    return next((sharding.mesh for leaf in leaves if (sharding := sharding_of(leaf))), None)
-
-
-def _axes_and_sizes(mesh: Mesh | AbstractMesh) -> tuple[tuple[str, int], ...]:
-    return tuple(mesh.shape.items())
+def _axes_of_leaves(leaves: Leaves) -> list[LeafAxes]:
+    return [
+        axes_of(sharding.spec if sharding else PartitionSpec(), leaf.ndim)
+        for _, leaf, sharding in leaves
+    ]
 
 
 def _shardings(
@@ -122,13 +107,16 @@ def _shardings(
     unseen: frozenset[str] = frozenset(),
     devices: Mesh | AbstractMesh | None = None,
 ) -> MeshShardings | None:
-    """Puts together what is known; `devices` is a mesh that may know more of its devices."""
+    """Puts together what is known; `devices` is a mesh that may know more of its devices.
+
+    Explicit axes count even where all have size one: they are in the types of the arrays, so the
+    program of one device has to run where they are manual.
+    """
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     ours: Axes = tuple(
-        axis
-        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind != AxisType.Manual and axis not in unseen
+        axis for axis, kind in kinds.items() if kind != AxisType.Manual and axis not in unseen
     )
-    if math.prod(mesh.shape[axis] for axis in ours) == 1:
+    if all(kinds[axis] != AxisType.Explicit and mesh.shape[axis] == 1 for axis in ours):
         return None
     return MeshShardings(
         mesh,

@@ -1,7 +1,8 @@
-"""Orthogonalising the leaves of a tree, the devices of a mesh sharing the work."""
+"""Orthogonalising the leaves of a tree: one device alone, or the devices of a mesh together."""
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from muonclip_jax.matrices.distribution.options import Distribution
 from muonclip_jax.matrices.distribution.plan import DistributionPlan, Job, Round
 from muonclip_jax.matrices.distribution.planning import plan_for
 from muonclip_jax.matrices.distribution.sharding import MeshShardings, place
+from muonclip_jax.matrices.one_device import OneDevicePlan, orthogonalize_on_one_device
 from muonclip_jax.polar import PolarPlan, apply_polar
 from muonclip_jax.polar.partitioned import apply_polar_partitioned
 from muonclip_jax.routing import MatrixSpec
@@ -27,11 +29,12 @@ from muonclip_jax.routing import MatrixSpec
 _UNROLLED_ON_CPU = 4
 
 
-def orthogonalize_distributed(
+def orthogonalize_leaves(
     polar: PolarPlan,
     eps: jax.typing.ArrayLike,
     combine: Callable[..., jax.Array],
     how: Any,
+    count: jax.Array,
     trees: Sequence[Sequence[jax.Array]],
     specs: Sequence[MatrixSpec],
     shardings: MeshShardings | None,
@@ -46,9 +49,11 @@ def orthogonalize_distributed(
         eps: Smallest divisor, as in `orthogonalize`.
         combine: As for `orthogonalize_on_one_device`.
         how: What `combine` needs besides, arrays or None, the same on all devices.
+        count: As for `orthogonalize_on_one_device`.
         trees: Leaves of equal shapes, once or several times; the last one's dtype is the result's.
         specs: The normalised spec of each.
-        shardings: The mesh, and how it shards the leaves; None where `axis_name` alone counts.
+        shardings: The mesh, and how it shards the leaves; None where there is none, or `axis_name`
+            alone counts.
         homes: How the results shall be sharded; None is as the leaves are.
         axis_name: Names of axes that are mapped already (by `pmap` or `shard_map`) and along which
             the leaves are equal.
@@ -60,27 +65,32 @@ def orthogonalize_distributed(
     Raises:
         ValueError: If `options` names an axis that there is not, or `axis_name` is not mapped.
     """
-    polar = dataclasses.replace(polar, platform=_platform(shardings))
+    options = Distribution() if options is None else options
     mapped = tuple((name, _mapped_size(name)) for name in axis_name)
     sizes = mapped + (shardings.sizes if shardings else ())
-    leaves = trees[-1]
-    held = shardings.leaves if shardings else tuple(((),) * leaf.ndim for leaf in leaves)
-    plan = plan_for(
-        polar,
-        tuple(leaf.shape for leaf in leaves),
-        tuple(leaf.dtype.name for leaf in leaves),
-        tuple(specs),
-        held,
-        homes.leaves if homes else held,
-        sizes,
-        Distribution() if options is None else options,
-        shardings.slow if shardings else (),
-        possible_cuts(shardings.mesh, sizes, shardings.slow) if shardings else (),
-    )
+    if math.prod(size for _, size in sizes) == 1:
+        plan = OneDevicePlan(tuple(specs), options.max_stack_bytes)
+    else:
+        polar = dataclasses.replace(polar, platform=_platform(shardings))
+        leaves = trees[-1]
+        held = shardings.leaves if shardings else tuple(((),) * leaf.ndim for leaf in leaves)
+        plan = plan_for(
+            polar,
+            tuple(leaf.shape for leaf in leaves),
+            tuple(leaf.dtype.name for leaf in leaves),
+            tuple(specs),
+            held,
+            homes.leaves if homes else held,
+            sizes,
+            options,
+            shardings.slow if shardings else (),
+            possible_cuts(shardings.mesh, sizes, shardings.slow) if shardings else (),
+        )
     if shardings is None:
-        return _local_program(polar, plan, combine, eps, how, *trees)
+        return _local_program(polar, plan, combine, eps, how, count, *trees)
     homes = homes or shardings
-    seen, seen_homes = (_cut(one, plan.cut) for one in (shardings, homes))
+    cut = plan.cut if isinstance(plan, DistributionPlan) else None
+    seen, seen_homes = (_cut(one, cut) for one in (shardings, homes))
     results = _program(
         polar,
         plan,
@@ -91,9 +101,10 @@ def orthogonalize_distributed(
         seen_homes.specs(),
         eps,
         how,
+        count,
         [list(tree) for tree in trees],
     )
-    if plan.cut:
+    if cut:
         # What comes after shall see the caller's mesh.
         results = [place(x, home) for x, home in zip(results, homes.shardings(), strict=True)]
     return results
@@ -140,12 +151,15 @@ def _work(polar: PolarPlan, eps: jax.typing.ArrayLike, stack: jax.Array, split: 
 
 def _local_program(
     polar: PolarPlan,
-    plan: DistributionPlan,
+    plan: DistributionPlan | OneDevicePlan,
     combine: Callable[..., jax.Array],
     eps: jax.typing.ArrayLike,
     how: Any,
+    count: jax.Array,
     *trees: Sequence[jax.Array],
 ) -> list[jax.Array]:
+    if isinstance(plan, OneDevicePlan):
+        return orthogonalize_on_one_device(polar, plan, combine, eps, how, count, *trees)
     return map_distributed(
         lambda stack, split: _work(polar, eps, stack, split),
         functools.partial(combine, how),
@@ -167,7 +181,7 @@ def _sent(polar: PolarPlan, job: Job, turn: Round) -> str:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
 def _program(
     polar: PolarPlan,
-    plan: DistributionPlan,
+    plan: DistributionPlan | OneDevicePlan,
     combine: Callable[..., jax.Array],
     mesh: Mesh | AbstractMesh,
     names: frozenset[str],
@@ -175,6 +189,7 @@ def _program(
     homes: tuple[PartitionSpec, ...],
     eps: jax.typing.ArrayLike,
     how: Any,
+    count: jax.Array,
     trees: list[list[jax.Array]],
 ) -> list[jax.Array]:
     # Results are equal along the axes that replicate them because all of them gather the same
@@ -182,8 +197,8 @@ def _program(
     return jax.shard_map(
         functools.partial(_local_program, polar, plan, combine),
         mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(), *[list(specs)] * len(trees)),
+        in_specs=(*[PartitionSpec()] * 3, *[list(specs)] * len(trees)),
         out_specs=list(homes),
         axis_names=set(names),
         check_vma=False,
-    )(eps, how, *trees)
+    )(eps, how, count, *trees)

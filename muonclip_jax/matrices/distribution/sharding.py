@@ -49,7 +49,7 @@ class MeshShardings:
 def place(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     """Brings `x` to a sharding, whether it is traced or not and whatever the types of the axes."""
     if not isinstance(x, Tracer):
-        return jax.device_put(x, sharding)
+        return jax.device_put(x, on_devices(sharding))
     kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
     for kind, move in (
         (AxisType.Explicit, jax.reshard),
@@ -62,6 +62,24 @@ def place(x: jax.Array, sharding: NamedSharding) -> jax.Array:
             ]
             x = move(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
     return x
+
+
+def on_devices(sharding: NamedSharding) -> NamedSharding:
+    """The same sharding on a mesh that knows its devices: the one that `jax.set_mesh` set.
+
+    Raises:
+        ValueError: If no such mesh is set.
+    """
+    if isinstance(sharding.mesh, Mesh):
+        return sharding
+    mesh = jax.sharding.get_mesh()
+    if mesh.shape != sharding.mesh.shape:
+        raise ValueError(
+            f"Arrays are to be made on the mesh {dict(sharding.mesh.shape)}, whose devices are not "
+            "known: their shapes come from jax.eval_shape, or name an AbstractMesh. Call init "
+            "inside of `with jax.set_mesh(mesh):`, or give it the parameters themselves."
+        )
+    return NamedSharding(mesh, sharding.spec)
 
 
 def alike(leaves: Sequence[jax.Array]) -> list[list[int]]:
@@ -87,4 +105,6 @@ def sharding_of(x: Any) -> NamedSharding | None:
 
 def axes_of(spec: PartitionSpec, rank: int) -> LeafAxes:
     """The mesh axes that shard each of `rank` dimensions."""
-    return tuple(map(entry_axes, (*spec, *[None] * (rank - len(spec)))))
+    # What has axes to be reduced over cannot be unpacked, and older specs have no `partitions`.
+    entries = tuple(getattr(spec, "partitions", spec))
+    return tuple(map(entry_axes, entries + (None,) * (rank - len(entries))))
