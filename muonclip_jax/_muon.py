@@ -13,7 +13,7 @@ from muonclip_jax.matrices import Distribution
 from muonclip_jax.polar.coefficients import resolve_coefficients
 from muonclip_jax.routing import MatrixRules, resolve_specs
 from muonclip_jax.transforms import scale_by_muon, scale_by_shape
-from muonclip_jax.transforms._scale_by_muon import WeightDimNumOrFn
+from muonclip_jax.transforms._scale_by_muon import WeightDimNumOrFn, init_on_mesh
 
 
 def muon(
@@ -158,15 +158,18 @@ def muon(
                 optax.add_decayed_weights(weight_decay, weight_decay_mask),
                 optax.scale_by_learning_rate(learning_rate),
             ),
-            "adam": optax.adamw(
-                learning_rate if adam_learning_rate is None else adam_learning_rate,
-                b1=adam_b1,
-                b2=adam_b2,
-                eps=eps,
-                eps_root=adam_eps_root,
-                weight_decay=adam_weight_decay,
-                mu_dtype=mu_dtype,
-                nesterov=nesterov,
+            "adam": init_on_mesh(
+                optax.adamw(
+                    learning_rate if adam_learning_rate is None else adam_learning_rate,
+                    b1=adam_b1,
+                    b2=adam_b2,
+                    eps=eps,
+                    eps_root=adam_eps_root,
+                    weight_decay=adam_weight_decay,
+                    mu_dtype=mu_dtype,
+                    nesterov=nesterov,
+                ),
+                param_shardings,
             ),
         },
         labels,

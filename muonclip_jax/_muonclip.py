@@ -17,6 +17,7 @@ from muonclip_jax.transforms._checks import (
     check_non_negative,
     check_rate,
 )
+from muonclip_jax.transforms._scale_by_muon import init_on_mesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,7 +235,10 @@ def muonclip(
         optax.scale_by_learning_rate(learning_rate),
     )
     adamw = optax.chain(
-        optax.scale_by_adam(b1=adam_b1, b2=adam_b2, eps=adam_eps, mu_dtype=mu_dtype),
+        init_on_mesh(
+            optax.scale_by_adam(b1=adam_b1, b2=adam_b2, eps=adam_eps, mu_dtype=mu_dtype),
+            param_shardings,
+        ),
         optax.add_decayed_weights(
             weight_decay if adam_weight_decay is None else adam_weight_decay, mask
         ),

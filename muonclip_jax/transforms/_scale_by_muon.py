@@ -221,6 +221,27 @@ def scale_by_muon(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def init_on_mesh(
+    tx: optax.GradientTransformation, param_shardings: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Returns `tx` with a state whose moments are sharded as `param_shardings` says.
+
+    Optax makes zeros like the parameters. Under jit, where the axes of a mesh are Auto, those do
+    not say how they are sharded, and the zeros are replicated.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def init_fn(params: optax.Params) -> Any:
+        state = tx.init(params)
+        shardings = read_shardings(params, param_shardings, warn=False)
+        if param_shardings is None or shardings is None:
+            return state
+        tree = jax.tree.unflatten(jax.tree.structure(params), shardings.shardings())
+        return optax.tree.map_params(tx, place, state, tree)
+
+    return optax.GradientTransformationExtraArgs(init_fn, tx.update)
+
+
 def _average(m: jax.Array, g: jax.Array, weights: _Weights) -> jax.Array:
     """The weighted sum of `m` and `g`, accumulated in float32 or wider."""
     dtype = jnp.promote_types(jnp.promote_types(m.dtype, g.dtype), jnp.float32)

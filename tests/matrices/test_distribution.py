@@ -332,6 +332,6 @@ def test_an_axis_that_the_mesh_has_not_is_an_error():
 
 
 def test_an_axis_name_that_is_not_mapped_is_an_error():
-    run = functools.partial(orthogonalize_leaves, POLAR, 1e-7, lambda how, x: x, None, 0)
+    run = functools.partial(orthogonalize_leaves, POLAR, 1e-7, lambda how, x: x, None, jnp.int32(0))
     with pytest.raises(ValueError, match=r"axis_name='batch' is not the name of a mapped axis"):
         run([[jnp.ones((2, 3))]], [MatrixSpec()], None, None, ("batch",))
