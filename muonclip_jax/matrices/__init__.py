@@ -6,6 +6,7 @@ from muonclip_jax.matrices.distribution import (
     MeshShardings as MeshShardings,
     align_shardings as align_shardings,
     alike as alike,
+    check_momentum as check_momentum,
     is_entry as is_entry,
     on_devices as on_devices,
     orthogonalize_leaves as orthogonalize_leaves,

@@ -15,6 +15,7 @@ from muonclip_jax.matrices import (
     Distribution,
     MeshShardings,
     alike,
+    check_momentum,
     on_devices,
     orthogonalize_leaves,
     place,
@@ -170,10 +171,15 @@ def scale_by_muon(
         specs = resolve_muon_specs(updates, weight_dimension_numbers, rules)
         shardings = read_shardings(updates, param_shardings)
         momentum_shardings = _momentum_shardings(shardings, specs, options)
-        if momentum_shardings is not shardings:
-            updates = _placed(updates, momentum_shardings)
+        before = state.mu
+        if param_shardings is not None:
+            updates, before = (_placed(tree, momentum_shardings) for tree in (updates, before))
+        elif momentum_shardings is not None:
+            check_momentum(before, momentum_shardings)
+            if options.shard_momentum:
+                updates = _placed(updates, momentum_shardings)
         count = jnp.asarray(optax.safe_increment(jnp.asarray(state.count)))
-        mu = jax.tree.map(functools.partial(_average, weights=(beta, 1 - beta)), state.mu, updates)
+        mu = jax.tree.map(functools.partial(_average, weights=(beta, 1 - beta)), before, updates)
         weights: _Weights = (beta, 1 - beta) if nesterov else (1.0,)
         if bias_correction:
             # With Nesterov, the momentum's is that of the next step.

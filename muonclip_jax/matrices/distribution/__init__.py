@@ -19,7 +19,10 @@ from muonclip_jax.matrices.distribution.alignment import (
     align_shardings as align_shardings,
     is_entry as is_entry,
 )
-from muonclip_jax.matrices.distribution.momentum import spread_momentum as spread_momentum
+from muonclip_jax.matrices.distribution.momentum import (
+    check_momentum as check_momentum,
+    spread_momentum as spread_momentum,
+)
 from muonclip_jax.matrices.distribution.options import Distribution as Distribution
 from muonclip_jax.matrices.distribution.reading import read_shardings as read_shardings
 from muonclip_jax.matrices.distribution.run import (

@@ -1,11 +1,44 @@
-"""Sharding the momentum over the axes that replicate its parameter."""
+"""How the momentum is sharded: as its parameter, or over the axes that replicate it too."""
 
 import dataclasses
 import math
 from collections.abc import Sequence
 
-from muonclip_jax.matrices.distribution.sharding import MeshShardings
+from jax.sharding import AxisType
+
+from muonclip_jax._paths import flatten_with_paths
+from muonclip_jax._typing import Tree
+from muonclip_jax.matrices.distribution.blocks import LeafAxes
+from muonclip_jax.matrices.distribution.sharding import MeshShardings, axes_of, sharding_of
 from muonclip_jax.routing import MatrixSpec, axes_tuple
+
+
+def check_momentum(momentum: Tree, shardings: MeshShardings) -> None:
+    """Raises a ValueError where Explicit axes shard a momentum otherwise than its gradient.
+
+    Args:
+        momentum: The tree of momenta.
+        shardings: How they have to be sharded, by the gradients.
+    """
+    kinds = dict(zip(shardings.mesh.axis_names, shardings.mesh.axis_types, strict=True))
+
+    def explicit(axes: LeafAxes) -> LeafAxes:
+        return tuple(
+            tuple(name for name in names if kinds.get(name) == AxisType.Explicit) for names in axes
+        )
+
+    leaves = flatten_with_paths(momentum)[0]
+    for (path, leaf), wanted in zip(leaves, map(explicit, shardings.leaves), strict=True):
+        known = sharding_of(leaf)
+        axes = () if known is None else explicit(axes_of(known.spec, leaf.ndim))
+        # A dimension that is whole takes over the sharding of the gradient's.
+        if any(mine and mine != other for mine, other in zip(axes, wanted, strict=False)):
+            raise ValueError(
+                f"{path}: the Explicit mesh axes shard the momentum's dimensions over {axes}, and "
+                f"by the gradient it has to be {wanted}. Give gradients the shardings of the "
+                "parameters: jax.tree.map(lambda g, p: jax.reshard(g, jax.typeof(p).sharding), "
+                "grads, params)."
+            )
 
 
 def spread_momentum(
