@@ -11,28 +11,30 @@ from muonclip_jax.polar.coefficients import COEFFICIENT_SETS, resolve_coefficien
 from muonclip_jax.polar.precision import guarded_rows
 from muonclip_jax.polar.restarts import (
     SPURIOUS,
+    amplifications,
     choose_restarts,
     is_gram_safe,
-    segment_conditions,
 )
 
 
 def main() -> None:
-    """Prints a markdown table: restarts, condition numbers of Q with and without, safety."""
+    """Prints a markdown table: restarts, amplification of rounding with and without, safety."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rows", type=json.loads, help="rows or a triple, as JSON")
     parser.add_argument("--steps", type=int, default=None, help="number of steps")
     args = parser.parse_args()
     names = list(COEFFICIENT_SETS) if args.rows is None else [args.rows]
-    print("| coefficients | dtype | restart after steps | cond(Q) | without restarts | safe |")
+    print(
+        "| coefficients | dtype | restart after steps | amplification | without restarts | safe |"
+    )
     print("|---|---|---|---|---|---|")
     for name in names:
         rows, _ = resolve_coefficients(name, args.steps)
         for dtype in ("float32", "float16"):
-            guarded = guarded_rows(rows, dtype)
+            guarded = guarded_rows(rows, dtype, "gram")
             places = choose_restarts(guarded, dtype)
-            worst = max(segment_conditions(guarded, places, SPURIOUS[dtype]))
-            without = max(segment_conditions(guarded, (), SPURIOUS[dtype]))
+            worst = max(amplifications(guarded, places, SPURIOUS[dtype]))
+            without = max(amplifications(guarded, (), SPURIOUS[dtype]))
             label = name if isinstance(name, str) else f"{len(rows)} rows"
             shown = ", ".join(map(str, places)) or "none"
             safe = "yes" if is_gram_safe(guarded, dtype) else "no"

@@ -6,9 +6,14 @@ from collections.abc import Sequence
 
 from muonclip_jax._commands.describe import describe
 from muonclip_jax._commands.doctor import doctor
-from muonclip_jax.polar import COEFFICIENT_SETS, NS_DTYPES, NS_METHODS
-
-_PLATFORMS = ("cpu", "gpu", "tpu")
+from muonclip_jax.kernels.platform import PLATFORMS
+from muonclip_jax.polar import (
+    COEFFICIENT_SETS,
+    DEFAULT_METHOD,
+    DEFAULT_SET,
+    NS_DTYPES,
+    NS_METHODS,
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,10 +32,14 @@ def parser() -> argparse.ArgumentParser:
         help="where in it the parameters are, '' for all of it; by default the subtree 'params'",
     )
     add("--rules", metavar="MODULE:NAME", help="a MatrixRules to import, if the model needs one")
-    add("--platform", choices=_PLATFORMS, help="what to count for; by default what JAX runs on")
-    add("--ns-coeffs", choices=tuple(COEFFICIENT_SETS), default="keller_jordan")
+    add(
+        "--platform",
+        choices=tuple(PLATFORMS),
+        help="what to count for; by default what JAX runs on",
+    )
+    add("--ns-coeffs", choices=tuple(COEFFICIENT_SETS), default=DEFAULT_SET)
     add("--ns-steps", type=int)
-    add("--ns-method", choices=NS_METHODS, default="auto")
+    add("--ns-method", choices=NS_METHODS, default=DEFAULT_METHOD)
     add("--ns-dtype", choices=NS_DTYPES)
     text = "the installation, the devices, and what will be used on them"
     commands.add_parser(

@@ -10,9 +10,11 @@ from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax._typing import ScalarLike, ScalarOrSchedule
 from muonclip_jax.matrices import Distribution
+from muonclip_jax.polar import DEFAULT_DTYPE, DEFAULT_METHOD
 from muonclip_jax.polar.coefficients import resolve_coefficients
 from muonclip_jax.routing import MatrixRules, resolve_specs
 from muonclip_jax.transforms import scale_by_muon, scale_by_shape
+from muonclip_jax.transforms._moments import check_moment_dtype, with_checked_moments
 from muonclip_jax.transforms._scale_by_muon import WeightDimNumOrFn, init_on_mesh
 
 
@@ -36,13 +38,14 @@ def muon(
     adam_learning_rate: ScalarOrSchedule | None = None,
     muon_weight_dimension_numbers: WeightDimNumOrFn | None = None,
     consistent_rms: ScalarLike | None = None,
-    ns_method: str = "auto",
-    ns_dtype: Any = None,
+    ns_method: str = DEFAULT_METHOD,
+    ns_dtype: Any = DEFAULT_DTYPE,
     ns_implementation: str | None = "xla",
     rules: MatrixRules | None = None,
     param_shardings: Any = None,
     axis_name: str | tuple[str, ...] | None = None,
     distribution: Distribution | None = None,
+    platform: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon for matrices and NAdamW for the rest: a drop-in for `optax.contrib.muon`.
 
@@ -92,6 +95,8 @@ def muon(
             (see `scale_by_muon`). Not in Optax.
         distribution: Who shares the matrices, and bounds on memory (see `Distribution`). Not in
             Optax.
+        platform: "cpu", "gpu" or "tpu": what the program is for (see `orthogonalize`). Not in
+            Optax.
 
     Returns:
         The transformation. Its labels are "muon" and "adam".
@@ -112,6 +117,7 @@ def muon(
         Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982;
         Boissin et al. 2025, arXiv 2512.04632; Amsel et al. 2025, arXiv 2505.16932.
     """
+    check_moment_dtype(mu_dtype, "adam_b1", adam_b1)
     if rules is not None:
         if muon_weight_dimension_numbers is not None:
             raise ValueError(
@@ -153,23 +159,27 @@ def muon(
                     param_shardings=param_shardings,
                     axis_name=axis_name,
                     distribution=distribution,
+                    platform=platform,
                 ),
                 scale_by_shape(dimension_numbers, consistent_rms),
                 optax.add_decayed_weights(weight_decay, weight_decay_mask),
                 optax.scale_by_learning_rate(learning_rate),
             ),
-            "adam": init_on_mesh(
-                optax.adamw(
-                    learning_rate if adam_learning_rate is None else adam_learning_rate,
-                    b1=adam_b1,
-                    b2=adam_b2,
-                    eps=eps,
-                    eps_root=adam_eps_root,
-                    weight_decay=adam_weight_decay,
-                    mu_dtype=mu_dtype,
-                    nesterov=nesterov,
+            "adam": with_checked_moments(
+                init_on_mesh(
+                    optax.adamw(
+                        learning_rate if adam_learning_rate is None else adam_learning_rate,
+                        b1=adam_b1,
+                        b2=adam_b2,
+                        eps=eps,
+                        eps_root=adam_eps_root,
+                        weight_decay=adam_weight_decay,
+                        mu_dtype=mu_dtype,
+                        nesterov=nesterov,
+                    ),
+                    param_shardings,
                 ),
-                param_shardings,
+                mu_dtype,
             ),
         },
         labels,

@@ -10,6 +10,7 @@ from muonclip_jax._typing import ScalarLike, ScalarOrSchedule
 from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.heads.finding import block_rules
 from muonclip_jax.matrices import Distribution
+from muonclip_jax.polar import DEFAULT_DTYPE, DEFAULT_EPS, DEFAULT_METHOD, DEFAULT_SET
 from muonclip_jax.routing import MatrixRules, decay_mask, label_params
 from muonclip_jax.transforms import qk_clip, scale_by_muon, scale_by_shape
 from muonclip_jax.transforms._checks import (
@@ -17,6 +18,7 @@ from muonclip_jax.transforms._checks import (
     check_non_negative,
     check_rate,
 )
+from muonclip_jax.transforms._moments import check_moment_dtype, with_checked_moments
 from muonclip_jax.transforms._scale_by_muon import init_on_mesh
 
 
@@ -47,13 +49,13 @@ class MuonClipConfig:
     beta: float = 0.95
     nesterov: bool = True
     consistent_rms: float | None = 0.2
-    ns_coeffs: str | Sequence[Any] = "keller_jordan"
+    ns_coeffs: str | Sequence[Any] = DEFAULT_SET
     ns_steps: int | None = None
-    ns_method: str = "auto"
-    ns_dtype: Any = None
+    ns_method: str = DEFAULT_METHOD
+    ns_dtype: Any = DEFAULT_DTYPE
     ns_implementation: str | None = "xla"
     preconditioning: str | None = None
-    eps: float = 1e-8
+    eps: float = DEFAULT_EPS
     mu_dtype: Any = None
     adam_learning_rate: float | optax.Schedule | None = None
     adam_b1: float = 0.9
@@ -63,6 +65,7 @@ class MuonClipConfig:
     rules: MatrixRules | None = None
     axis_name: str | tuple[str, ...] | None = None
     distribution: Distribution | None = None
+    platform: str | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -126,6 +129,7 @@ def muonclip(
     param_shardings: Any = None,
     axis_name: str | tuple[str, ...] | None = MuonClipConfig.axis_name,
     distribution: Distribution | None = MuonClipConfig.distribution,
+    platform: str | None = MuonClipConfig.platform,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon for matrices, AdamW for the rest, QK-Clip at the end, with Kimi K2's settings.
 
@@ -151,8 +155,8 @@ def muonclip(
         beta: Decay of Muon's momentum.
         nesterov: Whether Muon's momentum looks one step ahead. Static.
         consistent_rms: RMS of Muon's updates (see `scale_by_shape`); None scales by width.
-        ns_coeffs: Newton-Schulz coefficients (see `orthogonalize`). By default the five steps of
-            Kimi K2's recipe; "minimax4" costs a fifth less and comes nearer. Static.
+        ns_coeffs: Newton-Schulz coefficients (see `orthogonalize`). "keller_jordan" gives the five
+            steps of Kimi K2's recipe; the default costs a fifth less and comes nearer. Static.
         ns_steps: Number of Newton-Schulz steps (see `orthogonalize`). Static.
         ns_method: How to iterate (see `orthogonalize`). Static.
         ns_dtype: What Newton-Schulz computes in (see `orthogonalize`). Static.
@@ -171,6 +175,7 @@ def muonclip(
         axis_name: Names of mapped axes of `pmap` or `shard_map` whose devices share the matrices
             (see `scale_by_muon`). Static.
         distribution: Who shares the matrices, and bounds on memory (see `Distribution`). Static.
+        platform: "cpu", "gpu" or "tpu": what the program is for (see `orthogonalize`). Static.
 
     Returns:
         The transformation. Its labels are "muon" and "adamw". With the clip on,
@@ -207,6 +212,7 @@ def muonclip(
     check_fraction("adam_b1", adam_b1, "the decay of Adam's first moment, such as 0.9")
     check_fraction("adam_b2", adam_b2, "the decay of Adam's second moment, such as 0.95")
     check_non_negative("adam_eps", adam_eps)
+    check_moment_dtype(mu_dtype, "adam_b1", adam_b1)
 
     def mask(params: optax.Params) -> Any:
         if weight_decay_mask is None:
@@ -229,15 +235,19 @@ def muonclip(
             param_shardings=param_shardings,
             axis_name=axis_name,
             distribution=distribution,
+            platform=platform,
         ),
         scale_by_shape(consistent_rms=consistent_rms, rules=rules),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
     adamw = optax.chain(
-        init_on_mesh(
-            optax.scale_by_adam(b1=adam_b1, b2=adam_b2, eps=adam_eps, mu_dtype=mu_dtype),
-            param_shardings,
+        with_checked_moments(
+            init_on_mesh(
+                optax.scale_by_adam(b1=adam_b1, b2=adam_b2, eps=adam_eps, mu_dtype=mu_dtype),
+                param_shardings,
+            ),
+            mu_dtype,
         ),
         optax.add_decayed_weights(
             weight_decay if adam_weight_decay is None else adam_weight_decay, mask

@@ -47,7 +47,7 @@ def test_without_the_clip_it_is_muon_and_adamw_written_out():
         },
         mc.label_params,
     )
-    tx = mc.muonclip(learning_rate=rate, qk_clip_threshold=None)
+    tx = mc.muonclip(rate, ns_coeffs="keller_jordan", qk_clip_threshold=None)
     state, expected_state = tx.init(PARAMS), written_out.init(PARAMS)
     params, expected = PARAMS, PARAMS
     for _ in range(3):

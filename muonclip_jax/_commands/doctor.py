@@ -146,16 +146,15 @@ def devices() -> Iterator[Finding]:
 
 def newton_schulz() -> Iterator[Finding]:
     """What `ns_method="auto"` and `ns_dtype=None` mean here, for shapes of known models."""
-    platform = current_target().platform
     polar = plan_polar()
     for rows, columns in SHAPES:
         # The same for parameters of 16 and of 32 bits.
-        resolved = polar.resolve((rows, columns), "float32", platform)
+        resolved = polar.resolve((rows, columns), "float32")
         yield Finding(
             f"({rows}, {columns}): ns_method {resolved.method!r}, ns_dtype {resolved.dtype!r}, "
             f"{resolved.flops / 1e9:,.0f} GFLOP"
         )
-    work = polar.resolve(SHAPES[-1], "float32", platform).dtype
+    work = polar.resolve(SHAPES[-1], "float32").dtype
     problem = Problem(1, *SHAPES[-1], work, None, work)
     yield Finding(f"symmetric products: 'xla'; ns_implementation=None takes {_chosen(problem)}")
 

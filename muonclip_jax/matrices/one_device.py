@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from muonclip_jax.kernels.platform import default_platform, device_memory
+from muonclip_jax.kernels.platform import device_memory
 from muonclip_jax.matrices.parts import plan_leaf
 from muonclip_jax.matrices.stacks import StackPlan, map_stacks, plan_stacks
 from muonclip_jax.matrices.turns import TurnPlan, map_in_turn, plan_turns
@@ -57,7 +57,7 @@ def orthogonalize_on_one_device(
     """Replaces every matrix of `combine(how, *leaves)` by its polar factor.
 
     Args:
-        polar: How to orthogonalise.
+        polar: How to orthogonalise; it has its platform (`decide_platform`).
         plan: Where the matrices are.
         combine: Entry by entry, from `how` and an array of each of `trees` to one; a function of a
             module, for it is part of the program.
@@ -73,13 +73,12 @@ def orthogonalize_on_one_device(
         (leaf.shape, leaf.dtype.name, spec)
         for leaf, spec in zip(trees[-1], plan.specs, strict=True)
     )
-    return _program(
-        polar, shapes, _stack_limit(plan.max_stack_bytes), combine, eps, how, count, trees
-    )
+    limit = _stack_limit(str(polar.platform), plan.max_stack_bytes)
+    return _program(polar, shapes, limit, combine, eps, how, count, trees)
 
 
-def _stack_limit(max_bytes: int) -> int:
-    memory = None if default_platform() == "cpu" else device_memory()
+def _stack_limit(platform: str, max_bytes: int) -> int:
+    memory = device_memory(platform)
     return max_bytes if memory is None else min(max_bytes, memory // _ACCELERATOR_MEMORY_SHARE)
 
 
@@ -97,7 +96,7 @@ def _program(
     # An inner jit: a call outside of one compiles as a whole, and once.
     function = functools.partial(_polar, polar, eps)
     combined = functools.partial(combine, how)
-    if default_platform() == "cpu":
+    if polar.platform == "cpu":
         return map_in_turn(function, combined, trees, _turns(shapes, max_bytes), count)
     return map_stacks(function, combined, trees, _stacks(shapes, max_bytes))
 

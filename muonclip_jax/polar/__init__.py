@@ -7,8 +7,13 @@ from muonclip_jax.polar._orthogonalize import (
 from muonclip_jax.polar.coefficients import (
     ALIASES as ALIASES,
     COEFFICIENT_SETS as COEFFICIENT_SETS,
-    DEFAULT_SET as DEFAULT_SET,
     CoefficientSet as CoefficientSet,
+)
+from muonclip_jax.polar.defaults import (
+    DEFAULT_DTYPE as DEFAULT_DTYPE,
+    DEFAULT_EPS as DEFAULT_EPS,
+    DEFAULT_METHOD as DEFAULT_METHOD,
+    DEFAULT_SET as DEFAULT_SET,
 )
 from muonclip_jax.polar.generators import (
     cans_coefficients as cans_coefficients,
@@ -16,7 +21,11 @@ from muonclip_jax.polar.generators import (
     polar_express_coefficients as polar_express_coefficients,
     with_safety_factor as with_safety_factor,
 )
-from muonclip_jax.polar.plan import PolarPlan as PolarPlan, plan_polar as plan_polar
+from muonclip_jax.polar.plan import (
+    PolarPlan as PolarPlan,
+    decide_platform as decide_platform,
+    plan_polar as plan_polar,
+)
 from muonclip_jax.polar.precision import NS_DTYPES as NS_DTYPES, NS_METHODS as NS_METHODS
 from muonclip_jax.polar.preconditioning import PRECONDITIONINGS as PRECONDITIONINGS
 from muonclip_jax.polar.restarts import choose_restarts as choose_restarts

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Inexact
 
-from muonclip_jax.polar.coefficients import DEFAULT_SET
+from muonclip_jax.polar.defaults import DEFAULT_DTYPE, DEFAULT_EPS, DEFAULT_METHOD, DEFAULT_SET
 from muonclip_jax.polar.gram import gram_newton_schulz
 from muonclip_jax.polar.newton_schulz import newton_schulz
-from muonclip_jax.polar.plan import PolarPlan, plan_polar
+from muonclip_jax.polar.plan import PolarPlan, decide_platform, plan_polar
 from muonclip_jax.polar.preconditioning import normalize, scale_by_power_of_two
 from muonclip_jax.polar.shares import whole_on
 from muonclip_jax.polar.svd import svd_polar
@@ -38,7 +38,7 @@ def _replicate_matrix_axes(
 
 
 def apply_polar(
-    plan: PolarPlan, x: Inexact[Array, "*batch m n"], eps: jax.typing.ArrayLike = 1e-7
+    plan: PolarPlan, x: Inexact[Array, "*batch m n"], eps: jax.typing.ArrayLike = DEFAULT_EPS
 ) -> Inexact[Array, "*batch m n"]:
     """Orthogonalises each matrix of `x` as `plan` says.
 
@@ -88,7 +88,7 @@ def apply_polar(
     tall = x.shape[-2] > x.shape[-1]
     y = jnp.swapaxes(y, -1, -2) if tall else y
     y = normalize(y, plan.preconditioning, eps, plan.relative_eps).astype(wide)
-    shares = whole_on(plan.implementation)
+    shares = whole_on(plan.implementation, plan.platform)
     if resolved.method == "gram":
         y = gram_newton_schulz(
             y, resolved.rows, plan.preconditioning, work, resolved.restarts, shares
@@ -103,11 +103,12 @@ def orthogonalize(
     *,
     ns_coeffs: Any = DEFAULT_SET,
     ns_steps: Any = None,
-    ns_method: str = "auto",
-    ns_dtype: Any = None,
+    ns_method: str = DEFAULT_METHOD,
+    ns_dtype: Any = DEFAULT_DTYPE,
     preconditioning: str | None = None,
-    eps: jax.typing.ArrayLike = 1e-7,
+    eps: jax.typing.ArrayLike = DEFAULT_EPS,
     ns_implementation: str | None = "xla",
+    platform: str | None = None,
 ) -> Inexact[Array, "*batch m n"]:
     r"""Brings the singular values of each matrix near one: an approximate polar factor.
 
@@ -144,6 +145,11 @@ def orthogonalize(
             do: "mosaic_gpu", "mosaic_tpu", "triton", "pallas" (the platform's own). The kernels are
             held against float64 in JAX's interpreter and accepted by the real compilers; they have
             not been timed on their machines, so they are not the default.
+        platform: "cpu", "gpu" or "tpu": what dtype, form and order of work are chosen for. None is
+            the platform of the mesh's devices where the mesh is known, else that of concrete
+            arrays, else that of `jax.default_device` or JAX's default backend. A program that was
+            traced with None is refused when it is lowered for another platform (`jax.export`);
+            with "cpu" it computes in float32 and can be lowered for any.
 
     Returns:
         As `x`, in shape and dtype.
@@ -169,5 +175,8 @@ def orthogonalize(
         ns_dtype,
         preconditioning,
         ns_implementation=ns_implementation,
+        platform=platform,
     )
-    return apply_polar(plan, jnp.asarray(x), eps)
+    x = jnp.asarray(x)
+    plan, eps = decide_platform(plan, eps, [x], jax.typeof(x).sharding.mesh)
+    return apply_polar(plan, x, eps)

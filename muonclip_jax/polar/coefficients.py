@@ -128,9 +128,6 @@ COEFFICIENT_SETS: Mapping[str, CoefficientSet] = MappingProxyType(
     }
 )
 
-#: The best result for its cost of all sets that nothing makes diverge (docs/performance.md).
-DEFAULT_SET = "minimax4"
-
 #: Other names for the same sets; "standard" and "dion" are Optax's.
 ALIASES: Mapping[str, str] = MappingProxyType(
     {"standard": "keller_jordan", "dion": "you", "quintic": "you"}

@@ -9,13 +9,13 @@
 `n x m` matrix with `m = alpha n` a step costs `8 n^3` here instead of `(4 alpha + 2) n^3`.
 """
 
-import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from muonclip_jax.kernels.symmetric import accumulator, gram, symmetric_product
+from muonclip_jax.kernels.symmetric import accumulator
 from muonclip_jax.polar.generators import Rows
 from muonclip_jax.polar.preconditioning import rescale_first
 from muonclip_jax.polar.shares import WHOLE, Shares
@@ -25,14 +25,14 @@ def _segment(r: jax.Array, square: jax.Array | None, rows: Rows, shares: Shares)
     """Returns the factor Q that the rows accumulate; `square` is `r r`, where that is known."""
     dtype, wide = r.dtype, accumulator(r.dtype)
     # Polynomials of one matrix: the product of two is Hermitian.
-    product = functools.partial(symmetric_product, implementation=shares.implementation)
+    product = shares.symmetric
     identity = jnp.eye(r.shape[-1], dtype=wide)
-    q = None
+    q: Any = None
     for index, (a, b, c) in enumerate(rows):
         z = shares.polynomial(r, b, c, square)
         square = None
-        start = q is None
-        q = (z.astype(wide) + a * identity).astype(dtype) if start else product(q, z, q, beta=a)
+        first = q is None
+        q = (z.astype(wide) + a * identity).astype(dtype) if first else product(q, z, q, beta=a)
         if index < len(rows) - 1:
             w = product(r, z, r, beta=a)
             r = product(z, w, w, beta=a)
@@ -67,7 +67,7 @@ def gram_newton_schulz(
     x, r, square = rescale_first(x, preconditioning, dtype, shares)
     for start, stop in itertools.pairwise((0, *restarts, len(rows))):
         if start:
-            r, square = gram(x, implementation=shares.implementation), None
+            r, square = shares.gram(x), None
         x = shares.matmul_add(_segment(r, square, rows[start:stop], shares), x)
     return x
 

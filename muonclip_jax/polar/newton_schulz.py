@@ -11,7 +11,6 @@ loop would keep XLA from fusing the scalings into the products, and five steps m
 import jax
 import jax.numpy as jnp
 
-from muonclip_jax.kernels.symmetric import gram
 from muonclip_jax.polar.generators import Rows
 from muonclip_jax.polar.preconditioning import rescale_first
 from muonclip_jax.polar.shares import WHOLE, Shares
@@ -40,7 +39,7 @@ def newton_schulz(
     for index, (a, b, c) in enumerate(rows):
         if index:
             # Rounded before the sum: where there is one, half the bytes are sent.
-            product = shares.sum(gram(x, implementation=shares.implementation))
+            product = shares.sum(shares.gram(x))
             square = None
         x = shares.matmul_add(shares.polynomial(product, b, c, square), x, x, beta=a)
     return x

@@ -20,6 +20,7 @@ from jax import lax
 from jaxtyping import Array, Inexact
 
 from muonclip_jax.polar._orthogonalize import apply_polar
+from muonclip_jax.polar.defaults import DEFAULT_EPS
 from muonclip_jax.polar.newton_schulz import newton_schulz
 from muonclip_jax.polar.plan import PolarPlan
 from muonclip_jax.polar.preconditioning import normalize
@@ -30,7 +31,7 @@ def apply_polar_partitioned(
     plan: PolarPlan,
     x: Inexact[Array, "*batch m share"],
     axes: tuple[str, ...],
-    eps: jax.typing.ArrayLike = 1e-7,
+    eps: jax.typing.ArrayLike = DEFAULT_EPS,
 ) -> Inexact[Array, "*batch m share"]:
     """Orthogonalises matrices of which every device along `axes` has some columns.
 
@@ -60,7 +61,7 @@ def apply_polar_partitioned(
     """
     if plan.method == "svd":
         return _svd(plan, x, axes, eps)
-    shares = shares_along(axes, plan.implementation)
+    shares = shares_along(axes, plan.implementation, plan.platform)
     whole = (*x.shape[:-1], x.shape[-1] * lax.axis_size(axes))
     resolved = dataclasses.replace(plan, method="standard").resolve(whole, x.dtype)
     wide, work = resolved.dtypes(x.dtype)

@@ -1,17 +1,17 @@
 """How to orthogonalise: what does not depend on the array, validated once and remembered."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
-from muonclip_jax.kernels.platform import default_platform
+from muonclip_jax.kernels.platform import check_lowering, check_platform, plan_platform
 from muonclip_jax.kernels.symmetric import IMPLEMENTATIONS
-from muonclip_jax.polar.coefficients import (
-    DEFAULT_SET,
-    changes_direction,
-    resolve_coefficients,
-)
+from muonclip_jax.polar.coefficients import changes_direction, resolve_coefficients
+from muonclip_jax.polar.defaults import DEFAULT_DTYPE, DEFAULT_METHOD, DEFAULT_SET
 from muonclip_jax.polar.generators import Rows
 from muonclip_jax.polar.gram import gram_flops
 from muonclip_jax.polar.newton_schulz import plain_flops
@@ -21,6 +21,7 @@ from muonclip_jax.polar.precision import (
     choose_dtype,
     choose_method,
     guarded_rows,
+    is_gram_stable,
 )
 from muonclip_jax.polar.preconditioning import PRECONDITIONINGS, squares_apart
 from muonclip_jax.polar.restarts import choose_restarts
@@ -39,7 +40,7 @@ class PolarPlan:
         implementation: Who computes the symmetric products: a name of
             `kernels.symmetric.IMPLEMENTATIONS`, or None for a Pallas kernel where one is expected
             to save time.
-        platform: What it will run on, e.g. "gpu"; None is what JAX computes on by default.
+        platform: What it will run on, e.g. "gpu"; None is what `plan_platform` finds.
     """
 
     rows: Rows
@@ -49,6 +50,15 @@ class PolarPlan:
     relative_eps: bool = True
     implementation: str | None = "xla"
     platform: str | None = None
+
+    def check_input(self, dtype: Any) -> None:
+        """Refuses input that cannot be computed in the plan's dtype.
+
+        Raises:
+            ValueError: As `choose_dtype`.
+        """
+        method = "standard" if self.method == "auto" else self.method
+        choose_dtype(self.rows, dtype, self.dtype, method, "cpu")
 
     def resolve(
         self, shape: tuple[int, ...], dtype: Any, platform: str | None = None
@@ -63,13 +73,13 @@ class PolarPlan:
         Returns:
             The decisions, with what they cost.
         """
-        platform = platform or self.platform or default_platform()
+        platform = plan_platform(platform or self.platform)
         m, n = shape[-2:]
         method = choose_method(self.rows, self.method, dtype, self.dtype, platform, m, n)
-        name = choose_dtype(dtype, self.dtype, method, platform)
+        name = choose_dtype(self.rows, dtype, self.dtype, method, platform)
         if method == "svd":
             return ResolvedPlan(method, name, (), (), 0)
-        rows = guarded_rows(self.rows, name)
+        rows = guarded_rows(self.rows, name, method)
         restarts = choose_restarts(rows, name) if method == "gram" else ()
         flops = gram_flops(rows, m, n, restarts) if method == "gram" else plain_flops(rows, m, n)
         apart = squares_apart(self.preconditioning, name)
@@ -115,11 +125,12 @@ def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
 def plan_polar(
     ns_coeffs: Any = DEFAULT_SET,
     ns_steps: Any = None,
-    ns_method: str = "auto",
-    ns_dtype: Any = None,
+    ns_method: str = DEFAULT_METHOD,
+    ns_dtype: Any = DEFAULT_DTYPE,
     preconditioning: str | None = None,
     relative_eps: bool = True,
     ns_implementation: str | None = "xla",
+    platform: str | None = None,
 ) -> PolarPlan:
     """Validates the arguments of `orthogonalize` once, and remembers what they mean.
 
@@ -132,6 +143,7 @@ def plan_polar(
         relative_eps: Whether `eps` bounds the norm in units of a matrix's largest entry, which
             keeps the result independent of scale, or is added to it as it is, as in Optax.
         ns_implementation: See `orthogonalize`.
+        platform: See `orthogonalize`.
 
     Returns:
         A frozen, hashable plan for `apply_polar`.
@@ -171,4 +183,52 @@ def plan_polar(
             "bound): the update would point the wrong way. Coefficients must keep (0, 1] positive, "
             "as (2, -1.5, 0.5) and every named set do."
         )
-    return PolarPlan(rows, method, dtype, preconditioning, relative_eps, ns_implementation)
+    if method == "gram":
+        _check_gram(rows, dtype)
+    if method == "svd" and dtype is not None:
+        choose_dtype(rows, "float32", dtype, method, "cpu")
+    return PolarPlan(
+        rows,
+        method,
+        dtype,
+        preconditioning,
+        relative_eps,
+        ns_implementation,
+        check_platform(platform),
+    )
+
+
+def _check_gram(rows: Rows, dtype: str | None) -> None:
+    """Refuses the Gram form where rounding makes it diverge."""
+    if is_gram_stable(rows, dtype or "float32"):
+        return
+    stable = [repr(name) for name in NS_DTYPES if is_gram_stable(rows, name)]
+    instead = f"ns_dtype={' or '.join(stable)}, " if stable else ""
+    raise ValueError(
+        f'ns_method="gram" is unstable with these coefficients in '
+        f"{dtype or 'float32'}: it amplifies rounding until singular values leave the range of the "
+        f"polynomial. Pass {instead}ns_method='standard', or ns_method='auto', which takes the "
+        "Gram form where it is stable."
+    )
+
+
+def decide_platform(
+    plan: PolarPlan, eps: jax.typing.ArrayLike, arrays: Sequence[Any], mesh: Any = None
+) -> tuple[PolarPlan, jax.typing.ArrayLike]:
+    """Completes a plan with the platform, as `plan_platform` decides it.
+
+    Args:
+        plan: From `plan_polar`.
+        eps: As for `apply_polar`.
+        arrays: What is to be orthogonalised.
+        mesh: The mesh that it runs on, where there is one.
+
+    Returns:
+        The plan, and `eps`. Where the platform is not the caller's choice, a program that uses this
+        `eps` cannot be lowered for another one.
+    """
+    given = plan.platform is not None or plan.method == "svd"
+    plan = dataclasses.replace(plan, platform=plan_platform(plan.platform, mesh, arrays))
+    if given or not any(isinstance(array, Tracer) for array in arrays):
+        return plan, eps
+    return plan, eps + check_lowering(str(plan.platform))

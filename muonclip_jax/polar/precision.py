@@ -32,21 +32,20 @@ NS_METHODS = ("auto", "standard", "gram", "svd")
 # over the whole matrix by sqrt(m n) 2^-25 of its norm: less than 2^-11 up to m n = 2^28. TPUs
 # multiply bfloat16 natively and float32 in six passes.
 _DEFAULT_DTYPE = {
-    ("cpu", "standard"): "float32",
-    ("cpu", "gram"): "float32",
+    ("gpu", "standard"): "float16",
+    ("gpu", "gram"): "float16",
     ("tpu", "standard"): "bfloat16",
-    ("tpu", "gram"): "float32",
 }
-_DEFAULT_DTYPE_ELSEWHERE = {"standard": "float16", "gram": "float16"}
-# Passes of a TPU's bfloat16 unit for one float32 product at Precision.HIGHEST.
-_PASSES = {("tpu", "float32"): 6}
+# What a product in float32 costs in those of 16 bits: passes of a TPU's bfloat16 unit at
+# Precision.HIGHEST; the peak rates of an H100 (989 and 67 TFLOP/s).
+_FLOAT32_COST = {"tpu": 6, "gpu": 15}
 
 # An iterate past this is on its way out.
 _DIVERGED = 1.6
 
 
 @functools.lru_cache(maxsize=256)
-def guarded_rows(rows: Rows, dtype: str) -> Rows:
+def guarded_rows(rows: Rows, dtype: str, method: str = "standard") -> Rows:
     """Shrinks the arguments of rows that rounding in `dtype` could make diverge.
 
     A set that rises steeply right of 1 turns a singular value of 1 + 1e-5 into anything. Following
@@ -57,11 +56,13 @@ def guarded_rows(rows: Rows, dtype: str) -> Rows:
     Args:
         rows: Coefficients, one `(a, b, c)` a step.
         dtype: What the iteration computes in.
+        method: "standard" or "gram". Between two products with `X` the Gram form rounds twice, `Q`
+            and `Q X`, and values are pushed outwards twice as far.
 
     Returns:
         The rows, untouched where they are safe (every set in float64).
     """
-    growth = GROWTH[dtype]
+    growth = GROWTH[dtype] * (2 if method == "gram" else 1)
     x = np.concatenate([np.linspace(0, 0.99, 2000), np.linspace(0.99, 1.0, 2000)])
 
     def largest(candidate: Rows) -> float:
@@ -73,21 +74,22 @@ def guarded_rows(rows: Rows, dtype: str) -> Rows:
             size = np.nan_to_num(np.abs(y), nan=np.inf)
         return float(size.max())
 
-    # Rows that leave [0, 1] in exact arithmetic already are the caller's wish.
+    # Rows that diverge even in exact arithmetic are left unchanged.
     if growth == 0 or largest(rows) <= _DIVERGED:
         return rows
     guarded = with_safety_factor(rows, 1 + growth)
     return guarded if largest(guarded) < largest(rows) else rows
 
 
-def choose_dtype(x_dtype: Any, ns_dtype: str | None, method: str, platform: str) -> str:
+def choose_dtype(rows: Rows, x_dtype: Any, ns_dtype: str | None, method: str, platform: str) -> str:
     """Chooses what to compute in, as the name of a real dtype.
 
     Args:
+        rows: Coefficients, one `(a, b, c)` a step.
         x_dtype: The input's dtype.
         ns_dtype: What the caller asked for, or None.
         method: "standard", "gram" or "svd".
-        platform: E.g. "cpu", "gpu", "cuda", "tpu".
+        platform: "cpu", "gpu" or "tpu"; any other one computes in float32.
 
     Returns:
         A name of `NS_DTYPES`.
@@ -102,7 +104,8 @@ def choose_dtype(x_dtype: Any, ns_dtype: str | None, method: str, platform: str)
             return "float64"
         if method == "svd" or jnp.issubdtype(x_dtype, jnp.complexfloating):
             return "float32"
-        return _DEFAULT_DTYPE.get((platform, method), _DEFAULT_DTYPE_ELSEWHERE[method])
+        chosen = _DEFAULT_DTYPE.get((platform, method), "float32")
+        return chosen if method != "gram" or is_gram_stable(rows, chosen) else "float32"
     narrow = jnp.dtype(ns_dtype).itemsize < 4
     if narrow and (method == "svd" or jnp.issubdtype(x_dtype, jnp.complexfloating)):
         what = 'ns_method="svd"' if method == "svd" else f"input of dtype {x_dtype}"
@@ -118,6 +121,11 @@ def choose_dtype(x_dtype: Any, ns_dtype: str | None, method: str, platform: str)
     return ns_dtype
 
 
+def is_gram_stable(rows: Rows, dtype: str) -> bool:
+    """Whether the Gram form is safe in a dtype, with the rows that run in it."""
+    return is_gram_safe(guarded_rows(rows, dtype, "gram"), dtype)
+
+
 def choose_method(
     rows: Rows, method: str, x_dtype: Any, ns_dtype: str | None, platform: str, m: int, n: int
 ) -> str:
@@ -131,7 +139,7 @@ def choose_method(
         method: A name of `NS_METHODS`.
         x_dtype: The input's dtype.
         ns_dtype: What the caller asked to compute in, or None.
-        platform: E.g. "cpu", "gpu", "tpu".
+        platform: "cpu", "gpu", "tpu" or another one.
         m: Rows of the matrix.
         n: Columns of the matrix.
 
@@ -141,13 +149,12 @@ def choose_method(
     if method != "auto":
         return method
     dtypes = {
-        form: choose_dtype(x_dtype, ns_dtype, form, platform) for form in ("standard", "gram")
+        form: choose_dtype(rows, x_dtype, ns_dtype, form, platform) for form in ("standard", "gram")
     }
-    if not is_gram_safe(guarded_rows(rows, dtypes["gram"]), dtypes["gram"]):
+    if not is_gram_stable(rows, dtypes["gram"]):
         return "standard"
-    cost = {
-        "standard": plain_flops(rows, m, n),
-        "gram": gram_flops(rows, m, n, choose_restarts(rows, dtypes["gram"])),
-    }
-    passes = {form: _PASSES.get((platform, dtype), 1) for form, dtype in dtypes.items()}
-    return min(cost, key=lambda form: cost[form] * passes[form])
+    restarts = choose_restarts(guarded_rows(rows, dtypes["gram"], "gram"), dtypes["gram"])
+    cost = {"standard": plain_flops(rows, m, n), "gram": gram_flops(rows, m, n, restarts)}
+    if dtypes["standard"] != dtypes["gram"]:
+        cost["gram"] *= _FLOAT32_COST[platform]
+    return min(cost, key=lambda form: cost[form])

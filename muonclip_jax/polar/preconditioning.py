@@ -107,7 +107,9 @@ def normalize(
     norm = frobenius_norm(x, shares)
     if preconditioning == "spectral":
         safe = jnp.where(norm > 0, norm, 1)
-        product = shares.sum(gram(x / safe.astype(x.dtype), implementation="xla"))
+        product = shares.sum(
+            gram(x / safe.astype(x.dtype), implementation="xla", platform=shares.platform)
+        )
         square = jnp.linalg.eigvalsh(product)[..., -1:, None]
         norm = safe * jnp.sqrt(jnp.abs(square))
     divisor = jnp.maximum(norm, eps) if relative_eps else norm + eps * power
@@ -152,7 +154,7 @@ def rescale_first(
         The rescaled `x`, its Gram matrix and maybe the square of that, all in `dtype`.
     """
     low = x.astype(dtype)
-    multiply = functools.partial(gram, low, implementation=shares.implementation)
+    multiply = functools.partial(shares.gram, low)
     if preconditioning not in INSIDE:
         return First(low, shares.sum(multiply()))
     product = shares.sum(multiply(out_dtype=accumulator(dtype)))

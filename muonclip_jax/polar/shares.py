@@ -7,7 +7,7 @@ number of columns. All devices then hold that matrix, and share its square by ro
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from muonclip_jax.kernels.shards import all_gather
 from muonclip_jax.kernels.symmetric import (
     MATMUL_ADD,
     accumulator,
+    gram,
     matmul_add,
     symmetric_product,
 )
@@ -30,12 +31,31 @@ class Shares(NamedTuple):
         max: Their largest, entry by entry.
         quadratic: `(R, b, c)` to `b R + c R R`, of a Hermitian matrix that every device has.
         implementation: Who computes the symmetric products (`kernels.symmetric`).
+        platform: What they run on; None is JAX's default.
     """
 
     sum: Callable[[jax.Array], jax.Array]
     max: Callable[[jax.Array], jax.Array]
     quadratic: Callable[[jax.Array, float, float], jax.Array]
     implementation: str | None
+    platform: str | None = None
+
+    def symmetric(
+        self, x: jax.Array, y: jax.Array, addend: jax.Array | None = None, **factors: Any
+    ) -> jax.Array:
+        """Computes `symmetric_product` as all of these products are computed."""
+        return symmetric_product(
+            x,
+            y,
+            addend,
+            implementation=self.implementation,
+            platform=self.platform,
+            **factors,
+        )
+
+    def gram(self, x: jax.Array, **options: Any) -> jax.Array:
+        """Computes `x x^H` of the columns that are here; `sum` adds those of all devices."""
+        return gram(x, implementation=self.implementation, platform=self.platform, **options)
 
     def polynomial(
         self, r: jax.Array, b: float, c: float, square: jax.Array | None = None
@@ -61,27 +81,31 @@ def _identity(x: jax.Array) -> jax.Array:
     return x
 
 
-def whole_on(implementation: str | None) -> Shares:
+def whole_on(implementation: str | None, platform: str | None = None) -> Shares:
     """Returns how one device computes that has all columns."""
 
     def quadratic(r: jax.Array, b: float, c: float) -> jax.Array:
         addend = r if b else None
-        return symmetric_product(r, r, addend, alpha=c, beta=b, implementation=implementation)
+        return shares.symmetric(r, r, addend, alpha=c, beta=b)
 
-    return Shares(_identity, _identity, quadratic, implementation)
+    shares = Shares(_identity, _identity, quadratic, implementation, platform)
+    return shares
 
 
 #: All columns on one device, and XLA's products.
 WHOLE = whole_on("xla")
 
 
-def shares_along(axes: tuple[str, ...], implementation: str | None = "xla") -> Shares:
+def shares_along(
+    axes: tuple[str, ...], implementation: str | None = "xla", platform: str | None = None
+) -> Shares:
     """Returns how devices along mapped axes compute together, each with some columns."""
     return Shares(
         functools.partial(lax.psum, axis_name=axes),
         functools.partial(lax.pmax, axis_name=axes),
         functools.partial(_shared_quadratic, axes=axes),
         implementation,
+        platform,
     )
 
 

@@ -22,9 +22,18 @@ from muonclip_jax.matrices import (
     read_shardings,
     spread_momentum,
 )
-from muonclip_jax.polar import DEFAULT_SET, plan_polar
+from muonclip_jax.polar import (
+    DEFAULT_DTYPE,
+    DEFAULT_EPS,
+    DEFAULT_METHOD,
+    DEFAULT_SET,
+    PolarPlan,
+    decide_platform,
+    plan_polar,
+)
 from muonclip_jax.routing import MatrixRules, MatrixSpec, resolve_muon_specs
 from muonclip_jax.transforms._checks import check_fraction, check_non_negative
+from muonclip_jax.transforms._moments import check_moment_dtype, check_moment_leaf
 
 #: One spec for all leaves, a tree of them (full, prefix or masked), or a function of the tree.
 WeightDimNumOrFn: TypeAlias = Any
@@ -49,7 +58,7 @@ def scale_by_muon(
     ns_coeffs: Any = DEFAULT_SET,
     ns_steps: int | None = None,
     beta: ScalarLike = 0.95,
-    eps: ScalarLike = 1e-8,
+    eps: ScalarLike = DEFAULT_EPS,
     mu_dtype: Any = None,
     *,
     nesterov: bool = True,
@@ -57,14 +66,15 @@ def scale_by_muon(
     preconditioning: str | None = None,
     weight_dimension_numbers: WeightDimNumOrFn | None = None,
     bias_correction: bool = False,
-    ns_method: str = "auto",
-    ns_dtype: Any = None,
+    ns_method: str = DEFAULT_METHOD,
+    ns_dtype: Any = DEFAULT_DTYPE,
     ns_implementation: str | None = "xla",
     relative_eps: bool = True,
     rules: MatrixRules | None = None,
     param_shardings: Any = None,
     axis_name: str | tuple[str, ...] | None = None,
     distribution: Distribution | None = None,
+    platform: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces each matrix of the momentum by its polar factor.
 
@@ -92,7 +102,8 @@ def scale_by_muon(
         beta: Decay of the momentum, in [0, 1). May be traced.
         eps: Smallest divisor of a matrix once its largest entry is one: it guards the zero
             matrix alone.
-        mu_dtype: Dtype of the stored momentum; None is the parameter's. Static.
+        mu_dtype: Dtype of the stored momentum; None is the parameter's. "bfloat16" halves its
+            memory; float16 loses entries below 6e-8. Static.
         nesterov: Whether to look one step ahead. Static.
         adaptive: Whether to multiply by the dual norm `<U, O>`, as in Bernstein and Newhouse 2024.
             Static.
@@ -119,6 +130,8 @@ def scale_by_muon(
             are equal by now (by `lax.pmean`): the devices along them share the matrices. Static.
         distribution: Which axes of the mesh share the work, and bounds on memory (see
             `Distribution`). Static.
+        platform: "cpu", "gpu" or "tpu": what the program is for (see `orthogonalize`); None is the
+            platform of the mesh's devices, else JAX's default. Static.
 
     Returns:
         A transformation with state `MuonState`.
@@ -143,13 +156,24 @@ def scale_by_muon(
     check_fraction("beta", beta, "the momentum's decay, such as 0.95")
     check_non_negative("eps", eps)
     polar = plan_polar(
-        ns_coeffs, ns_steps, ns_method, ns_dtype, preconditioning, relative_eps, ns_implementation
+        ns_coeffs,
+        ns_steps,
+        ns_method,
+        ns_dtype,
+        preconditioning,
+        relative_eps,
+        ns_implementation,
+        platform,
     )
+    check_moment_dtype(mu_dtype, "beta", beta)
     options = Distribution() if distribution is None else distribution
     mapped_axes = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
 
     def init_fn(params: optax.Params) -> MuonState:
         specs = resolve_muon_specs(params, weight_dimension_numbers, rules)
+        for path, leaf, _ in specs:
+            check_moment_leaf(path, leaf.dtype, mu_dtype)
+            _check_input(polar, path, leaf.dtype)
         shardings = read_shardings(params, param_shardings, warn=False)
         if param_shardings is None and not options.shard_momentum:
             mu = optax.tree.zeros_like(params, dtype=mu_dtype)
@@ -191,12 +215,13 @@ def scale_by_muon(
             )
         momenta, treedef = jax.tree.flatten(mu)
         gradients = jax.tree.leaves(updates)
+        planned, guard = decide_platform(polar, eps, gradients, shardings and shardings.mesh)
         results: dict[int, jax.Array] = {}
         for group in alike(gradients):
             m, g = ([leaves[leaf] for leaf in group] for leaves in (momenta, gradients))
             polars = orthogonalize_leaves(
-                polar,
-                eps,
+                planned,
+                guard,
                 _direction,
                 weights,
                 count,
@@ -259,6 +284,13 @@ def _direction(weights: _Weights, m: jax.Array, g: jax.Array) -> jax.Array:
     if len(weights) == 1:
         return (weights[0] * m).astype(g.dtype)
     return _average(m, g, weights).astype(g.dtype)
+
+
+def _check_input(polar: PolarPlan, path: str, dtype: Any) -> None:
+    try:
+        polar.check_input(dtype)
+    except ValueError as error:
+        raise ValueError(f"{path or 'The leaf'}: {error}") from None
 
 
 def _momentum_shardings(

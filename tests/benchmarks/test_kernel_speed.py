@@ -29,7 +29,7 @@ OPTIONS = argparse.Namespace(smoke=False, tilings=False)
 def test_what_runs_on_a_device_is_what_the_dispatch_would_take(
     target: Target, kernels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(dispatch, "current_target", lambda: target)
+    monkeypatch.setattr(dispatch, "current_target", lambda platform=None: target)
     case = Case("square", 1, 1024, None, "bfloat16")
     found = set(kernel_speed.contenders(case, OPTIONS))
     assert found == {"xla, full product", "xla, bare product", *kernels}

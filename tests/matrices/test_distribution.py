@@ -21,7 +21,7 @@ from muonclip_jax.routing import MatrixSpec, Split
 
 SIZES = (("fsdp", 4), ("tp", 2))
 FSDP, TP, BOTH, SWAPPED = ("fsdp",), ("tp",), ("fsdp", "tp"), ("tp", "fsdp")
-POLAR = plan_polar(ns_method="standard", ns_dtype="float32")
+POLAR = plan_polar(ns_method="standard", ns_dtype="float32", platform="cpu")
 
 # name -> (shape, spec, axes that shard each dimension)
 LEAVES = {

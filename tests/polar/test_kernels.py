@@ -25,7 +25,7 @@ def _on_a_tpu(monkeypatch):
         functools.partial(mosaic_tpu.run, interpret=True), mosaic_tpu.refusal, "tpu"
     )
     monkeypatch.setitem(dispatch.KERNELS, "mosaic_tpu", interpreted)
-    monkeypatch.setattr(dispatch, "current_target", lambda: Target("tpu"))
+    monkeypatch.setattr(dispatch, "current_target", lambda platform=None: Target("tpu"))
     monkeypatch.setattr(dispatch, "is_alone", lambda: True)
     monkeypatch.setattr(dispatch, "_WORTHWHILE", 0.0)
 

@@ -26,7 +26,7 @@ WIDE, SQUARE = (64, 256), (64, 64)
         ("bfloat16", None, "standard", "cpu", "float32"),
         ("float32", None, "gram", "cpu", "float32"),
         ("float32", None, "standard", "gpu", "float16"),
-        ("bfloat16", None, "gram", "cuda", "float16"),
+        ("bfloat16", None, "gram", "gpu", "float16"),
         ("float32", None, "standard", "tpu", "bfloat16"),
         ("float32", None, "gram", "tpu", "float32"),
         ("float64", None, "standard", "gpu", "float64"),
@@ -38,7 +38,7 @@ WIDE, SQUARE = (64, 256), (64, 64)
     ],
 )
 def test_dtype_rule(x_dtype, ns_dtype, method, platform, expected) -> None:
-    assert choose_dtype(x_dtype, ns_dtype, method, platform) == expected
+    assert choose_dtype(KJ, x_dtype, ns_dtype, method, platform) == expected
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_dtype_rule(x_dtype, ns_dtype, method, platform, expected) -> None:
 )
 def test_impossible_dtypes(x_dtype, ns_dtype, method, message) -> None:
     with pytest.raises(ValueError, match=message):
-        choose_dtype(x_dtype, ns_dtype, method, "cpu")
+        choose_dtype(KJ, x_dtype, ns_dtype, method, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_impossible_dtypes(x_dtype, ns_dtype, method, message) -> None:
         (WIDE, None, "gpu", KJ, "gram"),
         (WIDE, "bfloat16", "gpu", KJ, "standard"),
         (WIDE, None, "tpu", KJ, "standard"),
-        (WIDE, None, "gpu", COEFFICIENT_SETS["cans"].rows, "standard"),
+        (WIDE, None, "gpu", KJ * 5, "standard"),
         (WIDE, None, "cpu", COEFFICIENT_SETS["cans"].rows, "gram"),
     ],
 )
@@ -131,12 +131,14 @@ def test_a_matrix_of_subnormal_numbers_is_like_any_other() -> None:
 @pytest.mark.parametrize("preconditioning", ["frobenius", "aol", "schatten", "schatten8"])
 def test_no_product_is_computed_twice(preconditioning: str, method: str, dtype: str) -> None:
     # The bounds are free: what they are norms of, the first step uses; but for one in 16 bits.
+    if (method, dtype) == ("gram", "bfloat16"):
+        dtype = "float16"
     plan = plan_polar(
         "keller_jordan", ns_method=method, ns_dtype=dtype, preconditioning=preconditioning
     )
     x = jnp.ones((48, 192), jnp.float32)
     assert plan.resolve(x.shape, x.dtype).squares_apart == (
-        preconditioning == "schatten8" and dtype == "bfloat16"
+        preconditioning == "schatten8" and dtype != "float32"
     )
     jaxpr = jax.make_jaxpr(functools.partial(apply_polar, plan))(x)
     products = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
@@ -158,27 +160,46 @@ def test_a_batch_of_one_is_no_batch() -> None:
     assert {len(shape) for shape in products(1, 3, 12, 20)} == {3}
 
 
-DEGENERATE = {
-    "rank one": lambda rng: np.outer(rng.normal(size=48), rng.normal(size=192)),
-    "all ones": lambda rng: np.ones((48, 192)),
-    "one large entry": lambda rng: np.eye(48, 192) * ([1.0] + [1e-4] * 191),
-    "gaussian": lambda rng: rng.normal(size=(48, 192)),
-    "rank two": lambda rng: rng.normal(size=(48, 2)) @ rng.normal(size=(2, 192)),
+def with_singular_values(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    u, v = (np.linalg.qr(rng.normal(size=(size, 32)))[0] for size in (32, 96))
+    return (u * values) @ v.T
+
+
+SPECTRA = {
+    "rank one": lambda rng: np.outer(rng.normal(size=32), rng.normal(size=96)),
+    "all ones": lambda rng: np.ones((32, 96)),
+    "one large entry": lambda rng: np.eye(32, 96) * ([1.0] + [1e-4] * 95),
+    "rank two": lambda rng: rng.normal(size=(32, 2)) @ rng.normal(size=(2, 96)),
+    "low rank and noise": lambda rng: (
+        rng.normal(size=(32, 4)) @ rng.normal(size=(4, 96)) + 0.02 * rng.normal(size=(32, 96))
+    ),
+    "log-spaced": lambda rng: with_singular_values(np.logspace(0, -3, 32), rng),
+    "power law": lambda rng: with_singular_values(1 / np.arange(1, 33), rng),
+    "flat": lambda rng: with_singular_values(np.ones(32), rng),
+    **{f"gaussian {number}": lambda rng: rng.normal(size=(32, 96)) for number in range(8)},
 }
 
 
-@pytest.mark.parametrize("method", ["standard", "auto"])
+@pytest.mark.parametrize("method", ["standard", "gram"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", COEFFICIENT_SETS)
-def test_nothing_diverges(name: str, dtype: str, method: str) -> None:
+def test_no_singular_value_leaves_the_range_of_the_set(name: str, dtype: str, method: str) -> None:
+    if (method, dtype) == ("gram", "bfloat16"):
+        with pytest.raises(ValueError, match="unstable"):
+            plan_polar(name, ns_method=method, ns_dtype=dtype)
+        return
     rng = np.random.default_rng(0)
-    x = jnp.asarray(np.stack([f(rng) for f in DEGENERATE.values()]), jnp.float32)
+    x = jnp.asarray(np.stack([f(rng) for f in SPECTRA.values()]), jnp.float32)
     plan = plan_polar(name, ns_method=method, ns_dtype=dtype)
     with jax.disable_jit():  # each 16-bit rounding really takes place
         y = np.asarray(apply_polar(plan, x), np.float64)
     assert np.isfinite(y).all()
     largest = np.linalg.norm(y, ord=2, axis=(-2, -1))
-    np.testing.assert_array_less(largest, 1.3)
+    # The largest value of the polynomial on [0, 1]: 1.2 for minimax4 and keller_jordan. Sets whose
+    # rows are exact to the edge of their intervals leave it a little in the Gram form.
+    top = evaluate(COEFFICIENT_SETS[name].rows, np.linspace(0, 1, 100_001)).max()
+    edge = name == "cans" and (method, dtype) == ("gram", "float16")
+    np.testing.assert_array_less(largest, top + (0.06 if edge else 0.015))
     # and none of them points backwards
     assert ((np.asarray(x) * y).sum(axis=(-2, -1)) > 0).all()
 

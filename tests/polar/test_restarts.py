@@ -8,7 +8,7 @@ import pytest
 from muonclip_jax.polar import COEFFICIENT_SETS, plan_polar
 from muonclip_jax.polar.gram import gram_newton_schulz
 from muonclip_jax.polar.preconditioning import normalize
-from muonclip_jax.polar.restarts import choose_restarts, is_gram_safe, segment_conditions
+from muonclip_jax.polar.restarts import amplifications, choose_restarts, is_gram_safe
 
 FIVE = {
     name: COEFFICIENT_SETS[name].rows[:5] for name in ("keller_jordan", "you", "polar_express_1.05")
@@ -16,17 +16,20 @@ FIVE = {
 
 
 @pytest.mark.parametrize(
-    ("name", "restart", "condition"),
-    [("you", 2, 53), ("polar_express_1.05", 2, 85), ("keller_jordan", 3, 62.5)],
+    ("name", "restart"), [("you", 2), ("polar_express_1.05", 2), ("keller_jordan", 3)]
 )
-def test_published_restarts(name: str, restart: int, condition: float) -> None:
-    rows = FIVE[name]
-    assert choose_restarts(rows, "float16") == (restart,)
-    assert max(segment_conditions(rows, (restart,), 4e-4)) == pytest.approx(condition, rel=0.01)
+def test_published_restarts(name: str, restart: int) -> None:
+    assert choose_restarts(FIVE[name], "float16") == (restart,)
 
 
 def test_without_a_restart_the_factor_is_lost() -> None:
-    assert max(segment_conditions(FIVE["you"], (), 4e-4)) == pytest.approx(2e8, rel=0.1)
+    assert max(amplifications(FIVE["you"], (), 4e-4)) == pytest.approx(2e8, rel=0.1)
+
+
+def test_a_row_that_nearly_reaches_zero_does_no_harm() -> None:
+    # The first row of minimax4 comes within 3 % of zero inside (0, 1), which makes Q badly
+    # conditioned wherever the restart is. What is lost there is small; what grows decides.
+    assert choose_restarts(COEFFICIENT_SETS["minimax4"].rows, "float16") == (2,)
 
 
 @pytest.mark.parametrize("name", COEFFICIENT_SETS)
@@ -44,7 +47,13 @@ def test_one_step_needs_none() -> None:
 
 def test_bfloat16_is_never_safe() -> None:
     assert not any(is_gram_safe(s.rows, "bfloat16") for s in COEFFICIENT_SETS.values())
-    assert not is_gram_safe(COEFFICIENT_SETS["cans"].rows, "float16")
+
+
+def test_a_long_iteration_is_not_safe_in_float16() -> None:
+    # As many restarts as are tried leave segments of five steps.
+    rows = FIVE["keller_jordan"] * 5
+    assert not is_gram_safe(rows, "float16")
+    assert is_gram_safe(rows, "float32")
 
 
 def test_restart_saves_float16() -> None:

@@ -330,7 +330,11 @@ def test_the_platform_is_that_of_the_mesh(monkeypatch: pytest.MonkeyPatch):
     text = jax.jit(tx.update).lower(case.params, tx.init(case.params)).as_text()
     assert "xf16>" not in text
     alone = case.transformation()
-    assert "xf16>" in jax.jit(alone.update).lower(case.alone, alone.init(case.alone)).as_text()
+    with pytest.raises(NotImplementedError, match="planned for platform 'gpu'"):
+        jax.jit(alone.update).lower(case.alone, alone.init(case.alone))
+    for arrays, shardings in ((case.alone, None), (case.params, case.shardings)):
+        told = case.transformation(platform="gpu", param_shardings=shardings)
+        assert "xf16>" in jax.jit(told.update).lower(arrays, told.init(arrays)).as_text()
 
 
 def test_eager_init_keeps_the_sharding():

@@ -82,12 +82,13 @@ def runs_on(name: str, target: Target) -> bool:
     return name != "triton" or target.capability >= (8, 0)
 
 
-def choose(problem: Problem, implementation: str | None) -> str:
+def choose(problem: Problem, implementation: str | None, platform: str | None = None) -> str:
     """Resolves `implementation=` to "xla" or a key of `KERNELS`.
 
     Args:
         problem: What is to be computed.
         implementation: A name of `IMPLEMENTATIONS`, or None.
+        platform: What it will run on; None is JAX's default.
 
     Returns:
         The name.
@@ -111,7 +112,7 @@ def choose(problem: Problem, implementation: str | None) -> str:
         if reason is not None:
             raise NotImplementedError(_refused(implementation, reason))
         return implementation
-    target = current_target()
+    target = current_target(platform)
     candidates = [name for name in kernels if runs_on(name, target)]
     reasons = {name: kernels[name].refusal(problem) for name in candidates}
     fit = [name for name, reason in reasons.items() if reason is None]

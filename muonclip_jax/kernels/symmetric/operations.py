@@ -30,6 +30,7 @@ def gram(
     beta: ScalarLike = 0.0,
     out_dtype: jax.typing.DTypeLike | None = None,
     implementation: str | None = None,
+    platform: str | None = None,
 ) -> Inexact[Array, "*batch m m"]:
     """Computes `alpha x x^H + beta addend`.
 
@@ -40,6 +41,7 @@ def gram(
         beta: Real factor of the addend.
         out_dtype: The result's dtype, that of `x` by default.
         implementation: "xla", "pallas", a kernel's name, or None, which chooses and never fails.
+        platform: What it will run on; None is JAX's default.
 
     Returns:
         The Hermitian matrices `(..., m, m)`. A kernel's are so to the bit.
@@ -54,7 +56,7 @@ def gram(
         >>> gram(x, jnp.eye(2), alpha=2.0, beta=-1.0).tolist()
         [[9.0, 12.0], [12.0, 17.0]]
     """
-    return _symmetric(x, None, addend, alpha, beta, out_dtype, implementation)
+    return _symmetric(x, None, addend, alpha, beta, out_dtype, implementation, platform)
 
 
 def symmetric_product(
@@ -66,6 +68,7 @@ def symmetric_product(
     beta: ScalarLike = 0.0,
     out_dtype: jax.typing.DTypeLike | None = None,
     implementation: str | None = None,
+    platform: str | None = None,
 ) -> Inexact[Array, "*batch m m"]:
     """Computes `alpha x y + beta addend` of Hermitian matrices that commute.
 
@@ -78,6 +81,7 @@ def symmetric_product(
         beta: Real factor of the addend.
         out_dtype: The result's dtype, that of `x` by default.
         implementation: "xla", "pallas", a kernel's name, or None, which chooses and never fails.
+        platform: What it will run on; None is JAX's default.
 
     Returns:
         The Hermitian matrices `(..., m, m)`. A kernel's are so to the bit.
@@ -96,7 +100,7 @@ def symmetric_product(
         raise ValueError(
             f"The factors have dtypes {x.dtype} and {y.dtype}, expected one. Cast one of them."
         )
-    return _symmetric(x, y, addend, alpha, beta, out_dtype, implementation)
+    return _symmetric(x, y, addend, alpha, beta, out_dtype, implementation, platform)
 
 
 def matmul_add(
@@ -163,6 +167,7 @@ def _symmetric(
     beta: ScalarLike,
     out_dtype: jax.typing.DTypeLike | None,
     implementation: str | None,
+    platform: str | None,
 ) -> jax.Array:
     *stack, rows, _ = x.shape
     name = "gram" if y is None else "symmetric_product"
@@ -174,10 +179,12 @@ def _symmetric(
                 f"expected {square}."
             )
     out = jnp.dtype(x.dtype if out_dtype is None else out_dtype).name
-    chosen = choose(problem_of(x, addend, out), implementation)
+    chosen = choose(problem_of(x, addend, out), implementation, platform)
     with jax.named_scope(name):
         if chosen == "xla":
-            product = functools.partial(reference.hermitian, adjoint_of_y=x if y is None else y)
+            product = functools.partial(
+                reference.hermitian, adjoint_of_y=x if y is None else y, platform=platform
+            )
             other = reference.adjoint(x) if y is None else y
             return reference.matmul_add(x, other, addend, alpha, beta, out, product)
         flat = [_stacked(each) for each in (x, x if y is None else y, addend)]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from muonclip_jax._typing import ScalarLike
-from muonclip_jax.kernels.platform import default_platform
+from muonclip_jax.kernels.platform import plan_platform
 
 #: On a CPU a Hermitian product of at least this many rows is computed as an upper triangle of 2 x 2
 #: blocks, and the fourth block is a transpose: a quarter of the work less, 10 to 20 % of the time
@@ -38,10 +38,12 @@ def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     )
 
 
-def hermitian(x: jax.Array, y: jax.Array, adjoint_of_y: jax.Array) -> jax.Array:
-    """Computes `x y`, known to be Hermitian."""
+def hermitian(
+    x: jax.Array, y: jax.Array, adjoint_of_y: jax.Array, platform: str | None = None
+) -> jax.Array:
+    """Computes `x y`, known to be Hermitian, in the way that suits a platform."""
     rows = x.shape[-2]
-    if rows < SPLIT_FROM or x.dtype.itemsize < 4 or default_platform() != "cpu":
+    if rows < SPLIT_FROM or x.dtype.itemsize < 4 or plan_platform(platform) != "cpu":
         return matmul(x, y)
     half = rows // 2
     upper = matmul(x[..., :half, :], y)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from muonclip_jax.kernels.platform import default_platform, platform_of
 from muonclip_jax.matrices.distribution.blocks import Axes
 from muonclip_jax.matrices.distribution.cut import Cut, possible_cuts
 from muonclip_jax.matrices.distribution.map import map_distributed
@@ -45,7 +44,7 @@ def orthogonalize_leaves(
     """Replaces every matrix of `combine(how, *leaves)` by its polar factor.
 
     Args:
-        polar: How to orthogonalise.
+        polar: How to orthogonalise; it has its platform (`decide_platform`).
         eps: Smallest divisor, as in `orthogonalize`.
         combine: As for `orthogonalize_on_one_device`.
         how: What `combine` needs besides, arrays or None, the same on all devices.
@@ -71,7 +70,6 @@ def orthogonalize_leaves(
     if math.prod(size for _, size in sizes) == 1:
         plan = OneDevicePlan(tuple(specs), options.max_stack_bytes)
     else:
-        polar = dataclasses.replace(polar, platform=_platform(shardings))
         leaves = trees[-1]
         held = shardings.leaves if shardings else tuple(((),) * leaf.ndim for leaf in leaves)
         plan = plan_for(
@@ -120,12 +118,6 @@ def _cut(shardings: MeshShardings, cut: Cut | None) -> MeshShardings:
         tuple(map(cut.leaf, shardings.leaves)),
         shardings.slow,
     )
-
-
-def _platform(shardings: MeshShardings | None) -> str:
-    """The platform of the mesh's devices, which need not be JAX's default one."""
-    mesh = shardings.mesh if shardings else None
-    return platform_of(mesh.devices.flat[0]) if isinstance(mesh, Mesh) else default_platform()
 
 
 def _mapped_size(name: str) -> int:

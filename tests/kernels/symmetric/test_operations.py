@@ -313,7 +313,7 @@ def test_what_does_not_fit_is_an_error():
     x = jnp.ones((2, 3, 4))
     with pytest.raises(ValueError, match=r"addend of shape \(2, 4, 4\), expected \(2, 3, 3\)"):
         # Past the annotations, which the tests check first.
-        _symmetric(x, None, jnp.ones((2, 4, 4)), 1.0, 1.0, None, None)
+        _symmetric(x, None, jnp.ones((2, 4, 4)), 1.0, 1.0, None, None, None)
     with pytest.raises(ValueError, match="'cublas' is none of 'xla', 'pallas'"):
         gram(x, implementation="cublas")
     square = jnp.ones((2, 3, 3))
@@ -344,7 +344,7 @@ HOPPER, AMPERE = dispatch.Target("gpu", (9, 0)), dispatch.Target("gpu", (8, 0))
 def test_none_picks_a_kernel_where_it_saves_rounds(
     monkeypatch, target, alone, shape, dtype, expected
 ):
-    monkeypatch.setattr(dispatch, "current_target", lambda: target)
+    monkeypatch.setattr(dispatch, "current_target", lambda platform=None: target)
     monkeypatch.setattr(dispatch, "is_alone", lambda: alone)
     problem = Problem(*shape, dtype=dtype, addend_dtype=None, out_dtype=dtype)
     assert dispatch.choose(problem, None) == expected
