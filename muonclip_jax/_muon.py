@@ -8,23 +8,34 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from muonclip_jax._arguments import names_known
+from muonclip_jax._paths import array_leaves
 from muonclip_jax._typing import ScalarLike, ScalarOrSchedule
 from muonclip_jax.matrices import Distribution
 from muonclip_jax.polar import DEFAULT_DTYPE, DEFAULT_METHOD
 from muonclip_jax.polar.coefficients import resolve_coefficients
 from muonclip_jax.routing import MatrixRules, resolve_specs
 from muonclip_jax.transforms import scale_by_muon, scale_by_shape
+from muonclip_jax.transforms._checks import (
+    check_adam_rate,
+    check_fraction,
+    check_mask,
+    check_non_negative,
+    check_rate,
+)
+from muonclip_jax.transforms._inputs import transformation
 from muonclip_jax.transforms._moments import check_moment_dtype, with_checked_moments
 from muonclip_jax.transforms._scale_by_muon import WeightDimNumOrFn, init_on_mesh
 
 
+@names_known
 def muon(
     learning_rate: ScalarOrSchedule,
     ns_coeffs: Any = "keller_jordan",
     ns_steps: int | None = None,
-    beta: ScalarLike = 0.95,
+    beta: ScalarOrSchedule = 0.95,
     eps: ScalarLike = 1e-8,
-    weight_decay: ScalarLike = 0.0,
+    weight_decay: ScalarOrSchedule = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     mu_dtype: Any = None,
     *,
@@ -34,7 +45,7 @@ def muon(
     adam_b1: ScalarLike = 0.9,
     adam_b2: ScalarLike = 0.999,
     adam_eps_root: ScalarLike = 0.0,
-    adam_weight_decay: ScalarLike = 0.0,
+    adam_weight_decay: ScalarOrSchedule = 0.0,
     adam_learning_rate: ScalarOrSchedule | None = None,
     muon_weight_dimension_numbers: WeightDimNumOrFn | None = None,
     consistent_rms: ScalarLike | None = None,
@@ -66,10 +77,10 @@ def muon(
         ns_coeffs: A name (Optax's "standard" and "dion" among them), a triple or rows. Static.
         ns_steps: Number of steps; None is five of a triple, Optax's default, and all rows. With
             rows it must be at least their number, and all of them are run, as in Optax. Static.
-        beta: Decay of the momentum.
+        beta: Decay of the momentum; may be a schedule of the number of updates. Not so in Optax.
         eps: Term added to the denominators of Newton-Schulz and of Adam. As in Optax it is
             absolute: momentum whose norm is not far above it is orthogonalised less.
-        weight_decay: Decoupled decay of the Muon group.
+        weight_decay: Decoupled decay of the Muon group; a number or a schedule.
         weight_decay_mask: Tree of bools, or a function from parameters to it.
         mu_dtype: Dtype of the first moments of both groups.
         nesterov: Whether both groups look one step ahead.
@@ -80,7 +91,8 @@ def muon(
         adam_b2: Decay of Adam's second moment.
         adam_eps_root: Adam's epsilon inside the root.
         adam_weight_decay: Decoupled decay of the Adam group.
-        adam_learning_rate: Rate of the Adam group; None is `learning_rate`.
+        adam_learning_rate: Rate of the Adam group; None is `learning_rate`. A number stays as it
+            is while a scheduled `learning_rate` decays, and warns.
         muon_weight_dimension_numbers: Where the matrices are (see `scale_by_muon`); None in a
             tree sends the leaf to Adam.
         consistent_rms: RMS of Muon's updates (see `scale_by_shape`); None scales by width.
@@ -102,6 +114,7 @@ def muon(
         The transformation. Its labels are "muon" and "adam".
 
     Raises:
+        TypeError: At construction for an argument of a wrong type or an unknown name.
         ValueError: For a bad hyperparameter, more rows than `ns_steps`, or both
             `muon_weight_dimension_numbers` and `rules`.
 
@@ -118,6 +131,14 @@ def muon(
         Boissin et al. 2025, arXiv 2512.04632; Amsel et al. 2025, arXiv 2505.16932.
     """
     check_moment_dtype(mu_dtype, "adam_b1", adam_b1)
+    check_rate("learning_rate", learning_rate)
+    check_adam_rate(learning_rate, adam_learning_rate)
+    check_mask("weight_decay_mask", weight_decay_mask)
+    check_non_negative("weight_decay", weight_decay, schedule=True)
+    check_non_negative("adam_weight_decay", adam_weight_decay, schedule=True)
+    check_fraction("adam_b1", adam_b1, "the decay of Adam's first moment, such as 0.9")
+    check_fraction("adam_b2", adam_b2, "the decay of Adam's second moment, such as 0.999")
+    check_non_negative("adam_eps_root", adam_eps_root)
     if rules is not None:
         if muon_weight_dimension_numbers is not None:
             raise ValueError(
@@ -138,7 +159,7 @@ def muon(
             ["adam" if spec is None else "muon" for _, _, spec in specs],
         )
 
-    return optax.partition(
+    partitioned = optax.partition(
         {
             "muon": optax.chain(
                 scale_by_muon(
@@ -185,8 +206,11 @@ def muon(
         labels,
     )
 
+    return transformation("muon", partitioned.init, partitioned.update, one_tree=True)
+
 
 def _every_rank_two_leaf(params: optax.Params) -> Any:
+    array_leaves(params)
     return jax.tree.map(lambda x: MuonDimensionNumbers() if len(x.shape) == 2 else None, params)
 
 

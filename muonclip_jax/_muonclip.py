@@ -4,8 +4,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import optax
 
+from muonclip_jax._arguments import names_known
+from muonclip_jax._paths import tree_from
 from muonclip_jax._typing import ScalarLike, ScalarOrSchedule
 from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.heads.finding import block_rules
@@ -14,10 +17,13 @@ from muonclip_jax.polar import DEFAULT_DTYPE, DEFAULT_EPS, DEFAULT_METHOD, DEFAU
 from muonclip_jax.routing import MatrixRules, decay_mask, label_params
 from muonclip_jax.transforms import qk_clip, scale_by_muon, scale_by_shape
 from muonclip_jax.transforms._checks import (
+    check_adam_rate,
     check_fraction,
+    check_mask,
     check_non_negative,
     check_rate,
 )
+from muonclip_jax.transforms._inputs import transformation
 from muonclip_jax.transforms._moments import check_moment_dtype, with_checked_moments
 from muonclip_jax.transforms._scale_by_muon import init_on_mesh
 
@@ -46,7 +52,7 @@ class MuonClipConfig:
     qk_clip_blocks: Any = None
     weight_decay: float | optax.Schedule = 0.1
     weight_decay_mask: Callable[[optax.Params], Any] | None = None
-    beta: float = 0.95
+    beta: float | optax.Schedule = 0.95
     nesterov: bool = True
     consistent_rms: float | None = 0.2
     ns_coeffs: str | Sequence[Any] = DEFAULT_SET
@@ -95,11 +101,15 @@ class MuonClipConfig:
         )
 
 
+MuonClipConfig.__init__ = names_known(MuonClipConfig.__init__)
+
+
 def _as_tuples(value: Any) -> Any:
     """Lists as tuples, so that what was read from a YAML or JSON file can be hashed."""
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
+@names_known
 def muonclip(
     learning_rate: ScalarOrSchedule,
     *,
@@ -109,7 +119,7 @@ def muonclip(
     qk_clip_blocks: Any = MuonClipConfig.qk_clip_blocks,
     weight_decay: ScalarOrSchedule = MuonClipConfig.weight_decay,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
-    beta: ScalarLike = MuonClipConfig.beta,
+    beta: ScalarOrSchedule = MuonClipConfig.beta,
     nesterov: bool = MuonClipConfig.nesterov,
     consistent_rms: ScalarLike | None = MuonClipConfig.consistent_rms,
     ns_coeffs: Any = MuonClipConfig.ns_coeffs,
@@ -152,7 +162,7 @@ def muonclip(
         weight_decay: Decoupled decay of the matrices, multiplied by the rate.
         weight_decay_mask: Tree of bools, or a function from parameters to it; None is everything
             but norms, gains and biases.
-        beta: Decay of Muon's momentum.
+        beta: Decay of Muon's momentum; may be a schedule of the number of updates.
         nesterov: Whether Muon's momentum looks one step ahead. Static.
         consistent_rms: RMS of Muon's updates (see `scale_by_shape`); None scales by width.
         ns_coeffs: Newton-Schulz coefficients (see `orthogonalize`). "keller_jordan" gives the five
@@ -164,7 +174,8 @@ def muonclip(
         preconditioning: The first rescaling (see `orthogonalize`). Static.
         eps: Term that guards Newton-Schulz against the zero matrix (see `scale_by_muon`).
         mu_dtype: Dtype of the first moments of both groups. Static.
-        adam_learning_rate: Rate of the AdamW group; None is `learning_rate`.
+        adam_learning_rate: Rate of the AdamW group; None is `learning_rate`. A number stays as it
+            is while a scheduled `learning_rate` decays, and warns.
         adam_b1: Decay of Adam's first moment.
         adam_b2: Decay of Adam's second moment.
         adam_eps: Adam's epsilon.
@@ -182,7 +193,7 @@ def muonclip(
         `tx.update(grads, state, params, max_logits=max_logits)`.
 
     Raises:
-        TypeError: At construction for a learning rate that is no number and no schedule.
+        TypeError: At construction for an argument of a wrong type or an unknown name.
         ValueError: At construction for a hyperparameter outside its range; while tracing for a
             leaf that cannot be routed, and for maxima that are missing or fit no attention block.
 
@@ -201,14 +212,15 @@ def muonclip(
     """
     if qk_clip_threshold is not None:
         check_clip_settings(
-            qk_clip_threshold, qk_clip_alpha, qk_clip_shared_keys, prefix="qk_clip_"
+            qk_clip_threshold, qk_clip_alpha, qk_clip_shared_keys, "qk_clip_", schedules=True
         )
         block_rules(qk_clip_blocks, "qk_clip_blocks")
     check_rate("learning_rate", learning_rate)
-    if adam_learning_rate is not None:
-        check_rate("adam_learning_rate", adam_learning_rate)
-    for name, decay in (("weight_decay", weight_decay), ("adam_weight_decay", adam_weight_decay)):
-        check_non_negative(name, decay)
+    check_adam_rate(learning_rate, adam_learning_rate)
+    check_mask("weight_decay_mask", weight_decay_mask)
+    check_non_negative("weight_decay", weight_decay, schedule=True)
+    if adam_weight_decay is not None:
+        check_non_negative("adam_weight_decay", adam_weight_decay, schedule=True)
     check_fraction("adam_b1", adam_b1, "the decay of Adam's first moment, such as 0.9")
     check_fraction("adam_b2", adam_b2, "the decay of Adam's second moment, such as 0.95")
     check_non_negative("adam_eps", adam_eps)
@@ -217,7 +229,7 @@ def muonclip(
     def mask(params: optax.Params) -> Any:
         if weight_decay_mask is None:
             return decay_mask(params, rules)
-        return weight_decay_mask(params) if callable(weight_decay_mask) else weight_decay_mask
+        return tree_from(weight_decay_mask, params, _is_bool)
 
     muon = optax.chain(
         scale_by_muon(
@@ -260,13 +272,18 @@ def muonclip(
         {"muon": muon, "adamw": adamw}, lambda params: label_params(params, rules)
     )
     if qk_clip_threshold is None:
-        return routed
-    return optax.chain(
-        routed,
-        qk_clip(
+        chained = routed
+    else:
+        clip = qk_clip(
             qk_clip_threshold,
             qk_clip_alpha,
             shared_keys=qk_clip_shared_keys,
             blocks=qk_clip_blocks,
-        ),
-    )
+        )
+        chained = optax.chain(routed, clip)
+
+    return transformation("muonclip", chained.init, chained.update, one_tree=True)
+
+
+def _is_bool(x: Any) -> bool:
+    return isinstance(x, bool) or getattr(x, "dtype", None) == np.bool_

@@ -67,6 +67,59 @@ def flatten_with_paths(
     return [(join(path_names(key_path)), leaf) for key_path, leaf in leaves], treedef
 
 
+def array_leaves(tree: Tree) -> list[tuple[str, Any]]:
+    """Flattens a tree of parameters or gradients into `(path, array)` pairs.
+
+    Raises:
+        TypeError: With the path, for a leaf that has no shape or no dtype.
+
+    Example:
+        >>> array_leaves({"dense": {"scale": 1.0}})
+        Traceback (most recent call last):
+        ...
+        TypeError: 'dense/scale' is 1.0 of type float, expected an array. Write jnp.asarray(1.0).
+    """
+    leaves = flatten_with_paths(tree)[0]
+    for path, leaf in leaves:
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            number = isinstance(leaf, int | float | complex)
+            raise TypeError(
+                f"{path or 'the tree'!r} is {leaf!r} of type {type(leaf).__name__}, expected an "
+                "array. "
+                + (
+                    f"Write jnp.asarray({leaf!r})."
+                    if number
+                    else "Pass the arrays of the model alone; of an Equinox module, "
+                    "eqx.filter(model, eqx.is_inexact_array)."
+                )
+            )
+    return leaves
+
+
+def tree_from(given: Any, params: Tree, is_entry: Callable[[Any], bool]) -> Tree:
+    """Returns a tree that is given as it is or as a function of the parameters.
+
+    A tree may be callable: an Equinox module that defines `__call__` is a pytree, and so is a tree
+    of its shardings. What has the type of the parameters or holds entries is the tree.
+
+    Args:
+        given: The tree, or a function.
+        params: What to call the function with.
+        is_entry: Tells what may be a leaf of the tree.
+
+    Example:
+        >>> tree_from(lambda params: {"w": True}, {"w": 1.0}, lambda x: isinstance(x, bool))
+        {'w': True}
+    """
+    if not callable(given) or type(given) is type(params):
+        return given
+    if not isinstance(given, jax.tree_util.Partial):
+        leaves = jax.tree.leaves(given, is_leaf=is_entry)
+        if any(leaf is not None and is_entry(leaf) for leaf in leaves):
+            return given
+    return given(params)
+
+
 def compile_pattern(pattern: str) -> re.Pattern[str]:
     """Compiles a path pattern, or says what is wrong with it.
 

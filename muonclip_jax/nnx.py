@@ -14,10 +14,11 @@ NNX tells an attention function nothing about the module that calls it. It is fo
 call stack while the function is traced, which costs nothing when the compiled program runs.
 """
 
-import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -27,12 +28,16 @@ from jaxtyping import Array, Float
 
 from muonclip_jax._paths import MAX_LOGITS
 from muonclip_jax.attention import (
+    RecordingBeside,
     batched_attention,
     batched_max_logits,
     only_max_logits,
-    recording_beside,
     records,
 )
+
+#: Whether this thread captures.
+capturing: ContextVar[bool] = ContextVar("capturing", default=False)
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def _calling_module() -> nnx.Module | None:
@@ -137,35 +142,40 @@ def dot_product_attention(
     return out
 
 
-# One recorder per function: jit compares the functions that a module holds. A function that is made
-# anew for every call does not stay here for ever.
-@functools.lru_cache(maxsize=256)
-def _recording(attention_fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Returns an attention function that computes the same and records."""
-    if attention_fn is nnx.dot_product_attention:
-        return dot_product_attention
-    return recording_beside(
-        attention_fn,
-        lambda query, key, dtype: dtypes.promote_dtype((query, key), dtype=dtype),
-        lambda max_logits: _record(_calling_module(), max_logits),
-    )
+def _to_one_dtype(query: jax.Array, key: jax.Array, dtype: Any) -> Any:
+    return dtypes.promote_dtype((query, key), dtype=dtype)
+
+
+def _record_captured(max_logits: Float[Array, " N"]) -> None:
+    if capturing.get():
+        _record(_calling_module(), max_logits)
 
 
 @contextmanager
 def _recording_modules(model: nnx.Module) -> Iterator[None]:
-    """Lets Flax's attention modules record for a while."""
+    """Lets Flax's attention modules record for a while.
+
+    Recording changes attributes of the modules, as `nnx.capture` does itself, so captures in
+    several threads take turns, and a call in a thread without a capture records nothing.
+    """
     changed = []
+    _ONE_AT_A_TIME.acquire()
+    token = capturing.set(True)
     try:
         for _, module in nnx.iter_modules(model):
             if isinstance(module, nnx.MultiHeadAttention) and not records(
                 module.attention_fn, dot_product_attention
             ):
                 changed.append((module, module.attention_fn))
-                module.attention_fn = _recording(module.attention_fn)
+                module.attention_fn = RecordingBeside(
+                    module.attention_fn, _to_one_dtype, _record_captured
+                )
         yield
     finally:
         for module, attention_fn in changed:
             module.attention_fn = attention_fn
+        capturing.reset(token)
+        _ONE_AT_A_TIME.release()
 
 
 def capture_max_logits(
@@ -173,12 +183,13 @@ def capture_max_logits(
 ) -> Callable[..., tuple[Any, dict[Any, Any]]]:
     """Makes a call of a model return the largest logit of every attention head beside its output.
 
-    The model stays as it is. `nnx.MultiHeadAttention` modules record while the call runs: with
-    Flax's default `attention_fn` from the very logits that attention computes, with another one by
-    computing them once more, block by block, from its arguments: what it scales or hides inside is
-    not seen. Whatever else is sown as an `nnx.Intermediate` called `max_logits` is returned too. It
-    works inside `nnx.jit` and `nnx.value_and_grad` and around them, and through `nnx.remat`,
-    `nnx.scan` and `nnx.vmap`, where maxima are stacked like kernels.
+    The model stays as it is and computes the same, bit for bit. `nnx.MultiHeadAttention` modules
+    record while the call runs, by computing the logits once more, block by block, from the
+    arguments of their `attention_fn`: what it scales or hides inside is not seen. A module whose
+    `attention_fn` is `muonclip_jax.nnx.dot_product_attention` has the maxima at hand and saves
+    that product. Whatever else is sown as an `nnx.Intermediate` called `max_logits` is returned
+    too. It works inside `nnx.jit` and `nnx.value_and_grad` and around them, and through
+    `nnx.remat`, `nnx.scan` and `nnx.vmap`, where maxima are stacked like kernels.
 
     Args:
         function: A model, one of its methods, or a function whose first argument is the model.
@@ -188,6 +199,8 @@ def capture_max_logits(
         maxima, which mirrors the paths of the attention modules.
 
     Raises:
+        TypeError: If `function` cannot be called; from the returned function, if its first argument
+            is no model.
         ValueError: From the returned function, if no attention recorded anything.
 
     Example:
@@ -201,16 +214,15 @@ def capture_max_logits(
         >>> jax.tree.map(jnp.shape, max_logits)
         {'layers': {1: {'max_logits': (2,)}}}
     """
+    if not callable(function):
+        raise _no_model(f"got {function!r} of type {type(function).__name__}")
     owner = getattr(function, "__self__", None)
     bound = function if isinstance(function, nnx.Module) else owner
 
     def captured(*arguments: Any, **keywords: Any) -> tuple[Any, dict[Any, Any]]:
         model = bound if isinstance(bound, nnx.Module) else (arguments or (None,))[0]
         if not isinstance(model, nnx.Module):
-            raise TypeError(
-                "capture_max_logits takes a model, one of its methods, or a function whose first "
-                f"argument is the model; the first argument is {type(model).__name__}."
-            )
+            raise _no_model(f"the first argument is {type(model).__name__}")
         with _recording_modules(model):
             out, state = nnx.capture(function, nnx.Intermediate)(*arguments, **keywords)
         max_logits = only_max_logits(nnx.to_pure_dict(state))
@@ -219,8 +231,17 @@ def capture_max_logits(
                 "The capture caught no logit. It sees nnx.MultiHeadAttention modules of the model "
                 "that the call runs. In other attention modules call "
                 "muonclip_jax.nnx.dot_product_attention, or sow maxima yourself: "
-                f"self.sow(nnx.Intermediate, {MAX_LOGITS!r}, max_logits)."
+                f"self.sow(nnx.Intermediate, {MAX_LOGITS!r}, max_logits). What is sown inside "
+                "jax.jit is lost: use nnx.jit, or jit the function that captures."
             )
         return out, max_logits
 
     return captured
+
+
+def _no_model(given: str) -> TypeError:
+    return TypeError(
+        "muonclip_jax.nnx.capture_max_logits takes an nnx.Module, one of its methods, or a "
+        f"function whose first argument is the model; {given}. Of a Linen model, "
+        "muonclip_jax.linen.capture_max_logits takes model.apply."
+    )

@@ -150,6 +150,59 @@ def test_several_subtrees_of_parameters():
         find_params(shapes, "model")
 
 
+FORM = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+COUNT = jax.ShapeDtypeStruct((), jnp.int32)
+
+
+def below(root: str, tree: dict[str, Any]) -> dict[str, Any]:
+    return {f"{root}/{path}": form for path, form in tree.items()}
+
+
+NET = {"dense/kernel": FORM, "norm/scale": jax.ShapeDtypeStruct((4,), jnp.float32)}
+ADAM = below("0/mu", NET) | below("0/nu", NET) | {"0/count": COUNT}
+LAYERS = below("layer_0", NET) | below("layer_1", NET)
+#: What a checkpoint without "params" holds, where its parameters are, and under which names.
+ROOTS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "model and opt": (below("model", NET) | below("opt", ADAM), "model", NET),
+    "any names": (below("weights", NET) | below("s", ADAM) | {"step": COUNT}, "weights", NET),
+    "one level down": (below("run", below("net", NET) | below("tx", ADAM)), "run/net", NET),
+    "several modules": (
+        below("encoder", NET) | {"decoder/kernel": FORM} | below("optimizer", ADAM),
+        "",
+        below("encoder", NET) | {"decoder/kernel": FORM},
+    ),
+    "equal layers": (LAYERS | below("x/trace", LAYERS) | {"x/count": COUNT}, "", LAYERS),
+    "torch": (below("model", NET) | below("optim/exp_avg", NET), "model", NET),
+    "nothing else": (NET, "", NET),
+    "a layer called mu": (
+        {"encoder/mu/kernel": FORM, "decoder/out/kernel": FORM},
+        "",
+        {"encoder/mu/kernel": FORM, "decoder/out/kernel": FORM},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_optimizer_state_is_never_taken_for_parameters(name: str):
+    saved, at, params = ROOTS[name]
+    assert find_params(saved) == (at, params)
+
+
+def test_copies_of_the_parameters_are_asked_about():
+    saved = below("model", NET) | below("ema", NET) | below("opt", ADAM)
+    with pytest.raises(ValueError, match=r"'model', 'ema', 'opt' \(optimizer state\).*--params"):
+        find_params(saved)
+
+
+def test_describe_counts_no_optimizer_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    moments = {"0": {"mu": PARAMS, "nu": PARAMS, "count": np.zeros((), np.int32)}}
+    folder = save(tmp_path / "checkpoint", {"model": PARAMS, "opt": moments, "step": np.asarray(3)})
+    assert main(["describe", str(folder), "--platform", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "Parameters: 'model' of" in text
+    assert "opt/" not in text
+
+
 # -- cost --
 
 

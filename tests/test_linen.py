@@ -407,6 +407,26 @@ def test_maxima_that_cannot_leave_a_scan_are_an_error():
         capture_max_logits(model.apply)(variables, x)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_capture_changes_no_bit_of_the_output(dtype, dropout):
+    x = _inputs(2, LENGTH, WIDTH)
+    mask = nn.make_causal_mask(x[..., 0])
+    model = nn.MultiHeadDotProductAttention(HEADS, dtype=dtype, dropout_rate=dropout)
+    variables = model.init(jax.random.key(1), x, deterministic=True)
+    keywords = {"mask": mask, "deterministic": False, "rngs": {"dropout": jax.random.key(2)}}
+    expected = jax.jit(lambda v, x: model.apply(v, x, **keywords))(variables, x)
+    out, found = jax.jit(lambda v, x: capture_max_logits(model.apply)(v, x, **keywords))(
+        variables, x
+    )
+    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_allclose(
+        found["max_logits"],
+        _dense_maxima(variables["params"], x, mask),
+        rtol=2 * TOLERANCE[jnp.dtype(dtype).name],  # The logits are rounded to this dtype.
+    )
+
+
 def test_after_a_capture_flax_is_as_it_was():
     x = _inputs(2, LENGTH, WIDTH)
     model = nn.MultiHeadDotProductAttention(HEADS)

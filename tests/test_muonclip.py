@@ -1,7 +1,9 @@
 """muonclip and MuonClipConfig: the assembly against its parts written out, and its checks."""
 
 import dataclasses
+import functools
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -176,3 +178,64 @@ def test_unmatched_rule_is_an_error():
     )
     with pytest.raises(ValueError, match="'no/such/path' matches no path"):
         tx.init(PARAMS)
+
+
+def test_beta_may_be_a_schedule_of_the_number_of_updates():
+    """Against the recursion in float64 NumPy."""
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((6, 10))
+    betas, rate, decay, rms = [0.5, 0.9, 0.7], 0.05, 0.1, 0.2
+    tx = mc.muonclip(
+        rate,
+        qk_clip_threshold=None,
+        weight_decay=decay,
+        beta=lambda count: jnp.asarray(betas)[count],
+        ns_method="svd",
+    )
+    params: Any = {"mlp": {"kernel": jnp.asarray(weights, jnp.float32)}}
+    state, momentum = tx.init(params), np.zeros_like(weights)
+    step = jax.jit(tx.update)
+    for beta in betas:
+        gradient = rng.standard_normal(weights.shape)
+        updates, state = step(
+            {"mlp": {"kernel": jnp.asarray(gradient, jnp.float32)}}, state, params
+        )
+        params = optax.apply_updates(params, updates)
+        momentum = beta * momentum + (1 - beta) * gradient
+        u, _, vh = np.linalg.svd(beta * momentum + (1 - beta) * gradient, full_matrices=False)
+        weights = weights - rate * (rms * np.sqrt(10) * u @ vh + decay * weights)
+    np.testing.assert_allclose(params["mlp"]["kernel"], weights, rtol=0, atol=1e-6)
+
+
+#: Every numeric argument, off its default.
+NUMERIC: dict[str, Any] = {
+    "learning_rate": 0.01,
+    "qk_clip_threshold": 90.0,
+    "qk_clip_alpha": 0.4,
+    "weight_decay": 0.05,
+    "beta": 0.9,
+    "consistent_rms": 0.3,
+    "eps": 1e-7,
+    "adam_learning_rate": 0.004,
+    "adam_b1": 0.8,
+    "adam_b2": 0.9,
+    "adam_eps": 1e-6,
+    "adam_weight_decay": 0.02,
+}
+
+
+def test_every_numeric_argument_may_be_injected():
+    """As numbers and as schedules; and each value counts."""
+    plain = mc.muonclip(**NUMERIC)
+    numbers = optax.inject_hyperparams(mc.muonclip)(**NUMERIC)
+    schedules = optax.inject_hyperparams(mc.muonclip)(
+        **{name: functools.partial(lambda x, count: x, x) for name, x in NUMERIC.items()}
+    )
+    expected, _ = jax.jit(plain.update)(GRADS, plain.init(PARAMS), PARAMS, max_logits=MAX_LOGITS)
+    for tx in (numbers, schedules):
+        state: Any = tx.init(PARAMS)
+        assert set(NUMERIC) <= set(state.hyperparams)
+        updates, _ = jax.jit(tx.update)(GRADS, state, PARAMS, max_logits=MAX_LOGITS)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), updates, expected
+        )

@@ -1,7 +1,11 @@
 """Flax NNX models: what they compute stays, and their maxima arrive under their own paths."""
 
 import functools
+import gc
 import inspect
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -214,6 +218,62 @@ def test_capture_works_with_other_attention_functions(attention_fn):
         _dense_maxima(_pure(model), x, is_causal=True),
         rtol=TOLERANCE["float32"],
     )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_a_capture_changes_no_bit_of_the_output(dtype):
+    x = _inputs(2, LENGTH, WIDTH)
+    model = _attention(dtype=dtype)
+    expected = nnx.jit(lambda m, x: m(x, is_causal=True))(model, x)
+    out, _ = nnx.jit(lambda m, x: capture_max_logits(m)(x, is_causal=True))(model, x)
+    np.testing.assert_array_equal(out, expected)
+
+
+def _slow(query, key, value, **keywords):
+    """An attention function that other threads have time to get in the way of."""
+    time.sleep(0.02)
+    return nnx.dot_product_attention(query, key, value, **keywords)
+
+
+def test_captures_of_one_model_in_threads_have_their_own_maxima():
+    """Beside them a thread that captures nothing and whose logits are larger."""
+    model = _attention(attention_fn=_slow)
+    inputs = [_inputs(1, LENGTH, WIDTH, seed=seed) for seed in range(3)]
+    expected = [capture_max_logits(model)(x)[1]["max_logits"] for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        plain = pool.submit(lambda: [model(100 * inputs[0]) for _ in range(6)])
+        found = list(pool.map(lambda x: capture_max_logits(model)(x)[1]["max_logits"], inputs * 2))
+        plain.result()
+    jax.tree.map(np.testing.assert_array_equal, found, expected * 2)
+    assert model.attention_fn is _slow
+
+
+def test_a_capture_keeps_no_function_alive():
+    def attention_fn(query, key, value, **keywords):
+        return nnx.dot_product_attention(query, key, value, **keywords)
+
+    model = _attention(attention_fn=attention_fn)
+    capture_max_logits(model)(_inputs(1, LENGTH, WIDTH))
+    alive = weakref.ref(attention_fn)
+    del model, attention_fn
+    gc.collect()
+    assert alive() is None
+
+
+def test_the_same_function_is_traced_once_by_jit():
+    """`jit` compares the attention functions of the modules, which capture exchanges."""
+    traces = 0
+
+    def attention_fn(query, key, value, **keywords):
+        nonlocal traces
+        traces += 1
+        return nnx.dot_product_attention(query, key, value, **keywords)
+
+    model = _attention(attention_fn=attention_fn)
+    captured = capture_max_logits(nnx.jit(lambda m, x: m(x)))
+    for seed in range(3):
+        captured(model, _inputs(1, LENGTH, WIDTH, seed=seed))
+    assert traces == 1
 
 
 def test_decoding_sees_only_what_is_in_the_cache():

@@ -41,16 +41,23 @@ def describe(
         OSError: If the checkpoint cannot be read.
     """
     routing = None if rules is None else load_rules(rules)
-    at, shapes = find_params(read_shapes(checkpoint), params)
-    where = f"{at!r} of {checkpoint}" if at else f"{checkpoint} (all of it: no 'params' in it)"
-    if params is not None and not at:
-        where = f"{checkpoint} (all of it)"
+    saved = read_shapes(checkpoint)
+    at, shapes = find_params(saved, params)
+    where = f"{at!r} of {checkpoint}" if at else f"{checkpoint} ({_extent(saved, shapes, params)})"
     sections = {
         f"Parameters: {where}": describe_labels(shapes, routing),
         "Attention blocks, and what QK-Clip scales in them": _attention(shapes),
         "Newton-Schulz, a step": describe_cost(shapes, routing, platform=platform, **newton_schulz),
     }
     return "\n\n".join(f"{title}\n{'-' * len(title)}\n{body}" for title, body in sections.items())
+
+
+def _extent(saved: Shapes, shapes: Shapes, params: str | None) -> str:
+    """Says how much of a checkpoint was taken for parameters."""
+    left = dict.fromkeys(path.partition("/")[0] for path in saved if path not in shapes)
+    if left:
+        return f"all but {', '.join(map(repr, left))}: no 'params' in it"
+    return "all of it: no 'params' in it" if params is None else "all of it"
 
 
 def load_rules(name: str) -> MatrixRules:

@@ -15,6 +15,6 @@ from muonclip_jax.attention.maxima import (
     reduce_max_logits as reduce_max_logits,
 )
 from muonclip_jax.attention.recording import (
-    recording_beside as recording_beside,
+    RecordingBeside as RecordingBeside,
     records as records,
 )

@@ -5,6 +5,7 @@ mask and the rest by name. Where the maxima go, and how inputs come to one dtype
 framework's affair and passed in.
 """
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +15,6 @@ import jax
 
 from muonclip_jax.attention.batches import batched_max_logits
 
-#: What marks a function that records by itself.
-_MARK = "records_max_logits"
 #: Arguments that say which pairs take part, and what their products are multiplied by.
 _MEANT = (
     "bias",
@@ -42,7 +41,7 @@ def records(attention_fn: Callable[..., Any], *ours: Callable[..., Any]) -> bool
     while isinstance(attention_fn, functools.partial):
         attention_fn = attention_fn.func
     known = [inspect.unwrap(own) for own in ours]
-    return inspect.unwrap(attention_fn) in known or hasattr(attention_fn, _MARK)
+    return isinstance(attention_fn, RecordingBeside) or inspect.unwrap(attention_fn) in known
 
 
 def _bound(attention_fn: Callable[..., Any]) -> dict[str, Any]:
@@ -52,12 +51,9 @@ def _bound(attention_fn: Callable[..., Any]) -> dict[str, Any]:
     return _bound(attention_fn.func) | attention_fn.keywords
 
 
-def recording_beside(
-    attention_fn: Callable[..., jax.Array],
-    to_one_dtype: Callable[[jax.Array, jax.Array, Any], Sequence[jax.Array]],
-    record: Callable[[jax.Array], None],
-) -> Callable[..., jax.Array]:
-    """Returns an attention function that computes the same and records its maxima.
+@dataclasses.dataclass(frozen=True)
+class RecordingBeside:
+    """An attention function that computes the same as another one and records its maxima.
 
     They are computed once more, block by block. Every argument that
     `jax.nn.dot_product_attention` has for hiding pairs, and `scale`, is understood by its name,
@@ -65,37 +61,43 @@ def recording_beside(
     not seen: without a `scale` its logits are taken to be `q . k / sqrt(head_dim)`. The signature
     stays, for Flax's modules pass only the arguments that they find in it.
 
-    Args:
+    Two of them are equal where their fields are: `jit` compares the functions that a module holds,
+    and needs no cache that keeps them alive.
+
+    Attributes:
         attention_fn: A function of `(query, key, value, ...)`.
         to_one_dtype: Of query, key and the dtype asked for, how attention brings them together.
         record: What takes the maxima `(heads,)`.
-
-    Returns:
-        The function.
 
     Example:
         >>> import jax.numpy as jnp
         >>> def half(query, key, value, mask=None):
         ...     return value / 2
         >>> x = jnp.full((1, 2, 1, 4), 3.0)
-        >>> attend = recording_beside(half, lambda q, k, dtype: (q, k), print)
+        >>> attend = RecordingBeside(half, lambda q, k, dtype: (q, k), print)
         >>> float(attend(x, x, x)[0, 0, 0, 0])
         [18.]
         1.5
     """
 
-    @functools.wraps(attention_fn)
-    def recorded(query: Any, key: Any, value: Any, *arguments: Any, **keywords: Any) -> Any:
-        call = inspect.signature(attention_fn).bind_partial(
+    attention_fn: Callable[..., jax.Array]
+    to_one_dtype: Callable[[jax.Array, jax.Array, Any], Sequence[jax.Array]]
+    record: Callable[[jax.Array], None]
+
+    @property
+    def __wrapped__(self) -> Callable[..., jax.Array]:
+        """What `inspect.signature` looks at."""
+        return self.attention_fn
+
+    def __call__(self, query: Any, key: Any, value: Any, *arguments: Any, **keywords: Any) -> Any:
+        """Records the maxima and returns what the function returns."""
+        call = inspect.signature(self.attention_fn).bind_partial(
             query, key, value, *arguments, **keywords
         )
         call.apply_defaults()
         # A partial's keywords that the function takes as **keywords are not in its signature.
-        given: Mapping[str, Any] = _bound(attention_fn) | call.arguments | keywords
-        query_, key_ = to_one_dtype(query, key, given.get("dtype"))
+        given: Mapping[str, Any] = _bound(self.attention_fn) | call.arguments | keywords
+        query_, key_ = self.to_one_dtype(query, key, given.get("dtype"))
         meant = {name: given[name] for name in _MEANT if given.get(name) is not None}
-        record(batched_max_logits(query_, key_, **meant))
-        return attention_fn(query, key, value, *arguments, **keywords)
-
-    recorded.__dict__[_MARK] = True
-    return recorded
+        self.record(batched_max_logits(query_, key_, **meant))
+        return self.attention_fn(query, key, value, *arguments, **keywords)

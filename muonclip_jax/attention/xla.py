@@ -21,8 +21,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from muonclip_jax.attention.arguments import AttentionArguments
-from muonclip_jax.kernels.max_logits import block_logits, least_block
-from muonclip_jax.kernels.pairs import allowed_pairs, bias_permits, cut
+from muonclip_jax.kernels.max_logits import block_logits, known_product, least_block
+from muonclip_jax.kernels.pairs import allowed_pairs, bias_permits, cut, permitted_max
 from muonclip_jax.kernels.shards import shares_of
 
 # Logits alive at once in float32. On a CPU 8 MB stay in the last cache; an accelerator wants
@@ -84,12 +84,16 @@ def _hidden_logit(dtype: jax.typing.DTypeLike) -> float:
 
 
 def plan_segments(arguments: AttentionArguments) -> tuple[Segment, ...]:
-    """Cuts the queries into blocks, from shapes alone."""
+    """Cuts the queries into blocks, from shapes alone.
+
+    A symbolic batch counts as one sequence, and symbolic lengths make one block.
+    """
     batch, queries, key_heads, groups, _ = arguments.query.shape
     keys = arguments.key.shape[1]
-    rows = batch * key_heads * groups
+    rows = known_product(batch, key_heads, groups)
     platform = jax.default_backend()
-    if rows * queries * keys <= _DENSE_ELEMENTS.get(platform, _ACCELERATOR_DENSE):
+    whole = not (isinstance(queries, int) and isinstance(keys, int))
+    if whole or rows * queries * keys <= _DENSE_ELEMENTS.get(platform, _ACCELERATOR_DENSE):
         return (Segment(0, 1, queries, (0,), keys),)
 
     wanted = _BLOCK_ELEMENTS.get(platform, _ACCELERATOR_BLOCK) // (rows * keys)
@@ -155,12 +159,11 @@ def _attend(
     if not record:
         return out, jnp.zeros(query.shape[2:4], jnp.float32)
     if arrays.bias is None:
-        recorded = jnp.where(maximum <= hidden / 2, -jnp.inf, maximum)
+        recorded, permitted = maximum, ~(maximum <= hidden / 2)  # A NaN stays.
     else:
-        permitted = bias_permits(cut(arrays.bias, *block))
+        recorded, permitted = unbiased, bias_permits(cut(arrays.bias, *block))
         permitted = permitted if allowed is None else permitted & allowed
-        recorded = jnp.where(permitted, lax.stop_gradient(unbiased), -jnp.inf).astype(jnp.float32)
-    return out, jnp.max(lax.stop_gradient(recorded), axis=(0, 3, 4), initial=-jnp.inf)
+    return out, permitted_max(lax.stop_gradient(recorded), permitted, axes=(0, 3, 4))
 
 
 def _attend_segment(

@@ -3,6 +3,7 @@
 import importlib
 import re
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ _ORBAX_METADATA, _ORBAX_DEFAULT = "_METADATA", "default"
 _PARAMS = "params"
 # Trees in the shape of the parameters, inside an optimizer's state.
 _MOMENTS = ("mu", "nu")
+# Names that Optax, torch and others give to trees of moments and of accumulated gradients.
+_AVERAGES = (*_MOMENTS, "trace", "momentum", "m", "v", "exp_avg", "exp_avg_sq", "acc_grads")
+# What people call an optimizer's state.
+_OPTIMIZER = re.compile(r"(.*_)?(opt|optim|optimi[sz]er)(_?states?)?")
 
 
 def read_shapes(checkpoint: str | Path) -> Shapes:
@@ -85,13 +90,14 @@ def find_params(shapes: Shapes, at: str | None = None) -> tuple[str, Shapes]:
     Args:
         shapes: From `read_shapes`.
         at: Path of the subtree of parameters, "" for everything. None: the subtree that is called
-            "params" nearest to the root, or everything where none is.
+            "params" nearest to the root; where none is, all but optimizer state and counters.
 
     Returns:
         The path of the subtree, and the parameters by their path in it.
 
     Raises:
-        ValueError: If there is nothing at that path, or more than one subtree to choose from.
+        ValueError: If there is nothing at that path, or more than one subtree to choose from:
+            several called "params", or copies such as an average of the weights.
 
     Example:
         >>> form = jax.ShapeDtypeStruct((2, 3), "float32")
@@ -100,6 +106,8 @@ def find_params(shapes: Shapes, at: str | None = None) -> tuple[str, Shapes]:
     """
     if at is None:
         at = _params_path(shapes)
+        if at is None:
+            return _without_state(shapes)
     prefix = at.strip(SEPARATOR) + SEPARATOR if at.strip(SEPARATOR) else ""
     params = {
         path.removeprefix(prefix): form for path, form in shapes.items() if path.startswith(prefix)
@@ -112,7 +120,7 @@ def find_params(shapes: Shapes, at: str | None = None) -> tuple[str, Shapes]:
     return prefix.rstrip(SEPARATOR), params
 
 
-def _params_path(shapes: Shapes) -> str:
+def _params_path(shapes: Shapes) -> str | None:
     found: dict[str, int] = {}
     for path in shapes:
         names = path.split(SEPARATOR)[:-1]
@@ -126,7 +134,68 @@ def _params_path(shapes: Shapes) -> str:
             f"The checkpoint has several subtrees of parameters: {', '.join(map(repr, nearest))}. "
             "Say which one by its path (--params on the command line)."
         )
-    return nearest[0] if nearest else ""
+    return nearest[0] if nearest else None
+
+
+def _without_state(shapes: Shapes) -> tuple[str, Shapes]:
+    """Returns what is neither optimizer state nor a counter, and where it is."""
+    roots: dict[str, Shapes] = {}
+    for path, form in shapes.items():
+        root, _, rest = path.partition(SEPARATOR)
+        roots.setdefault(root, {})[rest] = form
+    numbers = {root: below for root, below in roots.items() if _has_numbers(below)}
+    states = [root for root, below in numbers.items() if _is_state(root, below, numbers)]
+    kept = [root for root in numbers if root not in states]
+    if len(kept) == 1 and "" not in roots[kept[0]]:
+        inner, params = _without_state(roots[kept[0]])
+        if len(params) < len(shapes):
+            return SEPARATOR.join(filter(None, (kept[0], inner))), params
+    if not states:
+        return "", shapes if len(kept) in (0, len(roots)) else _below(shapes, kept)
+    params = _below(shapes, kept)
+    copies = [frozenset(roots[root]) for root in kept if "" not in roots[root]]
+    whole = any(_repeats(roots[root], params) for root in states)
+    if not params or (len(set(copies)) < len(copies) and not whole):
+        listing = ", ".join(
+            f"{root!r}{' (optimizer state)' if root in states else ''}" for root in roots
+        )
+        raise ValueError(
+            f"The checkpoint has nothing called {_PARAMS!r}, and it cannot be told which of these "
+            f"the parameters are: {listing}. Say it by the path (--params on the command line)."
+        )
+    return "", params
+
+
+def _below(shapes: Shapes, roots: Collection[str]) -> Shapes:
+    return {path: x for path, x in shapes.items() if path.partition(SEPARATOR)[0] in roots}
+
+
+def _has_numbers(shapes: Shapes) -> bool:
+    """Whether there is more than counters and random keys."""
+    return any(jax.numpy.issubdtype(form.dtype, np.inexact) for form in shapes.values())
+
+
+def _is_state(root: str, below: Shapes, roots: dict[str, Shapes]) -> bool:
+    """Whether a subtree is optimizer state: by its name, or for it holds another one's moments.
+
+    Moments repeat the parameters' paths and shapes below names of their own ("0/mu/dense/kernel").
+    """
+    if _OPTIMIZER.fullmatch(root.lower()):
+        return True
+    others = [(name, other) for name, other in roots.items() if name != root]
+    named = [{f"{name}/{path}": form for path, form in other.items()} for name, other in others]
+    return any(_repeats(below, other) for other in [*named, *(other for _, other in others)])
+
+
+def _repeats(state: Shapes, params: Shapes) -> bool:
+    endings = {
+        (SEPARATOR.join(names[start:]), form.shape)
+        for path, form in state.items()
+        for names in [path.split(SEPARATOR)]
+        for start in range(1, len(names))
+        if names[start - 1] in _AVERAGES
+    }
+    return all((path, form.shape) in endings for path, form in params.items())
 
 
 def _orbax_items(path: Path) -> dict[str, Path]:

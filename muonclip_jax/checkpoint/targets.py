@@ -6,7 +6,7 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from muonclip_jax._paths import flatten_with_paths
+from muonclip_jax._paths import flatten_with_paths, tree_from
 from muonclip_jax._typing import Tree
 from muonclip_jax.checkpoint.names import owner_of
 from muonclip_jax.matrices import align_shardings, is_entry
@@ -47,8 +47,7 @@ def abstract_params(params: Tree, param_shardings: Tree = None, mesh: Mesh | Non
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_named(x)), params
         )
-    if callable(param_shardings):
-        param_shardings = param_shardings(params)
+    param_shardings = tree_from(param_shardings, params, is_entry)
     entries, structure = flatten_with_paths(param_shardings, is_leaf=is_entry)
     placed = [_with_mesh(path, entry, mesh) for path, entry in entries]
     known = [sharding.mesh for sharding in placed if isinstance(sharding, NamedSharding)]

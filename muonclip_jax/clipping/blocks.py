@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from muonclip_jax._paths import flatten_with_paths
+from muonclip_jax._paths import array_leaves, flatten_with_paths
 from muonclip_jax._typing import Tree
 from muonclip_jax.clipping.maxima import Recorded, read_maxima, trailing_shape
 from muonclip_jax.heads.builtin import NORM_NAMES
@@ -54,7 +54,7 @@ def _is_masked(x: Any) -> bool:
 
 def named_leaves(tree: Tree) -> NamedLeaves:
     """Returns the leaves of a tree by their path."""
-    pairs, treedef = flatten_with_paths(tree)
+    pairs, treedef = array_leaves(tree), jax.tree.structure(tree)
     everything, _ = flatten_with_paths(tree, is_leaf=_is_masked)
     return NamedLeaves(
         paths=tuple(strip_outer(path) for path, _ in pairs),
@@ -77,7 +77,8 @@ _MASKED = (
     " Parts of the tree are masked here: under optax.multi_transform or optax.masked QK-Clip "
     "sees only one group of parameters. Put it at the end of the outer chain, or call "
     "apply_qk_clip after optax.apply_updates, so that it sees queries and keys, kernels and "
-    "biases."
+    "biases. Where whole blocks are frozen, select the others with blocks= (muonclip: "
+    "qk_clip_blocks=)."
 )
 
 
@@ -105,7 +106,9 @@ def find_in(params: NamedLeaves, rules: tuple[Rule, ...] | None) -> list[FoundBl
             f"No attention block was found in parameters {_listed(params.paths)}. Expected a query "
             "and a key projection side by side, such as 'attention/query/kernel' and "
             "'attention/key/kernel'. Where they have other names, say so: "
-            "blocks=[(pattern, AttentionLayout(...))]." + (_MASKED if params.masked else "")
+            "blocks=[(pattern, AttentionLayout(...))] (muonclip: qk_clip_blocks=). To train "
+            "without the clip, leave it out (muonclip: qk_clip_threshold=None)."
+            + (_MASKED if params.masked else "")
         )
     return found
 
@@ -159,6 +162,11 @@ def _plans(
     """Returns every block's plan and the modules that recorded for it, from shapes alone."""
     found = find_in(params, rules)
     shapes = dict(recorded)
+    if rules is not None:
+        # A block that is hidden as a whole, frozen for example, is not among those selected.
+        paths = [block.path for block in found]
+        hidden = [m for m in shapes if any(_inside(path, m) for path in params.masked)]
+        shapes = {m: x for m, x in shapes.items() if m in paths or m not in hidden}
     assigned = assign_maxima(found, list(shapes), bool(params.masked))
     plans: list[tuple[BlockPlan, tuple[str, ...]]] = []
     for block in found:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from muonclip_jax._arguments import names_known
 from muonclip_jax._typing import ScalarLike, Tree
 from muonclip_jax.clipping.blocks import named_leaves, plan_clip
 from muonclip_jax.clipping.gamma import (
@@ -93,6 +94,7 @@ def _any_over(recordings: Sequence[Any], threshold: ScalarLike) -> jax.Array:
     return functools.reduce(jnp.logical_or, over)
 
 
+@names_known
 def apply_qk_clip(
     params: Tree,
     max_logits: Tree,
@@ -174,6 +176,7 @@ def apply_qk_clip(
     return named.replaced(new), info
 
 
+@names_known
 def qk_clip_info(
     params: Tree,
     max_logits: Tree,

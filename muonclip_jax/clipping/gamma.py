@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from muonclip_jax._arguments import check_scalar, is_concrete
 from muonclip_jax._typing import ScalarLike
 
 Factors = dict[str, jax.Array]
@@ -143,7 +143,9 @@ def role_factors(
     return {**factors, "query_alone": gamma}
 
 
-def check_clip_settings(threshold: Any, alpha: Any, shared_keys: Any, prefix: str = "") -> None:
+def check_clip_settings(
+    threshold: Any, alpha: Any, shared_keys: Any, prefix: str = "", *, schedules: bool = False
+) -> None:
     """Raises on settings that cannot be meant; traced values and schedules pass.
 
     Args:
@@ -151,26 +153,26 @@ def check_clip_settings(threshold: Any, alpha: Any, shared_keys: Any, prefix: st
         alpha: The share of the queries.
         shared_keys: The name of a rule.
         prefix: What stands before these names where the user wrote them.
+        schedules: Whether threshold and alpha may be functions of the number of updates.
 
     Raises:
+        TypeError: On a threshold or alpha that is no scalar.
         ValueError: On a threshold that is not positive, an alpha outside [0, 1], an unknown rule.
     """
-    if _is_number(threshold) and not threshold > 0:
+    check_scalar(f"{prefix}threshold", threshold, "a positive number", schedule=schedules)
+    check_scalar(f"{prefix}alpha", alpha, "a number in [0, 1]", schedule=schedules)
+    if is_concrete(threshold) and not threshold > 0:
         raise ValueError(
             f"{prefix}threshold must be positive, got {threshold}. It is the largest pre-softmax "
             "logit that a head may have after the step; Kimi K2 uses 100."
         )
-    if _is_number(alpha) and not 0 <= alpha <= 1:
+    if is_concrete(alpha) and not 0 <= alpha <= 1:
         raise ValueError(
             f"{prefix}alpha must lie in [0, 1], got {alpha}. It is the share of the clip that "
             "queries take; 0.5 divides it evenly, 1 leaves the keys alone."
         )
-    if shared_keys not in SHARED_KEYS:
+    if not isinstance(shared_keys, str) or shared_keys not in SHARED_KEYS:
         raise ValueError(
             f"{prefix}shared_keys must be one of {', '.join(map(repr, SHARED_KEYS))}, got "
             f"{shared_keys!r}."
         )
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float | np.number) or (isinstance(x, np.ndarray) and x.ndim == 0)

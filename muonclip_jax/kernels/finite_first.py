@@ -18,15 +18,16 @@ def separate(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, 
 
     Both are reduced by a plain maximum, also across devices, and put together by `join`.
     """
-    rank = jnp.where(jnp.isnan(x), _NOT_A_NUMBER, 0)
-    rank = jnp.where(jnp.isposinf(x), _POSITIVE_INFINITY, rank)
+    bad = jnp.where(jnp.isnan(x), _NOT_A_NUMBER, jnp.where(x > 0, _POSITIVE_INFINITY, 0))
+    rank = jnp.where(jnp.isfinite(x), 0, bad)
     return jnp.where(rank == 0, x, -jnp.inf), rank.astype(x.dtype)
 
 
 def join(values: Float[Array, "..."], rank: Float[Array, "..."]) -> Float[Array, "..."]:
     """Undoes `separate`: what was not finite comes back where nothing finite was found."""
-    bad = jnp.where(rank == _NOT_A_NUMBER, jnp.nan, jnp.inf).astype(values.dtype)
-    return jnp.where(jnp.isneginf(values) & (rank > 0), bad, values)
+    missing = ~jnp.isfinite(values)
+    values = jnp.where(missing & (rank == _POSITIVE_INFINITY), jnp.inf, values)
+    return jnp.where(missing & (rank == _NOT_A_NUMBER), jnp.nan, values)
 
 
 def max_over(x: Float[Array, "..."], axes: Sequence[int]) -> Float[Array, "..."]:

@@ -12,6 +12,7 @@ at hand, so that nothing of size queries times keys is ever made that was not pa
 Head axes are split as `(K, G)`: `K` key heads, and `G` query heads on each.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -105,9 +106,9 @@ def cut(
     array: jax.Array, query_start: Position, queries: int, key_start: Position, keys: int
 ) -> jax.Array:
     """Cuts the last two axes to a block; axes of length one stay, for they broadcast."""
-    if array.shape[-2] > 1:
+    if array.shape[-2] != 1:
         array = lax.dynamic_slice_in_dim(array, query_start, queries, axis=-2)
-    if array.shape[-1] > 1:
+    if array.shape[-1] != 1:
         array = lax.dynamic_slice_in_dim(array, key_start, keys, axis=-1)
     return array
 
@@ -148,6 +149,19 @@ def allowed_pairs(
         inside = key_positions < arrays.key_value_seq_lengths[:, None]
         conditions.append(inside[:, None, None, None, :])
     return _all(conditions)
+
+
+@functools.partial(jax.jit, static_argnames=("axes",), inline=True)
+def permitted_max(logits: jax.Array, permitted: jax.Array | None, axes: Sequence[int]) -> jax.Array:
+    """Returns the maximum over axes of the logits of permitted pairs, in float32; -inf without any.
+
+    Compiled as a whole outside of `jit` too, where `jax_debug_infs` would refuse the -inf of a
+    hidden pair.
+    """
+    logits = logits.astype(jnp.float32)
+    if permitted is not None:
+        logits = jnp.where(permitted, logits, -jnp.inf)
+    return jnp.max(logits, axis=axes, initial=-jnp.inf)
 
 
 def bias_permits(bias: jax.Array) -> jax.Array:

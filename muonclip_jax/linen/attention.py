@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from muonclip_jax._paths import MAX_LOGITS, join
 from muonclip_jax.attention import batched_attention
-from muonclip_jax.kernels.pairs import bias_permits
+from muonclip_jax.kernels.pairs import bias_permits, permitted_max
 
 COLLECTION = "intermediates"
 
@@ -51,23 +51,23 @@ def record_in_module(module: nn.Module | None, max_logits: Float[Array, " N"]) -
         )
 
 
-def _dense_attention(
+def flax_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    bias: jax.Array | None,
-    mask: jax.Array | None,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
     *,
-    precision: Any,
-    einsum_dot_general: Callable[..., jax.Array] | None,
-    qk_attn_weights_einsum: Callable[..., jax.Array] | None,
-    attn_weights_value_einsum: Callable[..., jax.Array] | None,
+    precision: Any = None,
+    einsum_dot_general: Callable[..., jax.Array] | None = None,
+    qk_attn_weights_einsum: Callable[..., jax.Array] | None = None,
+    attn_weights_value_einsum: Callable[..., jax.Array] | None = None,
     **keywords: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs Flax's own attention, and takes the maxima from the logits that it computes.
 
-    Flax lets the caller supply the product that makes the logits. This one hands them on as Flax
-    would have made them, and looks at them in float32 before they are rounded to Flax's dtype.
+    Flax lets the caller supply the product that makes the logits. This one is Flax's own, so that
+    the output has the same bits.
     """
     plain = functools.partial(
         jnp.einsum, precision=precision, _dot_general=einsum_dot_general or lax.dot_general
@@ -75,13 +75,9 @@ def _dense_attention(
     seen: list[jax.Array] = []
 
     def logits_einsum(subscripts: str, query: jax.Array, key: jax.Array) -> jax.Array:
-        if qk_attn_weights_einsum is not None:
-            logits = qk_attn_weights_einsum(subscripts, query, key)
-        else:
-            dtype = jnp.promote_types(query.dtype, jnp.float32)
-            logits = plain(subscripts, query, key, preferred_element_type=dtype)
-        seen.append(lax.stop_gradient(logits).astype(jnp.float32))
-        return logits.astype(query.dtype)
+        logits = (qk_attn_weights_einsum or plain)(subscripts, query, key)
+        seen.append(lax.stop_gradient(logits))
+        return logits
 
     out = nn.dot_product_attention(
         query,
@@ -94,13 +90,13 @@ def _dense_attention(
         **keywords,
     )
     (logits,) = seen
-    if mask is not None:
-        logits = jnp.where(jnp.asarray(mask).astype(bool), logits, -jnp.inf)
+    permitted = None if mask is None else jnp.asarray(mask).astype(bool)
     if bias is not None:
-        logits = jnp.where(bias_permits(lax.stop_gradient(bias)), logits, -jnp.inf)
+        permits = bias_permits(lax.stop_gradient(bias))
+        permitted = permits if permitted is None else permitted & permits
     heads = logits.ndim - 3
     other_axes = tuple(axis for axis in range(logits.ndim) if axis != heads)
-    return out, jnp.max(logits, axis=other_axes, initial=-jnp.inf)
+    return out, permitted_max(logits, permitted, axes=other_axes)
 
 
 def dot_product_attention(
@@ -180,7 +176,7 @@ def dot_product_attention(
             query, key, value, bias, mask, implementation=implementation
         )
     else:
-        out, max_logits = _dense_attention(
+        out, max_logits = flax_attention(
             query,
             key,
             value,

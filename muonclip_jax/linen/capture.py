@@ -1,6 +1,7 @@
 """Capturing the maxima of a Linen model that stays as it is."""
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,14 +13,32 @@ from flax.linen.dtypes import promote_dtype
 
 from muonclip_jax._paths import MAX_LOGITS
 from muonclip_jax._typing import Tree
-from muonclip_jax.attention import only_max_logits, recording_beside, records
+from muonclip_jax.attention import RecordingBeside, only_max_logits, records
 from muonclip_jax.linen.attention import (
     COLLECTION,
     calling_module,
     capturing,
     dot_product_attention,
+    flax_attention,
     record_in_module,
 )
+
+
+@functools.wraps(nn.dot_product_attention)
+def _flax_recording(*arguments: Any, **keywords: Any) -> jax.Array:
+    """Flax's default attention: the same bits, and the maxima of its own logits."""
+    call = inspect.signature(nn.dot_product_attention).bind(*arguments, **keywords)
+    out, max_logits = flax_attention(**call.arguments)
+    _record(max_logits)
+    return out
+
+
+def _to_one_dtype(query: jax.Array, key: jax.Array, dtype: Any) -> Any:
+    return promote_dtype(query, key, dtype=dtype)
+
+
+def _record(max_logits: jax.Array) -> None:
+    record_in_module(calling_module(), max_logits)
 
 
 def _recording(attention_fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -27,12 +46,8 @@ def _recording(attention_fn: Callable[..., jax.Array]) -> Callable[..., jax.Arra
     if records(attention_fn, dot_product_attention):
         return attention_fn
     if attention_fn is nn.dot_product_attention:
-        return dot_product_attention
-    return recording_beside(
-        attention_fn,
-        lambda query, key, dtype: promote_dtype(query, key, dtype=dtype),
-        lambda max_logits: record_in_module(calling_module(), max_logits),
-    )
+        return _flax_recording
+    return RecordingBeside(attention_fn, _to_one_dtype, _record)
 
 
 def _record_flax_attention(
@@ -67,11 +82,12 @@ def _capture() -> Iterator[None]:
 def capture_max_logits(apply_fn: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """Makes `model.apply` return the largest logit of every attention head beside its output.
 
-    The model stays as it is. Flax's attention modules, and those derived from them, record while
-    the call runs: with Flax's default `attention_fn` from the very logits that attention computes,
-    with another one by computing them once more, block by block, from its arguments: what it scales
-    or hides inside is not seen. Whatever else is sown as `max_logits` is returned too. Pure: it
-    works under `jit`, `value_and_grad`, `nn.remat`, `nn.scan` and `nn.vmap`.
+    The model stays as it is and computes the same, bit for bit. Flax's attention modules, and those
+    derived from them, record while the call runs: with Flax's default `attention_fn` from the very
+    logits that attention computes, with another one by computing them once more, block by block,
+    from its arguments: what it scales or hides inside is not seen. Whatever else is sown as
+    `max_logits` is returned too. Pure: it works under `jit`, `value_and_grad`, `nn.remat`,
+    `nn.scan` and `nn.vmap`.
 
     Args:
         apply_fn: `model.apply`, or a function that takes variables first and `mutable=` as it does.
@@ -81,6 +97,7 @@ def capture_max_logits(apply_fn: Callable[..., Any]) -> Callable[..., tuple[Any,
         maxima, which mirrors the paths of the attention modules.
 
     Raises:
+        TypeError: If `apply_fn` is a model, a jitted function or no function at all.
         ValueError: From the returned function: if no attention recorded anything, or if a maximum
             cannot leave a transformation that does not carry `intermediates`.
 
@@ -93,11 +110,34 @@ def capture_max_logits(apply_fn: Callable[..., Any]) -> Callable[..., tuple[Any,
         >>> jax.tree.map(jnp.shape, max_logits)
         {'layers_1': {'max_logits': (2,)}}
     """
+    if isinstance(apply_fn, nn.Module):
+        raise TypeError(
+            "capture_max_logits takes model.apply, got the model itself, a "
+            f"{type(apply_fn).__name__}. Write capture_max_logits(model.apply)."
+        )
+    if isinstance(apply_fn, jax.stages.Wrapped):
+        raise TypeError(
+            "capture_max_logits takes model.apply, got a jitted function, whose arguments must be "
+            "arrays and cannot be mutable=['intermediates']. Write "
+            "jax.jit(capture_max_logits(model.apply))."
+        )
+    if not callable(apply_fn):
+        raise TypeError(
+            f"capture_max_logits takes model.apply, got {apply_fn!r} of type "
+            f"{type(apply_fn).__name__}. Write "
+            "out, max_logits = capture_max_logits(model.apply)(variables, inputs)."
+        )
 
     @functools.wraps(apply_fn)
     def captured(
         variables: Tree, *arguments: Any, mutable: CollectionFilter = False, **keywords: Any
     ) -> tuple[Any, dict[str, Any]]:
+        if not isinstance(variables, Mapping):
+            raise TypeError(
+                "The first argument must be the variables, {'params': params}, got a "
+                f"{type(variables).__name__}. Write capture_max_logits(model.apply)(variables, "
+                "inputs); an NNX model goes to muonclip_jax.nnx.capture_max_logits(model)."
+            )
         # What an earlier call recorded is not this one's.
         variables = {name: tree for name, tree in variables.items() if name != COLLECTION}
         with _capture():

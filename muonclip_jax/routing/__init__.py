@@ -18,6 +18,7 @@ from muonclip_jax.routing.decay import decay_mask as decay_mask
 from muonclip_jax.routing.describe import describe_labels as describe_labels
 from muonclip_jax.routing.rules import (
     MatrixRules as MatrixRules,
+    as_rules as as_rules,
     infer_dimension_numbers as infer_dimension_numbers,
     label_params as label_params,
 )

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import optax
 
 from muonclip_jax._fitting import normalize_spec
-from muonclip_jax._paths import flatten_with_paths, nothing_matched
+from muonclip_jax._paths import array_leaves, flatten_with_paths, nothing_matched, tree_from
 from muonclip_jax._specs import MatrixSpec, is_spec
 from muonclip_jax._typing import Tree
 from muonclip_jax.routing.inference import suggested_rule
@@ -51,13 +51,12 @@ def resolve_specs(
         >>> [(path, spec is not None) for path, _, spec in specs]
         [('w1/a', True), ('w1/b', True), ('w2', False)]
     """
-    if callable(weight_dimension_numbers):
-        weight_dimension_numbers = weight_dimension_numbers(params)
+    weight_dimension_numbers = tree_from(weight_dimension_numbers, params, _is_entry)
     if weight_dimension_numbers is None:
         decided = as_rules(rules).decisions(params)
         return [(path, leaf, decision.spec) for path, leaf, decision in decided]
 
-    leaves = flatten_with_paths(params)[0]
+    leaves = array_leaves(params)
     if is_spec(weight_dimension_numbers):
         return [
             (path, leaf, normalize_spec(weight_dimension_numbers, leaf.shape, path))

@@ -8,7 +8,7 @@ import jax
 import optax
 
 from muonclip_jax._fitting import normalize_spec, simplify_spec
-from muonclip_jax._paths import flatten_with_paths, nothing_matched
+from muonclip_jax._paths import array_leaves, flatten_with_paths, nothing_matched
 from muonclip_jax._specs import SpecLike
 from muonclip_jax._typing import Tree
 from muonclip_jax.heads.cuts import attention_cuts
@@ -133,7 +133,7 @@ class MatrixRules:
             ValueError: If a leaf of rank three or more is not known, or an attention block that is
                 to be cut cannot be read.
         """
-        leaves = flatten_with_paths(params)[0]
+        leaves = array_leaves(params)
         decided = [(path, leaf, self.decide(path, tuple(leaf.shape))) for path, leaf in leaves]
         if self.attention != MERGED:
             decided = self._cut_attention(params, decided)

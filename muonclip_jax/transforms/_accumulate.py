@@ -20,10 +20,13 @@ import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from muonclip_jax._typing import ScalarOrSchedule, Tree
+from muonclip_jax._arguments import names_known
+from muonclip_jax._paths import tree_from
+from muonclip_jax._typing import ScalarOrSchedule, Shaped, Tree
 from muonclip_jax.attention.maxima import merge_max_logits
 from muonclip_jax.matrices import MeshShardings, place, read_shardings
-from muonclip_jax.transforms._checks import is_concrete, value_at
+from muonclip_jax.transforms._checks import check_every, value_at
+from muonclip_jax.transforms._inputs import transformation
 from muonclip_jax.transforms._recorded import forms_of, read_recorded
 
 #: What `optax.MultiSteps` takes by this name: of the gradients, the number of steps so far and the
@@ -39,7 +42,8 @@ class AccumulateState(NamedTuple):
         gradient_step: Steps so far, int32, `()`.
         gradients: Mean over the micro-batches of this step, or of the last one where `mini_step`
             is zero; tree of the parameters in float32 or wider.
-        max_logits: Maxima over the same micro-batches, path -> array; empty where none are taken.
+        max_logits: Maxima over the same micro-batches, path -> array, zeros before the first;
+            empty where none are taken.
         inner_state: State of the inner transformation; only a step changes it.
         skip_state: The second value of the last `should_skip_update_fn`; zeros before.
     """
@@ -52,6 +56,7 @@ class AccumulateState(NamedTuple):
     skip_state: Any
 
 
+@names_known
 def accumulate(
     tx: optax.GradientTransformation,
     every: ScalarOrSchedule,
@@ -128,19 +133,25 @@ def accumulate(
             f"accumulate takes a gradient transformation such as muonclip_jax.muonclip(1e-3), got "
             f"{type(tx).__name__}. Of an optax.MultiSteps, give the transformation inside."
         )
-    _check_every(every)
+    check_every(every, "the number of micro-batches of a step, or a schedule", schedule=True)
+    if should_skip_update_fn is not None and not callable(should_skip_update_fn):
+        raise TypeError(
+            "should_skip_update_fn must be a function such as optax.skip_not_finite, got "
+            f"{should_skip_update_fn!r}."
+        )
     inner = optax.with_extra_args_support(tx)
-    announced = max_logits if callable(max_logits) else forms_of(max_logits)
+    if not callable(max_logits):
+        forms_of(max_logits)  # An example that shows no maxima is an error here already.
 
     def init_fn(params: optax.Params) -> AccumulateState:
         count = jnp.zeros([], jnp.int32)
-        forms = forms_of(announced(params)) if callable(announced) else announced
+        forms = forms_of(tree_from(max_logits, params, lambda x: isinstance(x, Shaped)))
         skip_state: Any = ()
         if should_skip_update_fn is not None:
             zeros = optax.tree.zeros_like(params)
             _, skip_state = jax.eval_shape(should_skip_update_fn, zeros, count, params)
         mean = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_wide(p)), params)
-        maxima = jax.tree.map(lambda form: jnp.full_like(form, -jnp.inf), forms)
+        maxima = jax.tree.map(jnp.zeros_like, forms)
         shardings = read_shardings(params, param_shardings, warn=False)
         # Two arrays, for a state whose leaves share memory cannot be donated.
         counts = (count, jnp.copy(count))
@@ -168,8 +179,12 @@ def accumulate(
         mean = jax.tree.map(
             lambda g, m: _mean(g, m, first, state.mini_step), updates, state.gradients
         )
-        before = jax.tree.map(lambda m: jnp.where(first, -jnp.inf, m), state.max_logits)
-        maxima = _as_before(merge_max_logits(before, recorded), state.max_logits)
+        recorded = _as_before(recorded, state.max_logits)
+        maxima = jax.tree.map(
+            lambda new, merged: jnp.where(first, new, merged),
+            recorded,
+            merge_max_logits(state.max_logits, recorded),
+        )
         mini_step = state.mini_step + 1
         skip_state = state.skip_state
         if should_skip_update_fn is not None:
@@ -214,15 +229,7 @@ def accumulate(
             skip_state=skip_state,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _check_every(every: Any) -> None:
-    if is_concrete(every) and not (every >= 1 and every == every // 1):
-        raise ValueError(
-            f"every must be an integer from 1, got {every}. It is the number of micro-batches of "
-            "a step, or a schedule of it."
-        )
+    return transformation("accumulate", init_fn, update_fn, one_tree=True)
 
 
 def _wide(x: Any) -> Any:
@@ -232,7 +239,7 @@ def _wide(x: Any) -> Any:
 def _mean(g: jax.Array, mean: jax.Array, first: jax.Array, count: jax.Array) -> jax.Array:
     """Welford's mean of `count` values and one more; what `mean` holds before the first is void."""
     g = g.astype(mean.dtype)
-    return jnp.where(first, g, mean + (g - mean) / (count + 1)).astype(mean.dtype)
+    return jnp.where(first, g, mean + (g - mean) / (count + 1).astype(mean.dtype))
 
 
 def _as_before(new: Tree, old: Tree) -> Tree:

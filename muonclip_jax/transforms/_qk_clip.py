@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from muonclip_jax._arguments import check_scalar, names_known
 from muonclip_jax._typing import ScalarLike, ScalarOrSchedule
 from muonclip_jax.clipping.blocks import find_in, named_leaves, plan_clip
 from muonclip_jax.clipping.clip import clip_info, leaf_factors, leaves_needing
@@ -17,6 +18,7 @@ from muonclip_jax.clipping.scaling import beside, check_reduced, compute_if, kee
 from muonclip_jax.heads.finding import Blocks, block_rules
 from muonclip_jax.heads.plan import BlockPlan
 from muonclip_jax.transforms._checks import value_at
+from muonclip_jax.transforms._inputs import transformation
 
 
 class QKClipState(NamedTuple):
@@ -51,7 +53,8 @@ def clip_until(step: int, threshold: ScalarOrSchedule = 100.0) -> Callable[[Any]
         Kimi Team, Kimi K2, arXiv 2507.20534: no head triggered after the first 70 000
         steps.
     """
-    check_clip_settings(threshold, 0.5, "query")
+    check_scalar("step", step, "a number of updates")
+    check_clip_settings(threshold, 0.5, "query", schedules=True)
 
     def schedule(count: Any) -> jax.Array:
         tau = jnp.asarray(value_at(threshold, count), jnp.float32)
@@ -90,6 +93,7 @@ def _clip_update(u: jax.Array, p: jax.Array, factor: jax.Array) -> jax.Array:
     return keep_unscaled(u, clipped.astype(u.dtype), factor)
 
 
+@names_known
 def qk_clip(
     threshold: ScalarOrSchedule = 100.0,
     alpha: ScalarOrSchedule = 0.5,
@@ -143,7 +147,7 @@ def qk_clip(
     References:
         Kimi Team, Kimi K2, arXiv 2507.20534, Algorithm 1.
     """
-    check_clip_settings(threshold, alpha, shared_keys)
+    check_clip_settings(threshold, alpha, shared_keys, schedules=True)
     rules = block_rules(blocks)
     counts = callable(threshold) or callable(alpha)
 
@@ -155,7 +159,7 @@ def qk_clip(
 
     def update(
         updates: optax.Updates,
-        state: optax.OptState,
+        state: Any,
         params: optax.Params | None = None,
         *,
         max_logits: Any = None,
@@ -175,10 +179,11 @@ def qk_clip(
                 "tx.update(grads, state, params, max_logits=max_logits), with what Flax returned "
                 "as intermediates or a dict {'path/of/attention': array of (heads,)}. "
                 "muonclip_jax.dot_product_attention returns them, muonclip_jax.linen and "
-                "muonclip_jax.nnx capture them. To train without the clip, leave qk_clip out "
-                "(muonclip: qk_clip_threshold=None)."
+                "muonclip_jax.nnx capture them. Flax's own TrainState.apply_gradients does not "
+                "pass them on; muonclip_jax.linen.TrainState does. To train without the clip, "
+                "leave qk_clip out (muonclip: qk_clip_threshold=None)."
             )
-        count = state.count if isinstance(state, QKClipState) else None
+        count = state.count if counts else None
         plans, recorded = plan_clip(now, max_logits, rules)
         p, u = now.by_path, new.by_path
         touched = [leaf.path for plan in plans for leaf in plan.leaves]
@@ -197,8 +202,8 @@ def qk_clip(
             plans=plans,
             shared_keys=shared_keys,
         )
-        if isinstance(state, QKClipState):
+        if counts:
             state = QKClipState(count=optax.safe_increment(jnp.asarray(state.count)))
         return new.replaced(clipped), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation("qk_clip", init, update)

@@ -10,7 +10,8 @@ import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from muonclip_jax._typing import ScalarLike
+from muonclip_jax._arguments import check_flag, check_type, names_known
+from muonclip_jax._typing import ScalarLike, ScalarOrSchedule
 from muonclip_jax.matrices import (
     Distribution,
     MeshShardings,
@@ -31,8 +32,9 @@ from muonclip_jax.polar import (
     decide_platform,
     plan_polar,
 )
-from muonclip_jax.routing import MatrixRules, MatrixSpec, resolve_muon_specs
-from muonclip_jax.transforms._checks import check_fraction, check_non_negative
+from muonclip_jax.routing import MatrixRules, MatrixSpec, as_rules, resolve_muon_specs
+from muonclip_jax.transforms._checks import check_fraction, check_non_negative, value_at
+from muonclip_jax.transforms._inputs import transformation
 from muonclip_jax.transforms._moments import check_moment_dtype, check_moment_leaf
 
 #: One spec for all leaves, a tree of them (full, prefix or masked), or a function of the tree.
@@ -54,10 +56,11 @@ class MuonState(NamedTuple):
     mu: optax.Updates
 
 
+@names_known
 def scale_by_muon(
     ns_coeffs: Any = DEFAULT_SET,
     ns_steps: int | None = None,
-    beta: ScalarLike = 0.95,
+    beta: ScalarOrSchedule = 0.95,
     eps: ScalarLike = DEFAULT_EPS,
     mu_dtype: Any = None,
     *,
@@ -99,7 +102,8 @@ def scale_by_muon(
         ns_coeffs: Newton-Schulz coefficients: a name, a triple or rows (see `orthogonalize`). By
             default "minimax4"; "keller_jordan" reproduces the reference implementations. Static.
         ns_steps: Number of steps; None takes all rows of a set, five of a triple. Static.
-        beta: Decay of the momentum, in [0, 1). May be traced.
+        beta: Decay of the momentum, in [0, 1). May be traced, or a schedule of the number of
+            updates.
         eps: Smallest divisor of a matrix once its largest entry is one: it guards the zero
             matrix alone.
         mu_dtype: Dtype of the stored momentum; None is the parameter's. "bfloat16" halves its
@@ -113,7 +117,8 @@ def scale_by_muon(
             the tree of updates to such a tree. None: `rules` decide; where they say None, a leaf
             of rank 2 is the matrix of its axes (0, 1). Static.
         bias_correction: Whether to divide momentum and gradient by `1 - beta^t`, as
-            `optax.contrib.muon` does (with `t + 1` for a Nesterov momentum). Static.
+            `optax.contrib.muon` does (with `t + 1` for a Nesterov momentum); `beta` is the
+            present one of a schedule. Static.
         ns_method: "auto", "standard", "gram" or "svd" (see `orthogonalize`). Static.
         ns_dtype: What Newton-Schulz computes in (see `orthogonalize`). Static.
         ns_implementation: Who computes the products: "xla", None, which takes a Pallas kernel
@@ -153,8 +158,14 @@ def scale_by_muon(
         Jordan et al. 2024, kellerjordan.github.io/posts/muon; Bernstein and Newhouse 2024,
         arXiv 2409.20325; Liu et al. 2025, arXiv 2502.16982.
     """
-    check_fraction("beta", beta, "the momentum's decay, such as 0.95")
+    check_fraction("beta", beta, "the momentum's decay, such as 0.95", schedule=True)
     check_non_negative("eps", eps)
+    flags = {"nesterov": nesterov, "adaptive": adaptive}
+    for name, flag in (flags | {"bias_correction": bias_correction}).items():
+        check_flag(name, flag)
+    as_rules(rules)
+    check_type("distribution", distribution, Distribution | None, "Distribution(...)")
+    check_type("axis_name", axis_name, str | tuple | None, "'data' or ('data', 'fsdp')")
     polar = plan_polar(
         ns_coeffs,
         ns_steps,
@@ -203,14 +214,16 @@ def scale_by_muon(
             if options.shard_momentum:
                 updates = _placed(updates, momentum_shardings)
         count = jnp.asarray(optax.safe_increment(jnp.asarray(state.count)))
-        mu = jax.tree.map(functools.partial(_average, weights=(beta, 1 - beta)), before, updates)
-        weights: _Weights = (beta, 1 - beta) if nesterov else (1.0,)
+        decay = value_at(beta, state.count)
+        averaging = (decay, 1 - decay)
+        mu = jax.tree.map(functools.partial(_average, weights=averaging), before, updates)
+        weights: _Weights = averaging if nesterov else (1.0,)
         if bias_correction:
             # With Nesterov, the momentum's is that of the next step.
             ahead = jnp.asarray(optax.safe_increment(count))
             counts = (ahead, count) if nesterov else (count,)
             weights = tuple(
-                weight / _correction(beta, after)
+                weight / _correction(decay, after)
                 for weight, after in zip(weights, counts, strict=True)
             )
         momenta, treedef = jax.tree.flatten(mu)
@@ -249,7 +262,7 @@ def scale_by_muon(
             mu = _placed(mu, momentum_shardings)
         return jax.tree.unflatten(treedef, polars), MuonState(count=count, mu=mu)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("scale_by_muon", init_fn, update_fn)
 
 
 def init_on_mesh(
@@ -332,4 +345,4 @@ def _zeros(params: optax.Params, dtype: Any, shardings: MeshShardings | None) ->
 
 
 def _correction(beta: ScalarLike, count: jax.Array) -> jax.Array:
-    return 1 - jnp.asarray(beta, jnp.float32) ** count
+    return 1 - jax.lax.pow(jnp.asarray(beta, jnp.float32), count)

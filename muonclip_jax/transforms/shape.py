@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from muonclip_jax._arguments import names_known
 from muonclip_jax._typing import ScalarLike
 from muonclip_jax.matrices import join_leaf, plan_leaf, shape_rule, split_leaf
 from muonclip_jax.routing import MatrixRules, MatrixSpec, resolve_muon_specs
@@ -14,6 +15,7 @@ from muonclip_jax.transforms._checks import check_positive
 from muonclip_jax.transforms._scale_by_muon import WeightDimNumOrFn
 
 
+@names_known
 def scale_by_shape(
     weight_dimension_numbers: WeightDimNumOrFn | None = None,
     consistent_rms: ScalarLike | None = None,
@@ -52,7 +54,9 @@ def scale_by_shape(
         >>> float(tx.update(params, tx.init(params))[0]["w"][0, 0])
         1.0
     """
-    check_positive("consistent_rms", consistent_rms, "Write 0.2 for AdamW's RMS, None for none.")
+    if consistent_rms is not None:
+        instead = "Write 0.2 for AdamW's RMS, None for none."
+        check_positive("consistent_rms", consistent_rms, instead)
     if rule is not None and consistent_rms is not None:
         raise ValueError(
             f"scale_by_shape takes consistent_rms or rule, got consistent_rms={consistent_rms} "

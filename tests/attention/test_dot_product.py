@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from muonclip_jax.attention import IMPLEMENTATIONS, attention_max_logits, dot_product_attention, xla
 from muonclip_jax.attention.arguments import read_arguments
@@ -331,3 +332,43 @@ def test_value_must_fit_the_key():
     x = jnp.ones((3, 2, 4))
     with pytest.raises(ValueError, match="key and value must agree in all but their last axis"):
         inspect.unwrap(dot_product_attention)(x, x, jnp.ones((5, 2, 4)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "masks"),
+    [("b, 6, 4, 8", "b, 1, 6, 6"), ("b, t, 4, 8", "1, 1, t, t"), ("2, t, 4, 8", "2, 1, t, t")],
+)
+def test_symbolic_shapes_are_exported(shape: str, masks: str):
+    """As `jax.nn.dot_product_attention` can be; at one shape it is what is computed without."""
+
+    def attend(query: jax.Array, mask: jax.Array) -> Any:
+        output = dot_product_attention(query, query, query, mask=mask, is_causal=True)
+        biased = dot_product_attention(query, query, query, jnp.where(mask, 0.0, -jnp.inf))
+        return output, biased, attention_max_logits(query, query, mask=mask, is_causal=True)
+
+    scope = export.SymbolicScope()
+    exported = export.export(jax.jit(attend))(
+        jax.ShapeDtypeStruct(export.symbolic_shape(shape, scope=scope), jnp.float32),
+        jax.ShapeDtypeStruct(export.symbolic_shape(masks, scope=scope), jnp.bool_),
+    )
+    query = jax.random.normal(jax.random.key(0), (2, 6, 4, 8))
+    mask = jnp.ones((2 if masks[0] != "1" else 1, 1, 6, 6), bool).at[..., 1].set(False)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+        exported.call(query, mask),
+        attend(query, mask),
+    )
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_hidden_pairs_are_no_infinities_to_jax(jit: bool):
+    """With a bias, with a mask and for the maxima alone."""
+    query = jax.random.normal(jax.random.key(0), (2, 6, 4, 8))
+    mask = jnp.ones((1, 1, 6, 6), bool).at[..., 1].set(False)
+
+    def attend(query: jax.Array) -> Any:
+        biased = dot_product_attention(query, query, query, jnp.zeros((1, 1, 6, 6)), mask)
+        return biased, attention_max_logits(query, query, mask=mask)
+
+    with jax.debug_infs(True), jax.debug_nans(True):
+        (jax.jit(attend) if jit else attend)(query)

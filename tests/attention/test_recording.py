@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from muonclip_jax.attention import recording_beside
+from muonclip_jax.attention import RecordingBeside
 from tests.attention.cases import CASES
 from tests.attention.dense import dense_attention
 from tests.helpers import TOLERANCE
@@ -16,7 +16,7 @@ from tests.helpers import TOLERANCE
 
 def _recorded(attention_fn: Any, *arguments: Any, **keywords: Any) -> tuple[Any, jax.Array]:
     seen: list[jax.Array] = []
-    attend = recording_beside(attention_fn, lambda q, k, dtype: (q, k), seen.append)
+    attend = RecordingBeside(attention_fn, lambda q, k, dtype: (q, k), seen.append)
     out = attend(*arguments, **keywords)
     (max_logits,) = seen
     return out, max_logits

@@ -600,3 +600,21 @@ def test_the_inner_transformation_still_refuses():
     tx = mc.accumulate(mc.qk_clip(), 2)
     with pytest.raises(ValueError, match="needs the largest attention logits"):
         tx.update(GRADIENTS[0], tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_infinities_are_debugged_and_promotion_may_be_strict(jit: bool):
+    """Adam needs implicit promotion itself, so there is none inside."""
+    chained = optax.chain(optax.sgd(0.1), mc.qk_clip())
+    measured = mc.metrics(chained, qk_clip_threshold=100.0)
+    (_, expected), _ = run(
+        mc.accumulate(measured, 2, max_logits=FORM),
+        [{"gradients": GRADIENTS[0], "max_logits": x} for x in MAXIMA[:2]],
+    )
+    for mode in (jax.debug_infs(True), jax.numpy_dtype_promotion("strict")):
+        tx = mc.accumulate(measured, 2, max_logits=FORM)
+        update = jax.jit(tx.update) if jit else tx.update
+        with mode, jax.numpy_rank_promotion("raise"):
+            _, state = update(GRADIENTS[0], tx.init(PARAMS), PARAMS, max_logits=MAXIMA[0])
+            updates, _ = update(GRADIENTS[0], state, PARAMS, max_logits=MAXIMA[1])
+        assert_close(updates, expected)

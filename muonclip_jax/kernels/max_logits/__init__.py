@@ -13,5 +13,6 @@ from muonclip_jax.kernels.max_logits.dispatch import (
 from muonclip_jax.kernels.max_logits.xla import (
     block_logits as block_logits,
     dot_precision as dot_precision,
+    known_product as known_product,
     least_block as least_block,
 )

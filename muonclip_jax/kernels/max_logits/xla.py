@@ -8,6 +8,8 @@ visited.
 """
 
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from muonclip_jax.kernels.pairs import (
     allowed_pairs,
     bias_permits,
     cut,
+    permitted_max,
 )
 from muonclip_jax.kernels.shards import shares_of
 
@@ -64,6 +67,11 @@ def least_block() -> int:
     return _LEAST_BLOCK.get(jax.default_backend(), _ACCELERATOR_LEAST_BLOCK)
 
 
+def known_product(*sizes: Any) -> int:
+    """Multiplies sizes; a symbolic one, of a program exported for any batch, counts as one."""
+    return math.prod(size for size in sizes if isinstance(size, int))
+
+
 def _block_length(length: int, other: int, rows: int) -> int:
     """Returns how much of an axis a block covers, given `rows` products of `other` each."""
     wanted = _BLOCK_ELEMENTS // max(rows * other, 1)
@@ -97,9 +105,14 @@ def max_logits_xla(
         return shares.maxima(share, query, key, scale, arrays)
     batch, queries, key_heads, groups, _ = query.shape
     keys = key.shape[1]
-    rows = batch * key_heads * groups
-    key_block = _block_length(keys, 256, rows)
-    query_block = _block_length(queries, key_block, rows)
+    key_block, query_block, starts = keys, queries, [(0, 0)]
+    if isinstance(queries, int) and isinstance(keys, int):
+        rows = known_product(batch, key_heads, groups)
+        key_block = _block_length(keys, 256, rows)
+        query_block = _block_length(queries, key_block, rows)
+        starts = _block_starts(geometry, queries, keys, query_block, key_block)
+    if query.size == 0 or key.size == 0 or not starts:
+        return jnp.full((key_heads, groups), -jnp.inf, jnp.float32)
 
     def maximum(start: tuple[jax.Array, jax.Array]) -> Float[Array, "K G"]:
         query_start, key_start = start
@@ -107,21 +120,14 @@ def max_logits_xla(
             lax.dynamic_slice_in_dim(query, query_start, query_block, axis=1),
             lax.dynamic_slice_in_dim(key, key_start, key_block, axis=1),
             scale,
-        ).astype(jnp.float32)
+        )
         block = (query_start, query_block, key_start, key_block)
         allowed = allowed_pairs(geometry, arrays, *block)
         if arrays.bias is not None:
             permitted = bias_permits(cut(arrays.bias, *block))
             allowed = permitted if allowed is None else allowed & permitted
-        if allowed is not None:
-            logits = jnp.where(allowed, logits, -jnp.inf)
-        return jnp.max(logits, axis=(0, 3, 4))
+        return permitted_max(logits, allowed, axes=(0, 3, 4))
 
-    starts = []
-    if batch and queries and keys:
-        starts = _block_starts(geometry, queries, keys, query_block, key_block)
-    if not starts:
-        return jnp.full((key_heads, groups), -jnp.inf, jnp.float32)
     if len(starts) == 1:
         query_start, key_start = starts[0]
         return maximum((jnp.asarray(query_start), jnp.asarray(key_start)))

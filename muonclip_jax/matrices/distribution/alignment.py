@@ -5,7 +5,7 @@ from typing import Any
 
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from muonclip_jax._paths import flatten_with_paths
+from muonclip_jax._paths import flatten_with_paths, tree_from
 from muonclip_jax._typing import Tree
 from muonclip_jax.matrices.distribution.agreement import check_reduced
 from muonclip_jax.matrices.distribution.sharding import axes_of
@@ -28,8 +28,7 @@ def align_shardings(params: Tree, param_shardings: Tree) -> list[tuple[str, Any,
         TypeError: If an entry is no sharding.
         ValueError: If a leaf has no entry, or its entry does not fit its shape.
     """
-    if callable(param_shardings):
-        param_shardings = param_shardings(params)
+    param_shardings = tree_from(param_shardings, params, is_entry)
     entries = dict(flatten_with_paths(param_shardings, is_leaf=is_entry)[0])
     aligned = []
     for path, leaf in flatten_with_paths(params)[0]:

@@ -119,7 +119,8 @@ def _distance_from_identity(product: jax.Array) -> jax.Array:
     rows = product.shape[-1]
     mean = jnp.trace(jnp.real(product), axis1=-2, axis2=-1)[:, None, None] / rows
     # Not by sqrt(m / rank - 1), in which all digits of a small distance cancel.
-    difference = product / jnp.where(mean == 0, 1, mean) - jnp.eye(rows, dtype=product.dtype)
+    identity = jnp.broadcast_to(jnp.eye(rows, dtype=product.dtype), product.shape)
+    difference = product / jnp.where(mean == 0, 1, mean) - identity
     return jnp.sqrt(jnp.sum(jnp.abs(difference) ** 2, axis=(-2, -1)) / rows)
 
 

@@ -54,7 +54,7 @@ def no_sample(matrices: int, blocks: int) -> MetricsSample:
         spectral_norm=jnp.zeros(matrices, jnp.float32),
         orthogonality_error=jnp.zeros(matrices, jnp.float32),
         effective_rank=jnp.zeros(matrices, jnp.float32),
-        max_logit=jnp.full(blocks, -jnp.inf, jnp.float32),
+        max_logit=jnp.zeros(blocks, jnp.float32),
         min_gamma=jnp.ones(blocks, jnp.float32),
         clipped_heads=jnp.zeros(blocks, jnp.int32),
     )

@@ -10,13 +10,15 @@ import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
+from muonclip_jax._arguments import is_concrete, names_known
 from muonclip_jax._paths import flatten_with_paths
 from muonclip_jax._typing import ScalarLike, ScalarOrSchedule, Tree
 from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.heads.finding import block_rules
 from muonclip_jax.matrices import place, read_shardings
 from muonclip_jax.routing import MatrixRules
-from muonclip_jax.transforms._checks import is_concrete
+from muonclip_jax.transforms._checks import check_every, value_at
+from muonclip_jax.transforms._inputs import transformation
 from muonclip_jax.transforms._metrics.plan import MatrixPlan, blocks_of, plan_matrices
 from muonclip_jax.transforms._metrics.sample import (
     MetricsSample,
@@ -40,6 +42,7 @@ class MetricsState(NamedTuple):
     inner_state: Any
 
 
+@names_known
 def metrics(
     inner: optax.GradientTransformation,
     every: ScalarLike = 100,
@@ -103,13 +106,9 @@ def metrics(
             f"metrics takes a gradient transformation such as muonclip_jax.muonclip(0.02), got "
             f"{type(inner).__name__}."
         )
-    if is_concrete(every) and not (every >= 1 and every == every // 1):
-        raise ValueError(
-            f"every must be an integer from 1, got {every}. It is the number of updates from one "
-            "sample to the next."
-        )
+    check_every(every, "the number of updates from one sample to the next")
     if qk_clip_threshold is not None:
-        check_clip_settings(qk_clip_threshold, 0.5, "query", prefix="qk_clip_")
+        check_clip_settings(qk_clip_threshold, 0.5, "query", prefix="qk_clip_", schedules=True)
     attention = block_rules(qk_clip_blocks, "qk_clip_blocks")
     measured = optax.with_extra_args_support(inner)
 
@@ -134,7 +133,7 @@ def metrics(
         if qk_clip_threshold is not None:
             clips = not (is_concrete(qk_clip_threshold) and qk_clip_threshold == jnp.inf)
             recorded = recorded_in(updates, extra_args.get("max_logits"), attention, clips)
-            threshold = _at(qk_clip_threshold, state.count)
+            threshold = value_at(qk_clip_threshold, state.count)
         leaves = jax.tree.leaves(updates)
         operands = (
             [leaves[position] for position in plan.positions],
@@ -165,11 +164,7 @@ def metrics(
         count, sample = _whole((count, sample), updates, param_shardings)
         return updates, MetricsState(count=count, sample=sample, inner_state=inner_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _at(value: Any, count: Any) -> Any:
-    return value(count) if callable(value) else value
+    return transformation("metrics", init_fn, update_fn)
 
 
 def _momentum(state: Any, plan: MatrixPlan) -> dict[int, jax.Array]:

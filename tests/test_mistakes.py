@@ -1,0 +1,416 @@
+"""What people write by mistake, and the error that they read: what, where, and what to write."""
+
+import dataclasses
+import functools
+import importlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training import train_state
+
+from muonclip_jax import checkpoint
+
+# Untyped, for the mistakes are ones that a type checker sees too.
+mc: Any = importlib.import_module("muonclip_jax")
+mc_linen: Any = importlib.import_module("muonclip_jax.linen")
+mc_nnx: Any = importlib.import_module("muonclip_jax.nnx")
+
+KERNEL = jax.random.normal(jax.random.key(0), (8, 2, 4))
+PARAMS = {
+    "attention": {"query": {"kernel": KERNEL}, "key": {"kernel": KERNEL[::-1]}},
+    "mlp": {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16)},
+}
+GRADS = jax.tree.map(jnp.sin, PARAMS)
+MAX_LOGITS = {"attention": jnp.array([400.0, 30.0])}
+MLP = {"mlp": PARAMS["mlp"]}
+LORA = {"q": {"lora_a": jnp.ones((8, 2)), "lora_b": jnp.ones((2, 8))}}
+
+
+@pytest.fixture(autouse=True)
+def _as_users_call_it() -> Iterator[None]:
+    """Without the check of annotations that the tests add to every function."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Module:
+    """A pytree that can be called, as an Equinox module is."""
+
+    kernel: Any
+    bias: Any
+
+    def __call__(self, x: Any) -> Any:
+        return x @ self.kernel + self.bias
+
+
+def step(tx: Any, grads: Any = GRADS, params: Any = PARAMS, state: Any = None, **extra: Any) -> Any:
+    state = tx.init(params) if state is None else state
+    return tx.update(grads, state, params, **extra)
+
+
+def clipped_step(**settings: Any) -> Any:
+    return step(mc.muonclip(1e-3, **settings), max_logits=MAX_LOGITS)
+
+
+def unclipped() -> Any:
+    return mc.muonclip(1e-3, qk_clip_threshold=None)
+
+
+def flax_train_state() -> Any:
+    state = train_state.TrainState.create(apply_fn=len, params=PARAMS, tx=mc.muonclip(1e-3))
+    return state.apply_gradients(grads=GRADS, max_logits=MAX_LOGITS)
+
+
+def other_state(old: Any) -> Any:
+    return step(mc.muonclip(1e-3), state=old.init(PARAMS), max_logits=MAX_LOGITS)
+
+
+def without(tree: Any, *path: str) -> Any:
+    if len(path) == 1:
+        return {name: child for name, child in tree.items() if name != path[0]}
+    return {**tree, path[0]: without(tree[path[0]], *path[1:])}
+
+
+def linen_model() -> nn.Module:
+    return nn.MultiHeadDotProductAttention(num_heads=2)
+
+
+SCHEDULE = optax.cosine_decay_schedule(1e-3, 10)
+STATE = r"The state is not one that muonclip's init makes for these parameters: .*"
+CURE = r".*muonclip_jax\.checkpoint\.from_optax_state\(state, tx, params\)"
+
+#: What is written, the error's type and what it says.
+MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    # Names.
+    "lr": (lambda: mc.muonclip(lr=1e-3), TypeError, "muonclip has no argument 'lr'.*learning_rate"),
+    "b1": (lambda: mc.muonclip(1e-3, b1=0.9), TypeError, "'b1'. Did you mean adam_b1"),
+    "mask": (lambda: mc.muon(1e-3, mask=None), TypeError, "'mask'. Did you mean weight_decay_mask"),
+    "threshold": (
+        lambda: mc.muonclip(1e-3, threshold=9.0),
+        TypeError,
+        "'threshold'. Did you mean qk_clip_threshold",
+    ),
+    "momentum": (lambda: mc.scale_by_muon(momentum=0.9), TypeError, "Did you mean beta"),
+    "misspelt": (
+        lambda: mc.muonclip(1e-3, weigth_decay=0.1),
+        TypeError,
+        "Did you mean weight_decay",
+    ),
+    "unheard of": (lambda: mc.qk_clip(colour=1), TypeError, "Its arguments are threshold, alpha"),
+    "config": (lambda: mc.MuonClipConfig(lr=1e-3), TypeError, "MuonClipConfig has no.*learning_ra"),
+    "tau": (
+        lambda: mc.apply_qk_clip(PARAMS, MAX_LOGITS, treshold=9.0),
+        TypeError,
+        "apply_qk_clip has no argument 'treshold'. Did you mean threshold",
+    ),
+    # Numbers of a wrong type.
+    "threshold as text": (
+        lambda: mc.muonclip(1e-3, qk_clip_threshold="100"),
+        TypeError,
+        "qk_clip_threshold must be a positive number, a traced scalar or a schedule, got '100' of "
+        "type str. Write qk_clip_threshold=100.0",
+    ),
+    "pure threshold as text": (
+        lambda: mc.apply_qk_clip(PARAMS, MAX_LOGITS, threshold="100"),
+        TypeError,
+        r"threshold must be a positive number or a traced scalar, got '100'.*threshold=100\.0",
+    ),
+    "pure threshold as schedule": (
+        lambda: mc.apply_qk_clip(PARAMS, MAX_LOGITS, threshold=SCHEDULE),
+        TypeError,
+        "threshold must be a positive number or a traced scalar, got the function",
+    ),
+    "consistent_rms as schedule": (
+        lambda: mc.muonclip(1e-3, consistent_rms=SCHEDULE),
+        TypeError,
+        r"consistent_rms must be a number or a traced scalar, got the function.*"
+        r"optax\.inject_hyperparams\(\.\.\.\)\(\.\.\., consistent_rms=schedule\)",
+    ),
+    "no rate": (lambda: mc.muonclip(None), TypeError, "learning_rate must be a positive number, a"),
+    "rate as text": (lambda: mc.muon("1e-3"), TypeError, r"got '1e-3'.*Write learning_rate=0\.001"),
+    "beta as text": (lambda: mc.muon(1e-3, beta="0.9"), TypeError, "beta must be a number"),
+    "decay as list": (
+        lambda: mc.muonclip(1e-3, weight_decay=[0.1]),
+        TypeError,
+        r"weight_decay must be a number, a traced scalar or a schedule, got \[0.1\] of type list",
+    ),
+    "decay as flag": (lambda: mc.muonclip(1e-3, weight_decay=True), TypeError, "got True of type"),
+    "b2 as schedule": (
+        lambda: mc.muonclip(1e-3, adam_b2=SCHEDULE),
+        TypeError,
+        "adam_b2 must be a number or a traced scalar, got the function",
+    ),
+    "eps as text": (lambda: mc.scale_by_muon(eps="tiny"), TypeError, "eps must be a number or"),
+    "flag as text": (
+        lambda: mc.muonclip(1e-3, nesterov="yes"),
+        TypeError,
+        "nesterov must be True or False, got 'yes'",
+    ),
+    "rules as dict": (lambda: mc.muonclip(1e-3, rules={"w$": None}), TypeError, "MatrixRules"),
+    "axis_name as number": (
+        lambda: mc.muonclip(1e-3, axis_name=1),
+        TypeError,
+        "axis_name must be 'data' or",
+    ),
+    "distribution as text": (
+        lambda: mc.muonclip(1e-3, distribution="fsdp"),
+        TypeError,
+        "distribution must be Distribution",
+    ),
+    "every as text": (
+        lambda: mc.accumulate(optax.sgd(1.0), "4"),
+        TypeError,
+        r"every must be an integer from 1, a traced scalar or a schedule.*every=4\.0",
+    ),
+    "metrics every": (lambda: mc.metrics(optax.sgd(1.0), every=SCHEDULE), TypeError, "every must"),
+    "one bool for a mask": (
+        lambda: mc.muon(1e-3, weight_decay_mask=True),
+        TypeError,
+        "weight_decay_mask must be a tree of bools like the parameters, or a function",
+    ),
+    "a mask taken for a schedule": (
+        lambda: optax.inject_hyperparams(mc.muonclip)(
+            1e-3, weight_decay_mask=functools.partial(jax.tree.map, lambda x: x.ndim > 1)
+        ).init(PARAMS),
+        TypeError,
+        r"weight_decay_mask must be a tree.*static_args=\('weight_decay_mask',\)",
+    ),
+    # Trees.
+    "a number in the tree": (
+        lambda: unclipped().init({"mlp": {"scale": 1.0}}),
+        TypeError,
+        r"'mlp/scale' is 1\.0 of type float, expected an array. Write jnp.asarray\(1\.0\)",
+    ),
+    "a number, Optax's routing": (
+        lambda: mc.muon(1e-3).init({"mlp": {"scale": 1.0}}),
+        TypeError,
+        "'mlp/scale' is 1.0 of type float",
+    ),
+    "a module with functions": (
+        lambda: unclipped().init(Module(kernel=jnp.ones((4, 4)), bias=jax.nn.relu)),
+        TypeError,
+        r"'bias' is .*expected an array.*eqx\.filter\(model, eqx\.is_inexact_array\)",
+    ),
+    "a number where logits are clipped": (
+        lambda: mc.apply_qk_clip({**PARAMS, "scale": 2}, MAX_LOGITS),
+        TypeError,
+        "'scale' is 2 of type int",
+    ),
+    "a number where labels are made": (
+        lambda: mc.label_params({"scale": 2.0}),
+        TypeError,
+        "'scale' is 2.0 of type float",
+    ),
+    "no attention, clip on": (
+        lambda: step(mc.muonclip(1e-3), MLP, MLP, max_logits=MAX_LOGITS),
+        ValueError,
+        "No attention block was found.*muonclip: qk_clip_threshold=None",
+    ),
+    "adapters alone, clip on": (
+        lambda: step(mc.muonclip(1e-3), LORA, LORA, max_logits=MAX_LOGITS),
+        ValueError,
+        "No attention block was found.*muonclip: qk_clip_threshold=None",
+    ),
+    "a gradient too few": (
+        lambda: step(unclipped(), without(GRADS, "mlp", "bias")),
+        ValueError,
+        "The gradients have no leaf 'mlp/bias', which the parameters have",
+    ),
+    "a gradient too many": (
+        lambda: step(unclipped(), {**GRADS, "head": jnp.ones(3)}),
+        ValueError,
+        "The gradients have 'head', which the parameters do not have",
+    ),
+    "a gradient of another shape": (
+        lambda: step(mc.muon(1e-3), {**GRADS, "mlp": {**GRADS["mlp"], "bias": jnp.ones((2, 16))}}),
+        ValueError,
+        r"The gradient of 'mlp/bias' has shape \(2, 16\), the parameter has \(16,\)",
+    ),
+    "a gradient too few, accumulated": (
+        lambda: step(mc.accumulate(unclipped(), 2), without(GRADS, "mlp")),
+        ValueError,
+        "The gradients have no leaf 'mlp/kernel'|The gradients have no leaf 'mlp/bias'",
+    ),
+    # States.
+    "state of AdamW": (lambda: other_state(optax.adamw(1e-3)), ValueError, STATE + CURE),
+    "state of other rules": (
+        lambda: other_state(mc.muonclip(1e-3, rules=mc.MatrixRules([("mlp/kernel", None)]))),
+        ValueError,
+        STATE + "mlp/kernel" + CURE,
+    ),
+    "state without the clip": (lambda: other_state(unclipped()), ValueError, STATE + CURE),
+    "state with the clip": (
+        lambda: step(unclipped(), state=mc.muonclip(1e-3).init(PARAMS)),
+        ValueError,
+        STATE + CURE,
+    ),
+    "state of Optax's Muon": (lambda: other_state(optax.contrib.muon(1e-3)), ValueError, STATE),
+    "state of a number for a schedule": (
+        lambda: step(mc.qk_clip(mc.clip_until(5)), state=optax.EmptyState(), max_logits=MAX_LOGITS),
+        ValueError,
+        "The state is not one that qk_clip's init makes.*it has no 'count'",
+    ),
+    "another state for one part": (
+        lambda: step(mc.scale_by_muon(), MLP["mlp"], {"kernel": jnp.ones((8, 16))}, state=()),
+        ValueError,
+        "The state is not one that scale_by_muon's init makes",
+    ),
+    # Maxima and captures.
+    "Flax's TrainState": (flax_train_state, ValueError, r"muonclip_jax\.linen\.TrainState does"),
+    "a jitted apply": (
+        lambda: mc_linen.capture_max_logits(jax.jit(linen_model().apply)),
+        TypeError,
+        r"got a jitted function.*Write jax\.jit\(capture_max_logits\(model\.apply\)\)",
+    ),
+    "a Linen model": (
+        lambda: mc_linen.capture_max_logits(linen_model()),
+        TypeError,
+        r"got the model itself.*Write capture_max_logits\(model\.apply\)",
+    ),
+    "an array": (
+        lambda: mc_linen.capture_max_logits(jnp.ones(3)),
+        TypeError,
+        r"capture_max_logits takes model\.apply, got",
+    ),
+    "an array for NNX": (
+        lambda: mc_nnx.capture_max_logits(jnp.ones(3)),
+        TypeError,
+        r"takes an nnx\.Module.*; got .*linen\.capture_max_logits",
+    ),
+    "a Linen model for NNX": (
+        lambda: mc_nnx.capture_max_logits(linen_model())(jnp.ones((1, 3, 8))),
+        TypeError,
+        r"takes an nnx\.Module.*Of a Linen model, muonclip_jax\.linen",
+    ),
+    "an NNX model for Linen": (
+        lambda: mc_linen.capture_max_logits(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))(jnp.ones(2)),
+        TypeError,
+        r"muonclip_jax\.nnx\.capture_max_logits\(model\)",
+    ),
+    # Numbers that 16 bits cannot hold.
+    "b2 in bfloat16": (
+        lambda: optax.inject_hyperparams(mc.muon)(1e-3).init(
+            jax.tree.map(lambda x: x.astype(jnp.bfloat16), MLP)
+        ),
+        ValueError,
+        "adam_b2 must lie in .* got 1.*hyperparam_dtype=jnp.float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told(name: str):
+    mistake, kind, message = MISTAKES[name]
+    with pytest.raises(kind) as raised:
+        mistake()
+    assert re.search(message, " ".join(str(raised.value).split())), str(raised.value)
+
+
+def test_what_the_error_about_a_state_says_works():
+    """A state with another clip or other rules is carried over, moment by moment."""
+    old = unclipped()
+    _, state = step(old)
+    tx = mc.muonclip(1e-3, rules=mc.MatrixRules([("mlp/bias", None)]))
+    carried: Any = checkpoint.from_optax_state(state, tx, PARAMS)
+    updates, _ = step(tx, state=carried, max_logits={"attention": jnp.ones(2)})
+    expected, _ = step(old, state=state)
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+
+
+def test_an_error_that_is_not_the_states_stays_as_it_is():
+    tx = mc.muonclip(1e-3)
+    with pytest.raises(ValueError, match="qk_clip needs the largest attention logits"):
+        step(tx)
+
+
+def test_a_constant_rate_for_adam_beside_a_schedule_warns():
+    for build in (mc.muonclip, mc.muon, mc.MuonClipConfig):
+        with pytest.warns(UserWarning, match=r"adam_learning_rate=lambda count: ratio \* schedule"):
+            build(learning_rate=SCHEDULE, adam_learning_rate=1e-3)
+        # A schedule of a constant says that it is meant.
+        build(learning_rate=SCHEDULE, adam_learning_rate=optax.constant_schedule(1e-3))
+        build(learning_rate=1e-3, adam_learning_rate=1e-4)
+
+
+def test_traced_decays_of_16_bits_warn_and_float32_works():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), MLP)
+    narrow = optax.inject_hyperparams(mc.muon)(1e-3)
+    with pytest.warns(UserWarning, match="is held in bfloat16, where 0.999 is 1;") as warned:
+        jax.eval_shape(narrow.init, params)
+    assert {str(w.message).split()[0] for w in warned} == {"adam_b1", "adam_b2", "beta"}
+    wide = optax.inject_hyperparams(mc.muon, hyperparam_dtype=jnp.float32)(1e-3)
+    updates, _ = jax.jit(lambda: step(wide, params, params))()
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(updates))
+
+
+# -- trees that can be called --
+
+
+def specs(x: Any) -> Any:
+    return mc.MatrixSpec((0, 1)) if x.ndim == 2 else None
+
+
+muonclip = functools.partial(mc.muonclip, qk_clip_threshold=None)
+#: A transformation, its argument, and the entry of a leaf.
+CALLABLE_TREES: dict[str, tuple[Callable[..., Any], str, Callable[[Any], Any]]] = {
+    "muonclip, shardings": (muonclip, "param_shardings", lambda x: x.sharding),
+    "muonclip, decay": (muonclip, "weight_decay_mask", lambda x: x.ndim > 1),
+    "muon, decay": (mc.muon, "weight_decay_mask", lambda x: x.ndim > 1),
+    "muon, dimensions": (mc.muon, "muon_weight_dimension_numbers", specs),
+    "muon, shardings": (mc.muon, "param_shardings", lambda x: x.sharding),
+}
+
+
+@pytest.mark.parametrize("name", CALLABLE_TREES)
+def test_a_tree_that_can_be_called_is_a_tree(name: str):
+    """The same as a function that returns the tree, on a model and on what it holds as a dict."""
+    _, argument, entry = CALLABLE_TREES[name]
+    factory = functools.partial(mc.muonclip, qk_clip_threshold=None) if "clip" in name else mc.muon
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    model = Module(kernel=jnp.ones((8, 16)), bias=jnp.ones(16))
+    model = jax.device_put(model, place) if "shardings" in name else model
+    gradients = jax.tree.map(jnp.sin, model)
+    tree = jax.tree.map(entry, model)
+
+    def updates(given: Any) -> Any:
+        tx = factory(1e-3, **{argument: given})
+        return jax.jit(lambda g, p: step(tx, g, p)[0])(gradients, model)
+
+    as_tree, as_function = updates(tree), updates(lambda params: tree)
+    jax.tree.map(np.testing.assert_array_equal, as_tree, as_function)
+    assert isinstance(as_tree, Module)
+
+
+def test_labels_and_maxima_that_can_be_called_are_trees():
+    tx = optax.multi_transform(
+        {"muon": mc.scale_by_muon(), "adamw": optax.sgd(1.0)}, mc.label_params
+    )
+    model = Module(kernel=jnp.ones((8, 16)), bias=jnp.ones(16))
+    assert isinstance(step(tx, model, model)[0], Module)
+    maxima = Module(kernel=jnp.ones(2), bias=jnp.ones(3))
+    state: Any = mc.accumulate(optax.sgd(1.0), 2, max_logits=maxima).init(MLP)
+    assert jax.tree.map(jnp.shape, state.max_logits) == {"kernel": (2,), "bias": (3,)}
+    target = checkpoint.abstract_params(
+        model, jax.tree.map(lambda x: jax.sharding.SingleDeviceSharding(jax.devices()[0]), model)
+    )
+    assert isinstance(target, Module)
+
+
+def test_a_partial_is_a_function():
+    mask = jax.tree_util.Partial(lambda flag, params: jax.tree.map(lambda _: flag, params), False)
+    tx = mc.muonclip(1e-3, qk_clip_threshold=None, weight_decay_mask=mask)
+    plain = mc.muonclip(1e-3, qk_clip_threshold=None, weight_decay=0.0)
+    jax.tree.map(np.testing.assert_array_equal, step(tx)[0], step(plain)[0])
