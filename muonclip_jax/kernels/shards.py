@@ -35,6 +35,16 @@ def varying_axes(x: Any) -> frozenset[str]:
     return kind.mat.varying if hasattr(kind, "mat") else kind.vma
 
 
+def vary_like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """Returns `x`, known to vary over the mesh axes too that `other` is known to vary over.
+
+    What a branch does not get as such is cast inside of it, and a cast's derivative is a sum over
+    devices: those that take another branch would be waited for forever.
+    """
+    missing = tuple(sorted(varying_axes(other) - varying_axes(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
 def all_gather(x: jax.Array, names: tuple[str, ...], axis: int, *, tiled: bool = True) -> jax.Array:
     """`lax.all_gather` whose result is known to be equal on all devices, where JAX keeps account.
 

@@ -268,7 +268,7 @@ def scale_by_muon(
 def init_on_mesh(
     tx: optax.GradientTransformation, param_shardings: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns `tx` with a state whose moments are sharded as `param_shardings` says.
+    """Returns `tx` with a state that is sharded as `param_shardings` says, counts replicated.
 
     Optax makes zeros like the parameters. Under jit, where the axes of a mesh are Auto, those do
     not say how they are sharded, and the zeros are replicated.
@@ -278,10 +278,16 @@ def init_on_mesh(
     def init_fn(params: optax.Params) -> Any:
         state = tx.init(params)
         shardings = read_shardings(params, param_shardings, warn=False)
-        if param_shardings is None or shardings is None:
+        if param_shardings is None or shardings is None or shardings.inside_manual:
             return state
-        tree = jax.tree.unflatten(jax.tree.structure(params), shardings.shardings())
-        return optax.tree.map_params(tx, place, state, tree)
+        everywhere = NamedSharding(shardings.mesh, PartitionSpec())
+        return optax.tree.map_params(
+            tx,
+            place,
+            state,
+            jax.tree.unflatten(jax.tree.structure(params), shardings.shardings()),
+            transform_non_params=lambda x: place(x, everywhere),
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, tx.update)
 

@@ -1,17 +1,17 @@
 """Carrying out a `DistributionPlan` where a mesh's axes are manual: one device's program."""
 
+import dataclasses
 import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from muonclip_jax.kernels.shards import all_gather
+from muonclip_jax.kernels.shards import all_gather, vary_like
 from muonclip_jax.matrices.distribution.blocks import Block, Sizes
 from muonclip_jax.matrices.distribution.hands import Work, concatenate, work_by_hand
 from muonclip_jax.matrices.distribution.local import LocalLeaf, block_of, leaf_of, matrices_of
@@ -29,8 +29,25 @@ from muonclip_jax.matrices.distribution.plan import DistributionPlan, Group, Ite
 # together and cut.
 _CHOSEN = 16
 
-#: Some matrices of a part as blocks; from how to cut them out of an array.
-_Part: TypeAlias = Callable[[Callable[[jax.Array], jax.Array]], jax.Array]
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A part of a leaf in all trees; called with how to cut some matrices out, it combines those.
+
+    Attributes:
+        arrays: The part in every tree.
+        combine: From what is cut out of each to blocks.
+    """
+
+    arrays: Sequence[jax.Array]
+    combine: Callable[..., jax.Array]
+
+    def __call__(self, cut: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        return self.combine(*map(cut, self.arrays))
+
+    def vary_like(self, other: jax.Array) -> "_Part":
+        """The same, known to vary over the mesh axes that `other` varies over."""
+        return _Part([vary_like(x, other) for x in self.arrays], self.combine)
 
 
 def _itself(x: jax.Array) -> jax.Array:
@@ -121,7 +138,7 @@ def _parts_of(
         leaves, combine = [combine(*leaves)], _itself
     matrices = zip(*(matrices_of(x, local) for x in leaves), strict=True)
     return [
-        lambda cut, part=part, arrays=arrays: block_of(combine(*map(cut, arrays)), local, part)
+        _Part(arrays, lambda *pieces, part=part: block_of(combine(*pieces), local, part))
         for part, arrays in enumerate(matrices)
     ]
 
@@ -184,10 +201,11 @@ def _chosen(
     source, index = jnp.asarray(np.array(rows, np.int32))[me]
 
     def of(leaf: int, part: int) -> Callable[[jax.Array], jax.Array]:
+        whole = parts[leaf][part].vary_like(me)
         # Without the barrier, XLA moves the slice, which all branches have, behind them, and what
         # a branch then returns is a copy of the whole parameter.
         return lambda index: lax.optimization_barrier(
-            parts[leaf][part](lambda x: lax.dynamic_slice_in_dim(x, index, 1))
+            whole(lambda x: lax.dynamic_slice_in_dim(x, index, 1))
         )
 
     return lax.switch(source, [of(*source) for source in sources], index)
