@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
@@ -42,9 +43,9 @@ def check_one_mesh(leaves: Leaves, prefix: str = "") -> None:
             check_reduced(prefix + path, sharding)
             meshes.setdefault(sharding.mesh, prefix + path)
     # Those that know their devices first, so that the others' are compared with them.
-    first, *others = sorted(meshes, key=lambda mesh: not isinstance(mesh, Mesh)) or [None]
-    for other in others:
-        assert first is not None
+    order = sorted(meshes, key=lambda mesh: not isinstance(mesh, Mesh))
+    for other in order[1:]:
+        first = order[0]
         if other.axis_types != first.axis_types or differ(other, first):
             raise ValueError(
                 f"{meshes[first]} is on the mesh {describe(first)}, and {meshes[other]} on "
@@ -66,8 +67,9 @@ def differ(mesh: Mesh | AbstractMesh, other: Mesh | AbstractMesh) -> bool:
     """Whether axes differ, or the order of the devices where both know theirs."""
     if tuple(mesh.shape.items()) != tuple(other.shape.items()):
         return True
-    both_known = isinstance(mesh, Mesh) and isinstance(other, Mesh)
-    return both_known and mesh is not other and list(mesh.devices.flat) != list(other.devices.flat)
+    if mesh is other or not (isinstance(mesh, Mesh) and isinstance(other, Mesh)):
+        return False
+    return np.asarray(mesh.devices).tolist() != np.asarray(other.devices).tolist()
 
 
 def describe(mesh: Mesh | AbstractMesh) -> str:
@@ -76,7 +78,11 @@ def describe(mesh: Mesh | AbstractMesh) -> str:
         f"{name!r}: {size} {kind.name}"
         for (name, size), kind in zip(mesh.shape.items(), mesh.axis_types, strict=True)
     )
-    return f"({axes}; devices {_ids(mesh.devices.flat)})" if isinstance(mesh, Mesh) else f"({axes})"
+    return (
+        f"({axes}; devices {_ids(np.asarray(mesh.devices).flat)})"
+        if isinstance(mesh, Mesh)
+        else f"({axes})"
+    )
 
 
 def _ids(devices: Iterable[jax.Device]) -> str:

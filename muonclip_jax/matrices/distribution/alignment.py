@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from muonclip_jax._paths import flatten_with_paths, tree_from
 from muonclip_jax._typing import Tree
 from muonclip_jax.matrices.distribution.agreement import check_reduced
-from muonclip_jax.matrices.distribution.sharding import axes_of
+from muonclip_jax.matrices.distribution.sharding import axes_of, entries_of
 
 
 def align_shardings(params: Tree, param_shardings: Tree) -> list[tuple[str, Any, Any]]:
@@ -65,7 +65,7 @@ def _checked(path: str, leaf: Any, sharding: Any) -> NamedSharding | None:
         )
     check_reduced(f"param_shardings at {path}", sharding)
     shape = tuple(leaf.shape)
-    if PartitionSpec.UNCONSTRAINED in tuple(sharding.spec):
+    if PartitionSpec.UNCONSTRAINED in entries_of(sharding.spec):
         raise ValueError(
             f"param_shardings has {sharding.spec} at {path!r}, which leaves a dimension open. "
             "Name the mesh axes that shard it, or None."

@@ -105,6 +105,11 @@ def sharding_of(x: Any) -> NamedSharding | None:
 
 def axes_of(spec: PartitionSpec, rank: int) -> LeafAxes:
     """The mesh axes that shard each of `rank` dimensions."""
-    # What has axes to be reduced over cannot be unpacked, and older specs have no `partitions`.
-    entries = tuple(getattr(spec, "partitions", spec))
+    entries = entries_of(spec)
     return tuple(map(entry_axes, entries + (None,) * (rank - len(entries))))
+
+
+def entries_of(spec: PartitionSpec) -> tuple[Any, ...]:
+    """The entries of a spec, which JAX does not unpack where it has axes to be reduced over too."""
+    # Older specs have no `partitions`.
+    return tuple(getattr(spec, "partitions", spec))
