@@ -25,7 +25,8 @@ from muonclip_jax.transforms._checks import (
 )
 from muonclip_jax.transforms._inputs import transformation
 from muonclip_jax.transforms._moments import check_moment_dtype, with_checked_moments
-from muonclip_jax.transforms._scale_by_muon import WeightDimNumOrFn, init_on_mesh
+from muonclip_jax.transforms._placing import init_on_mesh
+from muonclip_jax.transforms._scale_by_muon import WeightDimNumOrFn
 
 
 @names_known

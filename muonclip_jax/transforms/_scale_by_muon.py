@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from muonclip_jax._arguments import check_flag, check_type, names_known
@@ -17,7 +16,6 @@ from muonclip_jax.matrices import (
     MeshShardings,
     alike,
     check_momentum,
-    on_devices,
     orthogonalize_leaves,
     place,
     read_shardings,
@@ -36,6 +34,7 @@ from muonclip_jax.routing import MatrixRules, MatrixSpec, as_rules, resolve_muon
 from muonclip_jax.transforms._checks import check_fraction, check_non_negative, value_at
 from muonclip_jax.transforms._inputs import transformation
 from muonclip_jax.transforms._moments import check_moment_dtype, check_moment_leaf
+from muonclip_jax.transforms._placing import place_tree, zeros_on_mesh
 
 #: One spec for all leaves, a tree of them (full, prefix or masked), or a function of the tree.
 WeightDimNumOrFn: TypeAlias = Any
@@ -189,7 +188,7 @@ def scale_by_muon(
         if param_shardings is None and not options.shard_momentum:
             mu = optax.tree.zeros_like(params, dtype=mu_dtype)
         else:
-            mu = _zeros(params, mu_dtype, _momentum_shardings(shardings, specs, options))
+            mu = zeros_on_mesh(params, mu_dtype, _momentum_shardings(shardings, specs, options))
         count = jnp.zeros([], jnp.int32)
         if shardings is not None and not shardings.inside_manual:
             # Where an update leaves it, so that the second step has the types of the first.
@@ -208,11 +207,11 @@ def scale_by_muon(
         momentum_shardings = _momentum_shardings(shardings, specs, options)
         before = state.mu
         if param_shardings is not None:
-            updates, before = (_placed(tree, momentum_shardings) for tree in (updates, before))
+            updates, before = (place_tree(tree, momentum_shardings) for tree in (updates, before))
         elif momentum_shardings is not None:
             check_momentum(before, momentum_shardings)
             if options.shard_momentum:
-                updates = _placed(updates, momentum_shardings)
+                updates = place_tree(updates, momentum_shardings)
         count = jnp.asarray(optax.safe_increment(jnp.asarray(state.count)))
         decay = value_at(beta, state.count)
         averaging = (decay, 1 - decay)
@@ -252,44 +251,17 @@ def scale_by_muon(
             directions = map(functools.partial(_direction, weights), momenta, gradients)
             beside = polars
             if momentum_shardings is not shardings:
-                beside = jax.tree.leaves(_placed(polars, momentum_shardings))
+                beside = jax.tree.leaves(place_tree(polars, momentum_shardings))
             polars = [
                 jnp.sum(u.conj() * b) * o
                 for u, b, o in zip(directions, beside, polars, strict=True)
             ]
         mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
         if momentum_shardings is not shardings:
-            mu = _placed(mu, momentum_shardings)
+            mu = place_tree(mu, momentum_shardings)
         return jax.tree.unflatten(treedef, polars), MuonState(count=count, mu=mu)
 
     return transformation("scale_by_muon", init_fn, update_fn)
-
-
-def init_on_mesh(
-    tx: optax.GradientTransformation, param_shardings: Any
-) -> optax.GradientTransformationExtraArgs:
-    """Returns `tx` with a state that is sharded as `param_shardings` says, counts replicated.
-
-    Optax makes zeros like the parameters. Under jit, where the axes of a mesh are Auto, those do
-    not say how they are sharded, and the zeros are replicated.
-    """
-    tx = optax.with_extra_args_support(tx)
-
-    def init_fn(params: optax.Params) -> Any:
-        state = tx.init(params)
-        shardings = read_shardings(params, param_shardings, warn=False)
-        if param_shardings is None or shardings is None or shardings.inside_manual:
-            return state
-        everywhere = NamedSharding(shardings.mesh, PartitionSpec())
-        return optax.tree.map_params(
-            tx,
-            place,
-            state,
-            jax.tree.unflatten(jax.tree.structure(params), shardings.shardings()),
-            transform_non_params=lambda x: place(x, everywhere),
-        )
-
-    return optax.GradientTransformationExtraArgs(init_fn, tx.update)
 
 
 def _average(m: jax.Array, g: jax.Array, weights: _Weights) -> jax.Array:
@@ -322,32 +294,6 @@ def _momentum_shardings(
     return spread_momentum(
         shardings, [tuple(leaf.shape) for _, leaf, _ in specs], [spec for _, _, spec in specs]
     )
-
-
-def _placed(tree: optax.Updates, shardings: MeshShardings | None) -> optax.Updates:
-    if shardings is None:
-        return tree
-    leaves, treedef = jax.tree.flatten(tree)
-    return jax.tree.unflatten(
-        treedef, [place(x, to) for x, to in zip(leaves, shardings.shardings(), strict=True)]
-    )
-
-
-def _zeros(params: optax.Params, dtype: Any, shardings: MeshShardings | None) -> optax.Updates:
-    """Zeros made from shapes alone, so that a traced `init` needs nothing from its arguments.
-
-    Outside of a trace every device makes its own part, and no device ever has the whole.
-    """
-    leaves, treedef = jax.tree.flatten(params)
-    dtypes = [x.dtype if dtype is None else dtype for x in leaves]
-    if shardings is None or isinstance(jnp.zeros(()), Tracer):
-        zeros = [jnp.zeros(x.shape, kind) for x, kind in zip(leaves, dtypes, strict=True)]
-        return _placed(jax.tree.unflatten(treedef, zeros), shardings)
-    zeros = [
-        jnp.zeros(x.shape, kind, device=on_devices(home))
-        for x, kind, home in zip(leaves, dtypes, shardings.shardings(), strict=True)
-    ]
-    return jax.tree.unflatten(treedef, zeros)
 
 
 def _correction(beta: ScalarLike, count: jax.Array) -> jax.Array:

@@ -15,7 +15,6 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
-from muonclip_jax.matrices import one_device
 from muonclip_jax.routing import MatrixSpec
 from tests.helpers import TOLERANCE, polynomial_of_singular_values
 
@@ -73,13 +72,13 @@ def assert_close(actual: Any, expected: Any, tolerance: float = TOLERANCE["float
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "complex128"])
-def test_64_bit_mode(dtype: str, platform: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(one_device, "default_platform", lambda: platform)
+def test_64_bit_mode(dtype: str, platform: str):
     with jax.enable_x64(True):
         gradients = jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), tree(dtype=np.float64))
         if dtype == "complex128":
             gradients = jax.tree.map(lambda x: x + 1j * x[..., ::-1], gradients)
-        tx = muon(bias_correction=True)
+        ns_dtype = None if dtype.endswith(("64", "128")) else "float32"
+        tx = muon(bias_correction=True, platform=platform, ns_dtype=ns_dtype)
         updates, state = jitted(tx.update)(gradients, tx.init(gradients))
         assert {x.dtype for x in jax.tree.leaves((updates, state.mu))} == {jnp.dtype(dtype)}
         assert state.count.dtype == jnp.int32
@@ -106,10 +105,9 @@ def test_64_bit_mode_on_a_mesh():
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("at", [P(), P("fsdp", "tp")], ids=str)
-def test_an_explicit_mesh_of_one_device(at: P, platform: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(one_device, "default_platform", lambda: platform)
+def test_an_explicit_mesh_of_one_device(at: P, platform: str):
     gradients, shardings = on_mesh(tree(), mesh_of((1, 1), (EXPLICIT,) * 2), at)
-    tx = muon()
+    tx = muon(platform=platform, ns_dtype="float32")
     state = tx.init(gradients)
     for update in (tx.update, jitted(tx.update)):
         updates, new_state = update(gradients, state)
