@@ -43,13 +43,12 @@ $(VENV)/.bench: $(READY)
 
 MOMENTUM := runs/bench/momentum.npz
 
-bench: $(VENV)/.bench  ## measure on this CPU (under 15 minutes, keep it idle): docs/performance.md
+bench: $(VENV)/.bench  ## measure on this CPU (under 15 minutes, keep it idle): docs/performance.md; ARGS="--optax PATH": another checkout too
 	$(BIN)/python benchmarks/momentum.py --out $(MOMENTUM)
-	$(BIN)/python benchmarks/step_time.py --momentum $(MOMENTUM)
+	$(BIN)/python benchmarks/step_time.py $(ARGS)
 	$(BIN)/python benchmarks/polar_time.py
 	$(BIN)/python benchmarks/compile_time.py
 	$(BIN)/python benchmarks/polar_quality.py --momentum $(MOMENTUM)
-	$(BIN)/python benchmarks/block_products.py
 	$(BIN)/python benchmarks/report.py
 
 bench-attention: $(READY)  ## what the clip and the recording of its maxima cost (keep it idle)
@@ -57,10 +56,10 @@ bench-attention: $(READY)  ## what the clip and the recording of its maxima cost
 	$(BIN)/python benchmarks/attention_recording.py
 	$(BIN)/python benchmarks/report.py
 
-settings: $(READY)  ## the sweeps of docs/settings.md; what is there is not run again
-	$(BIN)/python benchmarks/settings_width.py --minutes 60
-	$(BIN)/python benchmarks/settings_clip.py --minutes 60
-	$(BIN)/python benchmarks/report_settings.py
+settings: $(READY)  ## the sweeps of docs/settings.md, some ten minutes each
+	$(BIN)/python benchmarks/settings_width.py
+	$(BIN)/python benchmarks/settings_clip.py
+	$(BIN)/python benchmarks/report.py
 
 # Two compilers of 2 GB together: an environment of their own, which nothing else asks for.
 KERNELS := .venv-kernels
@@ -73,12 +72,10 @@ $(KERNELS)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 # Tests that skip where these compilers are not installed.
-COMPILER_TESTS := tests/transforms/test_muon_tpu.py tests/kernels/symmetric/test_compiled.py \
-	tests/kernels/test_max_logits_compilers.py
+COMPILER_TESTS := tests/transforms/test_muon_tpu.py tests/kernels/test_compiled.py
 
 kernels: $(KERNELS)/.ready  ## compile every kernel with the real TPU and GPU compilers, no such machine needed
-	$(KERNELS)/bin/python benchmarks/kernels.py $(ARGS)
-	$(KERNELS)/bin/python -m pytest -q -rs $(COMPILER_TESTS)
+	$(KERNELS)/bin/python -m pytest -q -rs $(COMPILER_TESTS) $(ARGS)
 
 notebooks: $(READY)  ## execute the notebooks and save what their cells return
 	$(BIN)/python examples/notebooks/execute.py $(ARGS)

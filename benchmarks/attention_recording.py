@@ -2,9 +2,9 @@
 
 Programs compute the output and the gradients of query, key and value: ours, which returns the
 maxima too; ours without recording, otherwise the same; and `jax.nn.dot_product_attention`. On a GPU
-or TPU also the kernel for the maxima beside `jax.nn`'s attention, by XLA and, on a GPU, by cuDNN,
-each against that attention alone. They run in turns, so that a busy machine is busy for all of
-them, and medians are compared. The shapes are those of GPT-2's heads (64) and of Llama's (128).
+also cuDNN's with the bound, against cuDNN's alone. They are interleaved, so that a busy machine is
+busy for all of them, and medians are compared. The shapes are those of GPT-2's heads (64) and of
+Llama's (128).
 
     PYTHONPATH=. python benchmarks/attention_recording.py [--smoke]
 """
@@ -44,18 +44,6 @@ def without_recording(query: jax.Array, key: jax.Array, value: jax.Array, **keyw
     return out.reshape(query.shape)
 
 
-def beside(implementation: Any) -> Callable[..., tuple[jax.Array, Any]]:
-    """Returns attention by `jax.nn`, with the kernel for the maxima beside it."""
-
-    def attend(query: jax.Array, key: jax.Array, value: jax.Array, **keywords: Any) -> Any:
-        out = jax.nn.dot_product_attention(
-            query, key, value, implementation=implementation, **keywords
-        )
-        return out, attention_max_logits(query, key, implementation="pallas", **keywords)
-
-    return attend
-
-
 def alone(implementation: Any) -> Callable[..., tuple[jax.Array, Any]]:
     """Returns attention by `jax.nn`, without maxima."""
     attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
@@ -69,12 +57,9 @@ def programs(dtype: str) -> dict[str, Callable[..., tuple[jax.Array, Any]]]:
         "without recording": lambda *a, **k: (without_recording(*a, **k), None),
         "jax.nn": alone(None),
     }
-    if jax.default_backend() in ("gpu", "tpu"):
-        found["jax.nn and kernel"] = beside(None)
     if jax.default_backend() == "gpu" and dtype != "float32":
         found |= {
             "cudnn": alone("cudnn"),
-            "cudnn and kernel": beside("cudnn"),
             "cudnn and bound": functools.partial(dot_product_attention, implementation="cudnn"),
         }
     return found
@@ -84,8 +69,6 @@ def programs(dtype: str) -> dict[str, Callable[..., tuple[jax.Array, Any]]]:
 RATIOS = {
     "recording_over_without": ("recording", "without recording"),
     "recording_over_jax_nn": ("recording", "jax.nn"),
-    "kernel_beside_jax_nn_over_jax_nn": ("jax.nn and kernel", "jax.nn"),
-    "kernel_beside_cudnn_over_cudnn": ("cudnn and kernel", "cudnn"),
     "cudnn_and_bound_over_cudnn": ("cudnn and bound", "cudnn"),
 }
 
@@ -159,12 +142,8 @@ def main() -> None:
         rounds = 3 if options.smoke else options.rounds
         row = measure(length, head_dim, is_causal, dtype, rounds)
         rows.append(row)
-        print(f"T={length} head={head_dim} causal={is_causal} {dtype}:")
-        for name in RATIOS:
-            if name in row:
-                cost, fastest = (100 * (row[prefix + name] - 1) for prefix in ("", "fastest_"))
-                words = name.replace("_", " ")
-                print(f"  {words:34s} {cost:+7.1f} % (fastest runs {fastest:+.1f} %)", flush=True)
+        shown = {name: round(row[name], 3) for name in RATIOS if name in row}
+        print(f"T={length} head={head_dim} causal={is_causal} {dtype}: {shown}", flush=True)
     store("attention_recording", {"rows": rows}, options)
 
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.harness import interleave, parser, ratio, store, summary
+from benchmarks.harness import interleave, parser, ratio, store
 from muonclip_jax.clipping import apply_qk_clip
 from muonclip_jax.transforms import qk_clip
 
@@ -194,7 +194,6 @@ def measure(what: str, name: str, blocks: int, dtype: str, rounds: int) -> dict[
         "dtype": dtype,
         "blocks": blocks,
         "bytes": size,
-        "seconds": {kind: summary(times) for kind, times in seconds.items()},
         "over_yardstick": {
             kind: ratio(times, seconds[YARDSTICK])
             for kind, times in seconds.items()
@@ -217,18 +216,8 @@ def main() -> None:
     for what, dtype, name in itertools.product(options.what, options.dtypes, options.trees):
         row = measure(what, name, blocks, dtype, 2 if options.smoke else options.rounds)
         rows.append(row)
-        once = row["seconds"][YARDSTICK]["median"]
-        shown = ", ".join(
-            f"{kind} {r['median']:.2f} ({r['range'][0]:.2f} - {r['range'][1]:.2f})"
-            for kind, r in row["over_yardstick"].items()
-        )
-        passes = 2 if what == CLIP else 3
-        print(
-            f"{what}, {name}, {dtype}, {row['bytes'] / 1e6:.0f} MB of queries and keys: once "
-            f"{1e3 * once:.1f} ms ({passes * row['bytes'] / once / 1e9:.1f} GB/s); times that: "
-            f"{shown}",
-            flush=True,
-        )
+        shown = {kind: round(r["median"], 3) for kind, r in row["over_yardstick"].items()}
+        print(f"{what}, {name}, {dtype}, over {YARDSTICK}: {shown}", flush=True)
     store("clip_cost", {"width": WIDTH, "heads": HEADS, "head_dim": SIZE, "rows": rows}, options)
 
 

@@ -1,7 +1,6 @@
 """How long an optimizer's step takes to trace, lower and compile, by the number of layers.
 
     python benchmarks/compile_time.py
-    python benchmarks/compile_time.py --full      every contender at every depth: 25 minutes
 
 A layer has six matrices of width 256. Every measurement is a process of its own, so that nothing is
 in any cache; contenders take turns. Beside the seconds: the instructions of the optimised program
@@ -23,14 +22,8 @@ from benchmarks.models import layers_of_256
 from benchmarks.optimizers import OPTAX, OPTIMIZERS, OURS, jitted_step
 
 ADAMW = "optax.adamw"
-#: Contenders and the depths at which they are measured, and what `--full` adds.
+#: Contenders and the depths at which they are measured.
 DEPTHS = {OURS: (12, 48, 96), OPTAX: (48,), ADAMW: (12, 48, 96)}
-FULL_DEPTHS = {
-    OURS: (12, 24, 48, 96),
-    "ours, scale_by_muon": (12, 24, 48, 96),
-    OPTAX: (12, 24, 48, 96),
-    ADAMW: (12, 24, 48, 96),
-}
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = ", re.MULTILINE)
 PHASES = ("trace", "lower", "compile")
 
@@ -55,7 +48,6 @@ def measure(contender: str, layers: int) -> dict[str, Any]:
         "total": times[-1] - times[0],
         "instructions": len(_INSTRUCTION.findall(compiled.as_text())),
         "temporary_bytes": memory.temp_size_in_bytes,
-        "matrix_bytes": 4 * model.entries(),
     }
 
 
@@ -69,7 +61,10 @@ def measure_apart(contender: str, layers: int) -> dict[str, Any]:
 
 
 def rows_of(depths: dict[str, tuple[int, ...]], rounds: int) -> list[dict[str, Any]]:
-    """Measures every contender at its depths, `rounds` times, contenders taking turns."""
+    """Measures every contender at its depths, `rounds` times, contenders interleaved.
+
+    Each is compared with ours at the same depth, and with itself at its first depth.
+    """
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for layers in sorted({depth for some in depths.values() for depth in some}):
         names = [name for name, some in depths.items() if layers in some]
@@ -79,46 +74,35 @@ def rows_of(depths: dict[str, tuple[int, ...]], rounds: int) -> list[dict[str, A
         for name in names:
             median = summary([one["total"] for one in found[layers, name]])["median"]
             print(f"{layers} layers, {name}: {median:.2f} s", flush=True)
-    return [
-        {
-            "layers": layers,
-            "contender": name,
-            "seconds": {p: summary([one[p] for one in all_]) for p in (*PHASES, "total")},
-            **{k: all_[0][k] for k in ("instructions", "temporary_bytes", "matrix_bytes")},
-        }
-        for (layers, name), all_ in found.items()
-    ]
-
-
-def ratios_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Compares every contender with ours at the same depth, and each with its own first depth."""
-    rounds = {(row["layers"], row["contender"]): row["seconds"]["total"]["rounds"] for row in rows}
-    ratios = []
-    for (layers, name), seconds in rounds.items():
-        against_ours = ratio(seconds, rounds[layers, OURS])
-        first = min(depth for depth, other in rounds if other == name)
-        growth = ratio(seconds, rounds[first, name])
-        ratios.append(
-            {"layers": layers, "contender": name, "over_ours": against_ours, "from": first}
-            | {"growth": growth}
+    totals = {case: [one["total"] for one in all_] for case, all_ in found.items()}
+    rows = []
+    for (layers, name), all_ in found.items():
+        first = min(depth for depth, other in found if other == name)
+        rows.append(
+            {
+                "layers": layers,
+                "contender": name,
+                "seconds": {p: summary([one[p] for one in all_]) for p in (*PHASES, "total")},
+                "over_ours": ratio(totals[layers, name], totals[layers, OURS]),
+                "from": first,
+                "growth": ratio(totals[layers, name], totals[first, name]),
+                **{k: all_[0][k] for k in ("instructions", "temporary_bytes")},
+            }
         )
-    return ratios
+    return rows
 
 
 def main() -> None:
     """Measures, prints and stores."""
     made = parser(__doc__, "compile_time")
-    made.add_argument("--full", action="store_true", help="every contender at every depth")
     made.add_argument("--measure", nargs=2, metavar=("NAME", "LAYERS"), help=argparse.SUPPRESS)
     options = made.parse_args()
     if options.measure:
         print(json.dumps(measure(options.measure[0], int(options.measure[1]))))
         return
-    depths = FULL_DEPTHS if options.full else DEPTHS
-    if options.smoke:
-        depths = {OURS: (1, 2), OPTAX: (1,), ADAMW: (1, 2)}
+    depths = {OURS: (1, 2), OPTAX: (1,), ADAMW: (1, 2)} if options.smoke else DEPTHS
     rows = rows_of(depths, 1 if options.smoke else options.rounds)
-    store("compile_time", {"rows": rows, "ratios": ratios_of(rows)}, options)
+    store("compile_time", {"rows": rows}, options)
 
 
 if __name__ == "__main__":

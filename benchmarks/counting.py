@@ -54,19 +54,6 @@ def full_flops(plan: ResolvedPlan, rows: int, columns: int) -> int:
     return sum(count * flops[kind] for kind, count in count_products(plan).items())
 
 
-def needed_flops(plan: ResolvedPlan, rows: int, columns: int) -> float:
-    """Counts the same with symmetric products half.
-
-    Example:
-        >>> from muonclip_jax.polar import plan_polar
-        >>> plain = plan_polar("keller_jordan", ns_method="standard").resolve((1, 4), "float32")
-        >>> needed_flops(plain, 1, 4), full_flops(plain, 1, 4)  # 5 (3 * 4 + 1), 5 (4 * 4 + 2)
-        (65.0, 90)
-    """
-    flops = product_flops(rows, columns)
-    return sum(_NEEDED[kind] * count * flops[kind] for kind, count in count_products(plan).items())
-
-
 def seconds_at(
     plan: ResolvedPlan, product_seconds: Mapping[str, float], *, needed: bool = False
 ) -> float:

@@ -98,23 +98,14 @@ def interleave(
     return seconds
 
 
-def summary(seconds: Sequence[float]) -> dict[str, Any]:
-    """Returns median, quartiles and extremes, and the times themselves.
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Returns median and extremes.
 
     Example:
-        >>> summary([3.0, 1.0, 2.0])["median"]
-        2.0
+        >>> summary([3.0, 1.0, 2.0])
+        {'median': 2.0, 'range': [1.0, 3.0]}
     """
-    if len(seconds) > 1:
-        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    else:
-        low = high = seconds[0]
-    return {
-        "median": statistics.median(seconds),
-        "quartiles": [low, high],
-        "range": [min(seconds), max(seconds)],
-        "rounds": list(seconds),
-    }
+    return {"median": statistics.median(values), "range": [min(values), max(values)]}
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, Any]:
@@ -124,8 +115,7 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str,
         >>> ratio([2.0, 9.0, 8.0], [1.0, 3.0, 2.0])["median"]
         3.0
     """
-    ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
-    return {"median": statistics.median(ratios), "range": [min(ratios), max(ratios)]}
+    return summary([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 
 def parser(description: str | None, name: str) -> argparse.ArgumentParser:
@@ -140,6 +130,43 @@ def parser(description: str | None, name: str) -> argparse.ArgumentParser:
         "--out", type=Path, help=f"where {name}.json goes; default {RESULTS}, nowhere for --smoke"
     )
     return made
+
+
+def compact(content: Mapping[str, Any]) -> str:
+    """Returns JSON with one line for every row of a table, numbers to eight digits.
+
+    Example:
+        >>> print(compact({"width": 64, "rows": [{"a": 1}, {"a": 1 / 3}]}))
+        {
+         "width": 64,
+         "rows": [
+          {"a": 1},
+          {"a": 0.33333333}
+         ]
+        }
+    """
+
+    def line(value: Any) -> str:
+        return json.dumps(_rounded(value))
+
+    parts = []
+    for name, value in content.items():
+        text = line(value)
+        if value and isinstance(value, list):
+            text = "[\n  " + ",\n  ".join(map(line, value)) + "\n ]"
+        elif isinstance(value, Mapping) and all(isinstance(v, Mapping) for v in value.values()):
+            rows = (f"{json.dumps(key)}: {line(row)}" for key, row in value.items())
+            text = "{\n  " + ",\n  ".join(rows) + "\n }"
+        parts.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.8g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(each) for key, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def store(name: str, content: Mapping[str, Any], options: argparse.Namespace) -> None:
@@ -158,5 +185,5 @@ def store(name: str, content: Mapping[str, Any], options: argparse.Namespace) ->
     }
     platform_name = jax.default_backend()
     path = folder / (f"{name}.json" if platform_name == "cpu" else f"{name}_{platform_name}.json")
-    path.write_text(json.dumps(described, indent=1) + "\n")
+    path.write_text(compact(described) + "\n")
     print(f"written to {path}", flush=True)

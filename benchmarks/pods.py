@@ -1,12 +1,11 @@
 """Compiles the optimizer step of named models for TPU pods and for H200s, and says what it costs.
 
-    JAX_PLATFORMS=cpu python benchmarks/pods.py [--only REGEX] [--again] [--timeout SECONDS]
-    JAX_PLATFORMS=cpu python benchmarks/pods.py --table
+    JAX_PLATFORMS=cpu python benchmarks/pods.py [--only REGEX] [--timeout SECONDS]
 
 The whole step (`tx.update` and `optax.apply_updates`, parameters and state donated) goes through
 the real compilers for machines that are not here (`compilers.py`); nothing runs. Needs the extras
 `tpu` and `cuda13`. Each row compiles in a process of its own, so that a refusal or a timeout is one
-row's result. Writes results/pods.json after every row and leaves rows that are there alone; prints
+row's result. Writes results/pods.json after every row and skips rows that are there; prints
 a Markdown table, which benchmarks/report.py writes to docs/scaling.md.
 
 FLOPs a device are those of the products, read from the program (`hlo.py`). `optimal_seconds` is the
@@ -29,8 +28,8 @@ import jax
 import optax
 
 import muonclip_jax as mc
-from benchmarks import compilers, hlo, pod_models, report_text, scaling
-from benchmarks.harness import versions
+from benchmarks import compilers, hlo, pod_models, report_tables, scaling
+from benchmarks.harness import compact, versions
 from benchmarks.pod_models import LAYOUTS, MAXIMA, MODELS, Layout
 from muonclip_jax import checkpoint
 
@@ -200,7 +199,7 @@ def table(results: Mapping[str, Any]) -> str:
         shown = list(place) if place != before else ["", ""]
         before = place
         lines.append([*shown, f"`{row.optimizer}`", *_cells(results["rows"][row.name])])
-    return report_text.table([*head, "sent GB", "collectives"], lines)
+    return report_tables.table([*head, "sent GB", "collectives"], lines)
 
 
 def _cells(result: Mapping[str, Any]) -> list[str]:
@@ -221,11 +220,9 @@ def _cells(result: Mapping[str, Any]) -> list[str]:
 def main() -> None:
     """Runs the rows that are asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--only", default="", help="a regular expression for the rows' names")
-    parser.add_argument("--again", action="store_true", help="also those that have a result")
+    parser.add_argument("--only", help="again, the rows whose names this regular expression finds")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one row")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="only print what is there")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
@@ -235,16 +232,18 @@ def main() -> None:
     used = {"python": platform.python_version(), **versions(PACKAGES)}
     results = {"versions": used, "rows": old.get("rows", {})}
     order = [row.name for row in rows()]
-    for row in [] if options.table else rows():
-        if not re.search(options.only, row.name):
-            continue
-        if row.name in results["rows"] and not options.again:
+    for row in rows():
+        if (
+            row.name in results["rows"]
+            if options.only is None
+            else not re.search(options.only, row.name)
+        ):
             continue
         result = in_a_process(row, options.timeout)
         print(row.name, result, flush=True)
         results["rows"][row.name] = result
         results["rows"] = {name: results["rows"][name] for name in order if name in results["rows"]}
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        options.out.write_text(compact(results) + "\n")
     print(table(results))
 
 

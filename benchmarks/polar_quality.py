@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.counting import full_flops, needed_flops
+from benchmarks.counting import full_flops
 from benchmarks.harness import interleave, parser, store, summary
 from benchmarks.matrices import (
     MOMENTUM,
@@ -46,9 +46,6 @@ from muonclip_jax.polar import (
 from muonclip_jax.polar.generators import evaluate
 
 SHAPES = ((96, 96), (96, 256))
-#: Here rounding the *input* already makes new directions, which the steps amplify by the slope at
-#: zero; the column "rounding" leaves them out, the JSON has them.
-HARD = ("cond 1e4", "cond 1e5", "cond 1e6", "rank one")
 _POWERS = {"frobenius": 2, "schatten": 4, "schatten8": 8}
 
 
@@ -145,17 +142,14 @@ def measure(families: dict[str, np.ndarray], smoke: bool, rounds: int) -> list[d
             records.append(
                 {
                     "set": label,
-                    "preconditioning": plan.preconditioning,
                     "steps": len(plan.rows),
                     "method": method,
                     "dtype": dtype,
-                    "restarts": resolved.restarts,
                     # What "auto" takes by itself for such a matrix in this dtype, if anything.
                     "auto": plan_polar(**arguments, ns_dtype=dtype).resolve(x.shape, x.dtype).method
                     == method,
                     "shape": (rows, columns),
                     "full_flops": full_flops(resolved, rows, columns),
-                    "needed_flops": needed_flops(resolved, rows, columns),
                     "baseline_flops": baseline,
                     "seconds_per_matrix": summary(seconds)["median"] / len(x),
                     "diverges_on": [name for name, q in by_family.items() if diverges(q)],

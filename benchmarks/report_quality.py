@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.matrices import MOMENTUM
-from benchmarks.report_text import Results, missing, table
+from benchmarks.report_tables import table
 
 #: Columns of the table, in order; what was not measured is left out.
 FAMILIES = ("gaussian", "low rank + 1 % noise", "cond 1e3", "cond 1e6", "power law", MOMENTUM)
@@ -51,11 +51,8 @@ def diverging(stored: Mapping[str, Any], name: str) -> list[str]:
     return [form if auto else f"{form} (not auto)" for form, auto in found.items()]
 
 
-def quality_table(results: Results) -> str:
+def quality_table(stored: Mapping[str, Any]) -> str:
     """Nearness to the polar factor in float32, in the form that "auto" takes."""
-    stored = results.get("polar_quality")
-    if stored is None:
-        return missing("polar_quality")
     present = [f for f in FAMILIES if f in stored["families"]]
     lines = []
     for name in names(stored):
@@ -72,16 +69,14 @@ def quality_table(results: Results) -> str:
                 f"{_microseconds(records):.0f}",
                 f"{largest:.2f}",
                 *("" if cell is None else f"{cell[0]:.3f} / {cell[1]:.4f}" for cell in cells),
+                ", ".join(diverging(stored, name)) or "nowhere",
             ]
         )
-    return table(["", "steps", "FLOPs", "µs", "largest", *present], lines)
+    return table(["", "steps", "FLOPs", "µs", "largest", *present, "diverges"], lines)
 
 
-def errors_table(results: Results, dtype: str) -> str:
+def errors_table(stored: Mapping[str, Any], dtype: str) -> str:
     """Worst and mean distance of a singular value from one, in the form that "auto" takes."""
-    stored = results.get("polar_quality")
-    if stored is None:
-        return missing("polar_quality")
     present = [f for f in FAMILIES if f in stored["families"]]
     lines = []
     for name in names(stored):
@@ -101,11 +96,8 @@ def _microseconds(records: list[Mapping[str, Any]]) -> float:
     return 1e6 * sum(r["seconds_per_matrix"] for r in records) / len(records)
 
 
-def rounding_table(results: Results) -> str:
+def rounding_table(stored: Mapping[str, Any]) -> str:
     """What each dtype and form does to a set: largest singular value, distance by rounding."""
-    stored = results.get("polar_quality")
-    if stored is None:
-        return missing("polar_quality")
     forms = list(dict.fromkeys((r["method"], r["dtype"]) for r in stored["records"]))
     lines = []
     for name in names(stored):
@@ -123,23 +115,3 @@ def rounding_table(results: Results) -> str:
             cells.append(f"**{text}**" if any(r["diverges_on"] for r in records) else text)
         lines.append([name, *cells])
     return table(["", *(f"{method} {dtype}" for method, dtype in forms)], lines)
-
-
-def default_table(results: Results) -> str:
-    """The sets from cheapest to dearest: what they come to, and where they diverge."""
-    stored = results.get("polar_quality")
-    if stored is None:
-        return missing("polar_quality")
-    rows = []
-    for name in names(stored):
-        records = auto_records(stored, name, "float32")
-        if not records:
-            continue
-        cells = [rms_and_cosine(records, family) for family in ("gaussian", MOMENTUM)]
-        shown = ["" if cell is None else f"{cell[0]:.3f} / {cell[1]:.4f}" for cell in cells]
-        where = diverging(stored, name)
-        rows.append(
-            (cost(records), [name, f"{cost(records):.2f}", *shown, ", ".join(where) or "nowhere"])
-        )
-    lines = [line for _, line in sorted(rows, key=lambda row: row[0])]
-    return table(["", "FLOPs", "Gaussian", MOMENTUM, "diverges"], lines)

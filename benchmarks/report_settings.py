@@ -1,51 +1,78 @@
-"""Writes the tables and pictures of docs/settings.md from the stored sweeps.
+"""The tables of docs/settings.md, as Markdown, and where a loss is least over the rate."""
 
-    python benchmarks/report_settings.py
-
-Works as `report.py` does: between markers the page is this script's, and `--check` only compares.
-"""
-
-import argparse
+import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.harness import RESULTS
-from benchmarks.report import DOCS, load, written
-from benchmarks.report_settings_pictures import draw_clip, draw_width
-from benchmarks.report_text import Results, table
-from benchmarks.settings_curves import Curve, best, curves, rule_names
-
-PAGE = DOCS / "settings.md"
-PICTURES = {
-    "settings_width": ("settings_width", draw_width),
-    "settings_clip": ("settings_clip", draw_clip),
-}
+from benchmarks.report_tables import table
 
 
-def _missing(name: str) -> str:
-    return f"not measured: `python benchmarks/{name}.py`"
+class Curve(NamedTuple):
+    """Losses of one width under one rule.
+
+    Attributes:
+        rates: Rising, as one writes them under the rule.
+        losses: After the last step; infinite where the run diverged.
+    """
+
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+
+    def at(self, rate: float) -> float | None:
+        """The loss at a rate between those tried, linear in its logarithm; None outside."""
+        if not self.rates[0] <= rate <= self.rates[-1]:
+            return None
+        return float(np.interp(np.log2(rate), np.log2(self.rates), self.losses))
 
 
-def machine_line(results: Results) -> str:
-    """Says what the sweeps were run on; they time nothing, but rounding is the machine's."""
-    lines = []
-    for name in ("settings_width", "settings_clip"):
-        found = results.get(name, {}).get("machine")
-        if found is None:
-            lines.append(f"- {name}: {_missing(name)}")
-            continue
-        versions = ", ".join(
-            f"{package} {found['versions'][package]}" for package in ("jax", "optax", "flax")
-        )
-        lines.append(
-            f"- {name}: {found['cores']} cores of {found['processor']}, device {found['device']}; "
-            f"{versions}"
-        )
-    return "\n".join(lines)
+class Best(NamedTuple):
+    """Where a curve is lowest.
+
+    Attributes:
+        rate: The lowest point of the parabola through the best rate and its neighbours, in the
+            logarithm of the rate; the best rate itself where it has no neighbour on one side.
+        loss: The loss there.
+        at_end: -1 where the lowest rate tried is the best, 1 where the highest is, else 0.
+    """
+
+    rate: float
+    loss: float
+    at_end: int
+
+
+def curves(rows: Iterable[Mapping[str, Any]], rule: float | None) -> dict[int, Curve]:
+    """Returns the curve of each width under a `consistent_rms`."""
+    runs = [row for row in rows if row["consistent_rms"] == rule]
+    found = {}
+    for width in sorted({row["width"] for row in runs}):
+        mine = sorted((row for row in runs if row["width"] == width), key=lambda row: row["rate"])
+        losses = [math.inf if r["validation_loss"] is None else r["validation_loss"] for r in mine]
+        found[width] = Curve(tuple(row["rate"] for row in mine), tuple(losses))
+    return found
+
+
+def best(curve: Curve) -> Best:
+    """Returns the lowest point of a curve.
+
+    Example:
+        >>> found = best(Curve((1.0, 2.0, 4.0), (3.0, 2.0, 3.0)))
+        >>> round(found.rate, 6), found.at_end
+        (2.0, 0)
+        >>> best(Curve((1.0, 2.0), (3.0, 2.0))).at_end
+        1
+    """
+    i = int(np.argmin(curve.losses))
+    if i in (0, len(curve.rates) - 1):
+        return Best(curve.rates[i], curve.losses[i], -1 if i == 0 else 1)
+    x, y = np.log2(curve.rates[i - 1 : i + 2]), np.asarray(curve.losses[i - 1 : i + 2])
+    if not np.isfinite(y).all():
+        return Best(curve.rates[i], curve.losses[i], 0)
+    a, b, c = np.polyfit(x - x[1], y, 2)
+    shift = 0.0 if a <= 0 else -b / (2 * a)
+    return Best(float(2 ** (x[1] + shift)), float(c + b * shift + a * shift**2), 0)
 
 
 def _rate(rate: float) -> str:
@@ -58,14 +85,11 @@ def _bounded(curve: Curve) -> str:
     return {-1: "at most ", 0: "", 1: "at least "}[found.at_end] + _rate(found.rate)
 
 
-def width_table(results: Results) -> str:
+def width_table(stored: Mapping[str, Any]) -> str:
     """Best rates by rule and width, how far they move, and what that costs."""
-    stored = results.get("settings_width")
-    if stored is None:
-        return _missing("settings_width")
     widths = sorted({row["width"] for row in stored["rows"]})
     lines = []
-    for rule in rule_names():
+    for rule in (None, 0.2):
         by_width = curves(stored["rows"], rule)
         found = [by_width.get(width, Curve((), ())) for width in widths]
         cells = [_bounded(curve) if len(curve.rates) >= 3 else "not finished" for curve in found]
@@ -75,17 +99,14 @@ def width_table(results: Results) -> str:
             moved = f"{np.log2(wide.rate / narrow.rate):+.1f}"
             carried = found[-1].at(narrow.rate)
             lost = "outside of what was tried" if carried is None else f"{carried - wide.loss:.3f}"
-        lines.append([f"`{rule}`", *cells, moved, lost])
+        lines.append([f"`consistent_rms={rule}`", *cells, moved, lost])
     head = ["rule", *(f"width {width}" for width in widths), "octaves"]
     return table([*head, f"nats lost at {widths[-1]} with the best rate of {widths[0]}"], lines)
 
 
-def losses_table(results: Results) -> str:
-    """The losses behind it, for the rule of `width_transfer`."""
-    stored = results.get("settings_width")
-    if stored is None:
-        return _missing("settings_width")
-    by_width = curves(stored["rows"], "width_transfer")
+def losses_table(stored: Mapping[str, Any]) -> str:
+    """The losses behind it, under the width rule."""
+    by_width = curves(stored["rows"], None)
     rates = sorted({rate for curve in by_width.values() for rate in curve.rates})
     lines = []
     for width, curve in sorted(by_width.items()):
@@ -129,11 +150,8 @@ def _against(
     return found
 
 
-def threshold_table(results: Results) -> str:
+def threshold_table(stored: Mapping[str, Any]) -> str:
     """What each threshold does."""
-    stored = results.get("settings_clip")
-    if stored is None:
-        return _missing("settings_clip")
     grouped = _clip_rows(stored, lambda row: row["alpha"] == 0.5, "threshold")
     lines = []
     for threshold, rows in grouped.items():
@@ -153,11 +171,8 @@ def threshold_table(results: Results) -> str:
     return table([*head, "largest logit of all steps", "of the last step"], lines)
 
 
-def alpha_table(results: Results) -> str:
+def alpha_table(stored: Mapping[str, Any]) -> str:
     """What each alpha does, at one threshold."""
-    stored = results.get("settings_clip")
-    if stored is None:
-        return _missing("settings_clip")
     swept = {row["threshold"] for row in stored["rows"] if row["alpha"] != 0.5}
     grouped = _clip_rows(stored, lambda row: row["threshold"] in swept, "alpha")
     lines = []
@@ -175,39 +190,3 @@ def alpha_table(results: Results) -> str:
         )
     head = ["alpha", "validation loss", "minus that at 0.5", "largest logit of all steps"]
     return table([*head, "norm of the query kernels", "of the key kernels"], lines)
-
-
-#: Every part of the page that is written here.
-BLOCKS = {
-    "machine": machine_line,
-    "width": width_table,
-    "losses": losses_table,
-    "threshold": threshold_table,
-    "alpha": alpha_table,
-}
-
-
-def main() -> None:
-    """Writes page and pictures."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=PAGE)
-    parser.add_argument("--images", type=Path, default=DOCS / "images")
-    parser.add_argument("--check", action="store_true", help="only compare")
-    options = parser.parse_args()
-    results, page = load(options.results), options.page.read_text()
-    new = written(page, results, BLOCKS)
-    if options.check:
-        if new != page:
-            raise SystemExit(f"{options.page} is not what its results say; run this script.")
-        return
-    options.page.write_text(new)
-    options.images.mkdir(parents=True, exist_ok=True)
-    for name, (needs, draw) in PICTURES.items():
-        if needs in results:
-            draw(results[needs]).savefig(options.images / f"{name}.png")
-    print(f"written: {options.page}, pictures in {options.images}")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,17 +2,16 @@
 
     python benchmarks/scaling.py
 
-A model is a list of matrices and a number of other parameters; a machine is four numbers. The terms
-are those of docs/scaling.md, which also says how far they are from what the compilers report
-(results/pods.json). Prints the Markdown tables that benchmarks/report.py writes there. Nothing is
-compiled and nothing runs.
+A model is a list of matrices and a number of other parameters. The terms are those of
+docs/scaling.md, which also says how far they are from what the compilers report
+(results/pods.json). Prints the Markdown tables that benchmarks/report.py writes there.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks import report_text
+from benchmarks import report_tables
 from muonclip_jax.matrices.distribution.schedule import deal
 
 STEPS = 5
@@ -20,30 +19,9 @@ STEPS = 5
 WIDE, NARROW = 4, 2
 
 
-@dataclass(frozen=True)
-class Machine:
-    """One device of a machine.
-
-    Attributes:
-        name: What it is.
-        flops: Dense 16-bit FLOPs a second.
-        memory_rate: Bytes a second to and from its memory, as compilers count on them.
-        link: Bytes a second that it sends over all its links together.
-        slow_link: Bytes a second that it sends out of its slice.
-    """
-
-    name: str
-    flops: float
-    memory_rate: float
-    link: float
-    slow_link: float
-
-
-# Published: 459 TFLOP/s, 2765 GB/s (XLA counts on 85 % of that), six links of 100 GB/s each way.
-# Assumed: 50 Gbit/s a chip out of the slice.
-V5P = Machine("TPU v5p", 459e12, 2.35e12, 600e9, 6.25e9)
-# Published: 989 TFLOP/s, 4.8 TB/s, NVLink 450 GB/s each way. Assumed: one 400 Gbit/s adapter a GPU.
-H200 = Machine("H200", 989e12, 0.85 * 4.8e12, 450e9, 50e9)
+# A TPU v5p. Published: 459 TFLOP/s, 2765 GB/s (XLA counts on 85 % of that), six links of 100 GB/s
+# each way.
+FLOPS, MEMORY_RATE, LINK = 459e12, 2.35e12, 600e9
 
 
 @dataclass(frozen=True)
@@ -186,7 +164,7 @@ def _of_hands(dealt: Sequence[Sequence[int]], shapes: Sequence[Sequence[int]], w
     return _Hand(ways, busiest, places, most)
 
 
-def muon_cost(model: Model, plan: Plan, machine: Machine) -> Cost:
+def muon_cost(model: Model, plan: Plan) -> Cost:
     """The cost of a step of Muon on the matrices and AdamW on the rest.
 
     Whole matrices are dealt to the devices; or full rounds are whole, and what is left over is
@@ -195,7 +173,6 @@ def muon_cost(model: Model, plan: Plan, machine: Machine) -> Cost:
     Args:
         model: The model.
         plan: How it lies on the devices.
-        machine: The device.
 
     Returns:
         The cost of the busiest device.
@@ -244,39 +221,31 @@ def muon_cost(model: Model, plan: Plan, machine: Machine) -> Cost:
     if plan.bounded:
         most = max(m * m * max(1, model.stack // (WIDE * m * n)) for m, n in shapes)
     temporary = NARROW * held + max(WIDE * stack, NARROW * (stack + 3 * most))
-    network = (trades * plan.hops + regroups + couples + gathers) / machine.link
+    network = (trades * plan.hops + regroups + couples + gathers) / LINK
     busiest = sum(_sum(h.counts, flops) / h.ways for h in chosen)
     return Cost(
         busiest,
         trades + gathers + couples + regroups,
         temporary,
         accessed,
-        busiest / machine.flops,
-        accessed / machine.memory_rate,
+        busiest / FLOPS,
+        accessed / MEMORY_RATE,
         network,
     )
 
 
-def adamw_cost(model: Model, plan: Plan, machine: Machine) -> Cost:
+def adamw_cost(model: Model, plan: Plan) -> Cost:
     """The cost of a step of AdamW on everything: four arrays are read, three are written."""
     numbers = (model.numbers + model.others) / (1 if plan.replicated else plan.devices)
     accessed = 7.0 * WIDE * numbers
-    return Cost(0.0, 0.0, 0.0, accessed, 0.0, accessed / machine.memory_rate, 0.0)
+    return Cost(0.0, 0.0, 0.0, accessed, 0.0, accessed / MEMORY_RATE, 0.0)
 
 
-def break_even_tokens(
-    model: Model, plan: Plan, machine: Machine, share: float, utilisation: float = 0.4
-) -> float:
+def break_even_tokens(model: Model, plan: Plan, share: float, utilisation: float = 0.4) -> float:
     """Tokens a step from which Muon adds at most `share` to a step with AdamW."""
-    extra = muon_cost(model, plan, machine).seconds - adamw_cost(model, plan, machine).seconds
-    a_token = 6 * model.active / (plan.devices * machine.flops * utilisation)
+    extra = muon_cost(model, plan).seconds - adamw_cost(model, plan).seconds
+    a_token = 6 * model.active / (plan.devices * FLOPS * utilisation)
     return max(0.0, extra / share / a_token)
-
-
-def sharing_across_pays(rows: int, columns: int, machine: Machine, slices: int) -> bool:
-    """Whether slices should share a matrix that each of them has, rather than all work on it."""
-    saved = (1 - 1 / slices) * work(rows, columns) / machine.flops
-    return NARROW * rows * columns * (1 - 1 / slices) / machine.slow_link < saved
 
 
 def _sum(counts: Sequence[float], values: Sequence[float]) -> float:
@@ -320,13 +289,13 @@ def cost_table() -> str:
     lines = []
     named = {case: f"{model}, {layout}" for (model, layout, _), case in reversed(CHECKED.items())}
     for model, plan in dict.fromkeys([*CHECKED.values(), *LARGE]):
-        cost = muon_cost(model, plan, V5P)
+        cost = muon_cost(model, plan)
         numbers = (cost.flops / 1e12, cost.sent / 1e9, cost.temporary / 1e9)
         times = (cost.compute * 1e3, cost.memory * 1e3, cost.network * 1e3)
         cells = [f"{number:.3g}" for number in numbers + times]
         name = named.get((model, plan), model.name)
         lines.append([name, f"{plan.devices}", *cells])
-    return report_text.table([*head, "network ms"], lines)
+    return report_tables.table([*head, "network ms"], lines)
 
 
 def break_even_table() -> str:
@@ -334,21 +303,12 @@ def break_even_table() -> str:
     head = ["model", "devices", "AdamW ms", "Muon ms", "tokens a step: 1 % more", "0.1 % more"]
     lines = []
     for model, plan in LARGE:
-        muon, adamw = (cost(model, plan, V5P).seconds * 1e3 for cost in (muon_cost, adamw_cost))
-        tokens = [break_even_tokens(model, plan, V5P, share) / 1e6 for share in (0.01, 0.001)]
+        muon, adamw = (cost(model, plan).seconds * 1e3 for cost in (muon_cost, adamw_cost))
+        tokens = [break_even_tokens(model, plan, share) / 1e6 for share in (0.01, 0.001)]
         cells = [f"{adamw:.2f}", f"{muon:.2f}", *(f"{number:.0f} M" for number in tokens)]
         lines.append([model.name, f"{plan.devices}", *cells])
-    return report_text.table(head, lines)
-
-
-def main() -> None:
-    """Prints the tables of docs/scaling.md, and where sharing across slices pays."""
-    print(cost_table(), break_even_table(), sep="\n\n", end="\n\n")
-    for machine in (V5P, H200):
-        for rows, columns in ((2048, 7168), (4096, 4096), (8192, 8192)):
-            pays = sharing_across_pays(rows, columns, machine, 2)
-            print(f"{machine.name}, {rows} x {columns}: sharing across two slices pays: {pays}")
+    return report_tables.table(head, lines)
 
 
 if __name__ == "__main__":
-    main()
+    print(cost_table(), break_even_table(), sep="\n\n")

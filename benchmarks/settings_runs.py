@@ -4,10 +4,8 @@ A run is a pure function of its settings and seed. All steps are one `lax.scan`,
 thresholds and exponents are traced, so that one compiled program serves every run of a model.
 """
 
-import json
 import math
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -23,7 +21,7 @@ import optax
 from common.data import Corpus, load_corpus as load_corpus, scoring_batch, training_batch
 from common.model import GPT, ModelConfig, next_byte_loss
 
-from benchmarks.harness import RESULTS, store
+from benchmarks.harness import store
 
 #: Features of a head at every width.
 HEAD_DIM = 16
@@ -131,26 +129,10 @@ def measure(
     cases: Iterable[Mapping[str, Any]],
     run: Callable[[Mapping[str, Any]], Mapping[str, Any]],
 ) -> None:
-    """Runs every case that `NAME.json` has not, and stores after each.
-
-    Stops after `--minutes`, to be started again: what is there is not run twice. Rows of other
-    tasks than these are not kept.
-    """
+    """Runs every case, and stores all of them after each."""
     described = [asdict(task) for task in tasks]
-    folder = options.out or (None if options.smoke else RESULTS)
-    path = None if folder is None else folder / f"{name}.json"
     rows: list[dict[str, Any]] = []
-    if path is not None and path.exists():
-        stored = json.loads(path.read_text())
-        rows = stored["rows"] if stored["tasks"] == described else []
-    started = time.monotonic()
     for case in cases:
-        if any(all(row.get(key) == value for key, value in case.items()) for row in rows):
-            continue
-        if time.monotonic() - started > 60 * options.minutes:
-            print("not finished: start it again to go on", flush=True)
-            return
-        row = {**case, **run(case)}
-        print({key: value for key, value in row.items() if not isinstance(value, list)}, flush=True)
-        rows.append(row)
+        rows.append({**case, **run(case)})
+        print(rows[-1], flush=True)
         store(name, {"tasks": described, "rows": rows}, options)

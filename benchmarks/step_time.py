@@ -10,11 +10,10 @@ and orthogonalise at least as well; `optax.contrib.muon`, `optax.adamw`, momentu
 random gradients, on the same cores; embeddings and head go to AdamW.
 """
 
-import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +23,26 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from optax.contrib import MuonDimensionNumbers, _muon as optax_muon
+from optax.contrib import MuonDimensionNumbers
 
-import muonclip_jax as mc
 from benchmarks.harness import interleave, parser, ratio, store, summary
-from benchmarks.matrices import Reference, load_momentum, over_all
+from benchmarks.matrices import Reference, over_all
 from benchmarks.models import MODELS, Model
 from benchmarks.optimizers import (
     FAST,
-    KELLER_JORDAN,
-    KERNELS,
     LEARNING_RATE,
     OPTAX,
     OPTIMIZERS,
     OURS,
-    POLAR_SETTINGS,
     jitted_step,
+    optax_at,
 )
 
 torch_muon: Any = (
     importlib.import_module("benchmarks.torch_muon") if importlib.util.find_spec("torch") else None
 )
 
-JAX_CONTENDERS = (OURS, FAST, KERNELS, OPTAX, "optax.adamw", "momentum SGD")
+JAX_CONTENDERS = (OURS, FAST, OPTAX, "optax.adamw", "momentum SGD")
 
 
 def random_gradients(tree: Any, seed: int = 0) -> Any:
@@ -90,27 +86,26 @@ class JaxStep:
         return None if memory is None else memory.temp_size_in_bytes
 
 
-def contenders(model: Model, grads: Any, stacked: bool, wanted: list[str] | None) -> dict[str, Any]:
+def contenders(
+    model: Model, grads: Any, wanted: list[str] | None, optax_path: Path | None
+) -> dict[str, Any]:
     """Builds all steps; those that `wanted` does not name are left out."""
 
     def is_wanted(name: str) -> bool:
-        if name == KERNELS and jax.default_backend() == "cpu":
-            return False
         return not wanted or any(part in name for part in wanted)
 
-    numbers = model.dimension_numbers(stacked=stacked)
+    numbers = model.dimension_numbers()
     steps: dict[str, Any] = {
         name: JaxStep(OPTIMIZERS[name](numbers), grads)
         for name in JAX_CONTENDERS
         if is_wanted(name)
     }
+    if optax_path is not None:
+        steps[f"{OPTAX} of {optax_path}"] = JaxStep(optax_at(optax_path)(numbers), grads)
     if torch_muon is None:
         print("torch is not installed: its contenders are left out", flush=True)
         return steps
     matrices = {path for path, spec in flat(numbers).items() if spec is not None}
-    if any(leaf.ndim != 2 for path, leaf in flat(grads).items() if path in matrices):
-        print("torch.optim.Muon takes single matrices only: left out for this tree", flush=True)
-        return steps
     functions = torch_muon.newton_schulz_functions()
     functions = {name: function for name, function in functions.items() if is_wanted(name)}
     if functions:
@@ -121,17 +116,17 @@ def contenders(model: Model, grads: Any, stacked: bool, wanted: list[str] | None
     return steps
 
 
-def answers(steps: Mapping[str, Any], model: Model, grads: Any, stacked: bool) -> dict[str, Any]:
+def answers(steps: Mapping[str, Any], model: Model, grads: Any) -> dict[str, Any]:
     """Compares what the first step from zeros came to.
 
     Returns:
         For each Muon `difference_from_optax`, the largest over all matrices of the relative
         Frobenius norm, and `quality` on one matrix of each shape (see `matrices.Reference`).
     """
-    numbers = flat(model.dimension_numbers(stacked=stacked))
+    numbers = flat(model.dimension_numbers())
     matrices = [path for path, spec in numbers.items() if spec is not None]
     flat_grads = flat(grads)
-    sample = {flat_grads[path].shape: path for path in matrices if flat_grads[path].ndim == 2}
+    sample = {flat_grads[path].shape: path for path in matrices}
     references = {
         path: Reference(_wide(np.asarray(flat_grads[path], np.float64))[None])
         for path in sample.values()
@@ -164,47 +159,24 @@ def _difference(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.linalg.norm(x - y) / np.linalg.norm(y))
 
 
-def momentum_quality(path: Path) -> dict[str, dict[str, float]]:
-    """Orthogonalises real momentum with each setting, alone: quality over all its matrices."""
-    groups = load_momentum(path)
-    functions: dict[str, Callable[[Any], Any]] = {
-        name: functools.partial(mc.orthogonalize, **settings)
-        for name, settings in POLAR_SETTINGS.items()
-    }
-    plain = functools.partial(
-        optax_muon.orthogonalize_via_newton_schulz, ns_coeffs=jnp.asarray(KELLER_JORDAN)
-    )
-    functions[OPTAX] = jax.vmap(plain)
-    found: dict[str, dict[str, float]] = {}
-    references = {shape: Reference(stack) for shape, stack in groups.items()}
-    for name, function in functions.items():
-        qualities = []
-        for shape, stack in groups.items():
-            result = jax.jit(function)(jnp.asarray(stack, jnp.float32))
-            qualities += references[shape].quality(np.asarray(result))
-        found[name] = over_all(qualities)
-    return found
-
-
 def main() -> None:
     """Measures, prints and stores."""
     made = parser(__doc__, "step_time")
     made.add_argument("--model", choices=tuple(MODELS), default="gpt2-small")
     made.add_argument("--layers", type=int, help="that many instead of the model's")
     made.add_argument("--dtype", default="float32", help="of parameters and gradients")
-    made.add_argument("--stacked", action="store_true", help="equal layers as one leaf")
     made.add_argument("--contenders", nargs="+", help="only those whose names contain one of these")
-    made.add_argument("--momentum", type=Path, help="the .npz of benchmarks/momentum.py")
+    made.add_argument("--optax", type=Path, help="the folder of another checkout of Optax, beside")
     options = made.parse_args()
     model = MODELS["layers-of-256"] if options.smoke else MODELS[options.model]
     if options.smoke or options.layers:
         model = model.with_layers(options.layers or 1)
-    grads = random_gradients(model.tree(options.dtype, stacked=options.stacked))
-    steps = contenders(model, grads, options.stacked, options.contenders)
+    grads = random_gradients(model.tree(options.dtype))
+    steps = contenders(model, grads, options.contenders, options.optax)
     for name, step in steps.items():  # the first step, whose answer is known
         step()
         print(f"first step done: {name}", flush=True)
-    found = answers(steps, model, grads, options.stacked)
+    found = answers(steps, model, grads)
     seconds = interleave(steps, 1 if options.smoke else options.rounds, warmup=0)
     itemsize = jnp.dtype(options.dtype).itemsize
     rows = []
@@ -220,14 +192,11 @@ def main() -> None:
         print(f"{name}: {row['seconds']['median']:.3f} s", flush=True)
     content = {
         "model": "layers-of-256" if options.smoke else options.model,
-        "layers": [count for _, count, _ in model.stacks],
-        "stacked": options.stacked,
+        "layers": model.layers,
         "dtype": options.dtype,
         "matrix_bytes": itemsize * model.entries(),
         "rows": rows,
     }
-    if options.momentum:
-        content["momentum_quality"] = momentum_quality(options.momentum)
     store(
         "step_time" if options.model == "gpt2-small" else f"step_time_{options.model}",
         content,

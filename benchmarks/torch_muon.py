@@ -17,17 +17,9 @@ import numpy as np
 
 from benchmarks.harness import cores
 
-
-def _optional(name: str) -> Any:
-    """Returns a module, or None where it is not installed; no other extra needs these."""
-    return importlib.import_module(name) if importlib.util.find_spec(name) else None
-
-
 # Not by `import`: types are checked where torch is not installed, too.
 torch: Any = importlib.import_module("torch")
 torch_source: Any = importlib.import_module("torch.optim._muon")
-flash_muon = _optional("flash_muon")
-gram_newton_schulz = _optional("gram_newton_schulz")
 
 NewtonSchulz = Callable[..., Any]
 STOCK: NewtonSchulz = torch_source._zeropower_via_newtonschulz
@@ -57,10 +49,8 @@ def newton_schulz_functions() -> dict[str, NewtonSchulz]:
     functions = {"torch.optim.Muon, float32": FLOAT32, "torch.optim.Muon, bfloat16": STOCK}
     if device() == "cuda":
         functions["torch.optim.Muon, torch.compile"] = torch.compile(STOCK)
-        if flash_muon is not None:
-            fast = flash_muon.fast_newtonschulz
-            functions["flash-muon"] = lambda grad, _, steps, __: fast(grad, steps)
-        if gram_newton_schulz is not None:
+        if importlib.util.find_spec("gram_newton_schulz"):
+            gram_newton_schulz: Any = importlib.import_module("gram_newton_schulz")
             gram = gram_newton_schulz.GramNewtonSchulz(ns_use_kernels=True)
             functions["gram-newton-schulz"] = lambda grad, *_: gram(grad)
     return functions

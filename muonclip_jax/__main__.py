@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from muonclip_jax._commands.describe import describe
 from muonclip_jax._commands.doctor import doctor
-from muonclip_jax.kernels.platform import PLATFORMS
+from muonclip_jax._devices import PLATFORMS
 from muonclip_jax.polar import (
     COEFFICIENT_SETS,
     DEFAULT_METHOD,

@@ -52,7 +52,7 @@ def muon(
     consistent_rms: ScalarLike | None = None,
     ns_method: str = DEFAULT_METHOD,
     ns_dtype: Any = DEFAULT_DTYPE,
-    ns_implementation: str | None = "xla",
+    ns_implementation: str = "xla",
     rules: MatrixRules | None = None,
     param_shardings: Any = None,
     axis_name: str | tuple[str, ...] | None = None,

@@ -59,7 +59,7 @@ class MuonClipConfig:
     ns_steps: int | None = None
     ns_method: str = DEFAULT_METHOD
     ns_dtype: Any = DEFAULT_DTYPE
-    ns_implementation: str | None = "xla"
+    ns_implementation: str = "xla"
     preconditioning: str | None = None
     eps: float = DEFAULT_EPS
     mu_dtype: Any = None
@@ -126,7 +126,7 @@ def muonclip(
     ns_steps: int | None = MuonClipConfig.ns_steps,
     ns_method: str = MuonClipConfig.ns_method,
     ns_dtype: Any = MuonClipConfig.ns_dtype,
-    ns_implementation: str | None = MuonClipConfig.ns_implementation,
+    ns_implementation: str = MuonClipConfig.ns_implementation,
     preconditioning: str | None = MuonClipConfig.preconditioning,
     eps: ScalarLike = MuonClipConfig.eps,
     mu_dtype: Any = MuonClipConfig.mu_dtype,

@@ -14,7 +14,7 @@ def test_what_needs_a_real_compiler_runs_where_they_are_installed():
         for path in (ROOT / "tests").glob("**/test_*.py")
         if re.search(r"^from benchmarks.compilers import", path.read_text(), re.MULTILINE)
     }
-    assert len(needing) > 2
+    assert len(needing) > 1
     assert set(named.split()) == needing
     (recipe,) = re.findall(r"^kernels:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
     assert "$(KERNELS)/bin/python -m pytest" in recipe

@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from muonclip_jax._devices import plan_platform
 from muonclip_jax.attention import IMPLEMENTATIONS, attention_max_logits, dot_product_attention
-from muonclip_jax.kernels.platform import current_target
-from muonclip_jax.kernels.symmetric.dispatch import choose
-from muonclip_jax.kernels.symmetric.problem import Problem
+from muonclip_jax.kernels import MAX_LOGITS, SYMMETRIC, load_kernel
 from muonclip_jax.polar import orthogonalize, plan_polar
 
 _NAME = "muonclip_jax"
@@ -23,7 +22,6 @@ _NAME = "muonclip_jax"
 OPTIONAL = {
     "flax": "muonclip_jax.linen and muonclip_jax.nnx",
     "orbax-checkpoint": "`python -m muonclip_jax describe` on folders of Orbax",
-    "tokamax": "attention with implementation='tokamax'",
 }
 # Device files on Linux, whose they are, and what lets JAX use them.
 _ACCELERATORS = {
@@ -67,6 +65,7 @@ def doctor() -> tuple[str, bool]:
         "Devices": devices,
         "Newton-Schulz": newton_schulz,
         "Attention maxima": attention,
+        "Pallas kernels": kernels,
         "A small run of each": small_runs,
     }
     lines: list[str] = []
@@ -127,17 +126,17 @@ def devices() -> Iterator[Finding]:
     """What JAX computes on."""
     found = jax.devices()
     kinds = ", ".join(dict.fromkeys(device.device_kind for device in found))
-    target = current_target()
-    capability = ".".join(map(str, target.capability))
+    platform = plan_platform(None)
+    capability = getattr(found[0], "compute_capability", None)
     yield Finding(
-        f"{len(found)} x {target.platform} ({kinds})"
-        + (f", compute capability {capability}" if target.platform == "gpu" else ""),
+        f"{len(found)} x {platform} ({kinds})"
+        + (f", compute capability {capability}" if platform == "gpu" else ""),
         ok=True,
     )
     if jax.process_count() > 1:
         yield Finding(f"process {jax.process_index()} of {jax.process_count()}")
     for path, (name, package) in _ACCELERATORS.items():
-        if target.platform == "cpu" and Path(path).exists():
+        if platform == "cpu" and Path(path).exists():
             text = f"the machine has {name} ({path}), and JAX computes on the CPU"
             yield Finding(f"{text}: pip install '{package}'")
     wide = "on" if jax.dtypes.canonicalize_dtype("float64") == jnp.float64 else "off"
@@ -154,19 +153,6 @@ def newton_schulz() -> Iterator[Finding]:
             f"({rows}, {columns}): ns_method {resolved.method!r}, ns_dtype {resolved.dtype!r}, "
             f"{resolved.flops / 1e9:,.0f} GFLOP"
         )
-    work = polar.resolve(SHAPES[-1], "float32").dtype
-    problem = Problem(1, *SHAPES[-1], work, None, work)
-    yield Finding(f"symmetric products: 'xla'; ns_implementation=None takes {_chosen(problem)}")
-
-
-def _chosen(problem: Problem) -> str:
-    name = choose(problem, None)
-    if name != "xla":
-        return f"the kernel {name!r}"
-    try:
-        return f"'xla' too; {choose(problem, 'pallas')!r} would serve a single device"
-    except NotImplementedError as error:
-        return f"'xla' too: {_reason(error)}"
 
 
 def attention() -> Iterator[Finding]:
@@ -183,9 +169,22 @@ def attention() -> Iterator[Finding]:
         chosen = " and is the default" if name == default else ""
         serves = f"serves{chosen}" if refusal is None else f"does not serve: {refusal}"
         yield Finding(f"dot_product_attention: {name!r} {serves}")
-    refusal = _refusal(lambda x: attention_max_logits(x, x, implementation="pallas"), x)
-    serves = "serves" if refusal is None else f"does not serve: {refusal}"
-    yield Finding(f"attention_max_logits: 'xla' is the default; 'pallas' {serves}")
+
+
+def kernels() -> Iterator[Finding]:
+    """Which opt-in Pallas kernels can be named here."""
+    for argument, operation, names in (
+        ("ns_implementation", "symmetric", SYMMETRIC),
+        ("attention_max_logits", "max_logits", MAX_LOGITS),
+    ):
+        for name in names:
+            try:
+                load_kernel(operation, name, plan_platform(None))
+                serves = "serves"
+            except NotImplementedError as error:
+                reason = str(error).replace(f"The kernel {name!r}", "it")
+                serves = "does not serve: " + reason.removesuffix(". Pass 'xla'.")
+            yield Finding(f"{argument}: 'xla' is the default; {name!r} {serves}")
 
 
 def _refusal(function: Callable[[Any], Any], x: Any) -> str | None:
@@ -224,5 +223,5 @@ def _numbers(version: str) -> list[int]:
 
 def _reason(error: Exception) -> str:
     """What is behind the colon of a refusal, without the advice that follows."""
-    text = str(error).partition("cannot be used: ")[2] or str(error).partition("product: ")[2]
+    text = str(error).partition("cannot be used: ")[2]
     return re.split(r"[;,] (?:or )?use |\. Pass ", text or str(error))[0].rstrip(".")

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from muonclip_jax._typing import ScalarLike
-from muonclip_jax.kernels.pairs import Geometry, PairArrays, split_heads
-from muonclip_jax.kernels.shards import divisions
+from muonclip_jax.attention.pairs import Geometry, PairArrays, split_heads
+from muonclip_jax.attention.shards import divisions
 
 #: What a caller may pass as an array.
 AnyArray: TypeAlias = jax.Array | np.ndarray

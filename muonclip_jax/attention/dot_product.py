@@ -9,14 +9,7 @@ from jaxtyping import Array, Float
 
 from muonclip_jax._typing import ScalarLike
 from muonclip_jax.attention.arguments import AnyArray, AttentionArguments, read_arguments
-from muonclip_jax.attention.jax_nn import (
-    attend_cudnn,
-    attend_pallas,
-    merge_groups,
-    refuse_cudnn,
-    refuse_pallas,
-)
-from muonclip_jax.attention.tokamax import attend_tokamax, refuse_tokamax
+from muonclip_jax.attention.jax_nn import attend_cudnn, merge_groups, refuse_cudnn
 from muonclip_jax.attention.xla import attend_xla
 
 
@@ -48,9 +41,7 @@ def _never(arguments: AttentionArguments) -> str | None:
 #: Every implementation by name. "xla" is exact and serves every call: it is what None means.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla": Implementation(_attend_xla, _never, is_exact=True),
-    "pallas": Implementation(attend_pallas, refuse_pallas, is_exact=True),
     "cudnn": Implementation(attend_cudnn, refuse_cudnn, is_exact=False),
-    "tokamax": Implementation(attend_tokamax, refuse_tokamax, is_exact=True),
 }
 
 
@@ -79,19 +70,12 @@ def dot_product_attention(
 
     Implementations:
         - "xla": everywhere, exact. Memory is linear in the sequence; the maximum is the one that
-          softmax subtracts, so recording costs next to nothing.
-        - "pallas": NVIDIA GPUs and TPUs. The output comes from `jax.nn.dot_product_attention`: from
-          cuDNN where that serves the call, which forward-mode derivatives then refuse, and from XLA
-          elsewhere. The maxima come from a kernel beside it: they are those of the products that
-          it forms, from float32 in TF32 on a GPU and in bfloat16 on a TPU, unless
-          `jax.default_matmul_precision` says otherwise.
+          softmax subtracts, so recording costs next to nothing. It serves every call, in forward
+          mode and any order of derivatives too.
         - "cudnn": NVIDIA GPUs, half precision. The maxima come from the kernel's log-sum-exp: an
           upper bound, at most `ln(keys)` and one unit of rounding in the dtype of the output too
           high. Refused with an additive bias, which is part of that sum.
-        - "tokamax": where the package is installed, by its fused kernels. Exact. Refused with an
-          additive bias, which its residuals include.
-        - None: "xla", on every platform, for it serves every call, in forward mode and any order of
-          derivatives too. The others are taken where they are named.
+        - None: "xla", on every platform.
 
     Args:
         query: Queries `(B, T, N, H)` or `(T, N, H)`.
@@ -114,8 +98,7 @@ def dot_product_attention(
 
     Raises:
         ValueError: If shapes or dtypes do not fit together, or no implementation has that name.
-        NotImplementedError: If the named implementation cannot serve the call; says why. That there
-            is no kernel for a platform is said when the program is lowered for it.
+        NotImplementedError: If the named implementation cannot serve the call; says why.
 
     Example:
         >>> import jax.numpy as jnp

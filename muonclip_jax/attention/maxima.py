@@ -20,9 +20,9 @@ from jaxtyping import Array, Float
 
 from muonclip_jax._paths import MAX_LOGITS, flatten_with_paths
 from muonclip_jax._typing import ScalarLike, Tree
+from muonclip_jax.attention import finite_first
 from muonclip_jax.attention.arguments import AnyArray, read_arguments
-from muonclip_jax.kernels import finite_first
-from muonclip_jax.kernels.max_logits import max_logits
+from muonclip_jax.attention.max_logits import max_logits
 
 
 def attention_max_logits(
@@ -47,16 +47,14 @@ def attention_max_logits(
     not with `T S`. No gradient flows. It runs beside any attention that keeps its logits to itself.
 
     Implementations:
-        - "xla": everywhere, in plain operations that any partitioner splits.
-        - "pallas": NVIDIA GPUs and TPUs, a kernel that keeps the logits in the core. It has been
-          compiled by both platforms' compilers and run by Pallas's interpreter, not yet on the
-          machines, so it is taken only where it is named. Products of
-          float32 are what JAX makes of them there by default: in TF32 on a GPU, from bfloat16 on a
-          TPU; `jax.default_matmul_precision` raises that. On many devices each works on its own
-          sequences and key heads: inside a `jax.shard_map` over all axes of a mesh, on meshes with
-          Explicit axes, and on GPUs under Auto axes too. On TPUs under Auto axes the partitioner
-          cannot split a kernel; map over the axes there.
-        - None: "xla".
+        - "xla", the default: everywhere, in plain operations that any partitioner splits.
+        - "mosaic_tpu": on TPUs, a Pallas kernel that keeps the logits in the core. Tests
+          compare it with float64 in Pallas's interpreter; it has not been timed on a TPU. Products
+          of float32 are what JAX makes of them there by default, from bfloat16;
+          `jax.default_matmul_precision` raises that. On many devices each works on its own
+          sequences and key heads: inside a `jax.shard_map` over all axes of a mesh, and on meshes
+          with Explicit axes. Under Auto axes the partitioner cannot split a kernel; map over the
+          axes there.
 
     Args:
         query: Queries `(B, T, N, H)` or `(T, N, H)`.
@@ -81,8 +79,7 @@ def attention_max_logits(
 
     Raises:
         ValueError: If shapes or dtypes do not fit together, or no implementation has that name.
-        NotImplementedError: If the named implementation cannot serve the call; says why. That there
-            is no kernel for a platform is said when the program is lowered for it.
+        NotImplementedError: If the named implementation cannot serve the call; says why.
 
     Example:
         >>> import jax.numpy as jnp

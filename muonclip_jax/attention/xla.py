@@ -10,7 +10,7 @@ block sees the whole range of keys that causality and the window leave it, and i
 computed again in the backward pass (`jax.checkpoint`) instead of being kept. Memory is then one
 block, linear in the sequence, and everything stays differentiable in both modes and any order.
 
-Blocks are cut from what one device has, where the types of arrays tell (`kernels/shards.py`).
+Blocks are cut from what one device has, where the types of arrays tell (`shards.py`).
 """
 
 from typing import NamedTuple
@@ -21,9 +21,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from muonclip_jax.attention.arguments import AttentionArguments
-from muonclip_jax.kernels.max_logits import block_logits, known_product, least_block
-from muonclip_jax.kernels.pairs import allowed_pairs, bias_permits, cut, permitted_max
-from muonclip_jax.kernels.shards import shares_of
+from muonclip_jax.attention.max_logits import block_logits, known_product, least_block
+from muonclip_jax.attention.pairs import allowed_pairs, bias_permits, cut, permitted_max
+from muonclip_jax.attention.shards import shares_of
 
 # Logits alive at once in float32. On a CPU 8 MB stay in the last cache; an accelerator wants
 # few large launches. Up to the second number there is one block, kept for the backward pass.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from muonclip_jax.kernels import finite_first
+from muonclip_jax.attention import finite_first
 
 
 def _largest(x: Float[Array, "..."]) -> Float[Array, ""]:

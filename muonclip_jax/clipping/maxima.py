@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from muonclip_jax._paths import MAX_LOGITS, join, path_names
 from muonclip_jax._typing import Tree
-from muonclip_jax.kernels import finite_first
+from muonclip_jax.attention import finite_first
 
 _OUTER = ("params", "intermediates")
 

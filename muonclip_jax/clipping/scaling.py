@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from muonclip_jax._devices import varying_axes
 from muonclip_jax.heads.plan import LeafPlan
-from muonclip_jax.kernels.shards import varying_axes
 
 
 def leaf_factor(leaf: LeafPlan, factors: Mapping[str, jax.Array]) -> Float[Array, "..."]:

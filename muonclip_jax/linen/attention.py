@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from muonclip_jax._paths import MAX_LOGITS, join
 from muonclip_jax.attention import batched_attention
-from muonclip_jax.kernels.pairs import bias_permits, permitted_max
+from muonclip_jax.attention.pairs import bias_permits, permitted_max
 
 COLLECTION = "intermediates"
 

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from muonclip_jax.kernels.platform import device_memory
+from muonclip_jax._devices import device_memory
 from muonclip_jax.matrices.parts import plan_leaf
 from muonclip_jax.matrices.stacks import StackPlan, map_stacks, plan_stacks
 from muonclip_jax.matrices.turns import TurnPlan, map_in_turn, plan_turns

@@ -107,7 +107,7 @@ def orthogonalize(
     ns_dtype: Any = DEFAULT_DTYPE,
     preconditioning: str | None = None,
     eps: jax.typing.ArrayLike = DEFAULT_EPS,
-    ns_implementation: str | None = "xla",
+    ns_implementation: str = "xla",
     platform: str | None = None,
 ) -> Inexact[Array, "*batch m n"]:
     r"""Brings the singular values of each matrix near one: an approximate polar factor.
@@ -139,12 +139,10 @@ def orthogonalize(
             "schatten8". None takes the one that the set was made for: "aol" for "turbo",
             "schatten8" for "minimax4", else "frobenius".
         eps: Smallest divisor once the largest entry is one; it guards the zero matrix alone.
-        ns_implementation: Who computes the products. "xla"; None, which takes a Pallas kernel that
-            computes one triangle of the symmetric ones, on a Hopper GPU or a TPU, where counts of
-            its tiles say that it saves time; or the name of a kernel, which refuses what it cannot
-            do: "mosaic_gpu", "mosaic_tpu", "triton", "pallas" (the platform's own). The kernels are
-            held against float64 in JAX's interpreter and accepted by the real compilers; they have
-            not been timed on their machines, so they are not the default.
+        ns_implementation: Who computes the symmetric products: "xla", or a Pallas kernel that
+            computes one triangle of them, "mosaic_gpu" (Hopper GPUs, 16 bits) or "mosaic_tpu"
+            (TPUs, bfloat16 and float32). Tests compare the kernels with float64 in JAX's
+            interpreter; they have not been timed on their machines.
         platform: "cpu", "gpu" or "tpu": what dtype, form and order of work are chosen for. None is
             the platform of the mesh's devices where the mesh is known, else that of concrete
             arrays, else that of `jax.default_device` or JAX's default backend. A program that was

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from muonclip_jax.kernels.symmetric import accumulator
 from muonclip_jax.polar.generators import Rows
 from muonclip_jax.polar.preconditioning import rescale_first
+from muonclip_jax.polar.products import accumulator, matmul
 from muonclip_jax.polar.shares import WHOLE, Shares
 
 
@@ -68,7 +68,8 @@ def gram_newton_schulz(
     for start, stop in itertools.pairwise((0, *restarts, len(rows))):
         if start:
             r, square = shares.gram(x), None
-        x = shares.matmul_add(_segment(r, square, rows[start:stop], shares), x)
+        q = _segment(r, square, rows[start:stop], shares)
+        x = matmul(q, x).astype(dtype)
     return x
 
 

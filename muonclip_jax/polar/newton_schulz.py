@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from muonclip_jax.polar.generators import Rows
 from muonclip_jax.polar.preconditioning import rescale_first
+from muonclip_jax.polar.products import matmul_add
 from muonclip_jax.polar.shares import WHOLE, Shares
 
 
@@ -41,7 +42,7 @@ def newton_schulz(
             # Rounded before the sum: where there is one, half the bytes are sent.
             product = shares.sum(shares.gram(x))
             square = None
-        x = shares.matmul_add(shares.polynomial(product, b, c, square), x, x, beta=a)
+        x = matmul_add(shares.polynomial(product, b, c, square), x, x, 1.0, a)
     return x
 
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from muonclip_jax.kernels.platform import check_lowering, check_platform, plan_platform
-from muonclip_jax.kernels.symmetric import IMPLEMENTATIONS
+from muonclip_jax._devices import check_lowering, check_platform, plan_platform
+from muonclip_jax.kernels import load_kernel
 from muonclip_jax.polar.coefficients import changes_direction, resolve_coefficients
 from muonclip_jax.polar.defaults import DEFAULT_DTYPE, DEFAULT_METHOD, DEFAULT_SET
 from muonclip_jax.polar.generators import Rows
@@ -24,6 +24,7 @@ from muonclip_jax.polar.precision import (
     is_gram_stable,
 )
 from muonclip_jax.polar.preconditioning import PRECONDITIONINGS, squares_apart
+from muonclip_jax.polar.products import IMPLEMENTATIONS
 from muonclip_jax.polar.restarts import choose_restarts
 
 
@@ -37,9 +38,7 @@ class PolarPlan:
         dtype: A name of `NS_DTYPES`, or None for the rule of the platform.
         preconditioning: A name of `PRECONDITIONINGS`.
         relative_eps: Whether `eps` bounds the norm in units of a matrix's largest entry.
-        implementation: Who computes the symmetric products: a name of
-            `kernels.symmetric.IMPLEMENTATIONS`, or None for a Pallas kernel where one is expected
-            to save time.
+        implementation: Who computes the symmetric products: a name of `products.IMPLEMENTATIONS`.
         platform: What it will run on, e.g. "gpu"; None is what `plan_platform` finds.
     """
 
@@ -48,7 +47,7 @@ class PolarPlan:
     dtype: str | None
     preconditioning: str
     relative_eps: bool = True
-    implementation: str | None = "xla"
+    implementation: str = "xla"
     platform: str | None = None
 
     def check_input(self, dtype: Any) -> None:
@@ -72,8 +71,13 @@ class PolarPlan:
 
         Returns:
             The decisions, with what they cost.
+
+        Raises:
+            NotImplementedError: If the plan names a kernel that is not for the platform.
         """
         platform = plan_platform(platform or self.platform)
+        if self.implementation != "xla":
+            load_kernel("symmetric", self.implementation, platform)
         m, n = shape[-2:]
         method = choose_method(self.rows, self.method, dtype, self.dtype, platform, m, n)
         name = choose_dtype(self.rows, dtype, self.dtype, method, platform)
@@ -129,7 +133,7 @@ def plan_polar(
     ns_dtype: Any = DEFAULT_DTYPE,
     preconditioning: str | None = None,
     relative_eps: bool = True,
-    ns_implementation: str | None = "xla",
+    ns_implementation: str = "xla",
     platform: str | None = None,
 ) -> PolarPlan:
     """Validates the arguments of `orthogonalize` once, and remembers what they mean.
@@ -165,8 +169,7 @@ def plan_polar(
         except TypeError:
             dtype = ns_dtype
         dtype = _choice("ns_dtype", dtype, NS_DTYPES)
-    if ns_implementation is not None:
-        _choice("ns_implementation", ns_implementation, IMPLEMENTATIONS)
+    _choice("ns_implementation", ns_implementation, IMPLEMENTATIONS)
     if preconditioning is None:
         preconditioning = source.preconditioning
     _choice("preconditioning", preconditioning, PRECONDITIONINGS)

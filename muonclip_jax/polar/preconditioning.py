@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from muonclip_jax.kernels.symmetric import accumulator, gram
+from muonclip_jax.polar.products import accumulator, gram
 from muonclip_jax.polar.shares import WHOLE, Shares
 
 #: The names that `preconditioning` allows; those in `INSIDE` act on the first Gram matrix.
@@ -107,9 +107,7 @@ def normalize(
     norm = frobenius_norm(x, shares)
     if preconditioning == "spectral":
         safe = jnp.where(norm > 0, norm, 1)
-        product = shares.sum(
-            gram(x / safe.astype(x.dtype), implementation="xla", platform=shares.platform)
-        )
+        product = shares.sum(gram(x / safe.astype(x.dtype), platform=shares.platform))
         square = jnp.linalg.eigvalsh(product)[..., -1:, None]
         norm = safe * jnp.sqrt(jnp.abs(square))
     divisor = jnp.maximum(norm, eps) if relative_eps else norm + eps * power

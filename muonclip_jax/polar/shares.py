@@ -13,14 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from muonclip_jax.kernels.shards import all_gather
-from muonclip_jax.kernels.symmetric import (
-    MATMUL_ADD,
-    accumulator,
-    gram,
-    matmul_add,
-    symmetric_product,
-)
+from muonclip_jax._devices import all_gather
+from muonclip_jax.polar.products import accumulator, gram, matmul_add, symmetric_product
 
 
 class Shares(NamedTuple):
@@ -30,14 +24,14 @@ class Shares(NamedTuple):
         sum: Adds arrays of all devices, entry by entry.
         max: Their largest, entry by entry.
         quadratic: `(R, b, c)` to `b R + c R R`, of a Hermitian matrix that every device has.
-        implementation: Who computes the symmetric products (`kernels.symmetric`).
+        implementation: Who computes the symmetric products: a name of `products.IMPLEMENTATIONS`.
         platform: What they run on; None is JAX's default.
     """
 
     sum: Callable[[jax.Array], jax.Array]
     max: Callable[[jax.Array], jax.Array]
     quadratic: Callable[[jax.Array, float, float], jax.Array]
-    implementation: str | None
+    implementation: str
     platform: str | None = None
 
     def symmetric(
@@ -69,19 +63,12 @@ class Shares(NamedTuple):
             result = result + c * square.astype(wide)
         return result.astype(r.dtype)
 
-    def matmul_add(
-        self, x: jax.Array, y: jax.Array, addend: jax.Array | None = None, beta: float = 1.0
-    ) -> jax.Array:
-        """Computes `x y + beta addend`, by the named kernel if it has this operation too."""
-        named = self.implementation if self.implementation in MATMUL_ADD else "xla"
-        return matmul_add(x, y, addend, beta=beta, implementation=named)
-
 
 def _identity(x: jax.Array) -> jax.Array:
     return x
 
 
-def whole_on(implementation: str | None, platform: str | None = None) -> Shares:
+def whole_on(implementation: str, platform: str | None = None) -> Shares:
     """Returns how one device computes that has all columns."""
 
     def quadratic(r: jax.Array, b: float, c: float) -> jax.Array:
@@ -97,7 +84,7 @@ WHOLE = whole_on("xla")
 
 
 def shares_along(
-    axes: tuple[str, ...], implementation: str | None = "xla", platform: str | None = None
+    axes: tuple[str, ...], implementation: str = "xla", platform: str | None = None
 ) -> Shares:
     """Returns how devices along mapped axes compute together, each with some columns."""
     return Shares(
@@ -117,6 +104,6 @@ def _shared_quadratic(r: jax.Array, b: float, c: float, axes: tuple[str, ...]) -
     padded = jnp.pad(r, [(0, 0)] * (rank - 2) + [(0, rows * ways - m), (0, 0)])
     mine = lax.dynamic_slice_in_dim(padded, lax.axis_index(axes) * rows, rows, axis=rank - 2)
     # Rounded before it is sent: half the bytes.
-    result = matmul_add(mine, r, mine if b else None, alpha=c, beta=b, implementation="xla")
+    result = matmul_add(mine, r, mine if b else None, alpha=c, beta=b)
     gathered = all_gather(result, axes, rank - 2)
     return lax.slice_in_dim(gathered, 0, m, axis=rank - 2)

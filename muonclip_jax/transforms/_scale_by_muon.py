@@ -70,7 +70,7 @@ def scale_by_muon(
     bias_correction: bool = False,
     ns_method: str = DEFAULT_METHOD,
     ns_dtype: Any = DEFAULT_DTYPE,
-    ns_implementation: str | None = "xla",
+    ns_implementation: str = "xla",
     relative_eps: bool = True,
     rules: MatrixRules | None = None,
     param_shardings: Any = None,
@@ -120,8 +120,8 @@ def scale_by_muon(
             present one of a schedule. Static.
         ns_method: "auto", "standard", "gram" or "svd" (see `orthogonalize`). Static.
         ns_dtype: What Newton-Schulz computes in (see `orthogonalize`). Static.
-        ns_implementation: Who computes the products: "xla", None, which takes a Pallas kernel
-            where one should save time, or a kernel's name (see `orthogonalize`). Static.
+        ns_implementation: Who computes symmetric products: "xla" or a kernel's name (see
+            `orthogonalize`). Static.
         relative_eps: False adds `eps`, as it is, to the norm, as `optax.contrib.muon` does;
             gradients near it then give smaller updates. Static.
         rules: `MatrixRules`; None is the built-in inference. Static.

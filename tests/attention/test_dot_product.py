@@ -1,6 +1,5 @@
 """Attention that records: its output and gradients are jax.nn's, its maxima the dense ones."""
 
-import importlib.util
 import inspect
 import math
 from collections.abc import Iterator
@@ -234,12 +233,12 @@ def test_unknown_implementation_lists_the_known_ones():
     query, key, value, _ = CASES["plain"].make()
     with pytest.raises(
         ValueError,
-        match=r"'flash' is unknown; .* 'pallas', 'cudnn', .*None for XLA's, which serves",
+        match=r"'flash' is unknown; choose one of 'xla', 'cudnn', .*None for XLA's, which serves",
     ):
         dot_product_attention(query, key, value, implementation="flash")
 
 
-@pytest.mark.parametrize("name", [n for n in IMPLEMENTATIONS if n not in ("xla", "pallas")])
+@pytest.mark.parametrize("name", [n for n in IMPLEMENTATIONS if n != "xla"])
 def test_others_refuse_an_additive_bias(name):
     query, key, value, keywords = CASES["bias that adds"].make(jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="additive bias, which no clip can change"):
@@ -261,27 +260,6 @@ def test_what_cudnn_itself_objects_to_is_a_refusal(monkeypatch):
     query, key, value, _ = CASES["plain"].make(jnp.bfloat16)
     with pytest.raises(NotImplementedError, match=r"cannot be used: cuDNN says: .*; use 'xla'"):
         dot_product_attention(query, key, value, implementation="cudnn")
-
-
-@pytest.mark.skipif(importlib.util.find_spec("tokamax") is not None, reason="tokamax is installed")
-def test_tokamax_says_why_not():
-    query, key, value, _ = CASES["plain"].make()
-    with pytest.raises(NotImplementedError, match="tokamax is not installed; pip install tokamax"):
-        dot_product_attention(query, key, value, implementation="tokamax")
-
-
-@pytest.mark.skipif(importlib.util.find_spec("tokamax") is None, reason="needs tokamax")
-@pytest.mark.parametrize("name", [n for n in CASES if "bias" not in n])
-def test_tokamax(name):
-    # tokamax reads its settings from absl's flags, which pytest's command line is none of.
-    pytest.importorskip("absl.flags").FLAGS.mark_as_parsed()
-    query, key, value, keywords = CASES[name].make()
-    out, max_logits = dot_product_attention(query, key, value, implementation="tokamax", **keywords)
-    maxima = dense_attention(query, key, **keywords).max_logits
-    np.testing.assert_allclose(max_logits, maxima, rtol=TOLERANCE["float32"])
-    if "empty" not in name and not name.startswith(("no", "window past")):
-        expected = jax.nn.dot_product_attention(query, key, value, **keywords)
-        np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
 
 
 BAD = {

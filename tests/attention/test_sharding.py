@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
-from muonclip_jax.attention import attention_max_logits, dot_product_attention, xla
-from muonclip_jax.kernels.max_logits import xla as maxima_xla
-from muonclip_jax.kernels.max_logits.xla import least_block
+from muonclip_jax.attention import (
+    attention_max_logits,
+    dot_product_attention,
+    max_logits as maxima_xla,
+    xla,
+)
+from muonclip_jax.attention.max_logits import least_block
 from tests.attention.dense import dense_attention
 from tests.helpers import TOLERANCE, equations
 

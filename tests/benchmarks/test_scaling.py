@@ -11,7 +11,6 @@ from benchmarks.scaling import (
     CHECKED,
     DENSE_7B,
     KIMI_K2,
-    V5P,
     Plan,
     adamw_cost,
     break_even_tokens,
@@ -40,7 +39,7 @@ def test_the_matrices_are_those_of_the_models(model):
 def test_the_model_is_near_the_compiler(name, case):
     """The errors that docs/scaling.md states."""
     model, plan = case
-    compiled, cost = result(name, "muonclip_jax.muonclip"), muon_cost(model, plan, V5P)
+    compiled, cost = result(name, "muonclip_jax.muonclip"), muon_cost(model, plan)
     assert cost.flops == pytest.approx(compiled["flops"], rel=0.02)
     assert cost.sent == pytest.approx(compiled["bytes_sent"], rel=0.1)
     # Of replicated parameters not all results are on their way at once.
@@ -52,7 +51,7 @@ def test_the_model_is_near_the_compiler(name, case):
 
 @pytest.mark.parametrize(("name", "case"), CHECKED.items(), ids=map(" ".join, CHECKED))
 def test_adamw_is_memory_traffic(name, case):
-    compiled, cost = result(name, "optax.adamw"), adamw_cost(case[0], case[1], V5P)
+    compiled, cost = result(name, "optax.adamw"), adamw_cost(case[0], case[1])
     if case[1].replicated:
         assert cost.accessed == pytest.approx(compiled["bytes_accessed"], rel=0.02)
         assert cost.seconds == pytest.approx(compiled["optimal_seconds"], rel=0.02)
@@ -88,5 +87,5 @@ def test_models_are_compiled_with_the_stacks_that_the_paper_counts():
 
 def test_break_even_falls_with_the_share():
     plan = Plan(1024, split=8)
-    few, many = (break_even_tokens(KIMI_K2, plan, V5P, share) for share in (0.1, 0.01))
+    few, many = (break_even_tokens(KIMI_K2, plan, share) for share in (0.1, 0.01))
     assert many == pytest.approx(10 * few)

@@ -127,22 +127,3 @@ def test_what_ci_runs_is_make_test():
     )
     for tool in ("ruff format --check", "ruff check", "basedpyright", "lint-imports", "pytest"):
         assert tool in planned.stdout
-
-
-@pytest.mark.slow
-def test_the_gpu_script_is_sound(tmp_path):
-    """Its syntax and its options, and the one program that `test_scripts.py` does not run."""
-    script = ROOT / "benchmarks" / "gpu.sh"
-    subprocess.run(["sh", "-n", script], check=True)
-    programs = set(re.findall(r"benchmarks/(\w+)\.py", script.read_text()))
-    assert programs == {"step_time", "polar_time", "kernel_speed", "report"}
-    done = subprocess.run(
-        [sys.executable, "benchmarks/kernel_speed.py", "--smoke", "--out", tmp_path],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "matmul ceiling" in done.stdout

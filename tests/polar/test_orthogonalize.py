@@ -11,7 +11,6 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from optax.contrib._muon import orthogonalize_via_newton_schulz
 
-from muonclip_jax.kernels.symmetric import reference
 from muonclip_jax.polar import (
     COEFFICIENT_SETS,
     PRECONDITIONINGS,
@@ -19,6 +18,7 @@ from muonclip_jax.polar import (
     apply_polar,
     orthogonalize,
     plan_polar,
+    products,
 )
 from muonclip_jax.polar.coefficients import resolve_coefficients
 from muonclip_jax.polar.generators import evaluate
@@ -272,7 +272,7 @@ def test_zero_rows_stay_zero(preconditioning: str, method: str) -> None:
 @pytest.mark.usefixtures("float64")
 def test_split_products_are_the_same_products(rows: int, method: str, monkeypatch) -> None:
     # Large matrices on a CPU compute one triangle of 2 x 2 blocks; here small ones do too.
-    monkeypatch.setattr(reference, "SPLIT_FROM", 2)
+    monkeypatch.setattr(products, "SPLIT_FROM", 2)
     for dtype in ("float64", "complex128"):
         x = matrix((2, rows, 12), dtype)
         y = orthogonalize(jnp.asarray(x), ns_coeffs="minimax4", ns_method=method)

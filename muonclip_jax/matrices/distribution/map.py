@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from muonclip_jax.kernels.shards import all_gather, vary_like
+from muonclip_jax._devices import all_gather, vary_like
 from muonclip_jax.matrices.distribution.blocks import Block, Sizes
 from muonclip_jax.matrices.distribution.hands import Work, concatenate, work_by_hand
 from muonclip_jax.matrices.distribution.local import LocalLeaf, block_of, leaf_of, matrices_of

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from muonclip_jax.kernels.shards import all_gather
+from muonclip_jax._devices import all_gather
 from muonclip_jax.matrices.distribution.blocks import Axes, Block, Sizes
 
 # Enough to fill a link. So much padding is worth a collective more; so much is gathered before the

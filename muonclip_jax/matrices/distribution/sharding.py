@@ -8,7 +8,7 @@ import jax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from muonclip_jax.kernels.shards import entry_axes
+from muonclip_jax._devices import entry_axes
 from muonclip_jax.matrices.distribution.blocks import Axes, LeafAxes
 
 

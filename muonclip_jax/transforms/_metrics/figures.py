@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Inexact
 
-from muonclip_jax.kernels.symmetric import gram, matmul
+from muonclip_jax.polar.products import gram, matmul
 
 #: Steps of the power iteration. Whatever the spectrum, the relative error of the eigenvalue after
 #: `k` steps from a random start is like `log(m) / k` in the mean (Kuczynski and Wozniakowski 1992,
@@ -65,7 +65,7 @@ def update_figures(x: Inexact[Array, "count m n"]) -> UpdateFigures:
         [1.0606601238250732, 3.0, 0.0]
     """
     size, y = _scaled(x)
-    product = gram(y, implementation="xla")
+    product = gram(y)
     mean = jnp.trace(jnp.real(product), axis1=-2, axis2=-1) / (x.shape[-2] * x.shape[-1])
     return UpdateFigures(
         rms=size * jnp.sqrt(mean),
@@ -99,7 +99,7 @@ def effective_rank(x: Inexact[Array, "count m n"]) -> Float[Array, " count"]:
         arXiv 1906.11300, Definition 3: `R_0` of the matrix `X X^H`.
     """
     _, y = _scaled(x)
-    product = gram(y, implementation="xla")
+    product = gram(y)
     trace = jnp.trace(jnp.real(product), axis1=-2, axis2=-1)
     squares = jnp.sum(jnp.abs(product) ** 2, axis=(-2, -1))
     return trace**2 / jnp.where(squares == 0, 1, squares)

@@ -1,6 +1,8 @@
-"""What per-head maxima mean: the operation in XLA, block by block.
+"""Per-head maxima: the largest logit of each head, over the pairs attended to.
 
-It goes through the pairs in blocks of queries and keys. Each block is a small matrix
+    S_h = max over b, t, s attended of  scale q[b, t, h] . k[b, s, h]
+
+XLA goes through the pairs in blocks of queries and keys. Each block is a small matrix
 product and a maximum; what lives at once is one block, and memory grows with `T + S` and not with
 their product. The last block of an axis is moved back until it fits: pairs seen twice do not
 change a maximum, and no padding is needed. Blocks that causality or the window rule out are never
@@ -16,8 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from muonclip_jax._devices import plan_platform
 from muonclip_jax._typing import ScalarLike
-from muonclip_jax.kernels.pairs import (
+from muonclip_jax.attention.pairs import (
     Geometry,
     PairArrays,
     allowed_pairs,
@@ -25,7 +28,11 @@ from muonclip_jax.kernels.pairs import (
     cut,
     permitted_max,
 )
-from muonclip_jax.kernels.shards import shares_of
+from muonclip_jax.attention.shards import shares_of
+from muonclip_jax.kernels import MAX_LOGITS, load_kernel
+
+#: The names that `implementation` allows.
+IMPLEMENTATIONS = ("xla", *MAX_LOGITS)
 
 # Logits alive at once: 2 MB in float32, which a core's caches hold.
 _BLOCK_ELEMENTS = 1 << 19
@@ -91,18 +98,104 @@ def _block_starts(
     return starts
 
 
-def max_logits_xla(
+def max_logits(
+    query: Float[Array, "B T K G H"],
+    key: Float[Array, "B S K H"],
+    *,
+    scale: ScalarLike,
+    geometry: Geometry,
+    arrays: PairArrays,
+    implementation: str | None = None,
+) -> Float[Array, "K G"]:
+    """Returns the largest `scale q . k` of every head over the pairs attended to.
+
+    Args:
+        query: Queries `[B, T, K, G, H]`, their heads grouped by key head.
+        key: Keys `[B, S, K, H]`.
+        scale: What the dot products are multiplied by.
+        geometry: Causality and window.
+        arrays: Mask, bias and lengths. The bias is not added; it only hides pairs.
+        implementation: A name of `IMPLEMENTATIONS`; None is "xla".
+
+    Returns:
+        The maxima `[K, G]` in float32, -inf for a head with no pair at all. No gradient flows.
+
+    Raises:
+        ValueError: If there is no implementation of that name.
+        NotImplementedError: If the named implementation cannot serve the call; says why.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> query = jnp.array([3.0, -1.0]).reshape(1, 2, 1, 1, 1)
+        >>> key = jnp.array([1.0, -2.0]).reshape(1, 2, 1, 1)
+        >>> max_logits(query, key, scale=1.0, geometry=Geometry(), arrays=PairArrays()).tolist()
+        [[3.0]]
+    """
+    name = implementation or "xla"
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation={implementation!r} is none of {', '.join(map(repr, IMPLEMENTATIONS))},"
+            " and not None, which is 'xla'."
+        )
+    query, key, scale, arrays = lax.stop_gradient((query, key, jnp.asarray(scale), arrays))
+    compute = _by_xla if name == "xla" else functools.partial(_by_kernel, name)
+    with jax.named_scope("max_logits"):
+        shares = shares_of(query)
+        if shares is None:
+            return compute(query, key, scale, geometry, arrays)
+        share = functools.partial(compute, geometry=geometry)
+        # What varies between devices is lost where Pallas interprets a kernel.
+        return shares.maxima(share, query, key, scale, arrays, check_vma=name == "xla")
+
+
+def _by_kernel(
+    name: str,
+    query: Float[Array, "B T K G H"],
+    key: Float[Array, "B S K H"],
+    scale: Float[Array, ""],
+    geometry: Geometry,
+    arrays: PairArrays,
+) -> Float[Array, "K G"]:
+    kernel = load_kernel("max_logits", name, plan_platform(None))
+    batch, queries, key_heads, groups, head_dim = query.shape
+    if query.dtype.name not in kernel.DTYPES or head_dim > kernel.LONGEST_HEAD:
+        raise NotImplementedError(
+            f"implementation={name!r} takes {' and '.join(kernel.DTYPES)} and heads of up to "
+            f"{kernel.LONGEST_HEAD} features, got {query.dtype} and {head_dim}. Pass 'xla'."
+        )
+    if 0 in (batch, queries, key.shape[1]):
+        return jnp.full((key_heads, groups), -jnp.inf, jnp.float32)
+    masks = [arrays.mask, None if arrays.bias is None else bias_permits(arrays.bias)]
+    masks = [mask for mask in masks if mask is not None]
+    ends = [
+        jnp.full((batch,), length) if end is None else jnp.minimum(end, length)
+        for end, length in (
+            (arrays.query_seq_lengths, queries),
+            (arrays.key_value_seq_lengths, key.shape[1]),
+        )
+    ]
+    # The maximum of `scale x` is `|scale|` times that of `x` or of `-x`.
+    maxima = kernel.max_logits(
+        jnp.where(scale < 0, -query, query).reshape(batch, queries, -1, head_dim),
+        key,
+        [mask.reshape(mask.shape[0], -1, *mask.shape[3:]) for mask in masks],
+        jnp.stack(ends, axis=1).astype(jnp.int32),
+        is_causal=geometry.is_causal,
+        window=geometry.local_window_size,
+    )
+    # Those of no pair stay -inf, also where the scale is zero.
+    scaled = maxima * jnp.abs(scale).astype(jnp.float32)
+    maxima = jnp.where(jnp.isneginf(maxima), maxima, scaled)
+    return jnp.max(maxima, axis=0).reshape(key_heads, groups)
+
+
+def _by_xla(
     query: Float[Array, "B T K G H"],
     key: Float[Array, "B S K H"],
     scale: ScalarLike,
     geometry: Geometry,
     arrays: PairArrays,
 ) -> Float[Array, "K G"]:
-    """Returns the maxima, as `max_logits` describes them."""
-    shares = shares_of(query)
-    if shares is not None:
-        share = functools.partial(max_logits_xla, geometry=geometry)
-        return shares.maxima(share, query, key, scale, arrays)
     batch, queries, key_heads, groups, _ = query.shape
     keys = key.shape[1]
     key_block, query_block, starts = keys, queries, [(0, 0)]

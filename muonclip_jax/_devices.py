@@ -1,4 +1,4 @@
-"""The platform that a computation is planned for, and whether one device is alone.
+"""The platform that a computation is planned for, and over which mesh axes an array varies.
 
 Dtype, form and order of work depend on the platform, and JAX does not know it while it traces: the
 same trace may be lowered for any platform (`jax.export`). So it is decided once, by
@@ -7,7 +7,6 @@ program is lowered for (`check_lowering`).
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,23 +15,10 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import Mesh
 
-from muonclip_jax.kernels.refusal import refused
+from muonclip_jax._refusal import refused
 
 #: What `platform=` allows, with the names that JAX lowers for.
 PLATFORMS = {"cpu": ("cpu",), "gpu": ("cuda", "rocm"), "tpu": ("tpu",)}
-
-
-@dataclass(frozen=True)
-class Target:
-    """A device, as far as kernels tell devices apart.
-
-    Attributes:
-        platform: "cpu", "gpu" or "tpu".
-        capability: A GPU's compute capability, (0, 0) elsewhere.
-    """
-
-    platform: str
-    capability: tuple[int, int] = (0, 0)
 
 
 def check_platform(platform: Any) -> str | None:
@@ -133,24 +119,34 @@ def device_memory(platform: str) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def current_target(platform: str | None = None) -> Target:
-    """Returns the device that a computation for a platform runs on; None is the default one."""
-    platform = plan_platform(platform)
-    device = _default_device()
-    if platform != "gpu" or _platform_of(device) != "gpu":
-        return Target(platform)
-    capability = str(getattr(device, "compute_capability", "0.0"))
-    major, _, minor = capability.partition(".")
-    known = major.isdigit() and minor.isdigit()
-    return Target("gpu", (int(major), int(minor)) if known else (0, 0))
+def entry_axes(entry: Any) -> tuple[str, ...]:
+    """Returns the mesh axes that one entry of a PartitionSpec names."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def is_alone() -> bool:
-    """Returns whether what is traced now is one device's own program.
+def varying_axes(x: Any) -> frozenset[str]:
+    """Returns the mesh axes over which a checked `jax.shard_map` knows an array to vary."""
+    kind: Any = jax.typeof(x)
+    # JAX called it `vma` until 0.10.1.
+    return kind.mat.varying if hasattr(kind, "mat") else kind.vma
 
-    XLA cannot split a kernel over a mesh.
+
+def vary_like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """Returns `x`, known to vary over the mesh axes too that `other` is known to vary over.
+
+    What a branch does not get as such is cast inside of it, and a cast's derivative is a sum over
+    devices: those that take another branch would be waited for forever.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jax.device_count() == 1
-    return all(kind == jax.sharding.AxisType.Manual for kind in mesh.axis_types)
+    missing = tuple(sorted(varying_axes(other) - varying_axes(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def all_gather(x: jax.Array, names: tuple[str, ...], axis: int, *, tiled: bool = True) -> jax.Array:
+    """`lax.all_gather` whose result is known to be equal on all devices, where JAX keeps account.
+
+    A `shard_map` that does not check (`check_vma=False`) and `pmap` keep none. There the gather
+    `to="invarying"` has a wrong derivative: a device would pass back its own cotangent, which is
+    one share of the whole, in place of the sum over devices.
+    """
+    to = "invarying" if varying_axes(x).intersection(names) else "varying"
+    return lax.all_gather(x, names, axis=axis, tiled=tiled, to=to)

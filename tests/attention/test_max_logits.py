@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from muonclip_jax.kernels.max_logits import max_logits
-from muonclip_jax.kernels.pairs import Geometry, PairArrays, allowed_pairs, bias_permits
+from muonclip_jax.attention.max_logits import max_logits
+from muonclip_jax.attention.pairs import Geometry, PairArrays, allowed_pairs, bias_permits
 from tests.attention.dense import dense_attention
 
 
@@ -75,18 +75,6 @@ def test_blocks_that_geometry_rules_out_are_never_computed():
     everything = trips(Geometry())
     assert trips(Geometry(is_causal=True)) < 0.65 * everything
     assert trips(Geometry(local_window_size=(8, 8))) < 0.5 * everything
-
-
-def test_unknown_implementation_names_the_known_ones():
-    with pytest.raises(ValueError, match="'nothing' is none of 'xla', 'pallas'"):
-        max_logits(
-            jnp.ones((1, 2, 1, 1, 2)),
-            jnp.ones((1, 2, 1, 2)),
-            scale=1.0,
-            geometry=Geometry(),
-            arrays=PairArrays(),
-            implementation="nothing",
-        )
 
 
 @pytest.mark.parametrize("sizes", [(0, 3), (3, 0)])

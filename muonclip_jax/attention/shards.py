@@ -17,43 +17,11 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from muonclip_jax._devices import entry_axes
 from muonclip_jax._typing import ScalarLike
-from muonclip_jax.kernels.pairs import PairArrays
+from muonclip_jax.attention.pairs import PairArrays
 
 P = PartitionSpec
-
-
-def entry_axes(entry: Any) -> tuple[str, ...]:
-    """Returns the mesh axes that one entry of a PartitionSpec names."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def varying_axes(x: Any) -> frozenset[str]:
-    """Returns the mesh axes over which a checked `jax.shard_map` knows an array to vary."""
-    kind: Any = jax.typeof(x)
-    # JAX called it `vma` until 0.10.1.
-    return kind.mat.varying if hasattr(kind, "mat") else kind.vma
-
-
-def vary_like(x: jax.Array, other: jax.Array) -> jax.Array:
-    """Returns `x`, known to vary over the mesh axes too that `other` is known to vary over.
-
-    What a branch does not get as such is cast inside of it, and a cast's derivative is a sum over
-    devices: those that take another branch would be waited for forever.
-    """
-    missing = tuple(sorted(varying_axes(other) - varying_axes(x)))
-    return lax.pcast(x, missing, to="varying") if missing else x
-
-
-def all_gather(x: jax.Array, names: tuple[str, ...], axis: int, *, tiled: bool = True) -> jax.Array:
-    """`lax.all_gather` whose result is known to be equal on all devices, where JAX keeps account.
-
-    A `shard_map` that does not check (`check_vma=False`) and `pmap` keep none. There the gather
-    `to="invarying"` has a wrong derivative: a device would pass back its own cotangent, which is
-    one share of the whole, in place of the sum over devices.
-    """
-    to = "invarying" if varying_axes(x).intersection(names) else "varying"
-    return lax.all_gather(x, names, axis=axis, tiled=tiled, to=to)
 
 
 def divisions(x: jax.Array, axis: int) -> int:

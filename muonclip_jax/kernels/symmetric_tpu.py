@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.tpu import VMEM, CompilerParams, PrefetchScalarGridSpec
 from jaxtyping import Array, Float
 
-from muonclip_jax.kernels.symmetric.problem import Problem, dtype_refusal, result_type
-from muonclip_jax.kernels.symmetric.triangle import tiles_along, triangle
+from muonclip_jax.kernels import triangle
 
-_DTYPES = ("bfloat16", "float32")
+DTYPES = ("bfloat16", "float32")
 # A tile of s x s needs s / 2 operations a byte read in bfloat16: 512 is past what separates
 # memory-bound from compute-bound on a v5e (240) and a v5p (166). Smaller ones waste less of a small
 # matrix's diagonal.
@@ -27,33 +26,17 @@ _DEPTH = {"bfloat16": 1024, "float32": 512}
 _VMEM_BYTES = 48 << 20
 
 
-def refusal(problem: Problem) -> str | None:
-    """Returns why this implementation does not take a problem, or None where it does."""
-    return dtype_refusal(problem, _DTYPES)
+def _tile_size(rows: int) -> int:
+    """Returns the side of the tiles that `rows` are cut into: few entries, then few reads."""
+
+    def work(size: int) -> float:
+        tiles = pl.cdiv(rows, size)
+        return tiles * (tiles + 1) * size**2 * (_TILES[0] / size) ** 0.5
+
+    return min(_TILES, key=work)
 
 
-def work(rows: int, size: int | None = None) -> float:
-    """Estimates the time of a product, in entries computed at full speed, times two."""
-    size = tile_size(rows) if size is None else size
-    tiles = tiles_along(rows, size)
-    return tiles * (tiles + 1) * size**2 * max(1.0, _TILES[0] / size) ** 0.5
-
-
-def tile_size(rows: int) -> int:
-    """Returns the side of the tiles that `rows` are cut into: little work, then few reads."""
-    return min(_TILES, key=lambda size: work(rows, size))
-
-
-def _kernel(
-    table_ref,
-    factors_ref,
-    x_ref,
-    y_ref,
-    *refs,
-    depth: int,
-    steps: int,
-    block: int,
-):
+def _kernel(table_ref, factors_ref, x_ref, y_ref, *refs, depth: int, steps: int, block: int):
     addend_ref = refs[0] if len(refs) == 3 else None
     out_ref, sum_ref = refs[-2:]
     tile, step = pl.program_id(1), pl.program_id(2)
@@ -99,36 +82,31 @@ def _kernel(
         out_ref[...] = sum_ref[...].T.astype(out_ref.dtype)
 
 
-def run(
+def symmetric_product(
     x: Float[Array, "B m n"],
     y: Float[Array, "B m n"],
     addend: Float[Array, "B m m"] | None,
     factors: Float[Array, "2"],
-    out_dtype: str,
     *,
     interpret: bool = False,
-    size: int | None = None,
 ) -> Float[Array, "B m m"]:
     """Computes one triangle of `alpha x y^T + beta addend` and writes both.
 
     Args:
-        x: `(B, m, n)`, bfloat16 or float32.
+        x: `(B, m, n)`, of a dtype of `DTYPES`.
         y: `(B, m, n)` with `x y^T` symmetric.
-        addend: `(B, m, m)`, symmetric, or None.
-        factors: `alpha` and `beta`.
-        out_dtype: The result's dtype.
+        addend: `(B, m, m)`, symmetric, or None. Its upper triangle is read.
+        factors: `alpha` and `beta`, in float32.
         interpret: Run on any platform, slowly.
-        size: Side of the tiles, where not `tile_size`'s.
 
     Returns:
-        `(B, m, m)`, symmetric to the bit.
+        `(B, m, m)`, symmetric to the bit, in the dtype of `x`.
     """
     batch, rows, depth = x.shape
-    size = tile_size(rows) if size is None else size
-    block = min(_DEPTH[x.dtype.name], tiles_along(depth, 128) * 128)
-    steps = tiles_along(depth, block)
-    tiles = tiles_along(rows, size)
-    table = jnp.asarray(triangle(tiles, tiles))
+    size = _tile_size(rows)
+    block = min(_DEPTH[x.dtype.name], pl.cdiv(depth, 128) * 128)
+    steps = pl.cdiv(depth, block)
+    table = jnp.asarray(triangle(pl.cdiv(rows, size)))
 
     def operand(which: int):
         def index(b, tile, step, table_ref, _):
@@ -148,8 +126,9 @@ def run(
     addends = [] if addend is None else [addend]
     return pl.pallas_call(
         functools.partial(_kernel, depth=depth, steps=steps, block=block),
-        out_shape=result_type(x, rows, out_dtype),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
+        # Of a product's type: inside shard_map that includes what varies between devices.
+        out_shape=jax.eval_shape(lambda x, y: jnp.matmul(x, jnp.swapaxes(y, 1, 2)), x, y),
+        grid_spec=PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(batch, table.shape[1], steps + 1),
             in_specs=[
@@ -158,26 +137,18 @@ def run(
                 *(pl.BlockSpec((None, size, size), upper) for _ in addends),
             ],
             out_specs=pl.BlockSpec((None, size, size), both),
-            scratch_shapes=[pltpu.VMEM((size, size), jnp.float32)],
+            scratch_shapes=[VMEM((size, size), jnp.float32)],
         ),
-        compiler_params=pltpu.CompilerParams(
+        compiler_params=CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=_VMEM_BYTES,
         ),
-        cost_estimate=cost(x, y, addends, out_dtype, table.shape[1] * size * size),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * batch * table.shape[1] * size * size * depth,
+            bytes_accessed=sum(array.nbytes for array in (x, y, *addends))
+            + batch * rows * rows * x.dtype.itemsize,
+            transcendentals=0,
+        ),
         interpret=interpret,
         name="symmetric_product",
     )(table, factors, x, y, *addends)
-
-
-def cost(
-    x: jax.Array, y: jax.Array, addends: list[jax.Array], out_dtype: str, entries: int
-) -> pl.CostEstimate:
-    """Returns what XLA's scheduler is told of the kernel, `entries` being computed a matrix."""
-    batch, rows, depth = x.shape
-    read = sum(array.size * array.dtype.itemsize for array in (x, y, *addends))
-    return pl.CostEstimate(
-        flops=2 * batch * entries * depth,
-        bytes_accessed=read + batch * rows * rows * jnp.dtype(out_dtype).itemsize,
-        transcendentals=0,
-    )

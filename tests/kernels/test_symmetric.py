@@ -1,0 +1,101 @@
+"""The kernels for symmetric products, interpreted, against float64; symmetric to the bit."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from muonclip_jax.kernels import symmetric_gpu, symmetric_tpu, triangle
+from tests.helpers import TOLERANCE, lowered
+
+tpu = functools.partial(symmetric_tpu.symmetric_product, interpret=True)
+FACTORS = jnp.array([2.0, -3.0])
+
+
+def _operands(dtype: str, batch: int, rows: int, depth: int) -> list[Any]:
+    """Draws `x`, `y = x x^T x`, for which `x y^T` is symmetric, and a symmetric addend."""
+    x, z = np.random.default_rng(0).standard_normal((2, batch, rows, depth)) / np.sqrt(depth)
+    y = x @ np.swapaxes(x, 1, 2) @ x
+    return [jnp.asarray(each, dtype) for each in (x, y, z @ np.swapaxes(z, 1, 2))]
+
+
+def _exact(x: Any, y: Any, addend: Any) -> np.ndarray:
+    """The upper triangle decides: rounded factors do not commute exactly."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    result = 2 * x @ np.swapaxes(y, 1, 2)
+    if addend is not None:
+        result -= 3 * np.asarray(addend, np.float64)
+    return np.triu(result) + np.swapaxes(np.triu(result, 1), 1, 2)
+
+
+def _check(actual: Any, x: Any, y: Any, addend: Any) -> None:
+    assert actual.dtype == x.dtype
+    expected, found = _exact(x, y, addend), np.asarray(actual, np.float64)
+    tolerance = TOLERANCE[x.dtype.name] * np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+    np.testing.assert_array_equal(found, np.swapaxes(found, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batch", "rows", "depth"),
+    # Less than one tile; several, the last one not full; several blocks of depth, the same.
+    [("float32", 1, 5, 7), ("bfloat16", 2, 300, 1100), ("float32", 1, 530, 530)],
+)
+@pytest.mark.parametrize("with_addend", [True, False])
+def test_tpu_kernel_is_what_float64_says(dtype, batch, rows, depth, with_addend):
+    x, y, addend = _operands(dtype, batch, rows, depth)
+    given = addend + jnp.tril(jnp.full((rows, rows), jnp.nan, dtype), -1)
+    actual = jax.jit(tpu)(x, y, given if with_addend else None, FACTORS)
+    _check(actual, x, y, addend if with_addend else None)
+
+
+def test_tpu_vmap_is_a_longer_stack():
+    x, y, addend = (each.reshape(3, 2, 10, -1) for each in _operands("float32", 6, 10, 12))
+    mapped = jax.vmap(lambda x, y, factors: tpu(x, y, addend[:, 0], factors), (1, 1, 0))
+    actual = mapped(x, y, jnp.stack([FACTORS, FACTORS]))
+    for i in range(2):
+        _check(actual[i], x[:, i], y[:, i], addend[:, 0])
+
+
+@pytest.mark.parametrize("with_addend", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_hopper_kernel_is_what_float64_says(monkeypatch, with_addend):
+    hopper = pytest.importorskip("tests.kernels.hopper")
+    # More tiles than programs, more steps than the ring has stages, a last tile that is not full.
+    batch, rows, depth = (2, 200, 300) if with_addend else (1, 130, 60)
+    interpret = hopper.interpret_hopper(monkeypatch, 2)
+    x, y, addend = _operands("float16", batch, rows, depth)
+    given = addend + jnp.tril(jnp.full((rows, rows), jnp.nan, "float16"), -64)
+    actual = symmetric_gpu.symmetric_product(
+        x, y, given if with_addend else None, FACTORS, interpret=interpret
+    )
+    _check(actual, x, y, addend if with_addend else None)
+
+
+@pytest.mark.parametrize("with_addend", [False, True])
+@pytest.mark.parametrize(
+    ("platform", "kernel", "dtype", "shape"),
+    [
+        ("tpu", symmetric_tpu, "bfloat16", (2, 1000, 2000)),
+        ("tpu", symmetric_tpu, "float32", (1, 768, 768)),
+        ("cuda", symmetric_gpu, "bfloat16", (2, 1024, 2048)),
+        ("cuda", symmetric_gpu, "float16", (1, 1000, 2000)),
+    ],
+)
+def test_kernels_lower_for_platforms_that_are_not_here(platform, kernel, dtype, shape, with_addend):
+    x = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    addend = jax.ShapeDtypeStruct((*shape[:2], shape[1]), jnp.dtype(dtype))
+    factors = jax.ShapeDtypeStruct((2,), jnp.float32)
+    text = lowered(
+        platform, kernel.symmetric_product, x, x, addend if with_addend else None, factors
+    )
+    assert "symmetric_product" in text
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 9, 32])
+def test_tiles_are_the_upper_triangle_each_once_in_bands(tiles):
+    table = triangle(tiles)
+    assert sorted(map(tuple, table.T.tolist())) == sorted(zip(*np.triu_indices(tiles), strict=True))
+    assert (np.diff(table[0] // 8) >= 0).all()
