@@ -164,6 +164,11 @@ def _by_kernel(
             f"The kernel {name!r} multiplies {' and '.join(kernel.DTYPES)}, and these products are "
             f"in {x.dtype}. Pass ns_implementation='xla', or another ns_dtype."
         )
+    if any(jax.typeof(x).sharding.spec):
+        raise NotImplementedError(
+            f"The kernel {name!r} multiplies the matrices of one device, and Explicit mesh axes "
+            f"shard these: {jax.typeof(x)}. Call it inside jax.shard_map, or pass 'xla'."
+        )
     if 0 in x.shape:
         return jnp.zeros((*x.shape[:-1], x.shape[-2]), x.dtype)
 

@@ -67,7 +67,7 @@ def test_hopper_kernel_is_what_float64_says(monkeypatch, with_addend):
     batch, rows, depth = (2, 200, 300) if with_addend else (1, 130, 60)
     interpret = hopper.interpret_hopper(monkeypatch, 2)
     x, y, addend = _operands("float16", batch, rows, depth)
-    given = addend + jnp.tril(jnp.full((rows, rows), jnp.nan, "float16"), -64)
+    given = addend + jnp.tril(jnp.full((rows, rows), jnp.nan, "float16"), -1)
     actual = symmetric_gpu.symmetric_product(
         x, y, given if with_addend else None, FACTORS, interpret=interpret
     )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from muonclip_jax.kernels import symmetric_tpu
 from muonclip_jax.polar import apply_polar, orthogonalize, plan_polar
@@ -84,6 +84,15 @@ def test_devices_that_share_columns_use_kernels_too():
     sharded = jax.device_put(x, jax.NamedSharding(mesh, columns))
     np.testing.assert_allclose(jax.jit(mapped)(sharded), expected, atol=10 * TOLERANCE["float32"])
     assert _launches(mapped, sharded) == len(ROWS)
+
+
+@pytest.mark.usefixtures("on_a_tpu")
+def test_stacks_that_explicit_axes_shard_are_refused():
+    mesh = jax.make_mesh((2,), ("d",), (AxisType.Explicit,), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.ones((2, 4, 6)), jax.NamedSharding(mesh, PartitionSpec("d")))
+        with pytest.raises(NotImplementedError, match=r"'mosaic_tpu' .*2@d.*jax.shard_map, or"):
+            jax.eval_shape(functools.partial(orthogonalize, ns_implementation="mosaic_tpu"), x)
 
 
 @pytest.mark.usefixtures("on_a_tpu")
