@@ -23,7 +23,7 @@ by_kernel = functools.partial(attention_max_logits, implementation="mosaic_tpu")
 def _on_a_tpu(monkeypatch):
     """Decides as on a TPU, with blocks so small that there are several."""
     monkeypatch.setattr(max_logits, "plan_platform", lambda _: "tpu")
-    monkeypatch.setattr(max_logits_tpu, "_BLOCK", 128)
+    monkeypatch.setattr(max_logits_tpu, "_BLOCK", 256)
     monkeypatch.setattr(max_logits_tpu, "_CHUNK_BYTES", 128 * 1024)
 
 
@@ -104,16 +104,18 @@ def test_what_fills_blocks_up_is_no_logit():
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_the_largest_logit_is_found_wherever_it_is(is_causal):
+@pytest.mark.parametrize(("left", "right"), [(999, 999), (999, 0), (150, 20)])
+def test_the_largest_logit_is_found_wherever_it_is(left, right):
     # The first query and key of blocks, the last ones, and those of the array: every block counts.
-    query, key = np.full((2, 300, 1, 8), 0.1), np.full((2, 333, 1, 8), 0.1)
-    find = jax.jit(lambda q, k: by_kernel(q, k, scale=1.0, is_causal=is_causal))
-    for t, s in itertools.product((0, 127, 128, 299), (0, 128, 255, 299, 332)):
+    # The last block of queries has one, which alone sees the last key under causality.
+    query, key = np.full((2, 257, 1, 8), 0.1), np.full((2, 333, 1, 8), 0.1)
+    sides = {"is_causal": True} if right == 0 else {"local_window_size": (left, right)}
+    find = jax.jit(lambda q, k: by_kernel(q, k, scale=1.0, **sides))
+    for t, s in itertools.product((0, 127, 255, 256), (0, 128, 255, 256, 299, 332)):
         q, k = query.copy(), key.copy()
         q[1, t], k[1, s] = 3.0, 4.0
         found = find(jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32))
-        assert bool(found == 96.0) == (not is_causal or s <= t), (t, s)
+        assert bool(found == 96.0) == (t - left <= s <= t + right), (t, s)
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -92,7 +92,9 @@ def test_stacks_that_explicit_axes_shard_are_refused():
     with jax.set_mesh(mesh):
         x = jax.device_put(jnp.ones((2, 4, 6)), jax.NamedSharding(mesh, PartitionSpec("d")))
         with pytest.raises(NotImplementedError, match=r"'mosaic_tpu' .*2@d.*jax.shard_map, or"):
-            jax.eval_shape(functools.partial(orthogonalize, ns_implementation="mosaic_tpu"), x)
+            jax.eval_shape(
+                functools.partial(orthogonalize, ns_implementation="mosaic_tpu", platform="tpu"), x
+            )
 
 
 @pytest.mark.usefixtures("on_a_tpu")
