@@ -7,11 +7,13 @@ it is heard there, with its reason, and nowhere else.
 
 from typing import Any
 
-from jax.extend.core import Primitive
+from jax import lax
 from jax.interpreters import batching, mlir
 from jaxtyping import Array, Shaped
 
-_refused_p = Primitive("refused")
+# The class of primitives; importing it from `jax.extend.core` would load Pallas.
+_Primitive: Any = type(lax.add_p)
+_refused_p = _Primitive("refused")
 
 
 def refused(x: Shaped[Array, "..."], reason: str) -> Shaped[Array, "..."]:
