@@ -198,13 +198,15 @@ def _by_xla(
 ) -> Float[Array, "K G"]:
     batch, queries, key_heads, groups, _ = query.shape
     keys = key.shape[1]
+    if query.size == 0 or key.size == 0:
+        return jnp.full((key_heads, groups), -jnp.inf, jnp.float32)
     key_block, query_block, starts = keys, queries, [(0, 0)]
     if isinstance(queries, int) and isinstance(keys, int):
         rows = known_product(batch, key_heads, groups)
         key_block = _block_length(keys, 256, rows)
         query_block = _block_length(queries, key_block, rows)
         starts = _block_starts(geometry, queries, keys, query_block, key_block)
-    if query.size == 0 or key.size == 0 or not starts:
+    if not starts:
         return jnp.full((key_heads, groups), -jnp.inf, jnp.float32)
 
     def maximum(start: tuple[jax.Array, jax.Array]) -> Float[Array, "K G"]:

@@ -109,7 +109,9 @@ def test_the_largest_logit_is_found_wherever_it_is(left, right):
     # The first query and key of blocks, the last ones, and those of the array: every block counts.
     # The last block of queries has one, which alone sees the last key under causality.
     query, key = np.full((2, 257, 1, 8), 0.1), np.full((2, 333, 1, 8), 0.1)
-    sides = {"is_causal": True} if right == 0 else {"local_window_size": (left, right)}
+    sides: dict[str, Any] = (
+        {"is_causal": True} if right == 0 else {"local_window_size": (left, right)}
+    )
     find = jax.jit(lambda q, k: by_kernel(q, k, scale=1.0, **sides))
     for t, s in itertools.product((0, 127, 255, 256), (0, 128, 255, 256, 299, 332)):
         q, k = query.copy(), key.copy()
