@@ -13,7 +13,6 @@ from muonclip_jax.attention import (
 from muonclip_jax.clipping import (
     QKClipInfo as QKClipInfo,
     apply_qk_clip as apply_qk_clip,
-    apply_qk_clip_to_copies as apply_qk_clip_to_copies,
     describe_attention as describe_attention,
     qk_clip_info as qk_clip_info,
 )

@@ -166,5 +166,16 @@ def summary(records: list[Record], settings: Settings) -> str:
         f"{settings.optimizer}: held-out loss {records[-1][f'{settings.score_on}_loss']:.3f} nats "
         f"a byte after {len(records)} steps; largest logit "
         f"{max(record['largest_logit'] for record in records):.1f} (threshold "
-        f"{settings.threshold:g}), clipped in {steps_clipped} steps"
+        f"{settings.threshold:g}), clipped in {steps_clipped} steps{without_effect(records)}"
+    )
+
+
+def without_effect(records: list[Record]) -> str:
+    """Returns what the summary adds where the clip of a block lowered no maximum for long."""
+    longest = max(record.get("clips_without_effect", 0) for record in records)
+    if longest < 20:
+        return ""
+    return (
+        f"; the clip had no effect in {longest:.0f} steps in a row, see 'A clip without effect' in "
+        "docs/qk-clip.md"
     )

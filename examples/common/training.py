@@ -84,12 +84,13 @@ def muon(settings: Settings) -> optax.GradientTransformationExtraArgs:
 
 
 def muonclip(settings: Settings) -> optax.GradientTransformationExtraArgs:
-    """Muon for the matrices, AdamW for the rest, QK-Clip at the end."""
-    return mc.muonclip(
+    """Muon for the matrices, AdamW for the rest, QK-Clip at the end, and whether it had effect."""
+    tx = mc.muonclip(
         settings.schedule(),
         weight_decay=settings.weight_decay,
         qk_clip_threshold=settings.threshold,
     )
+    return mc.metrics(tx, qk_clip_threshold=settings.threshold)
 
 
 class Optimizer(NamedTuple):
@@ -154,6 +155,7 @@ class Training:
         threshold = self.settings.threshold if clips else jnp.inf
         info = mc.qk_clip_info(state.params, max_logits, threshold=threshold)
         record = step_record(self.settings, state.step, loss, info) | self.observe(max_logits)
+        record |= clip_effect(optimizer, params)
         return State(step=state.step + 1, params=params, optimizer=optimizer), record
 
     def observe(self, recorded: Any) -> dict[str, jax.Array]:
@@ -186,6 +188,14 @@ def step_record(settings: Settings, step: Any, loss: Any, info: mc.QKClipInfo) -
         "clipped_heads": clip["clip/clipped_heads"],
         "smallest_gamma": clip["clip/min_gamma"],
     }
+
+
+def clip_effect(optimizer: Any, params: Any) -> dict[str, jax.Array]:
+    """Returns for how many steps in a row a clip lowered no maximum, where `mc.metrics` counts."""
+    if not isinstance(optimizer, mc.MetricsState):
+        return {}
+    blocks = mc.read_metrics(optimizer, params).clips_without_effect
+    return {"clips_without_effect": jnp.max(jnp.stack(list(blocks.values())))} if blocks else {}
 
 
 def step_windows(settings: Settings, text: np.ndarray, step: int) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Floor 3: gamma, and the clip of query and key weights."""
 
 from muonclip_jax.clipping.clip import apply_qk_clip as apply_qk_clip, qk_clip_info as qk_clip_info
-from muonclip_jax.clipping.copies import apply_qk_clip_to_copies as apply_qk_clip_to_copies
 from muonclip_jax.clipping.describe import describe_attention as describe_attention
 from muonclip_jax.clipping.info import QKClipInfo as QKClipInfo

@@ -18,7 +18,7 @@ from muonclip_jax.clipping.gamma import (
 )
 from muonclip_jax.clipping.info import QKClipInfo
 from muonclip_jax.clipping.maxima import Recorded, merge_recordings
-from muonclip_jax.clipping.scaling import check_reduced, leaf_factor, scale_if
+from muonclip_jax.clipping.scaling import check_reduced, keep_shardings, leaf_factor, scale_if
 from muonclip_jax.heads.finding import Blocks, block_rules
 from muonclip_jax.heads.plan import BlockPlan
 
@@ -173,7 +173,7 @@ def apply_qk_clip(
     new, info = clip_leaves(
         touched, recorded, threshold, alpha, plans=plans, shared_keys=shared_keys
     )
-    return named.replaced(new), info
+    return named.replaced(keep_shardings(new, touched)), info
 
 
 @names_known

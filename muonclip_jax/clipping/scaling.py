@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from muonclip_jax._devices import varying_axes
@@ -67,7 +68,7 @@ def _whole(x: jax.Array) -> jax.Array:
     """Gathers what Explicit axes shard: an axis that they shard cannot be split."""
     sharding = jax.typeof(x).sharding
     if AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
-        return jax.reshard(x, PartitionSpec())
+        return jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
     return x
 
 
@@ -80,7 +81,7 @@ def beside(factor: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, 
         axes if length > 1 else None
         for axes, length in zip(sharding.spec, factor.shape, strict=True)
     ]
-    return jax.reshard(factor, PartitionSpec(*spec))
+    return jax.reshard(factor, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
 def scale(x: Float[Array, "..."], factor: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -132,6 +133,21 @@ def compute_if(
     if missing := tuple(sorted(varying - varying_axes(x))):
         x = jax.lax.pcast(x, missing, to="varying")
     return jax.lax.cond(needed, function, lambda x, *_: x, x, *others)
+
+
+def keep_shardings(new: Mapping[str, jax.Array], old: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Returns concrete arrays with the shardings of those that they replace.
+
+    Called outside of `jit` on Auto axes, XLA may shard a result as the maxima are.
+    """
+    return {
+        path: x
+        if isinstance(x, Tracer)
+        or not isinstance(old[path], jax.Array)
+        or x.sharding.is_equivalent_to(old[path].sharding, x.ndim)
+        else jax.device_put(x, old[path].sharding)
+        for path, x in new.items()
+    }
 
 
 def check_reduced(leaves: Mapping[str, Any], factors: Mapping[str, jax.Array]) -> None:

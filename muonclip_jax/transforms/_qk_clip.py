@@ -14,7 +14,13 @@ from muonclip_jax.clipping.blocks import find_in, named_leaves, plan_clip
 from muonclip_jax.clipping.clip import clip_info, leaf_factors, leaves_needing
 from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.clipping.maxima import Recorded
-from muonclip_jax.clipping.scaling import beside, check_reduced, compute_if, keep_unscaled
+from muonclip_jax.clipping.scaling import (
+    beside,
+    check_reduced,
+    compute_if,
+    keep_shardings,
+    keep_unscaled,
+)
 from muonclip_jax.heads.finding import Blocks, block_rules
 from muonclip_jax.heads.plan import BlockPlan
 from muonclip_jax.transforms._checks import value_at
@@ -193,9 +199,10 @@ def qk_clip(
                 f"qk_clip has to change {missing[0]!r}, and the updates hold nothing for it. Give "
                 "it an update (zeros will do), or leave its block out with blocks=."
             )
+        old = {path: u[path] for path in touched}
         clipped = _clip_updates(
             {path: p[path] for path in touched},
-            {path: u[path] for path in touched},
+            old,
             recorded,
             value_at(threshold, count),
             value_at(alpha, count),
@@ -204,6 +211,6 @@ def qk_clip(
         )
         if counts:
             state = QKClipState(count=optax.safe_increment(jnp.asarray(state.count)))
-        return new.replaced(clipped), state
+        return new.replaced(keep_shardings(clipped, old)), state
 
     return transformation("qk_clip", init, update)

@@ -1,4 +1,4 @@
-"""The printed table, the telemetry, and the copies of the weights."""
+"""The printed table, the telemetry, and copies of the weights."""
 
 from typing import Any
 
@@ -8,12 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from muonclip_jax.clipping import (
-    QKClipInfo,
-    apply_qk_clip,
-    apply_qk_clip_to_copies,
-    describe_attention,
-)
+from muonclip_jax.clipping import QKClipInfo, apply_qk_clip, describe_attention
 from muonclip_jax.clipping.gamma import SHARED_KEYS, role_factors
 
 
@@ -191,24 +186,16 @@ def test_schedule_free_keeps_its_blend():
     """In the blend x = (y - (1 - b) z) / b clipped y and z give the clipped x."""
     params = params_like(0)
     tx = optax.contrib.schedule_free_sgd(0.1, b1=0.9)
-    state = tx.init(params)
+    state: Any = tx.init(params)
     grads = params_like(1)
     updates, state = tx.update(grads, state, params)
     params = optax.apply_updates(params, updates)
     x = optax.contrib.schedule_free_eval_params(state, params)
     expected, _ = apply_qk_clip(x, MAXIMA)
-    state = apply_qk_clip_to_copies(state, params, MAXIMA)
+    state = state._replace(z=apply_qk_clip(state.z, MAXIMA)[0])
     params, _ = apply_qk_clip(params, MAXIMA)
     got = optax.contrib.schedule_free_eval_params(state, params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), got, expected)
-
-
-def test_lookahead_clips_fast_and_slow():
-    params = optax.LookaheadParams.init_synced(params_like(0))
-    new = apply_qk_clip_to_copies(params, params.fast, MAXIMA)
-    expected, _ = apply_qk_clip(params.fast, MAXIMA)
-    for copy in (new.fast, new.slow):
-        jax.tree.map(np.testing.assert_array_equal, copy, expected)
 
 
 def test_lookahead_in_training_stays_at_the_threshold():
@@ -235,9 +222,9 @@ def test_lookahead_in_training_stays_at_the_threshold():
         grads = jax.tree.map(jnp.ones_like, params.fast)
         updates, state = tx.update(grads, state, params)
         moved: Any = optax.apply_updates(params, updates)
-        clipped = apply_qk_clip_to_copies(moved, moved.fast, maxima, threshold=threshold)
-        slow = jax.tree.map(lambda a, b: jnp.where(clip_slow, a, b), clipped.slow, moved.slow)
-        return clipped._replace(slow=slow), state
+        fast, slow = (apply_qk_clip(copy, maxima, threshold=threshold)[0] for copy in moved)
+        slow = jax.tree.map(lambda a, b: jnp.where(clip_slow, a, b), slow, moved.slow)
+        return moved._replace(fast=fast, slow=slow), state
 
     before = state
     for _ in range(4):
@@ -248,46 +235,3 @@ def test_lookahead_in_training_stays_at_the_threshold():
         unclipped, state = step(unclipped, state, False)
     # What the test is about: the blend with slow weights that kept their size.
     assert (maxima_of(unclipped.slow)["attn"] > 1.5 * threshold).all()
-
-
-def test_master_weights_are_clipped_and_momenta_are_not():
-    params = params_like(0)
-    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    state = {"master_params": params, "mu": params_like(1)}
-    new = apply_qk_clip_to_copies(state, low, MAXIMA)
-    jax.tree.map(
-        np.testing.assert_array_equal, new["master_params"], apply_qk_clip(params, MAXIMA)[0]
-    )
-    jax.tree.map(np.testing.assert_array_equal, new["mu"], state["mu"])
-    assert new["master_params"]["attn"]["query"]["kernel"].dtype == jnp.float32
-
-
-def test_a_state_without_copies_is_an_error():
-    params = params_like(0)
-    with pytest.raises(ValueError, match="copy of the parameters under one of the names 'z, fast"):
-        apply_qk_clip_to_copies(optax.adam(0.1).init(params), params, MAXIMA)
-
-
-def test_an_average_of_updates_is_no_copy():
-    """`optax.ema` is a momentum whose field is called as an average of weights is elsewhere."""
-    params = params_like(0)
-    state = optax.chain(optax.ema(0.9), optax.sgd(0.1)).init(params)
-    with pytest.raises(ValueError, match="copy of the parameters under one of the names"):
-        apply_qk_clip_to_copies(state, params, MAXIMA)
-    average: Any = optax.EmaState(count=jnp.zeros((), jnp.int32), ema=params_like(1))
-    state = {"average": average, "params_ema": params}
-    new = apply_qk_clip_to_copies(state, params, MAXIMA)
-    jax.tree.map(np.testing.assert_array_equal, new["average"], average)
-    expected, _ = apply_qk_clip(params, MAXIMA)
-    jax.tree.map(np.testing.assert_array_equal, new["params_ema"], expected)
-    # Whoever averages weights with it says so.
-    new = apply_qk_clip_to_copies({"ema": average.ema}, params, MAXIMA)
-    expected, _ = apply_qk_clip(average.ema, MAXIMA)
-    jax.tree.map(np.testing.assert_array_equal, new["ema"], expected)
-
-
-def test_a_copy_with_a_hole_is_an_error():
-    params = params_like(0)
-    part = {"attn": {"query": params["attn"]["query"]}}
-    with pytest.raises(ValueError, match=r"copy of the weights at .*ema.* lacks 'attn/key/kernel'"):
-        apply_qk_clip_to_copies({"ema": part}, params, MAXIMA)

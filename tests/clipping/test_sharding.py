@@ -62,6 +62,71 @@ def test_sharded_leaves_stay_where_they_are(kind, spec, merged):
     assert int(info.total_clipped) == 3
 
 
+# mesh shape, kernel's spec, maxima's spec
+WITHOUT_CONTEXT = {
+    "one device": ((1, 1), P("x", "y"), P("y")),
+    "two devices, over heads": ((2, 1), P(None, "x"), P("x")),
+    "replicated": ((4, 2), P(), P()),
+    "over inputs": ((4, 2), P("y"), P()),
+    "over inputs and heads": ((4, 2), P("y", "x"), P("x")),
+    "maxima alone": ((4, 2), P(), P(("x", "y"))),
+}
+
+
+EXPLICIT, AUTO = AxisType.Explicit, AxisType.Auto
+
+
+@pytest.mark.parametrize(
+    ("case", "kinds"),
+    [
+        *((case, (EXPLICIT, EXPLICIT)) for case in WITHOUT_CONTEXT),
+        ("over inputs and heads", (AUTO, EXPLICIT)),
+        ("maxima alone", (EXPLICIT, AUTO)),
+        ("maxima alone", (AUTO, AUTO)),
+    ],
+    ids=str,
+)
+def test_without_set_mesh(case, kinds):
+    """Every way to clip, outside of any mesh context: one device's bits, the leaf's sharding."""
+    size, weights_at, maxima_at = WITHOUT_CONTEXT[case]
+    devices = np.array(jax.devices()[: size[0] * size[1]]).reshape(size)
+    on = Mesh(devices, ("x", "y"), axis_types=kinds)
+    merged = case == "over inputs and heads"
+    plain = tree((16, 64) if merged else (16, 8, 8))
+    zeros = jax.tree.map(jnp.zeros_like, plain)
+    tx = mc.qk_clip()
+
+    def clip(params, zeros, maxima):
+        updates, _ = tx.update(zeros, optax.EmptyState(), params, max_logits=maxima)
+        return apply_qk_clip(params, maxima)[0], updates
+
+    expected = clip(plain, zeros, {"attn": MAXIMA})
+    where = NamedSharding(on, weights_at)
+    params, zeros = jax.device_put((plain, zeros), where)
+    maxima = {"attn": jax.device_put(MAXIMA, NamedSharding(on, maxima_at))}
+    for jit in (False, True):
+        new = (jax.jit(clip) if jit else clip)(params, zeros, maxima)
+        jax.tree.map(np.testing.assert_array_equal, new, expected)
+        if not jit or kinds[0] == kinds[1] == AxisType.Explicit:
+            for leaf in jax.tree.leaves(new):
+                assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
+
+
+def test_muonclip_without_set_mesh():
+    """The whole optimizer and its metrics, jitted, on Explicit axes."""
+    on = Mesh(np.array(jax.devices()[:8]), ("x",), axis_types=(AxisType.Explicit,))
+    params = tree((16, 8, 8))
+    maxima = {"attn": MAXIMA}
+    tx = mc.metrics(mc.muonclip(0.01, ns_steps=2), qk_clip_threshold=100.0)
+    step = jax.jit(tx.update)
+    expected, _ = step(params, tx.init(params), params, max_logits=maxima)
+    params = jax.device_put(params, NamedSharding(on, P(None, "x")))
+    maxima = jax.device_put(maxima, NamedSharding(on, P()))
+    updates, state = step(params, tx.init(params), params, max_logits=maxima)
+    assert_close(updates, expected)
+    assert int(mc.read_metrics(state, params).clipped_heads["attn"]) == 3
+
+
 def test_inside_shard_map_over_heads():
     """Every device clips its own heads from its own maxima."""
     params = tree((16, 8, 8))

@@ -31,6 +31,9 @@ class MuonMetrics(NamedTuple):
             blocks where `metrics` got no threshold.
         min_gamma: Block -> smallest of QK-Clip's factors; 1 where nothing was clipped.
         clipped_heads: Block -> number of heads that were clipped, over all its layers.
+        clips_without_effect: Block -> updates in a row, up to the latest one, in which it was
+            clipped and its maximum did not fall; more than some tens mean that the clip does
+            nothing there.
     """
 
     step: Int[Array, ""]
@@ -41,13 +44,15 @@ class MuonMetrics(NamedTuple):
     max_logit: dict[str, Float[Array, ""]]
     min_gamma: dict[str, Float[Array, ""]]
     clipped_heads: dict[str, Int[Array, ""]]
+    clips_without_effect: dict[str, Int[Array, ""]]
 
     def scalars(self, prefix: str = "muon", *, leaves: bool = True) -> dict[str, jax.Array]:
         """Returns flat scalars for TensorBoard, Weights & Biases or a JSON line.
 
         Of several matrices, or blocks, it gives the root of the mean square (`update_rms`), the
-        largest (`spectral_norm`, `orthogonality_error`, `max_logit`), the mean (`effective_rank`),
-        the smallest (`min_gamma`) or the sum (`clipped_heads`). Nothing is copied to the host here.
+        largest (`spectral_norm`, `orthogonality_error`, `max_logit`, `clips_without_effect`), the mean
+        (`effective_rank`), the smallest (`min_gamma`) or the sum (`clipped_heads`). Nothing is
+        copied to the host here.
 
         Args:
             prefix: First part of every name.
@@ -62,7 +67,7 @@ class MuonMetrics(NamedTuple):
             >>> import jax.numpy as jnp
             >>> none = {}
             >>> figures = MuonMetrics(jnp.asarray(7), {"w": jnp.ones(2)}, {"w": jnp.arange(2.0)},
-            ...     none, none, none, none, none)
+            ...     none, none, none, none, none, none)
             >>> {name: float(value) for name, value in figures.scalars().items()}
             {'muon/update_rms': 1.0, 'muon/update_rms/w': 1.0, \
 'muon/spectral_norm': 1.0, 'muon/spectral_norm/w': 1.0}
@@ -92,6 +97,7 @@ _REDUCTIONS = {
     "max_logit": jnp.max,
     "min_gamma": jnp.min,
     "clipped_heads": jnp.sum,
+    "clips_without_effect": jnp.max,
 }
 
 
@@ -170,6 +176,7 @@ def read_metrics(
         max_logit=by_block(sample.max_logit),
         min_gamma=by_block(sample.min_gamma),
         clipped_heads=by_block(sample.clipped_heads),
+        clips_without_effect=by_block(jnp.asarray(found[0].clip_effect.steps)),
     )
 
 

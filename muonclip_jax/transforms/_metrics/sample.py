@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from muonclip_jax._typing import ScalarLike, Tree
 from muonclip_jax.clipping.blocks import assign_maxima
 from muonclip_jax.clipping.gamma import clip_gamma
-from muonclip_jax.clipping.maxima import merge_recordings, read_maxima, trailing_shape
+from muonclip_jax.clipping.maxima import read_maxima, trailing_shape
 from muonclip_jax.heads.finding import Rule
 from muonclip_jax.heads.reading import read_block
 from muonclip_jax.transforms._metrics.figures import effective_rank, update_figures
@@ -60,42 +60,39 @@ def no_sample(matrices: int, blocks: int) -> MetricsSample:
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def measure_sample(
     plan: MatrixPlan,
-    blocks: tuple[tuple[str, tuple[int, ...]], ...],
     count: jax.Array,
     updates: Sequence[jax.Array],
     momentum: dict[int, jax.Array],
-    recorded: Sequence[Sequence[jax.Array]],
+    maxima: Sequence[jax.Array],
     threshold: ScalarLike,
 ) -> MetricsSample:
     """Measures an update.
 
     Args:
         plan: The matrices.
-        blocks: Path of each attention block, and the shape of its maxima.
         count: Number of the update.
         updates: The leaves of the plan.
         momentum: Momentum of those of them that have one, by their number.
-        recorded: What was recorded for each block.
+        maxima: Maxima of each attention block, as from `track_clips`.
         threshold: QK-Clip's.
 
     Returns:
         The sample.
     """
     # An inner jit: a call outside of one compiles as a whole, and once.
-    sample = no_sample(plan.total, len(blocks))
+    sample = no_sample(plan.total, len(maxima))
     rms, norms, errors = measure_stacks(update_figures, updates, plan.stacks, 3)
     ranks = sample.effective_rank
     if momentum:
         known = [momentum.get(i, jnp.zeros_like(x)) for i, x in enumerate(updates)]
         (ranks,) = measure_stacks(lambda x: (effective_rank(x),), known, plan.stacks, 1)
-    for i, ((path, shape), arrays) in enumerate(zip(blocks, recorded, strict=True)):
-        maxima = merge_recordings(arrays, shape, path)
-        gamma = clip_gamma(maxima, threshold)
+    for i, largest in enumerate(maxima):
+        gamma = clip_gamma(largest, threshold)
         sample = sample._replace(
-            max_logit=sample.max_logit.at[i].set(maxima.max()),
+            max_logit=sample.max_logit.at[i].set(largest.max()),
             min_gamma=sample.min_gamma.at[i].set(gamma.min()),
             clipped_heads=sample.clipped_heads.at[i].set(jnp.sum(gamma < 1, dtype=jnp.int32)),
         )

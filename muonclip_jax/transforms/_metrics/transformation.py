@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from muonclip_jax.matrices import place, read_shardings
 from muonclip_jax.routing import MatrixRules
 from muonclip_jax.transforms._checks import check_every, value_at
 from muonclip_jax.transforms._inputs import transformation
+from muonclip_jax.transforms._metrics.effect import ClipEffect, no_effect, track_clips
 from muonclip_jax.transforms._metrics.plan import MatrixPlan, blocks_of, plan_matrices
 from muonclip_jax.transforms._metrics.sample import (
     MetricsSample,
@@ -34,11 +35,13 @@ class MetricsState(NamedTuple):
     Attributes:
         count: Updates so far, int32, `()`.
         sample: The latest sample.
+        clip_effect: Whether the clip lowered the maxima so far; new after every update.
         inner_state: State of the inner transformation.
     """
 
     count: Any
     sample: MetricsSample
+    clip_effect: ClipEffect
     inner_state: Any
 
 
@@ -55,8 +58,12 @@ def metrics(
     """Measures what a transformation does, and changes nothing of it.
 
     At the first update and every `every` updates from there, the state gets a new `MetricsSample`;
-    in between it keeps the last one and nothing is computed (`lax.cond`). Nothing is sent to the
+    in between it keeps the last one and no matrix is looked at (`lax.cond`). Nothing is sent to the
     host: `read_metrics` gives the sample its names whenever the loop wants to see it.
+
+    With a threshold, every update also compares the maxima with those before and counts the updates
+    in a row in which a block was clipped and its maximum did not fall: a clip without effect, as
+    where queries and keys are normalised after the kernels that it scales.
 
     What is measured is the update as `inner` returns it. Around `muonclip(...)` that is the step of
     the weights, with rate, decay and clip in it; around `scale_by_muon()` alone it is what
@@ -118,8 +125,9 @@ def metrics(
             blocks = sum(block.selected for block in blocks_of(params, attention)[1])
         count = jnp.zeros([], jnp.int32)
         sample = no_sample(plan_matrices(params, rules).total, blocks)
-        count, sample = _whole((count, sample), params, param_shardings)
-        return MetricsState(count=count, sample=sample, inner_state=measured.init(params))
+        state = (count, sample, no_effect(blocks))
+        count, sample, effect = _whole(state, params, param_shardings)
+        return MetricsState(count, sample, effect, measured.init(params))
 
     def update_fn(
         updates: optax.Updates,
@@ -134,24 +142,19 @@ def metrics(
             clips = not (is_concrete(qk_clip_threshold) and qk_clip_threshold == jnp.inf)
             recorded = recorded_in(updates, extra_args.get("max_logits"), attention, clips)
             threshold = value_at(qk_clip_threshold, state.count)
+        run = _unsharded(updates, param_shardings)
+        named = tuple((path, shape) for path, shape, _ in recorded)
+        maxima, effect = run(functools.partial(track_clips, named))(
+            [arrays for *_, arrays in recorded], threshold, state.clip_effect
+        )
         leaves = jax.tree.leaves(updates)
         operands = (
             [leaves[position] for position in plan.positions],
             _momentum(inner_state, plan),
-            [arrays for *_, arrays in recorded],
+            maxima,
             threshold,
         )
-        # On a mesh with Explicit axes JAX would ask how every product shall lie; the partitioner
-        # knows. Elsewhere this is the function itself.
-        shardings = read_shardings(updates, param_shardings, warn=False)
-        measure: Callable[..., Any] = functools.partial(
-            measure_sample, plan, tuple((path, shape) for path, shape, _ in recorded)
-        )
-        if shardings is not None and not shardings.inside_manual:
-            everywhere = NamedSharding(shardings.mesh, PartitionSpec())
-            measure = cast(
-                Callable[..., Any], jax.sharding.auto_axes(measure, out_sharding=everywhere)
-            )
+        measure = run(functools.partial(measure_sample, plan))
         now = state.count % every == 0
         if isinstance(now, Tracer):
             sample = jax.lax.cond(
@@ -161,10 +164,24 @@ def metrics(
             # Outside of jit, a cond would be compiled anew on every call.
             sample = measure(state.count, *operands) if now else state.sample
         count = jnp.asarray(optax.safe_increment(jnp.asarray(state.count)))
-        count, sample = _whole((count, sample), updates, param_shardings)
-        return updates, MetricsState(count=count, sample=sample, inner_state=inner_state)
+        small = (count, sample, effect)
+        count, sample, effect = _whole(small, updates, param_shardings)
+        return updates, MetricsState(count, sample, effect, inner_state)
 
     return transformation("metrics", init_fn, update_fn)
+
+
+def _unsharded(updates: Tree, param_shardings: Any) -> Callable[..., Callable[..., Any]]:
+    """Returns what lets a function ignore how a mesh with Explicit axes shards its operands.
+
+    There JAX would ask how every product shall lie; the partitioner knows. Elsewhere it returns
+    the function itself.
+    """
+    shardings = read_shardings(updates, param_shardings, warn=False)
+    if shardings is None or shardings.inside_manual:
+        return lambda function: function
+    everywhere = NamedSharding(shardings.mesh, PartitionSpec())
+    return functools.partial(jax.sharding.auto_axes, out_sharding=everywhere)
 
 
 def _momentum(state: Any, plan: MatrixPlan) -> dict[int, jax.Array]:
