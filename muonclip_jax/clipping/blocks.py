@@ -12,27 +12,32 @@ from muonclip_jax._paths import array_leaves, flatten_with_paths
 from muonclip_jax._typing import Tree
 from muonclip_jax.clipping.maxima import Recorded, read_maxima, trailing_shape
 from muonclip_jax.heads.builtin import NORM_NAMES
+from muonclip_jax.heads.clips import read_block
 from muonclip_jax.heads.finding import FoundBlock, Rule, find_blocks, strip_outer
-from muonclip_jax.heads.leaves import Shape
 from muonclip_jax.heads.plan import BlockPlan
-from muonclip_jax.heads.reading import read_block
+
+_NORMS = tuple(name for pair in NORM_NAMES for name in pair)
+_MASKED = (
+    " Parts of the tree are masked here: under optax.multi_transform or optax.masked QK-Clip "
+    "sees only one group of parameters. Put it at the end of the outer chain, or call "
+    "apply_qk_clip after optax.apply_updates, so that it sees queries and keys, kernels and "
+    "biases. Where whole blocks are frozen, select the others with blocks= (muonclip: "
+    "qk_clip_blocks=)."
+)
+_ADAPTERS = (
+    " The tree holds low-rank adapters. The clip has to scale the kernels that they adapt as well: "
+    "give it a tree that holds both."
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class NamedLeaves:
-    """A tree of parameters as leaves by path.
+    """A tree of parameters as leaves by path."""
 
-    Args:
-        paths: Path of every leaf in flatten order, without an outer "params" level.
-        leaves: The leaves in the same order.
-        treedef: What puts them together again.
-        masked: Paths that `optax.masked` or `optax.multi_transform` hid.
-    """
-
-    paths: tuple[str, ...]
-    leaves: tuple[Any, ...]
+    paths: tuple[str, ...]  # in flatten order, without an outer "params" level
+    leaves: tuple[Any, ...]  # in the same order
     treedef: Any
-    masked: tuple[str, ...]
+    masked: tuple[str, ...]  # what `optax.masked` or `optax.multi_transform` hid
 
     @property
     def by_path(self) -> dict[str, Any]:
@@ -43,13 +48,6 @@ class NamedLeaves:
         """Returns the tree with some leaves exchanged."""
         pairs = zip(self.paths, self.leaves, strict=True)
         return jax.tree.unflatten(self.treedef, [new.get(path, leaf) for path, leaf in pairs])
-
-
-_NORMS = tuple(name for pair in NORM_NAMES for name in pair)
-
-
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
 
 
 def named_leaves(tree: Tree) -> NamedLeaves:
@@ -64,22 +62,17 @@ def named_leaves(tree: Tree) -> NamedLeaves:
     )
 
 
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
 def _inside(path: str, block: str) -> bool:
     return not block or path == block or path.startswith(block + "/")
 
 
-def _listed(paths: Sequence[str], limit: int = 8) -> str:
+def _shown(paths: Sequence[str], limit: int = 8) -> str:
     more = f" and {len(paths) - limit} more" if len(paths) > limit else ""
     return (", ".join(repr(path) for path in paths[:limit]) or "none") + more
-
-
-_MASKED = (
-    " Parts of the tree are masked here: under optax.multi_transform or optax.masked QK-Clip "
-    "sees only one group of parameters. Put it at the end of the outer chain, or call "
-    "apply_qk_clip after optax.apply_updates, so that it sees queries and keys, kernels and "
-    "biases. Where whole blocks are frozen, select the others with blocks= (muonclip: "
-    "qk_clip_blocks=)."
-)
 
 
 def find_in(params: NamedLeaves, rules: tuple[Rule, ...] | None) -> list[FoundBlock]:
@@ -98,83 +91,74 @@ def find_in(params: NamedLeaves, rules: tuple[Rule, ...] | None) -> list[FoundBl
         ]
         if hidden and block.selected:
             raise ValueError(
-                f"Attention block {block.path!r} is only partly visible: {_listed(hidden)} "
+                f"Attention block {block.path!r} is only partly visible: {_shown(hidden)} "
                 f"{'is' if len(hidden) == 1 else 'are'} hidden.{_MASKED}"
             )
     if not any(block.selected for block in found):
+        adapters = any("lora_" in path.lower() for path in params.paths)
         raise ValueError(
-            f"No attention block was found in parameters {_listed(params.paths)}. Expected a query "
+            f"No attention block was found in parameters {_shown(params.paths)}. Expected a query "
             "and a key projection side by side, such as 'attention/query/kernel' and "
             "'attention/key/kernel'. Where they have other names, say so: "
             "blocks=[(pattern, AttentionLayout(...))] (muonclip: qk_clip_blocks=). To train "
             "without the clip, leave it out (muonclip: qk_clip_threshold=None)."
-            + (_MASKED if params.masked else "")
+            f"{_ADAPTERS if adapters else ''}"
+            f"{_MASKED if params.masked else ''}"
         )
     return found
 
 
-def assign_maxima(
-    found: Sequence[FoundBlock], modules: Sequence[str], masked: bool
-) -> dict[str, tuple[str, ...]]:
-    """Returns which modules recorded for which selected block.
+def match_maxima(
+    found: Sequence[FoundBlock],
+    max_logits: Tree,
+    masked: Sequence[str],
+    rules: tuple[Rule, ...] | None,
+) -> Recorded:
+    """Returns what was recorded for each selected block, by its path.
 
-    A recording belongs to the block of its own path; where there is none, to the nearest block
-    around it, for some models record inside a submodule of the attention.
+    A recording belongs to the block of its own path. One called `max_logits` may also come from a
+    submodule: where there is no block of its path, it belongs to the nearest block around it. A
+    block that is masked as a whole, frozen for example, is not among those that `rules` select.
 
     Raises:
         ValueError: If a recording has no block, or a selected block no recording.
     """
+    recorded, sown = read_maxima(max_logits)
     paths = [block.path for block in found]
-    assigned: dict[str, tuple[str, ...]] = {module: (module,) for module in modules}
-    for module in modules:
-        if module in paths:
+    matched = {path: list(recorded[path]) for path in paths if path in recorded}
+    for module in [module for module in recorded if module not in paths]:
+        owners = [path for path in paths if _inside(module, path)] if sown else []
+        if rules is not None and any(_inside(path, module) for path in masked):
             continue
-        owners = [path for path in paths if _inside(module, path)]
         if not owners:
             raise ValueError(
                 f"A maximum was recorded for {module!r}, and no attention block has that path. "
-                f"Blocks are: {_listed(paths)}. Where its projections have other names, say so: "
+                f"Blocks are: {_shown(paths)}. Where its projections have other names, say so: "
                 "blocks=[(pattern, AttentionLayout(...))]." + (_MASKED if masked else "")
             )
         owner = max(owners, key=len)
-        if owner not in modules:
-            assigned[owner] = (*assigned.get(owner, ()), module)
+        if owner not in recorded:
+            matched.setdefault(owner, []).extend(recorded[module])
     for block in found:
-        if block.selected and block.path not in assigned:
+        if block.selected and block.path not in matched:
             raise ValueError(
                 f"Attention block {block.path!r} ({block.layout.name}) has no maximum. Maxima are "
-                f"there for: {_listed(modules)}. Record one for it, or select the blocks to clip "
-                "with blocks=, as in blocks='decoder/.*attention$'."
+                f"there for: {_shown(list(recorded))}. Record one for it, or select the blocks to "
+                "clip with blocks=, as in blocks='decoder/.*attention$'."
             )
-    return {block.path: assigned[block.path] for block in found if block.selected}
+    return {block.path: matched[block.path] for block in found if block.selected}
 
 
-def _shapes(arrays: Sequence[Any]) -> tuple[Shape, ...]:
-    return tuple(Shape(tuple(getattr(x, "shape", ()))) for x in arrays)
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """A leaf of which only the shape is known."""
+
+    shape: tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=64)
-def _plans(
-    params: NamedLeaves,
-    recorded: tuple[tuple[str, tuple[Shape, ...]], ...],
-    rules: tuple[Rule, ...] | None,
-) -> tuple[tuple[BlockPlan, tuple[str, ...]], ...]:
-    """Returns every block's plan and the modules that recorded for it, from shapes alone."""
-    found = find_in(params, rules)
-    shapes = dict(recorded)
-    if rules is not None:
-        # A block that is hidden as a whole, frozen for example, is not among those selected.
-        paths = [block.path for block in found]
-        hidden = [m for m in shapes if any(_inside(path, m) for path in params.masked)]
-        shapes = {m: x for m, x in shapes.items() if m in paths or m not in hidden}
-    assigned = assign_maxima(found, list(shapes), bool(params.masked))
-    plans: list[tuple[BlockPlan, tuple[str, ...]]] = []
-    for block in found:
-        if block.selected:
-            modules = assigned[block.path]
-            shape = trailing_shape([x for module in modules for x in shapes[module]])
-            plans.append((read_block(block.layout, block.path, block.leaves, shape), modules))
-    return tuple(plans)
+def _find(shapes: NamedLeaves, rules: tuple[Rule, ...] | None) -> list[FoundBlock]:
+    return find_in(shapes, rules)
 
 
 def plan_clip(
@@ -189,13 +173,10 @@ def plan_clip(
     """
     if not params.paths:
         return (), {}
-    maxima = read_maxima(max_logits)
-    planned = _plans(
-        dataclasses.replace(params, leaves=_shapes(params.leaves), treedef=None),
-        tuple((module, _shapes(arrays)) for module, arrays in maxima.items()),
-        rules,
-    )
-    recorded = {
-        plan.path: [x for module in modules for x in maxima[module]] for plan, modules in planned
-    }
-    return tuple(plan for plan, _ in planned), recorded
+    shapes = tuple(_Shape(tuple(getattr(x, "shape", ()))) for x in params.leaves)
+    found = _find(dataclasses.replace(params, leaves=shapes, treedef=None), rules)
+    matched = match_maxima(found, max_logits, params.masked, rules)
+    plans = [
+        read_block(block, trailing_shape(matched[block.path])) for block in found if block.selected
+    ]
+    return tuple(plans), matched

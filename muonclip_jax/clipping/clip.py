@@ -1,7 +1,6 @@
 """QK-Clip as a pure function of parameters and maxima."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -40,17 +39,32 @@ def clip_info(
     )
 
 
-def leaf_factors(
-    plans: tuple[BlockPlan, ...], gamma: dict[str, jax.Array], alpha: ScalarLike, shared_keys: str
-) -> dict[str, jax.Array]:
-    """Returns the factor of every leaf that a clip multiplies, by path."""
+def clip_factors(
+    leaves: dict[str, Any],
+    recorded: Recorded,
+    threshold: ScalarLike,
+    alpha: ScalarLike,
+    plans: tuple[BlockPlan, ...],
+    shared_keys: str,
+) -> tuple[QKClipInfo, dict[str, jax.Array], dict[str, jax.Array]]:
+    """Returns what a clip does, and by path every leaf's factor and whether it differs from 1.
+
+    Whether it does is asked of the recordings, not of gamma: the partitioner may lay gamma out over
+    devices like the kernels that it scales, and would have to gather the answer.
+    """
+    info = clip_info(recorded, threshold, plans=plans)
     factors: dict[str, jax.Array] = {}
+    needed: dict[str, jax.Array] = {}
     for plan in plans:
-        of_role = role_factors(gamma[plan.path], alpha, shared_keys, plan.kv_heads)
+        of_role = role_factors(info.gamma[plan.path], alpha, shared_keys, plan.kv_heads)
+        over = (jnp.any(is_over(x, threshold)) for x in recorded[plan.path])
+        any_over = functools.reduce(jnp.logical_or, over)
         for leaf in plan.leaves:
             if any(segment.role in of_role for segment in leaf.segments):
                 factors[leaf.path] = leaf_factor(leaf, of_role)
-    return factors
+                needed[leaf.path] = any_over
+    check_reduced(leaves, factors)
+    return info, factors, needed
 
 
 @functools.partial(jax.jit, static_argnames=("plans", "shared_keys"))
@@ -64,34 +78,10 @@ def clip_leaves(
     shared_keys: str,
 ) -> tuple[dict[str, Any], QKClipInfo]:
     """Clips leaves given by path; they hold at least those of the plans."""
-    info = clip_info(recorded, threshold, plans=plans)
-    factors = leaf_factors(plans, info.gamma, alpha, shared_keys)
-    needed = leaves_needing(plans, recorded, threshold)
-    check_reduced(leaves, factors)
+    info, factors, needed = clip_factors(leaves, recorded, threshold, alpha, plans, shared_keys)
     return {
         path: scale_if(needed[path], leaves[path], factor) for path, factor in factors.items()
     }, info
-
-
-def leaves_needing(
-    plans: tuple[BlockPlan, ...], recorded: Recorded, threshold: ScalarLike
-) -> dict[str, jax.Array]:
-    """Returns for every leaf whether its block has a head over the threshold, by path."""
-    return {
-        leaf.path: _any_over(recorded[plan.path], threshold)
-        for plan in plans
-        for leaf in plan.leaves
-    }
-
-
-def _any_over(recordings: Sequence[Any], threshold: ScalarLike) -> jax.Array:
-    """Whether `clip_gamma` of these recordings is below 1 anywhere.
-
-    The recordings are asked, not gamma: the partitioner may lay gamma out over devices like the
-    kernels that it scales, and would have to gather the answer.
-    """
-    over = [jnp.any(is_over(x, threshold)) for x in recordings]
-    return functools.reduce(jnp.logical_or, over)
 
 
 @names_known
@@ -130,10 +120,11 @@ def apply_qk_clip(
 
     Args:
         params: Tree of parameters: Linen, NNX, boxed or plain.
-        max_logits: The tree of maxima: what Flax returned as `intermediates`, or a flat dict from
-            "decoder/block_0/attention" to `(heads,)`, `(layers, heads)` for stacked layers. Axes
-            before those, and several recordings, are reduced by the maximum. A logit that the
-            model caps (`cap * tanh(s / cap)`) is meant as it was before the cap.
+        max_logits: The maxima: what Flax returned as `intermediates`, a tree that mirrors the
+            modules with an array at each attention block, or a flat dict from
+            "decoder/block_0/attention". Arrays are `(heads,)`, `(layers, heads)` for stacked
+            layers; axes before those, and several recordings, are reduced by the maximum. A logit
+            that the model caps (`cap * tanh(s / cap)`) is meant as it was before the cap.
         threshold: Largest logit that stays, positive; may be traced. Infinity switches the clip
             off, and so does a traced value that is not positive.
         alpha: Share of the queries, in [0, 1]; may be traced.
@@ -192,12 +183,12 @@ def qk_clip_info(
     inside the same `jit` with the same arguments.
 
     Args:
-        params: As for `apply_qk_clip`; only paths and shapes are looked at.
-        max_logits: As for `apply_qk_clip`.
-        threshold: As for `apply_qk_clip`.
-        alpha: As for `apply_qk_clip`.
-        shared_keys: As for `apply_qk_clip`.
-        blocks: As for `apply_qk_clip`.
+        params: Tree of parameters; only paths and shapes are looked at.
+        max_logits: As for `apply_qk_clip`, and so are the others.
+        threshold: Largest logit that stays.
+        alpha: Share of the queries.
+        shared_keys: Rule for keys that heads share.
+        blocks: Which blocks to clip, and their layouts.
 
     Returns:
         The `QKClipInfo`.

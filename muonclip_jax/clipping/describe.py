@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 
 from muonclip_jax._typing import Tree
-from muonclip_jax.clipping.blocks import assign_maxima, find_in, named_leaves
+from muonclip_jax.clipping.blocks import find_in, match_maxima, named_leaves
 from muonclip_jax.clipping.gamma import check_clip_settings
-from muonclip_jax.clipping.maxima import read_maxima, trailing_shape
+from muonclip_jax.clipping.maxima import trailing_shape
+from muonclip_jax.heads.clips import guess_block, read_block
 from muonclip_jax.heads.finding import Blocks, FoundBlock, block_rules
+from muonclip_jax.heads.leaves import RefusalError
 from muonclip_jax.heads.plan import LeafPlan
-from muonclip_jax.heads.reading import guess_block, read_block
 
 _OWN_KEYS = {
     "query": "gamma^alpha",
@@ -57,19 +58,15 @@ def describe_attention(
         attn: separate q and k, 2 heads of 4
           attn/query/kernel (6, 2, 4): query by gamma^alpha
           attn/key/kernel (6, 2, 4): key by gamma^(1-alpha)
-
-    References:
-        Kimi Team, Kimi K2, arXiv 2507.20534, Algorithm 1.
     """
     check_clip_settings(1.0, 0.5, shared_keys)
     named = named_leaves(params)
-    found = find_in(named, block_rules(blocks))
+    rules = block_rules(blocks)
+    found = find_in(named, rules)
     shapes: dict[str, tuple[int, ...]] = {}
     if max_logits is not None:
-        maxima = read_maxima(max_logits)
-        assigned = assign_maxima(found, list(maxima), bool(named.masked))
-        for path, modules in assigned.items():
-            shapes[path] = trailing_shape([x for module in modules for x in maxima[module]])
+        matched = match_maxima(found, max_logits, named.masked, rules)
+        shapes = {path: trailing_shape(arrays) for path, arrays in matched.items()}
     lines: list[str] = []
     for block in found:
         lines += _describe_block(block, shapes.get(block.path), shared_keys)
@@ -79,38 +76,35 @@ def describe_attention(
 def _describe_block(
     block: FoundBlock, shape: tuple[int, ...] | None, shared_keys: str
 ) -> Iterator[str]:
-    name = block.path or "(the whole tree)"
+    start = f"{block.path or '(the whole tree)'}: "
     if not block.selected:
-        yield f"{name}: {block.layout.name}, not selected by blocks="
+        yield f"{start}{block.layout.name}, not selected by blocks="
         return
-    if shape is None:
-        plan = guess_block(block.layout, block.path, block.leaves)
-        if plan is None:
-            yield f"{name}: {block.layout.name}, heads as many as the maxima say"
-            return
-    else:
-        try:
-            plan = read_block(block.layout, block.path, block.leaves, shape)
-        except ValueError as error:
-            yield f"{name}: {block.layout.name}, cannot be clipped: {error}"
-            return
+    try:
+        plan = guess_block(block) if shape is None else read_block(block, shape)
+    except ValueError as error:
+        yield f"{start}{block.layout.name}, cannot be clipped: {error}"
+        return
+    if isinstance(plan, RefusalError):
+        yield f"{start}{block.layout.name}, cannot be clipped: {plan.in_tree(block.paths)}"
+        return
+    if plan is None:
+        yield f"{start}{block.layout.name}, heads as many as the maxima say"
+        return
     heads = f"{plan.heads} heads"
     if plan.kv_heads != plan.heads:
         keys = "1 key head" if plan.kv_heads == 1 else f"{plan.kv_heads} key heads"
         heads = f"{plan.heads} query heads on {keys}"
     stack = f", stacked {plan.stack}" if plan.stack else ""
     note = f", {plan.note}" if plan.note else ""
-    yield f"{name}: {plan.layout}, {heads} of {plan.head_dim}{stack}{note}"
+    yield f"{start}{plan.layout}, {heads} of {plan.head_dim}{stack}{note}"
     rule = _OWN_KEYS if plan.heads == plan.kv_heads else _SHARED[shared_keys]
     for leaf in plan.leaves:
-        parts = _parts(leaf, rule)
-        if parts:
-            yield f"  {leaf.path} {leaf.shape}: {parts}"
+        if any(segment.role in rule for segment in leaf.segments):
+            yield f"  {leaf.path} {leaf.shape}: {_parts(leaf, rule)}"
 
 
 def _parts(leaf: LeafPlan, rule: dict[str, str]) -> str:
-    if not any(segment.role in rule for segment in leaf.segments):
-        return ""
     whole = len(leaf.segments) == 1
     return ", ".join(
         f"{segment.role.removesuffix('_alone')}{'' if whole else f' ({segment.size} a head)'} "

@@ -14,13 +14,7 @@ Factors = dict[str, jax.Array]
 
 
 def is_over(max_logits: Float[Array, "..."], threshold: ScalarLike) -> Bool[Array, "..."]:
-    """Returns for which heads `clip_gamma` is below 1.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> is_over(jnp.asarray([150.0, 90.0, jnp.inf]), 100.0).tolist()
-        [True, False, False]
-    """
+    """Returns for which heads `clip_gamma` is below 1."""
     s = jnp.asarray(max_logits, jnp.float32)
     tau = jnp.asarray(threshold, jnp.float32)
     return jnp.isfinite(s) & (s > tau) & (tau > 0)
@@ -31,24 +25,13 @@ def clip_gamma(max_logits: Float[Array, "..."], threshold: ScalarLike) -> Float[
 
         gamma = tau / S   where S is finite and S > tau > 0,   1 elsewhere
 
-    A maximum that is NaN, infinite, zero or negative never changes a weight, and neither does a
-    threshold that is NaN, zero or negative: a number like that is refused where it is given, but a
-    traced one or a schedule's may turn up.
-
-    Args:
-        max_logits: `S`, largest pre-softmax logit of each head, any shape.
-        threshold: `tau`, positive, a Python number or traced.
-
-    Returns:
-        `gamma`, in (0, 1], float32, the shape of `max_logits`.
+    A maximum or a threshold that is NaN, infinite, zero or negative never changes a weight. A
+    threshold like that is refused where it is given, but a traced one or a schedule's may turn up.
 
     Example:
         >>> import jax.numpy as jnp
         >>> clip_gamma(jnp.asarray([150.0, 90.0, -jnp.inf]), 100.0).tolist()
         [0.6666666865348816, 1.0, 1.0]
-
-    References:
-        Kimi Team, Kimi K2, arXiv 2507.20534, Algorithm 1.
     """
     s = jnp.asarray(max_logits, jnp.float32)
     tau = jnp.asarray(threshold, jnp.float32)
@@ -68,34 +51,25 @@ def _rest(gamma: jax.Array, taken: jax.Array) -> jax.Array:
     return jnp.where(gamma == taken, 1.0, gamma / taken)
 
 
-def _least(gamma: jax.Array, kv_heads: int) -> jax.Array:
-    """Returns eta: the least gamma among the query heads of each key head."""
-    grouped = gamma.reshape(*gamma.shape[:-1], kv_heads, -1)
-    return grouped.min(-1)
-
-
 def _spread(per_key: jax.Array, heads: int) -> jax.Array:
     return jnp.repeat(per_key, heads // per_key.shape[-1], axis=-1)
 
 
-def _query(gamma: jax.Array, alpha: ScalarLike, kv_heads: int) -> Factors:
+def _query(gamma: jax.Array, eta: jax.Array, taken: jax.Array) -> Factors:
     return {"query": gamma}
 
 
-def _group(gamma: jax.Array, alpha: ScalarLike, kv_heads: int) -> Factors:
-    eta = _least(gamma, kv_heads)
-    taken = _power(eta, alpha)
+def _group(gamma: jax.Array, eta: jax.Array, taken: jax.Array) -> Factors:
     return {"query": _spread(taken, gamma.shape[-1]), "key": _rest(eta, taken)}
 
 
-def _balanced(gamma: jax.Array, alpha: ScalarLike, kv_heads: int) -> Factors:
-    eta = _least(gamma, kv_heads)
-    key = _rest(eta, _power(eta, alpha))
+def _balanced(gamma: jax.Array, eta: jax.Array, taken: jax.Array) -> Factors:
+    key = _rest(eta, taken)
     return {"query": _rest(gamma, _spread(key, gamma.shape[-1])), "key": key}
 
 
 #: Rules for keys that several query heads share, by name.
-SHARED_KEYS: dict[str, Callable[[jax.Array, Any, int], Factors]] = {
+SHARED_KEYS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], Factors]] = {
     "query": _query,
     "group": _group,
     "balanced": _balanced,
@@ -119,15 +93,7 @@ def role_factors(
     "query" never raises a weight and is what Kimi K2 does for the rotary key that heads share.
     "group" is Megatron's rule. "balanced" also shrinks keys, and makes up for it in the queries.
 
-    Args:
-        gamma: As from `clip_gamma`.
-        alpha: Share of the queries, in [0, 1].
-        shared_keys: A name from the table.
-        kv_heads: Key heads; they divide the query heads.
-
-    Returns:
-        Role -> factor `(*stack, heads)` or `(*stack, kv_heads)`. A role that is absent is not
-        scaled.
+    Returns role -> factor `(*stack, heads)` or `(*stack, kv_heads)`; absent roles are not scaled.
 
     Example:
         >>> import jax.numpy as jnp
@@ -139,26 +105,15 @@ def role_factors(
         taken = _power(gamma, alpha)
         factors: Factors = {"query": taken, "key": _rest(gamma, taken)}
     else:
-        factors = SHARED_KEYS[shared_keys](gamma, alpha, kv_heads)
+        eta = gamma.reshape(*gamma.shape[:-1], kv_heads, -1).min(-1)
+        factors = SHARED_KEYS[shared_keys](gamma, eta, _power(eta, alpha))
     return {**factors, "query_alone": gamma}
 
 
 def check_clip_settings(
     threshold: Any, alpha: Any, shared_keys: Any, prefix: str = "", *, schedules: bool = False
 ) -> None:
-    """Raises on settings that cannot be meant; traced values and schedules pass.
-
-    Args:
-        threshold: The threshold.
-        alpha: The share of the queries.
-        shared_keys: The name of a rule.
-        prefix: What stands before these names where the user wrote them.
-        schedules: Whether threshold and alpha may be functions of the number of updates.
-
-    Raises:
-        TypeError: On a threshold or alpha that is no scalar.
-        ValueError: On a threshold that is not positive, an alpha outside [0, 1], an unknown rule.
-    """
+    """Raises on settings that cannot be meant; traced values and schedules pass."""
     check_scalar(f"{prefix}threshold", threshold, "a positive number", schedule=schedules)
     check_scalar(f"{prefix}alpha", alpha, "a number in [0, 1]", schedule=schedules)
     if is_concrete(threshold) and not threshold > 0:

@@ -50,7 +50,7 @@ class QKClipInfo(NamedTuple):
     def scalars(self, prefix: str = "qk_clip", *, blocks: bool = True) -> dict[str, jax.Array]:
         """Returns flat scalars for TensorBoard, Weights & Biases or a JSON line.
 
-        Nothing is copied to the host here: the values are arrays, traced ones inside `jit`.
+        Nothing is copied to the host: the values are arrays, traced ones inside `jit`.
 
         Args:
             prefix: First part of every name.

@@ -1,12 +1,13 @@
-"""The tree of maxima, whatever recorded it, as block -> array.
+"""The tree of maxima, whatever recorded it, as block -> arrays.
 
-Flax returns what was sown as nested dicts of tuples, NNX as a state of boxed tuples, a plain
-function whatever the user likes. All of it becomes a dict from the block's path, such as
-"decoder/block_0/attention", to one array `(*stack, heads)`.
+Flax returns what was sown as nested dicts of tuples under the name `max_logits`, NNX as a state of
+boxed tuples; a loop of one's own may have an array for each block, in a tree that mirrors the
+modules or in a flat dict by path. All of it becomes a dict from the block's path, such as
+"decoder/block_0/attention", to arrays `(..., *stack, heads)`.
 """
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -29,66 +30,46 @@ def _module(names: Sequence[str]) -> str:
     return join(names)
 
 
-def _is_flat(tree: Tree, is_array) -> bool:
-    return isinstance(tree, Mapping) and bool(tree) and all(map(is_array, tree.values()))
+def read_maxima(max_logits: Tree) -> tuple[Recorded, bool]:
+    """Returns what was recorded for each module, and whether it is called `max_logits`.
 
-
-def _is_array(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype")
-
-
-def read_maxima(max_logits: Tree) -> Recorded:
-    """Returns what was recorded for each module, in the order of recording.
-
-    Only leaves whose last name is `max_logits` count, unless the tree is a flat dict from module
-    paths to arrays. Outer "params" and "intermediates" levels, boxes and NNX states are seen
-    through.
-
-    Args:
-        max_logits: What Flax returned as `intermediates`, or a flat dict from
-            "decoder/block_0/attention" to `(heads,)`.
-
-    Returns:
-        Module path -> the arrays recorded there. The path is "" for a model that is itself the
-        attention.
+    Where any leaf is called `max_logits`, only such leaves count. Otherwise every leaf must be an
+    array at the path of its attention block, "" for a model that is itself the attention. Outer
+    "params" and "intermediates" levels, boxes and NNX states are seen through.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> maxima = read_maxima({"intermediates": {"attn": {"max_logits": (jnp.ones(4),)}}})
-        >>> {path: [x.shape for x in arrays] for path, arrays in maxima.items()}
-        {'attn': [(4,)]}
-
-    Raises:
-        ValueError: If nothing in the tree is a maximum.
+        >>> x = jnp.ones(4)
+        >>> sown = {"intermediates": {"block": {"attn": {"max_logits": (x,)}}}}
+        >>> trees = sown, {"block": {"attn": x}}, {"block/attn": x}
+        >>> [list(read_maxima(tree)[0]) for tree in trees]
+        [['block/attn'], ['block/attn'], ['block/attn']]
     """
-    found: Recorded = {}
     leaves = jax.tree_util.tree_flatten_with_path(max_logits)[0]
-    named = [(_split(path_names(key_path)), leaf) for key_path, leaf in leaves]
+    named = [(join(path_names(path)).split("/"), leaf) for path, leaf in leaves]
+    found: Recorded = {}
     for names, leaf in named:
         if MAX_LOGITS in names:
             last = len(names) - 1 - names[::-1].index(MAX_LOGITS)
             found.setdefault(_module(names[:last]), []).append(leaf)
+    sown = bool(found)
+    if not found and leaves and leaves[0][0]:
+        found = {_module(names): [leaf] for names, leaf in named}
+    if not found:
+        raise ValueError(
+            f"max_logits holds no maxima. Expected leaves named {MAX_LOGITS!r}, as in what Flax "
+            "returns as intermediates, or an array of (heads,) at each attention block, as in "
+            f"{{'decoder/block_0/attention': array}}; got {max_logits!r:.80}. Record them with "
+            "muonclip_jax.dot_product_attention, or capture them with muonclip_jax.linen or "
+            "muonclip_jax.nnx."
+        )
     for module, recorded in found.items():
-        if not all(_is_array(x) for x in recorded):
+        if not all(hasattr(x, "shape") and hasattr(x, "dtype") for x in recorded):
             raise ValueError(
                 f"The maxima of {module!r} are {recorded}; expected arrays of (heads,). Write "
                 "jnp.asarray(...)."
             )
-    if not found and _is_flat(max_logits, _is_array):
-        found = {_module(names): [leaf] for names, leaf in named}
-    if not found:
-        shown = ", ".join(repr(join(names)) for names, _ in named[:8]) or "nothing at all"
-        raise ValueError(
-            f"max_logits holds no maxima. Expected leaves named {MAX_LOGITS!r}, as in what Flax "
-            "returns as intermediates, or a flat dict {'decoder/block_0/attention': array of "
-            f"(heads,)}}; got {shown}. Record them with muonclip_jax.dot_product_attention, or "
-            "capture them with muonclip_jax.linen or muonclip_jax.nnx."
-        )
-    return found
-
-
-def _split(names: Iterable[str]) -> list[str]:
-    return [part for name in names for part in name.split("/")]
+    return found, sown
 
 
 def trailing_shape(arrays: Sequence[Any]) -> tuple[int, ...]:
@@ -101,13 +82,8 @@ def merge_recordings(arrays: Sequence[Any], shape: tuple[int, ...], path: str) -
 
     Finite maxima come first: what went wrong in one piece of a batch does not hide the others.
 
-    Args:
-        arrays: Recordings of one module, each `(..., *stack, heads)`.
-        shape: `(*stack, heads)`.
-        path: The module, for the message.
-
-    Raises:
-        ValueError: If a recording does not end in `shape`.
+    `arrays` are the recordings of the module at `path`, each `(..., *stack, heads)`, and `shape` is
+    `(*stack, heads)`.
     """
     reduced: list[jax.Array] = []
     for x in arrays:
@@ -116,6 +92,12 @@ def merge_recordings(arrays: Sequence[Any], shape: tuple[int, ...], path: str) -
             raise ValueError(
                 f"The maxima of attention block {path!r} have shape {tuple(x.shape)}; its kernels "
                 f"say that they must end in {shape}: stacked layers, then query heads."
+            )
+        if leading >= 2 and x.shape[-3] == shape[-1]:
+            raise ValueError(
+                f"The maxima of attention block {path!r} have shape {tuple(x.shape)}, which may be "
+                f"whole logits (..., query heads, queries, keys) too. Expected {shape}: take the "
+                "maximum over all other axes first."
             )
         reduced.append(finite_first.max_over(jnp.asarray(x, jnp.float32), range(leading)))
     return functools.reduce(finite_first.maximum, reduced)

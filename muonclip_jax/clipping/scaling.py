@@ -21,24 +21,16 @@ from muonclip_jax.heads.plan import LeafPlan
 def leaf_factor(leaf: LeafPlan, factors: Mapping[str, jax.Array]) -> Float[Array, "..."]:
     """Lays the heads' factors out along a leaf's features.
 
-    The result has the leaf's rank, with size 1 along its input axis: it is small, and the leaf is
-    multiplied by it in place, whatever its sharding.
-
-    Args:
-        leaf: Where the heads lie.
-        factors: Role -> `(*stack, heads of that role)`; an absent role is not scaled.
-
-    Returns:
-        float32, broadcasts against the leaf.
+    It broadcasts against the leaf, with size 1 along its input axis. `factors` is role -> `(*stack,
+    heads of that role)`; an absent role is not scaled.
     """
     stack = tuple(leaf.shape[axis] for axis in leaf.stack_axes)
-    features = tuple(leaf.shape[axis] for axis in leaf.feature_axes)
     first = leaf.segments[0]
-    if leaf.repeat == len(leaf.segments) == 1 and features == (first.heads, first.size):
+    if leaf.repeat == len(leaf.segments) == 1 and leaf.features == (first.heads, first.size):
         # Heads have an axis for themselves: no axis is split or joined.
         row = jnp.expand_dims(factors[first.role], -1)
     else:
-        row = _flat_row(leaf, factors, stack).reshape(*stack, *features)
+        row = _flat_row(leaf, factors, stack).reshape(*stack, *leaf.features)
     # Into the leaf's order of axes: stack and features are ascending, but may alternate.
     axes = leaf.stack_axes + leaf.feature_axes
     row = row.transpose(sorted(range(len(axes)), key=axes.__getitem__))
@@ -85,13 +77,7 @@ def beside(factor: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, 
 
 
 def scale(x: Float[Array, "..."], factor: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Multiplies in float32 or better and rounds once; where the factor is 1, every bit stays.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> scale(jnp.asarray([1.0, 3.0], jnp.bfloat16), jnp.asarray([1.0, 0.5])).tolist()
-        [1.0, 1.5]
-    """
+    """Multiplies in float32 or better and rounds once; where the factor is 1, every bit stays."""
     factor = beside(factor, x)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     scaled = (x.astype(wide) * factor.astype(wide)).astype(x.dtype)
@@ -103,18 +89,7 @@ def scale_if(
 ) -> Float[Array, "..."]:
     """Returns what `scale` does where it is needed, and `x` without reading it where it is not.
 
-    Most steps clip no head of most blocks. Memory that is donated is then neither read nor written.
-
-    Args:
-        needed: Whether any factor differs from 1. It is not read off `factor`, which may be laid
-            out over devices like `x`.
-        x: The leaf.
-        factor: What to multiply it by; broadcasts against it.
-
-    Example:
-        >>> factor = jnp.asarray([1.0, 0.5])
-        >>> scale_if(jnp.asarray(True), jnp.asarray([1.0, 3.0]), factor).tolist()
-        [1.0, 1.5]
+    Most steps clip no head of most blocks; donated memory is then neither read nor written.
     """
     return compute_if(needed, scale, x, factor)
 
@@ -122,12 +97,7 @@ def scale_if(
 def compute_if(
     needed: Bool[Array, ""], function: Callable[..., jax.Array], x: jax.Array, *others: jax.Array
 ) -> jax.Array:
-    """Returns `function(x, *others)` where it is needed, and `x` without reading it elsewhere.
-
-    Example:
-        >>> float(compute_if(jnp.asarray(False), jnp.add, jnp.asarray(1.0), jnp.asarray(2.0)))
-        1.0
-    """
+    """Returns `function(x, *others)` where it is needed, and `x` without reading it elsewhere."""
     # Inside a checked `jax.shard_map` both branches must vary over the same mesh axes.
     varying = frozenset[str]().union(*map(varying_axes, (needed, x, *others)))
     if missing := tuple(sorted(varying - varying_axes(x))):
@@ -155,13 +125,6 @@ def check_reduced(leaves: Mapping[str, Any], factors: Mapping[str, jax.Array]) -
 
     Inside a checked `jax.shard_map` the types say over which mesh axes arrays vary. A factor that
     varies where its leaf does not would clip every copy of the weights in its own way.
-
-    Args:
-        leaves: Weights by path.
-        factors: What they are to be multiplied by, as the maxima give it.
-
-    Raises:
-        ValueError: With the axes over which the maxima have to be reduced.
     """
     for path, factor in factors.items():
         axes = tuple(sorted(varying_axes(factor) - varying_axes(leaves[path])))

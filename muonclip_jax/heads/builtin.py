@@ -8,77 +8,70 @@ QUERY_KEY_NAMES: tuple[tuple[str, str], ...] = tuple(names[:2] for names in QUER
 #: What the value projection beside them is called.
 VALUE_NAMES: tuple[str, ...] = tuple(value for *_, value in QUERY_KEY_VALUE)
 
-_GEMMA_AXES = -2  # (heads, d_model, head_dim): einsum kernels keep the input in the middle
+_FUSED = ("query", "key", "value")
 
 
-def _latent(query: str, down: str, up: str, name: str) -> AttentionLayout:
+def _latent(query: str, down: str, up: str) -> AttentionLayout:
     """Latent attention; `up` makes keys and values together, or keys alone."""
+    low_rank = " (low-rank query)" if query in ("wq_b", "q_b_proj") else ""
     parts = ("key",) if up in ("wk_b", "k_b_proj") else ("key", "value")
     return AttentionLayout(
         (
             Projection(query, ("query", "query_alone"), interleaved=True),
             Projection(up, parts, interleaved=True),
         ),
-        name,
+        "latent" + low_rank,
         latent=(down, up),
+    )
+
+
+def _fused(path: str, axis: int | tuple[int, ...] | None = None) -> AttentionLayout:
+    return AttentionLayout((Projection(path, _FUSED, input_axis=axis),), "fused q k v")
+
+
+def _einsum(query: str, key: str, parts: tuple[str, ...], name: str) -> AttentionLayout:
+    """Kernels of Gemma, in its own library, tunix and NNX's examples: (heads, d_model, size)."""
+    return AttentionLayout(
+        (Projection("q_einsum", (query,), input_axis=-2), Projection(key, parts, input_axis=-2)),
+        name,
     )
 
 
 #: Tried in this order under every module; the first whose projections are all there is taken.
 BUILTIN_LAYOUTS: tuple[AttentionLayout, ...] = (
     *(
-        _latent(query, "wkv_a", up, name)  # MaxText
+        _latent(query, "wkv_a", up)  # MaxText
         for up in ("wkv_b", "wk_b")
-        for query, name in (
-            ("wq_b", "latent (low-rank query)"),
-            ("query", "latent"),
-            ("wq", "latent"),
-        )
+        for query in ("wq_b", "query", "wq")
     ),
     *(
-        _latent(query, "kv_a_proj_with_mqa", up, name)  # DeepSeek and Kimi of Hugging Face
+        _latent(query, "kv_a_proj_with_mqa", up)  # DeepSeek and Kimi of Hugging Face
         for up in ("kv_b_proj", "k_b_proj")
-        for query, name in (("q_b_proj", "latent (low-rank query)"), ("q_proj", "latent"))
+        for query in ("q_b_proj", "q_proj")
     ),
-    AttentionLayout(
-        (
-            Projection("q_nope", ("query",)),
-            Projection("q_rope", ("query_alone",)),
-            Projection("k_nope", ("key",)),
-        ),
-        "latent (separate parts)",
-    ),
-    AttentionLayout(
-        (
-            Projection("q_nope_proj", ("query",)),
-            Projection("q_rope_proj", ("query_alone",)),
-            Projection("k_nope_proj", ("key",)),
-        ),
-        "latent (separate parts)",
+    *(
+        AttentionLayout(
+            (
+                Projection("q_nope" + end, ("query",)),
+                Projection("q_rope" + end, ("query_alone",)),
+                Projection("k_nope" + end, ("key",)),
+            ),
+            "latent (separate parts)",
+        )
+        for end in ("", "_proj")
     ),
     *(separate(query, key) for query, key in QUERY_KEY_NAMES),
-    # Gemma in its own library and in the NNX examples.
-    AttentionLayout(
-        (
-            Projection("q_einsum", ("query",), input_axis=_GEMMA_AXES),
-            Projection("kv_einsum", ("key", "value"), input_axis=_GEMMA_AXES),
-        ),
-        "separate q, fused k v",
-    ),
-    AttentionLayout(
-        (Projection("qkv_einsum", ("query", "key", "value"), input_axis=_GEMMA_AXES),),
-        "fused q k v",
-    ),
+    _einsum("query", "kv_einsum", ("key", "value"), "separate q, fused k v"),
+    # Gemma 4: the keys are the values too, so that only queries can be scaled.
+    _einsum("query_alone", "k_einsum", ("value",), "separate q, keys that are values"),
+    _fused("qkv_einsum", -2),
     # GPT-2: Hugging Face Flax keeps (features, inputs), others (inputs, features).
-    AttentionLayout(
-        (Projection("c_attn", ("query", "key", "value"), input_axis=(0, -1)),), "fused q k v"
-    ),
-    AttentionLayout((Projection("qkv_proj", ("query", "key", "value")),), "fused q k v"),
-    AttentionLayout((Projection("qkv", ("query", "key", "value")),), "fused q k v"),
+    _fused("c_attn", (0, -1)),
+    _fused("qkv_proj"),
+    _fused("qkv"),
     # BLOOM and GPT-NeoX head by head; Falcon group by group.
     AttentionLayout(
-        (Projection("query_key_value", ("query", "key", "value"), interleaved=True),),
-        "fused q k v, interleaved",
+        (Projection("query_key_value", _FUSED, interleaved=True),), "fused q k v, interleaved"
     ),
     *(
         AttentionLayout(
@@ -91,25 +84,13 @@ BUILTIN_LAYOUTS: tuple[AttentionLayout, ...] = (
 
 #: Normalisations of queries and keys, as they are called beside the projections.
 NORM_NAMES: tuple[tuple[str, str], ...] = (
-    ("query_ln", "key_ln"),
-    ("query_norm", "key_norm"),
-    ("q_norm", "k_norm"),
-    ("q_layernorm", "k_layernorm"),
-    ("q_ln", "k_ln"),
+    *(
+        ("query" + end, "key" + end)
+        for end in ("_ln", "_norm", "_layer_norm")  # query_ln: Flax
+    ),
+    *(("q" + end, "k" + end) for end in ("_norm", "_layernorm", "_ln")),
     ("_query_norm", "_key_norm"),
     ("norm_q", "norm_k"),
-    ("query_layer_norm", "key_layer_norm"),
 )
-
-#: A leaf's name under its projection -> its kernel's input axis. "" is the projection itself.
-KERNEL_NAMES: dict[str, int] = {"kernel": 0, "w": 0, "weight": -1, "": 0}
-BIAS_NAMES = ("bias", "b")
-#: Low-rank adapters: the kernel is W + A B, so B goes with W and A stays.
-ADAPTER_NAMES: dict[str, bool] = {
-    "lora_b": True,
-    "lora/lora_b": True,
-    "lora_a": False,
-    "lora/lora_a": False,
-}
-GAIN_NAMES = ("scale", "weight", "gain", "gamma", "")
+GAIN_NAMES = ("scale", "weight", "w", "gain", "gamma", "")
 SHIFT_NAMES = ("bias", "beta", "offset")

@@ -7,13 +7,13 @@ level is no part of that.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from muonclip_jax._paths import compile_pattern, join, nothing_matched
-from muonclip_jax.heads.builtin import BUILTIN_LAYOUTS, KERNEL_NAMES
+from muonclip_jax.heads.builtin import BUILTIN_LAYOUTS
 from muonclip_jax.heads.layouts import AttentionLayout
-from muonclip_jax.heads.leaves import Leaves, kernel_of
+from muonclip_jax.heads.leaves import Shapes, has_adapter, kernel_name, plain_name
 
 #: What `blocks=` accepts: a pattern that selects found blocks, a layout, a pair of both, several.
 Blocks: TypeAlias = (
@@ -26,6 +26,8 @@ Blocks: TypeAlias = (
 #: One rule of `blocks=`: where to look, and the layout there (None: the built-in ones).
 Rule: TypeAlias = tuple[str, AttentionLayout | None]
 
+_FIRST_NAMES = frozenset(layout.paths[0] for layout in BUILTIN_LAYOUTS)
+
 
 @dataclasses.dataclass(frozen=True)
 class FoundBlock:
@@ -35,46 +37,34 @@ class FoundBlock:
         path: Its path.
         layout: The layout.
         selected: Whether `blocks=` asks for it to be clipped.
-        leaves: Its leaves by their path inside it.
+        leaves: Shapes of its leaves by `plain_name` inside it.
+        paths: Their whole paths.
     """
 
     path: str
     layout: AttentionLayout
     selected: bool
-    leaves: Leaves
+    leaves: dict[str, tuple[int, ...]]
+    paths: dict[str, str]
 
 
 def strip_outer(path: str) -> str:
-    """Returns a parameter's path without an outer "params" level.
-
-    Example:
-        >>> strip_outer("params/attention/query/kernel")
-        'attention/query/kernel'
-    """
+    """Returns a parameter's path without an outer "params" level."""
     return path.removeprefix("params/")
 
 
 def block_rules(blocks: Any, argument: str = "blocks") -> tuple[Rule, ...] | None:
     """Returns `blocks=` as rules, validated; None where every built-in block is meant.
 
-    Args:
-        blocks: What the user wrote.
-        argument: As which argument, for the messages.
-
     Example:
         >>> block_rules("encoder")
         (('encoder', None),)
-
-    Raises:
-        TypeError: If an entry is no pattern, layout, or pair of them.
-        ValueError: If a pattern is no regular expression or there is no entry.
     """
     if blocks is None:
         return None
-    if isinstance(blocks, str | AttentionLayout) or _is_pair(blocks):
+    pair = isinstance(blocks, tuple) and len(blocks) == 2 and isinstance(blocks[1], AttentionLayout)
+    if pair or isinstance(blocks, str) or not isinstance(blocks, Iterable):
         blocks = (blocks,)
-    if not isinstance(blocks, Iterable):
-        raise TypeError(_what_blocks_are(blocks, argument))
     rules: list[Rule] = []
     for entry in blocks:
         match entry:
@@ -85,7 +75,11 @@ def block_rules(blocks: Any, argument: str = "blocks") -> tuple[Rule, ...] | Non
             case (str() as pattern, AttentionLayout() as layout):
                 rules.append((pattern, layout))
             case _:
-                raise TypeError(_what_blocks_are(entry, argument))
+                raise TypeError(
+                    f"{argument}= got {entry!r}. Expected a pattern such as "
+                    "'encoder/.*attention$', an AttentionLayout, a pair (pattern, "
+                    "AttentionLayout), or a sequence of those."
+                )
         compile_pattern(rules[-1][0])
     if not rules:
         raise ValueError(
@@ -95,75 +89,57 @@ def block_rules(blocks: Any, argument: str = "blocks") -> tuple[Rule, ...] | Non
     return tuple(rules)
 
 
-def _is_pair(blocks: Any) -> bool:
-    return isinstance(blocks, tuple) and len(blocks) == 2 and isinstance(blocks[1], AttentionLayout)
-
-
-def _what_blocks_are(given: Any, argument: str) -> str:
-    return (
-        f"{argument}= got {given!r}. Expected a pattern such as 'encoder/.*attention$', an "
-        "AttentionLayout, a pair (pattern, AttentionLayout), or a sequence of those."
-    )
-
-
 def _modules(paths: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Returns every module's leaves: module -> path inside the module -> whole path."""
+    """Returns every module's leaves: module -> `plain_name` inside the module -> whole path."""
     modules: dict[str, dict[str, str]] = {}
     for path in paths:
         names = path.split("/")
         for depth in range(len(names)):
-            modules.setdefault(join(names[:depth]), {})[join(names[depth:])] = path
+            modules.setdefault(join(names[:depth]), {})[plain_name(join(names[depth:]))] = path
     return modules
 
 
-def _holds(layout: AttentionLayout, inside: dict[str, str], leaves: Leaves) -> bool:
-    """Whether a module holds all projections of a layout, with kernels of rank two or more."""
-    for path in layout.paths:
-        if path not in inside and not any(f"{path}/{n}" in inside for n in KERNEL_NAMES if n):
+def _holds(layout: AttentionLayout | None, shapes: Shapes) -> bool:
+    """Whether a module holds all projections of a layout: kernels, or adapters of hidden ones."""
+    for path in () if layout is None else layout.paths:
+        name = kernel_name(shapes, path)
+        if len(shapes[name]) < 2 if name is not None else not has_adapter(shapes, path):
             return False
-        found = kernel_of({name: leaves[whole] for name, whole in inside.items()}, path)
-        if found is None or len(getattr(found[1], "shape", ())) < 2:
-            return False
-    return True
+    return layout is not None
 
 
 def find_blocks(
-    leaves: Leaves, rules: tuple[Rule, ...] | None, *, strict: bool = True
+    leaves: Mapping[str, Any], rules: tuple[Rule, ...] | None, *, strict: bool = True
 ) -> list[FoundBlock]:
-    """Finds attention blocks.
+    """Finds attention blocks, in the order of their paths in the tree.
 
     Args:
         leaves: The parameters by their path, without an outer "params" level.
-        rules: What `block_rules` returned.
+        rules: What `block_rules` returned. Built-in blocks that no rule asks for are returned too,
+            not selected.
         strict: Whether a rule that matches nothing is an error; not so in part of a tree.
-
-    Returns:
-        The blocks in order of their paths in the tree. Where rules are given, the built-in ones
-        that no rule asks for are there too, not selected.
 
     Raises:
         ValueError: If a rule matches nothing, unless `strict` is False.
     """
     found: list[FoundBlock] = []
-    used: set[int] = set()
+    unused = dict.fromkeys(rules or ()) if strict else {}
     candidates = _modules(leaves)
     for path, inside in candidates.items():
-        builtin = next((b for b in BUILTIN_LAYOUTS if _holds(b, inside, leaves)), None)
+        if rules is None and _FIRST_NAMES.isdisjoint(name.split("/")[0] for name in inside):
+            continue
+        shapes = {name: tuple(getattr(leaves[at], "shape", ())) for name, at in inside.items()}
+        builtin = next((b for b in BUILTIN_LAYOUTS if _holds(b, shapes)), None)
         layout, selected = builtin, rules is None
-        for number, (pattern, wanted) in enumerate(rules or ()):
-            if re.search(pattern, path) is None:
-                continue
-            here = builtin if wanted is None else wanted
-            if here is not None and (wanted is None or _holds(wanted, inside, leaves)):
-                used.add(number)
-                layout, selected = here, True
+        for rule in rules or ():
+            wanted = builtin if rule[1] is None else rule[1]
+            if re.search(rule[0], path) is not None and _holds(wanted, shapes):
+                unused.pop(rule, None)
+                layout, selected = wanted, True
                 break
         if layout is not None:
-            block = {name: leaves[whole] for name, whole in inside.items()}
-            found.append(FoundBlock(path, layout, selected, block))
-    for number, (pattern, wanted) in enumerate(rules or ()):
-        if number in used or not strict:
-            continue
+            found.append(FoundBlock(path, layout, selected, shapes, inside))
+    for pattern, wanted in unused:
         if wanted is None:
             raise nothing_matched("The pattern in blocks=", pattern, [b.path for b in found])
         wants = " and ".join(repr(name) for name in wanted.paths)

@@ -3,10 +3,9 @@
 The largest logit of a head is `scale * q . k`, so a head is brought under a threshold by scaling
 what makes its queries and its keys. Where that is, differs from model to model:
 
-* Multi-head attention has a query and a key projection; head `h` is one slice of each.
 * Grouped-query attention has fewer key heads, each shared by a group of query heads.
-* A fused projection makes queries, keys and values at once. They lie one after the other
-  (GPT-2), or head by head (`q k v q k v ...`, BLOOM), or group by group (Falcon).
+* A fused projection makes queries, keys and values, one after the other (GPT-2), head by head
+  (`q k v q k v ...`, BLOOM), or group by group (Falcon).
 * Multi-head latent attention (DeepSeek, Kimi) has per head a part without rotation, with a key of
   its own, and a rotary part whose key all heads share. The shared key is left alone, so that
   part of the query takes the whole factor.
@@ -22,9 +21,11 @@ So a layout is a tuple of `Projection`s, and a projection is a tuple of parts, e
 | "gate" | query heads | nothing |
 | "value" | key heads | nothing |
 
-Rotary embeddings, on all features or on some, rotate pairs of features inside a head. Scaling a
-whole head commutes with that, so no layout mentions them. Sizes are not part of a layout either,
-unless shapes cannot tell them: the number of query heads comes from the recorded maxima.
+Heads may lie on one axis, on several (`(key heads, group, size)`, as in haliax) or be merged with
+their features; the axes are read in order. Rotary embeddings, on all features or on some, rotate
+pairs of features inside a head. Scaling a whole head commutes with that, so no layout mentions it.
+Sizes are not part of a layout either, unless shapes cannot tell them: the number of query heads
+comes from the recorded maxima.
 """
 
 import dataclasses
@@ -151,7 +152,12 @@ class AttentionLayout:
     @property
     def own_keys(self) -> bool:
         """Whether every query head has its own key, as in latent attention."""
-        return any("query_alone" in p.parts for p in self.projections)
+        return {"query", "query_alone"} <= {part for p in self.projections for part in p.parts}
+
+    @property
+    def query(self) -> Projection:
+        """The first projection that makes queries."""
+        return next(p for p in self.projections if {"query", "query_alone"} & set(p.parts))
 
 
 def separate(query: str, key: str, name: str = "separate q and k") -> AttentionLayout:

@@ -1,20 +1,44 @@
-"""The leaves of one attention block: finding a projection's kernel, taking stacked axes away."""
+"""The leaves of an attention block, named by what they are for its projections.
 
-import dataclasses
+A kernel may sit at "q_proj/kernel", in a wrapper for an adapter ("q_proj/base_module/kernel"), or
+in a `NamedArray` of haliax ("q_proj/weight/array"), and low-rank adapters have other names in every
+library. All of that is read in one place, so that the rest knows one name for one thing.
+"""
+
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
-from muonclip_jax.heads.builtin import KERNEL_NAMES
+#: The leaves of one block: name inside the block, as `plain_name` gives it -> shape.
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
-#: A block's leaves by their path inside the block. Only `.shape` is looked at.
-Leaves = Mapping[str, Any]
+#: A kernel's name under its projection -> candidates for its input axis. "" is the projection
+#: itself. "weight" is `(outputs, inputs)` in PyTorch and Equinox; haliax has both orders.
+KERNEL_NAMES: Mapping[str, tuple[int, ...]] = {
+    "kernel": (0,),
+    "w": (0,),
+    "weight": (-1, 0),
+    "": (0,),
+}
+BIAS_NAMES = ("bias", "b")
+#: Low-rank adapters: the kernel is W + A B, so B is multiplied with W, and A stays.
+LORA_A, LORA_B = "lora_a", "lora_b"
 
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """A leaf of which only the shape is known."""
-
-    shape: tuple[int, ...]
+_REWRITES: tuple[tuple[str, Any], ...] = (
+    (r"/array$", ""),  # haliax.NamedArray by its field, or by its position:
+    (r"((?:^|/)(?:kernel|weight|w|bias|b|scale))/0$", r"\1"),
+    # What wraps a base layer: nnx.LoRA, PEFT, Levanter.
+    (r"/(?:base_module|base_layer|wrapped)(?=/)", ""),
+    # qwix: "kernel_lora_b" beside "kernel", "wq_lora_b" beside the array "wq".
+    (r"/(?:kernel|weight|w)_(?=lora_[ab]$)", "/"),
+    (r"_(?=lora_[ab]$)", "/"),
+    # nnx.LoRALinear and Levanter: "lora/lora_a"; PEFT: "lora_A/default/weight".
+    (
+        r"(?:/lora)?/lora_([abAB])(?:/default)?(?:/(?:kernel|w)$)?",
+        lambda match: f"/lora_{match[1].lower()}",
+    ),
+)
+_REWRITTEN = re.compile(r"/array$|/0$|lora_|/base_|/wrapped/")
 
 
 class MisfitError(Exception):
@@ -22,7 +46,28 @@ class MisfitError(Exception):
 
 
 class RefusalError(MisfitError):
-    """The block is understood, and it cannot be clipped."""
+    """The block is understood, and it cannot be clipped; `leaf` is what the message begins with."""
+
+    def __init__(self, why: str, leaf: str | None = None):
+        super().__init__(why if leaf is None else f"{leaf!r} {why}")
+        self.why, self.leaf = why, leaf
+
+    def in_tree(self, paths: Mapping[str, str]) -> str:
+        """Returns the message with the leaf's whole path in the tree."""
+        return self.why if self.leaf is None else f"{paths[self.leaf]!r} {self.why}"
+
+
+def plain_name(name: str) -> str:
+    """Returns a leaf's name inside its block without wrappers, in one spelling for adapters.
+
+    Example:
+        >>> names = ("q_proj/base_module/kernel", "q_proj/weight/array", "q_proj/w_lora_b")
+        >>> [plain_name(name) for name in (*names, "q_proj/lora_B/default/weight")]
+        ['q_proj/kernel', 'q_proj/weight', 'q_proj/lora_b', 'q_proj/lora_b/weight']
+    """
+    for pattern, replacement in _REWRITES if _REWRITTEN.search(name) else ():
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def unstack(
@@ -33,9 +78,6 @@ def unstack(
     Example:
         >>> unstack((12, 64, 4, 16), (0,), (12,))
         ((64, 4, 16), (0,))
-
-    Raises:
-        MisfitError: If the shape has no such axes or they have other sizes.
     """
     rank = len(shape)
     axes = tuple(sorted(axis % rank for axis in stack_axes)) if rank else ()
@@ -46,28 +88,18 @@ def unstack(
     return tuple(n for axis, n in enumerate(shape) if axis not in axes), axes
 
 
-def under(leaves: Leaves, path: str) -> dict[str, Any]:
-    """Returns the leaves of one submodule by their path in it; "" is the leaf at `path` itself.
-
-    Example:
-        >>> under({"query/kernel": 1, "query/bias": 2, "out/kernel": 3}, "query")
-        {'kernel': 1, 'bias': 2}
-    """
-    found = {name[len(path) + 1 :]: x for name, x in leaves.items() if name.startswith(path + "/")}
-    return {"": leaves[path]} | found if path in leaves else found
+def under(shapes: Shapes, path: str) -> dict[str, tuple[int, ...]]:
+    """Returns the leaves of one submodule by their name in it; "" is the leaf at `path` itself."""
+    found = {name[len(path) + 1 :]: x for name, x in shapes.items() if name.startswith(path + "/")}
+    return {"": shapes[path]} | found if path in shapes else found
 
 
-def children(leaves: Leaves) -> tuple[str, ...]:
-    """Returns the names directly below a block.
-
-    Example:
-        >>> children({"query/kernel": 1, "query/bias": 2, "wk": 3})
-        ('query', 'wk')
-    """
-    return tuple(dict.fromkeys(path.partition("/")[0] for path in leaves))
+def kernel_name(shapes: Shapes, path: str) -> str | None:
+    """Returns the name of a projection's kernel in the block, if it has one."""
+    names = (f"{path}/{name}".removesuffix("/") for name in KERNEL_NAMES)
+    return next((name for name in names if name in shapes), None)
 
 
-def kernel_of(leaves: Leaves, path: str) -> tuple[str, Any] | None:
-    """Returns the name and the leaf of a projection's kernel, if it has one."""
-    found = under(leaves, path)
-    return next(((name, found[name]) for name in KERNEL_NAMES if name in found), None)
+def has_adapter(shapes: Shapes, path: str) -> bool:
+    """Whether a projection has a low-rank adapter, or a part of one."""
+    return any(name.split("/")[0] in (LORA_A, LORA_B) for name in under(shapes, path))

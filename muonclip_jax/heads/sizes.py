@@ -1,10 +1,47 @@
 """How many heads, of which size: the arithmetic between feature counts and head counts."""
 
+import math
 from collections.abc import Mapping
+from typing import TypeAlias
 
 from muonclip_jax.heads.layouts import ROLES, AttentionLayout, Projection
 from muonclip_jax.heads.leaves import MisfitError
 from muonclip_jax.heads.plan import Segment
+
+#: What lies along a projection's features, and how often it repeats.
+Row: TypeAlias = tuple[tuple[Segment, ...], int]
+
+
+def divide(
+    layout: AttentionLayout,
+    features: Mapping[str, int],
+    heads: int,
+    rope: int | None,
+    out_features: int | None,
+) -> tuple[int, int, dict[str, Row]]:
+    """Returns the size of a head, the number of key heads, and what each projection's features are.
+
+    `features` has the output features of each projection by its path, `rope` is the size of latent
+    attention's shared rotary key, `out_features` what the output projection takes.
+    """
+    size = head_size(layout, features, heads, rope, out_features)
+    counts = [n for n in range(heads, 0, -1) if heads % n == 0]
+    if layout.own_keys or all(ROLES[part] for p in layout.projections for part in p.parts):
+        counts = [heads]
+    elif layout.kv_heads is not None:
+        counts = [layout.kv_heads] if heads % layout.kv_heads == 0 else []
+    misfit = MisfitError(f"{heads} query heads do not share {layout.kv_heads} key heads evenly")
+    for kv_heads in counts:
+        try:
+            rows = {
+                p.path: _row(p, features[p.path], heads, kv_heads, size, rope)
+                for p in layout.projections
+            }
+        except MisfitError as error:
+            misfit = error
+        else:
+            return size, kv_heads, rows
+    raise misfit
 
 
 def _quotient(features: int, heads: int, what: str) -> int:
@@ -13,20 +50,10 @@ def _quotient(features: int, heads: int, what: str) -> int:
     return features // heads
 
 
-def _known_size(projection: Projection, roles: tuple[str, ...]) -> int | None:
-    if projection.sizes is None:
-        return None
-    return next(
-        (s for part, s in zip(projection.parts, projection.sizes, strict=True) if part in roles),
-        None,
-    )
-
-
 def head_size(
     layout: AttentionLayout,
     features: Mapping[str, int],
     heads: int,
-    kv_heads: int | None,
     rope: int | None,
     out_features: int | None,
 ) -> int:
@@ -34,142 +61,90 @@ def head_size(
 
     From the layout where it says so, else from a projection that makes queries alone, else from
     the output projection, whose inputs are one value head a query head.
-
-    Raises:
-        MisfitError: If nothing tells it or the numbers do not divide.
     """
-    for projection in layout.projections:
-        size = _known_size(projection, ("query", "key"))
-        if size is not None:
+    for p in layout.projections:
+        sizes = dict(zip(p.parts, p.sizes or (), strict=False))
+        if size := sizes.get("query", sizes.get("key", layout.head_dim)):
             return size
-    if layout.head_dim is not None:
-        return layout.head_dim
-    for projection in layout.projections:
-        parts, total = projection.parts, features[projection.path]
-        if "query" not in parts or not all(ROLES[part] for part in parts):
-            continue
-        per_head = _quotient(total, heads, projection.path)
-        if "query_alone" in parts:
-            if rope is None:
-                raise MisfitError(f"{projection.path}: how its features divide; give sizes=")
-            per_head -= rope
-        return _quotient(per_head, len(parts) - ("query_alone" in parts), projection.path)
-    if not any("query" in projection.parts for projection in layout.projections):
-        alone = next(p for p in layout.projections if "query_alone" in p.parts)
-        return _quotient(features[alone.path], heads * len(alone.parts), alone.path)
+    first = next((p for p in layout.projections if "query" in p.parts), layout.query)
+    total, count = features[first.path], len(first.parts)
+    if "query" not in first.parts:
+        return _quotient(total, heads * count, first.path)
+    if all(ROLES[part] for part in first.parts):
+        if "query_alone" not in first.parts:
+            return _quotient(total, heads * count, first.path)
+        if rope is None:
+            raise MisfitError(f"{first.path}: how its features divide; give sizes=")
+        return _quotient(_quotient(total, heads, first.path) - rope, count - 1, first.path)
     if out_features is not None:
         return _quotient(out_features, heads, "the output projection")
-    for projection in layout.projections:
-        if "query" in projection.parts and kv_heads is not None:
-            count = sum(heads if ROLES[part] else kv_heads for part in projection.parts)
-            return _quotient(features[projection.path], count, projection.path)
+    if layout.kv_heads is not None:
+        shared = sum(heads if ROLES[part] else layout.kv_heads for part in first.parts)
+        return _quotient(total, shared, first.path)
     raise MisfitError(
         "neither an output projection nor the layout tells how large a head is; pass "
         "AttentionLayout(..., head_dim=) or kv_heads="
     )
 
 
-def key_heads(
-    layout: AttentionLayout, features: Mapping[str, int], heads: int, head_dim: int
-) -> int:
-    """Returns the number of key heads.
-
-    Raises:
-        MisfitError: If it does not come out whole or does not divide the query heads.
-    """
-    found = heads if layout.own_keys else layout.kv_heads
-    for projection in layout.projections:
-        parts = projection.parts
-        if "key" not in parts or found is not None:
-            continue
-        of_queries = sum(ROLES[part] for part in parts)
-        rest = features[projection.path] - of_queries * heads * head_dim
-        unit = (len(parts) - of_queries) * head_dim
-        if projection.sizes is not None:
-            sizes = list(zip(parts, projection.sizes, strict=True))
-            rest = features[projection.path] - heads * sum(s for p, s in sizes if ROLES[p])
-            unit = sum(s for p, s in sizes if not ROLES[p])
-        if rest <= 0 or rest % unit:
-            raise MisfitError(
-                f"{projection.path}: {features[projection.path]} features do not hold whole key "
-                f"heads beside query heads of size {head_dim}"
-            )
-        found = rest // unit
-    found = heads if found is None else found
-    if found <= 0 or heads % found:
-        raise MisfitError(f"{heads} query heads do not divide into {found} groups, one a key head")
-    return found
-
-
-def segments_of(
-    projection: Projection, total: int, heads: int, kv_heads: int, head_dim: int, rope: int | None
-) -> tuple[tuple[Segment, ...], int]:
-    """Returns what lies along a projection's features, and how often it repeats.
-
-    Raises:
-        MisfitError: If the parts do not add up to `total` features.
-    """
-    repeat = 1
-    if projection.interleaved == "group":
-        repeat = kv_heads
-    elif projection.interleaved:
-        repeat = heads if all(ROLES[part] for part in projection.parts) else kv_heads
-    counts = [heads if ROLES[part] else kv_heads for part in projection.parts]
-    sizes: list[int | None]
-    if projection.sizes is not None:
-        sizes = list(projection.sizes)
-    else:
-        sizes = [head_dim] * len(counts)
-        for i, part in enumerate(projection.parts):
-            if part == "query_alone" and rope is not None:
-                sizes[i] = rope
-            elif part == "query_alone":
-                sizes[i] = None
-            elif part == "value" and rope is not None:
-                sizes[i] = None  # latent attention: values have a size of their own
-        known = sum(c * s for c, s in zip(counts, sizes, strict=True) if s is not None)
-        for i, size in enumerate(sizes):
-            if size is None:
-                sizes[i] = _quotient(total - known, counts[i], projection.path)
-    filled = [size for size in sizes if size is not None]
-    if sum(c * s for c, s in zip(counts, filled, strict=True)) != total or min(filled) <= 0:
-        expected = " + ".join(f"{c} x {s}" for c, s in zip(counts, filled, strict=True))
+def _row(
+    p: Projection, total: int, heads: int, kv_heads: int, head_dim: int, rope: int | None
+) -> Row:
+    """Returns what lies along a projection's features, and how often it repeats."""
+    of_queries = p.interleaved is True and all(ROLES[part] for part in p.parts)
+    repeat = (heads if of_queries else kv_heads) if p.interleaved else 1
+    counts = [heads if ROLES[part] else kv_heads for part in p.parts]
+    sizes = list(p.sizes or (rope or 0 if x == "query_alone" else head_dim for x in p.parts))
+    # Values of latent attention, and queries without a key of their own, have another size.
+    odd = "query_alone" if rope is None else "value"
+    if p.sizes is None and odd in p.parts:
+        i = p.parts.index(odd)
+        rest = sum(c * s for c, s in zip(counts, sizes, strict=True)) - counts[i] * sizes[i]
+        sizes[i] = _quotient(total - rest, counts[i], p.path)
+    if sum(c * s for c, s in zip(counts, sizes, strict=True)) != total or min(sizes) <= 0:
+        expected = " + ".join(f"{c} x {s}" for c, s in zip(counts, sizes, strict=True))
         raise MisfitError(
-            f"{projection.path}: {total} features, but its parts {projection.parts} are {expected}"
+            f"{p.path}: {total} features are not {expected} for its parts {p.parts}, whichever "
+            f"number of key heads divides {heads} query heads"
         )
-    return (
-        tuple(
-            Segment(part, count // repeat, size)
-            for part, count, size in zip(projection.parts, counts, filled, strict=True)
-        ),
-        repeat,
-    )
+    parts = zip(p.parts, counts, sizes, strict=True)
+    return tuple(Segment(part, count // repeat, size) for part, count, size in parts), repeat
 
 
-def feature_grid(shape: tuple[int, ...], segments: tuple[Segment, ...], repeat: int) -> str | None:
+def feature_grid(
+    shape: tuple[int, ...], segments: tuple[Segment, ...], repeat: int, kv_heads: int
+) -> str | None:
     """Says how feature axes of these sizes hold the segments head by head, if they can.
 
     One merged axis ("flat") always can. Several axes must be the grid that the heads make:
     repetitions and what lies in each ("rows"), repetitions, heads and size ("units"), all heads and
-    size ("heads"), or parts, heads and size ("parts").
+    size ("heads"), or parts, heads and size ("parts"). Query heads may have two axes, key heads and
+    the group of each.
 
     Example:
         >>> fused = (Segment("query", 2, 8), Segment("key", 2, 8), Segment("value", 2, 8))
-        >>> [feature_grid(shape, fused, 1) for shape in ((48,), (3, 2, 8), (6, 8), (2, 24))]
+        >>> [feature_grid(shape, fused, 1, 2) for shape in ((48,), (3, 2, 8), (6, 8), (2, 24))]
         ['flat', 'parts', 'heads', None]
+        >>> feature_grid((2, 3, 8), (Segment("query", 6, 8),), 1, 2)
+        'heads'
     """
     row = sum(s.heads * s.size for s in segments)
-    if shape == (repeat * row,):
-        return "flat"
+    if len(shape) == 1:
+        return "flat" if shape == (repeat * row,) else None
+    *lead, last = shape
+
+    def counted(heads: int) -> bool:
+        return lead == [heads] or (math.prod(lead) == heads and lead == [kv_heads, lead[-1]])
+
     one_head_each = all(s.heads == 1 for s in segments)
-    if shape == (repeat, row) and (repeat > 1 or len(segments) == 1 or one_head_each):
+    if last == row and counted(repeat) and (repeat > 1 or len(segments) == 1 or one_head_each):
         return "rows"
-    if len({s.size for s in segments}) > 1:
+    if {s.size for s in segments} != {last}:
         return None
-    units, size = sum(s.heads for s in segments), segments[0].size
-    if shape == (repeat, units, size):
+    units = sum(s.heads for s in segments)
+    if lead == [repeat, units]:
         return "units"
-    if shape == (repeat * units, size):
+    if lead == [repeat * units] or (len(segments) == 1 and counted(units)):
         return "heads"
     alike = repeat == 1 and len({s.heads for s in segments}) == 1
-    return "parts" if alike and shape == (len(segments), segments[0].heads, size) else None
+    return "parts" if alike and lead == [len(segments), segments[0].heads] else None

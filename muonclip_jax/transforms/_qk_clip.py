@@ -11,12 +11,11 @@ import optax
 from muonclip_jax._arguments import check_scalar, names_known
 from muonclip_jax._typing import ScalarLike, ScalarOrSchedule
 from muonclip_jax.clipping.blocks import find_in, named_leaves, plan_clip
-from muonclip_jax.clipping.clip import clip_info, leaf_factors, leaves_needing
+from muonclip_jax.clipping.clip import clip_factors
 from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.clipping.maxima import Recorded
 from muonclip_jax.clipping.scaling import (
     beside,
-    check_reduced,
     compute_if,
     keep_shardings,
     keep_unscaled,
@@ -81,10 +80,7 @@ def _clip_updates(
     shared_keys: str,
 ) -> dict[str, Any]:
     """Returns `clip(p + u) - p`, and `u` itself to the bit where the factor is 1."""
-    info = clip_info(recorded, threshold, plans=plans)
-    factors = leaf_factors(plans, info.gamma, alpha, shared_keys)
-    needed = leaves_needing(plans, recorded, threshold)
-    check_reduced(params, factors)
+    _, factors, needed = clip_factors(params, recorded, threshold, alpha, plans, shared_keys)
     return {
         path: compute_if(needed[path], _clip_update, updates[path], params[path], factor)
         for path, factor in factors.items()

@@ -9,6 +9,7 @@ import numpy as np
 
 from muonclip_jax.heads.layouts import AttentionLayout, Projection
 from tests.clipping.gated_cases import GATED
+from tests.clipping.library_cases import LIBRARIES
 from tests.clipping.oracle import Array, Case, heads_in as _heads, linear, normal, per_query, wide
 from tests.clipping.positions_cases import POSITIONS
 
@@ -224,6 +225,7 @@ CASES = (
     Case("falcon", **_fused("query_key_value", "interleaved"), own_keys=False),
     *GATED,
     *POSITIONS,
+    *LIBRARIES,
     Case("fused kv", **_fused_kv("to_q", "to_kv"), own_keys=False),
     Case("gemma", _gemma_params, _gemma_heads, own_keys=False),
     Case("maxtext latent", **_latent("wq_b", "wkv_a", "wkv_b", False, low_rank="wq_a")),

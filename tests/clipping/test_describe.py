@@ -1,5 +1,6 @@
 """The printed table, the telemetry, and copies of the weights."""
 
+import re
 from typing import Any
 
 import jax
@@ -85,6 +86,7 @@ def test_shapes_that_leave_the_heads_open_are_not_guessed(name):
         ({"q": (64, 8, 16), "k": (64, 2, 16), "o": (8, 16, 64)}, "8 query heads on 2 key heads of"),
         ({"q": (3, 64, 4, 16), "k": (3, 64, 4, 16), "o": (3, 4, 16, 64)}, "4 heads of 16, stacked"),
         ({"q": (64, 3, 4, 16), "k": (64, 3, 4, 16), "o": (4, 3, 16, 64)}, "4 heads of 16, stacked"),
+        ({"q": (64, 3, 4, 16), "k": (64, 3, 1, 16), "o": (4, 3, 16, 64)}, "4 query heads on 1 key"),
     ],
 )
 def test_shapes_that_allow_one_reading_are_read(shapes, expected):
@@ -97,6 +99,33 @@ def test_a_block_that_cannot_be_clipped_says_why():
     text = describe_attention(params, {"attn": leaf(4)})
     assert text.startswith("attn: separate q and k, cannot be clipped: ")
     assert "'query_ln' and 'key_ln'" in text
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        PARAMS["a"] | {name: {"scale": leaf(8)} for name in ("query_ln", "key_ln")},  # Flax
+        # Qwen 3 of Hugging Face, of tunix, Gemma 3, MaxText; merged kernels do not show heads.
+        {"q_proj": {"kernel": leaf(6, 32)}, "k_proj": {"kernel": leaf(6, 16)}}
+        | {name: {"scale": leaf(8)} for name in ("q_norm", "k_norm")},
+        {"q_proj": {"w": leaf(6, 4, 8)}, "k_proj": {"w": leaf(6, 2, 8)}}
+        | {name: {"w": leaf(8)} for name in ("q_norm", "k_norm")},
+        {"q_einsum": {"w": leaf(4, 6, 8)}, "kv_einsum": {"w": leaf(2, 1, 6, 8)}}
+        | {name: {"scale": leaf(8)} for name in ("_query_norm", "_key_norm")},
+        {"query": {"kernel": leaf(6, 3, 4, 8)}, "key": {"kernel": leaf(6, 3, 2, 8)}}
+        | {name: {"scale": leaf(8, 3)} for name in ("query_norm", "key_norm")},
+    ],
+)
+def test_gains_that_heads_share_show_without_maxima(block):
+    text = describe_attention({"attn": block})
+    assert re.match(r"attn: [a-z, ]+, cannot be clipped: its queries and keys are normalised", text)
+
+
+def test_gains_of_every_head_show_without_maxima():
+    block = PARAMS["a"] | {"query_norm": {"scale": leaf(32)}, "key_norm": {"scale": leaf(16)}}
+    title, line = describe_attention({"attn": block}).splitlines()
+    assert title.endswith("on 2 key heads of 8, normalised: gains of 'query_norm' and 'key_norm'")
+    assert line == "  attn/query_norm/scale (32,): query by gamma"
 
 
 def test_no_attention_is_an_error():

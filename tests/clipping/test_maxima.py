@@ -22,29 +22,38 @@ SAME = {
     "nnx": nnx.State({"block": {"attn": {"max_logits": nnx.Intermediate((A,))}}}),
     "nnx pure": {"block": {"attn": {"max_logits": (A,)}}},
     "numpy": {"block/attn": np.asarray(A)},
+    "mirrored": {"block": {"attn": A}},
+    "mirrored, with outer levels": {"params": {"block": {"attn": A}}},
+    "mirrored, boxed": {"block": {"attn": nn.Partitioned(A, (None,))}},
+    "mirrored, nnx": nnx.State({"block": {"attn": nnx.Intermediate(A)}}),
+    "half flat": {"block": {"attn": A}, "other/attn": B},
 }
+
+
+def recorded(tree):
+    return read_maxima(tree)[0]
 
 
 @pytest.mark.parametrize("kind", SAME)
 def test_kinds_of_trees(kind):
-    maxima = read_maxima(SAME[kind])
-    assert list(maxima) == ["block/attn"]
+    maxima, _ = read_maxima(SAME[kind])
+    assert list(maxima) == ["block/attn"] + ["other/attn"] * (kind == "half flat")
     np.testing.assert_array_equal(maxima["block/attn"][0], A)
 
 
 def test_a_model_that_is_the_attention_has_the_empty_path():
-    assert list(read_maxima({"max_logits": (A,)})) == [""]
-    assert list(read_maxima({"intermediates": {"max_logits": (A,)}})) == [""]
-    assert list(read_maxima({"": A})) == [""]
+    assert list(recorded({"max_logits": (A,)})) == [""]
+    assert list(recorded({"intermediates": {"max_logits": (A,)}})) == [""]
+    assert list(recorded({"": A})) == [""]
 
 
 def test_layers_in_a_list_keep_their_number():
     tree = {"layers": [{"attn": {"max_logits": (A,)}}, {"attn": {"max_logits": (B,)}}]}
-    assert list(read_maxima(tree)) == ["layers/0/attn", "layers/1/attn"]
+    assert list(recorded(tree)) == ["layers/0/attn", "layers/1/attn"]
 
 
 def test_a_tuple_of_any_length_is_maxed_not_summed():
-    arrays = read_maxima({"attn": {"max_logits": (A, B, A)}})["attn"]
+    arrays = recorded({"attn": {"max_logits": (A, B, A)}})["attn"]
     assert len(arrays) == 3
     np.testing.assert_array_equal(merge_recordings(arrays, (2,), "attn"), [4.0, 5.0])
 
@@ -68,10 +77,18 @@ def test_recordings_of_another_head_count_are_an_error():
         merge_recordings([A, jnp.ones(3)], (2,), "attn")
 
 
-@pytest.mark.parametrize("tree", [{}, {"attn": {"weights": (A,)}}, {"block": {"attn": A}}, A])
+@pytest.mark.parametrize("tree", [{}, None, A])
 def test_a_tree_without_maxima_is_an_error(tree):
     with pytest.raises(ValueError, match=r"holds no maxima. Expected leaves named 'max_logits'"):
         read_maxima(tree)
+
+
+@pytest.mark.parametrize(
+    ("shape", "stack"), [((2, 4, 4, 4), ()), ((4, 6, 4), ()), ((3, 2, 4, 3, 4), (3,))]
+)
+def test_whole_logits_that_end_like_maxima_are_an_error(shape, stack):
+    with pytest.raises(ValueError, match=r"may be whole logits .* take the maximum over all other"):
+        merge_recordings([jnp.ones(shape)], (*stack, 4), "attn")
 
 
 def test_numbers_that_are_no_array_are_an_error():

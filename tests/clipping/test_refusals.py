@@ -3,13 +3,15 @@
 The refusals are traps too: in other implementations each of these passed in silence.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from muonclip_jax.clipping import apply_qk_clip, qk_clip_info
+from muonclip_jax.clipping import apply_qk_clip, describe_attention, qk_clip_info
 from muonclip_jax.heads.layouts import AttentionLayout, Projection
 from muonclip_jax.routing.words import OUT_NAMES
 from tests.clipping.models import attention, normal
@@ -37,6 +39,59 @@ def test_a_wrong_head_count_is_an_error():
         match=r"'attn/query/kernel' of shape \(6, 4, 8\).*maxima of shape \(3,\).*do not fit",
     ):
         apply_qk_clip({"attn": attention()}, {"attn": jnp.ones(3)})
+
+
+OUT = {"out": {"kernel": normal(4, 8, 6)}}
+
+
+@pytest.mark.parametrize(
+    ("given", "params"),
+    [
+        ((3,), attention()),
+        ((8,), attention(kv_heads=2)),
+        ((3, 5), attention(stack=(3,))),
+        ((3,), {n: {"kernel": normal(6, 4, 8)} for n in ("query", "key")}),
+        ((5,), {n: {"kernel": normal(6, 32)} for n in ("query", "key")} | OUT),
+    ],
+)
+def test_a_wrong_head_count_says_both_counts(given, params):
+    with pytest.raises(ValueError, match=f"the kernel has 4 heads, {given[-1]} maxima were given"):
+        apply_qk_clip({"attn": params}, {"attn": jnp.ones(given)})
+
+
+@pytest.mark.parametrize(
+    ("shape", "stack", "axes"),
+    [
+        ((2, 4, 16, 16), (), r"\(0, 2, 3\)"),  # (batch, heads, queries, keys)
+        ((4, 16, 12), (), r"\(1, 2\)"),
+        ((3, 2, 4, 16, 16), (3,), r"\(1, 3, 4\)"),
+    ],
+)
+def test_whole_logits_say_over_which_axes_to_take_the_maximum(shape, stack, axes):
+    params = {"attn": attention(stack=stack)}
+    logits = {"attn": normal(*shape)}
+    message = rf"whole logits .*take the maximum first: .*s\.max\(axis={axes}\)"
+    with pytest.raises(ValueError, match=message):
+        apply_qk_clip(params, logits)
+
+
+def test_three_forms_of_maxima_mean_the_same():
+    params = {"layer": {"attn": attention()}}
+    maxima = jnp.asarray([150.0, 90.0, 40.0, 300.0])
+    forms = (
+        {"intermediates": {"layer": {"attn": {"max_logits": (maxima,)}}}},
+        {"layer": {"attn": maxima}},
+        {"layer/attn": maxima},
+    )
+    first, *others = (apply_qk_clip(params, form) for form in forms)
+    for other in others:
+        jax.tree.map(np.testing.assert_array_equal, other, first)
+
+
+@pytest.mark.parametrize("tree", [{"weights": (jnp.ones(4),)}, {"weights": jnp.ones(4)}])
+def test_what_is_neither_named_nor_at_a_block_is_no_maximum(tree):
+    with pytest.raises(ValueError, match=r"recorded for 'attn/weights.*no attention block has"):
+        apply_qk_clip({"attn": attention()}, {"attn": tree})
 
 
 def test_one_number_for_all_heads_is_an_error():
@@ -86,6 +141,45 @@ def test_an_unknown_leaf_of_a_projection_is_refused():
     attn["query"]["mystery"] = jnp.ones(3)
     with pytest.raises(ValueError, match=r"'attn/query/mystery'.*Known names are kernel"):
         apply_qk_clip({"attn": attn}, {"attn": jnp.ones(4)})
+
+
+def adapter(kernel, *names):
+    """A projection with an adapter of rank 2, without the leaves of these names."""
+    leaves = {"base_module": {"kernel": kernel}, "lora_a": normal(6, 2), "lora_b": normal(2, 32)}
+    return {name: leaf for name, leaf in leaves.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("missing", "why"),
+    [
+        ("base_module", "'q_proj' has a low-rank adapter here, and the kernel .* not in this tree"),
+        ("lora_b", "'attn/q_proj/lora_a' belongs .* an adapter needs both halves"),
+    ],
+)
+def test_an_adapter_without_what_it_adapts_is_refused(missing, why):
+    """Scaling one of them alone scales no head's sum."""
+    modules = {name: adapter(normal(6, 32), missing) for name in ("q_proj", "k_proj")}
+    params = {"attn": modules | {"o_proj": {"kernel": normal(32, 6)}}}
+    with pytest.raises(ValueError, match=f"cannot clip attention block 'attn': {why}"):
+        apply_qk_clip(params, {"attn": jnp.full(4, 400.0)})
+    assert "attn: separate q and k, cannot be clipped: " in describe_attention(params)
+
+
+def test_adapters_of_queries_alone_say_what_is_missing():
+    params = {"attn": {"q_proj": adapter(normal(6, 32), "base_module")}}
+    with pytest.raises(ValueError, match=r"No attention block.*qk_clip_threshold=None.*low-rank"):
+        apply_qk_clip(params, {"attn": jnp.ones(4)})
+
+
+@pytest.mark.parametrize("shared_keys", ["query", "group", "balanced"])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_keys_that_are_values_stay(shared_keys, heads):
+    keys = {"k_einsum": {"w": normal(heads, 6, 8)}}
+    params = {"attn": {"q_einsum": {"w": normal(4, 6, 8)}} | keys}
+    new, _ = apply_qk_clip(params, {"attn": jnp.full(4, 400.0)}, shared_keys=shared_keys)
+    np.testing.assert_array_equal(new["attn"]["k_einsum"]["w"], keys["k_einsum"]["w"])
+    expected = params["attn"]["q_einsum"]["w"] / 4
+    np.testing.assert_allclose(new["attn"]["q_einsum"]["w"], expected, rtol=1e-6)
 
 
 def test_a_gate_that_hides_in_the_query_kernel_is_refused():
@@ -240,3 +334,6 @@ def test_settings_are_checked():
         apply_qk_clip(params, maxima, threshold=0.0)
     with pytest.raises(ValueError, match="alpha must lie"):
         qk_clip_info(params, maxima, alpha=1.1)
+    wrong: Any = "100"
+    with pytest.raises(TypeError, match=r"threshold must be a number, .* schedule, got '100'"):
+        apply_qk_clip(params, maxima, threshold=wrong)

@@ -154,6 +154,29 @@ def test_layouts_tell_axes_that_names_leave_open():
     assert rules.dimension_numbers(stacked)["layers"]["attn"]["ask"] == Dims(1, 3)
 
 
+def test_query_heads_on_two_axes():
+    tree = {"attn": {"ask": {"w": leaf(2, 3, 8, 48)}, "answer": {"w": leaf(2, 8, 48)}}}
+    layout = mc.AttentionLayout(
+        (
+            mc.Projection("ask", ("query",), input_axis=-1),
+            mc.Projection("answer", ("key",), input_axis=-1),
+        )
+    )
+    for attention, ask, answer in (
+        ("split", Dims(3, (0, 1, 2)), Dims(2, (0, 1))),
+        ("per_head", Dims(3, 2), Dims(2, 1)),
+    ):
+        rules = mc.MatrixRules(attention=attention, blocks=layout)
+        dims = rules.dimension_numbers(tree)["attn"]
+        assert (dims["ask"]["w"], dims["answer"]["w"]) == (ask, answer)
+    text = mc.describe_attention(tree, {"attn": leaf(6)}, blocks=layout)
+    assert text.splitlines()[0] == "attn: custom, 6 query heads on 2 key heads of 8"
+    with pytest.raises(ValueError, match="the kernel has 6 heads, 4 maxima were given"):
+        mc.apply_qk_clip(
+            jax.tree.map(lambda x: jnp.ones(x.shape), tree), {"attn": jnp.ones(4)}, blocks=layout
+        )
+
+
 def test_nnx_outer_levels_and_lists_are_seen_through():
     tree = {"params": {"layers": [LATENT, LATENT]}}
     dims = mc.MatrixRules(attention="split").dimension_numbers(tree)

@@ -330,7 +330,8 @@ def test_normalised_queries_and_keys_without_gains_are_reported(normalised: bool
         figures = mc.read_metrics(state, params)
         return (optax.apply_updates(params, updates), state), figures.scalars(leaves=False)
 
-    (_, state), scalars = jax.lax.scan(step, (params, tx.init(params)), length=9)
+    carry: Any = (params, tx.init(params))
+    (_, state), scalars = jax.lax.scan(step, carry, length=9)
     assert int(state.clip_effect.steps[0]) == (8 if normalised else 0)
     assert scalars["muon/clips_without_effect"].tolist()[-1] == (8 if normalised else 0)
 

@@ -30,7 +30,7 @@ class ClipEffect(NamedTuple):
 
     Attributes:
         lowest: Lowest maximum since the block has been clipped in every update, float32,
-            `(blocks,)`; infinity where it was not clipped last.
+            `(blocks,)`; 0 where it was not clipped last.
         steps: Updates in a row in which the block was clipped and its maximum did not fall, int32.
     """
 
@@ -40,7 +40,7 @@ class ClipEffect(NamedTuple):
 
 def no_effect(blocks: int) -> ClipEffect:
     """Returns what stands in the state before the first update."""
-    return ClipEffect(jnp.full(blocks, jnp.inf, jnp.float32), jnp.zeros(blocks, jnp.int32))
+    return ClipEffect(jnp.zeros(blocks, jnp.float32), jnp.zeros(blocks, jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -69,8 +69,8 @@ def track_clips(
         return maxima, before
     largest = jnp.stack([finite_first.max_over(x, range(x.ndim)) for x in maxima])
     clipped = is_over(largest, NOTICEABLE * jnp.asarray(threshold, jnp.float32))
-    fell = largest < FALL * before.lowest
+    fell = (before.lowest == 0) | (largest < FALL * before.lowest)
     return maxima, ClipEffect(
-        lowest=jnp.where(clipped, jnp.where(fell, largest, before.lowest), jnp.inf),
+        lowest=jnp.where(clipped, jnp.where(fell, largest, before.lowest), 0),
         steps=jnp.where(clipped & ~fell, before.steps + 1, 0),
     )

@@ -50,8 +50,8 @@ class MuonMetrics(NamedTuple):
         """Returns flat scalars for TensorBoard, Weights & Biases or a JSON line.
 
         Of several matrices, or blocks, it gives the root of the mean square (`update_rms`), the
-        largest (`spectral_norm`, `orthogonality_error`, `max_logit`, `clips_without_effect`), the mean
-        (`effective_rank`), the smallest (`min_gamma`) or the sum (`clipped_heads`). Nothing is
+        largest (`spectral_norm`, `orthogonality_error`, `max_logit`, `clips_without_effect`), the
+        mean (`effective_rank`), the smallest (`min_gamma`) or the sum (`clipped_heads`). Nothing is
         copied to the host here.
 
         Args:

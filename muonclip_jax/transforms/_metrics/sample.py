@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from muonclip_jax._typing import ScalarLike, Tree
-from muonclip_jax.clipping.blocks import assign_maxima
+from muonclip_jax.clipping.blocks import match_maxima
 from muonclip_jax.clipping.gamma import clip_gamma
-from muonclip_jax.clipping.maxima import read_maxima, trailing_shape
+from muonclip_jax.clipping.maxima import trailing_shape
+from muonclip_jax.heads.clips import read_block
 from muonclip_jax.heads.finding import Rule
-from muonclip_jax.heads.reading import read_block
 from muonclip_jax.transforms._metrics.figures import effective_rank, update_figures
 from muonclip_jax.transforms._metrics.plan import MatrixPlan, blocks_of, measure_stacks
 
@@ -127,13 +127,12 @@ def recorded_in(
             "grads, state, params, max_logits=max_logits), or leave qk_clip_threshold out of "
             "metrics(...)."
         )
-    maxima = read_maxima(max_logits)
-    modules = assign_maxima(found, list(maxima), bool(named.masked))
+    matched = match_maxima(found, max_logits, named.masked, rules)
     recorded = []
     for block in selected:
-        arrays = [x for name in modules[block.path] for x in maxima[name]]
+        arrays = matched[block.path]
         shape = trailing_shape(arrays)
         if clips:
-            shape = read_block(block.layout, block.path, block.leaves, shape).maxima_shape
+            shape = read_block(block, shape).maxima_shape
         recorded.append((block.path, shape, arrays))
     return recorded
