@@ -24,7 +24,7 @@ def divide(
     `features` has the output features of each projection by its path, `rope` is the size of latent
     attention's shared rotary key, `out_features` what the output projection takes.
     """
-    size = head_size(layout, features, heads, rope, out_features)
+    size = _head_size(layout, features, heads, rope, out_features)
     counts = [n for n in range(heads, 0, -1) if heads % n == 0]
     if layout.own_keys or all(ROLES[part] for p in layout.projections for part in p.parts):
         counts = [heads]
@@ -50,7 +50,7 @@ def _quotient(features: int, heads: int, what: str) -> int:
     return features // heads
 
 
-def head_size(
+def _head_size(
     layout: AttentionLayout,
     features: Mapping[str, int],
     heads: int,

@@ -28,7 +28,7 @@ from muonclip_jax.heads.leaves import (
     unstack,
 )
 from muonclip_jax.heads.plan import LeafPlan
-from muonclip_jax.heads.sizes import divide, feature_grid, head_size
+from muonclip_jax.heads.sizes import divide, feature_grid
 from muonclip_jax.heads.words import OUT_NAMES
 
 _Result = TypeVar("_Result")
@@ -134,7 +134,7 @@ class Attempt:
         totals = {path: kernel.total for path, kernel in kernels.items()}
         latent, out = self.latent(), self._out_features()
         rope = None if latent is None else latent[0].total - latent[1]
-        layout = self._with_gate(kernels, head_size(layout, totals, heads, rope, out), out)
+        layout = self._with_gate(kernels, out)
         size, kv_heads, rows = divide(layout, totals, heads, rope, out)
         found: list[LeafPlan] = []
         for path, kernel in kernels.items():
@@ -162,9 +162,7 @@ class Attempt:
                     taken.add(math.prod(self._taken(found)))
         return total // 2 if total % 2 == 0 and total // 2 in taken and total not in taken else None
 
-    def _with_gate(
-        self, kernels: dict[str, LeafPlan], size: int, out: int | None
-    ) -> AttentionLayout:
+    def _with_gate(self, kernels: dict[str, LeafPlan], out: int | None) -> AttentionLayout:
         """Returns the layout, with a gate beside every head's query where the shapes show one.
 
         A query projection with twice the features that the output takes is either gated, or has
@@ -180,9 +178,9 @@ class Attempt:
         query, key = kernels[first.path], kernels[last.path]
         if out is None and not (last.parts == ("key",) and key.total > query.total // 2):
             out = self._half_taken(query.total)
-        if out is None or query.total != 2 * out:
+        if out is None or query.total != 2 * out or query.total % self.heads:
             return layout
-        gated = None
+        size, gated = query.total // self.heads, None
         values = next((v for v in VALUE_NAMES if kernel_name(self.shapes, v) is not None), None)
         if last.parts == ("key",) and len(key.features) > 1:
             gated = {size: False, size // 2: True}.get(key.features[-1])

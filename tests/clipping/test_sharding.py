@@ -112,9 +112,10 @@ def test_without_set_mesh(case, kinds):
                 assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
 
 
-def test_muonclip_without_set_mesh():
+@pytest.mark.parametrize("size", [1, 8])
+def test_muonclip_without_set_mesh(size):
     """The whole optimizer and its metrics, jitted, on Explicit axes."""
-    on = Mesh(np.array(jax.devices()[:8]), ("x",), axis_types=(AxisType.Explicit,))
+    on = Mesh(np.array(jax.devices()[:size]), ("x",), axis_types=(AxisType.Explicit,))
     params = tree((16, 8, 8))
     maxima = {"attn": MAXIMA}
     tx = mc.metrics(mc.muonclip(0.01, ns_steps=2), qk_clip_threshold=100.0)
