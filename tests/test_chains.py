@@ -237,8 +237,13 @@ def test_schedule_free_with_the_clip_on_every_copy():
     def step(state: Any, params: Any) -> Any:
         updates, state = tx.update(GRADIENTS, state, params)
         params = optax.apply_updates(params, updates)
-        clipped = mc.apply_qk_clip_to_copies(state, params, MAXIMA, threshold=THRESHOLD)
-        return clipped, mc.apply_qk_clip(params, MAXIMA, threshold=THRESHOLD)[0], state, params
+        z, _ = mc.apply_qk_clip(state.z, MAXIMA, threshold=THRESHOLD)
+        return (
+            state._replace(z=z),
+            mc.apply_qk_clip(params, MAXIMA, threshold=THRESHOLD)[0],
+            state,
+            params,
+        )
 
     state: Any = tx.init(PARAMS)
     state, params, before, unclipped = step(state, PARAMS)
