@@ -89,7 +89,7 @@ def test_traced_settings_pass():
     out = jax.jit(clip_gamma)(jnp.asarray([20.0]), 10.0)
     assert out.tolist() == [0.5]
     check_clip_settings(jnp.asarray(-1.0), jnp.asarray(7.0), "query")
-    check_clip_settings(lambda count: 100.0, lambda count: 0.5, "query")
+    check_clip_settings(lambda count: 100.0, lambda count: 0.5, "query", schedules=True)
 
 
 @pytest.mark.parametrize("threshold", [0, -1.0, np.float32(-2), np.nan])
