@@ -14,7 +14,7 @@ from muonclip_jax._typing import ScalarLike, ScalarOrSchedule
 from muonclip_jax.matrices import Distribution
 from muonclip_jax.polar import DEFAULT_DTYPE, DEFAULT_METHOD
 from muonclip_jax.polar.coefficients import resolve_coefficients
-from muonclip_jax.routing import MatrixRules, resolve_specs
+from muonclip_jax.routing import MatrixRules, resolve_specs, route_once, spec_tree
 from muonclip_jax.transforms import scale_by_muon, scale_by_shape
 from muonclip_jax.transforms._checks import (
     check_adam_rate,
@@ -140,74 +140,69 @@ def muon(
     check_fraction("adam_b1", adam_b1, "the decay of Adam's first moment, such as 0.9")
     check_fraction("adam_b2", adam_b2, "the decay of Adam's second moment, such as 0.999")
     check_non_negative("adam_eps_root", adam_eps_root)
-    if rules is not None:
-        if muon_weight_dimension_numbers is not None:
-            raise ValueError(
-                "muon takes muon_weight_dimension_numbers or rules, got both. Rules can hold any "
-                "spec: MatrixRules([(pattern, spec)])."
-            )
-        muon_weight_dimension_numbers = rules.dimension_numbers
-    elif muon_weight_dimension_numbers is None:
-        muon_weight_dimension_numbers = _every_rank_two_leaf
-    dimension_numbers = muon_weight_dimension_numbers
+    if rules is not None and muon_weight_dimension_numbers is not None:
+        raise ValueError(
+            "muon takes muon_weight_dimension_numbers or rules, got both. Rules can hold any "
+            "spec: MatrixRules([(pattern, spec)])."
+        )
+    given = _every_rank_two_leaf if rules is None else rules.dimension_numbers
+    if muon_weight_dimension_numbers is not None:
+        given = muon_weight_dimension_numbers
 
-    def labels(params: optax.Params) -> Any:
+    def decide(params: optax.Params) -> Any:
         if rules is not None:
             rules.check_all_matched(params)
-        specs = resolve_specs(params, dimension_numbers, None)
-        return jax.tree.unflatten(
-            jax.tree.structure(params),
-            ["adam" if spec is None else "muon" for _, _, spec in specs],
-        )
+        return spec_tree(given, params)
 
-    partitioned = optax.partition(
-        {
-            "muon": optax.chain(
-                scale_by_muon(
-                    ns_coeffs,
-                    _steps(ns_coeffs, ns_steps),
-                    beta,
-                    eps,
-                    mu_dtype,
-                    nesterov=nesterov,
-                    adaptive=adaptive,
-                    preconditioning=preconditioning,
-                    weight_dimension_numbers=dimension_numbers,
-                    bias_correction=True,
-                    ns_method=ns_method,
-                    ns_dtype=ns_dtype,
-                    ns_implementation=ns_implementation,
-                    relative_eps=False,
-                    param_shardings=param_shardings,
-                    axis_name=axis_name,
-                    distribution=distribution,
-                    platform=platform,
-                ),
-                scale_by_shape(dimension_numbers, consistent_rms),
-                optax.add_decayed_weights(weight_decay, weight_decay_mask),
-                optax.scale_by_learning_rate(learning_rate),
-            ),
-            "adam": with_checked_moments(
-                init_on_mesh(
-                    optax.adamw(
-                        learning_rate if adam_learning_rate is None else adam_learning_rate,
-                        b1=adam_b1,
-                        b2=adam_b2,
-                        eps=eps,
-                        eps_root=adam_eps_root,
-                        weight_decay=adam_weight_decay,
-                        mu_dtype=mu_dtype,
-                        nesterov=nesterov,
-                    ),
-                    param_shardings,
-                ),
+    def build(dimension_numbers: Any) -> optax.GradientTransformationExtraArgs:
+        def labels(params: optax.Params) -> Any:
+            specs = resolve_specs(params, dimension_numbers, None)
+            return jax.tree.unflatten(
+                jax.tree.structure(params),
+                ["adam" if spec is None else "muon" for _, _, spec in specs],
+            )
+
+        muon = optax.chain(
+            scale_by_muon(
+                ns_coeffs,
+                _steps(ns_coeffs, ns_steps),
+                beta,
+                eps,
                 mu_dtype,
+                nesterov=nesterov,
+                adaptive=adaptive,
+                preconditioning=preconditioning,
+                weight_dimension_numbers=dimension_numbers,
+                bias_correction=True,
+                ns_method=ns_method,
+                ns_dtype=ns_dtype,
+                ns_implementation=ns_implementation,
+                relative_eps=False,
+                param_shardings=param_shardings,
+                axis_name=axis_name,
+                distribution=distribution,
+                platform=platform,
             ),
-        },
-        labels,
-    )
+            scale_by_shape(dimension_numbers, consistent_rms),
+            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+        adamw = optax.adamw(
+            learning_rate if adam_learning_rate is None else adam_learning_rate,
+            b1=adam_b1,
+            b2=adam_b2,
+            eps=eps,
+            eps_root=adam_eps_root,
+            weight_decay=adam_weight_decay,
+            mu_dtype=mu_dtype,
+            nesterov=nesterov,
+        )
+        adam = with_checked_moments(init_on_mesh(adamw, param_shardings), mu_dtype)
+        return optax.partition({"muon": muon, "adam": adam}, labels)
 
-    return transformation("muon", partitioned.init, partitioned.update, one_tree=True)
+    build({})  # checks the settings now
+    routed = route_once(decide, build)
+    return transformation("muon", routed.init, routed.update, one_tree=True)
 
 
 def _every_rank_two_leaf(params: optax.Params) -> Any:

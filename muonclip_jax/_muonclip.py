@@ -14,7 +14,7 @@ from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.heads.finding import block_rules
 from muonclip_jax.matrices import Distribution
 from muonclip_jax.polar import DEFAULT_DTYPE, DEFAULT_EPS, DEFAULT_METHOD, DEFAULT_SET
-from muonclip_jax.routing import MatrixRules, decay_mask, label_params
+from muonclip_jax.routing import MatrixRules, as_rules, decay_mask, route_once
 from muonclip_jax.transforms import qk_clip, scale_by_muon, scale_by_shape
 from muonclip_jax.transforms._checks import (
     check_adam_rate,
@@ -226,51 +226,54 @@ def muonclip(
     check_non_negative("adam_eps", adam_eps)
     check_moment_dtype(mu_dtype, "adam_b1", adam_b1)
 
-    def mask(params: optax.Params) -> Any:
-        if weight_decay_mask is None:
-            return decay_mask(params, rules)
-        return tree_from(weight_decay_mask, params, _is_bool)
+    def build(decided: Any) -> optax.GradientTransformationExtraArgs:
+        def mask(params: optax.Params) -> Any:
+            if weight_decay_mask is None:
+                return decay_mask(params, decided)
+            return tree_from(weight_decay_mask, params, _is_bool)
 
-    muon = optax.chain(
-        scale_by_muon(
-            ns_coeffs,
-            ns_steps,
-            beta,
-            eps,
-            mu_dtype,
-            nesterov=nesterov,
-            preconditioning=preconditioning,
-            ns_method=ns_method,
-            ns_dtype=ns_dtype,
-            ns_implementation=ns_implementation,
-            rules=rules,
-            param_shardings=param_shardings,
-            axis_name=axis_name,
-            distribution=distribution,
-            platform=platform,
-        ),
-        scale_by_shape(consistent_rms=consistent_rms, rules=rules),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-    adamw = optax.chain(
-        with_checked_moments(
-            init_on_mesh(
-                optax.scale_by_adam(b1=adam_b1, b2=adam_b2, eps=adam_eps, mu_dtype=mu_dtype),
-                param_shardings,
+        muon = optax.chain(
+            scale_by_muon(
+                ns_coeffs,
+                ns_steps,
+                beta,
+                eps,
+                mu_dtype,
+                nesterov=nesterov,
+                preconditioning=preconditioning,
+                ns_method=ns_method,
+                ns_dtype=ns_dtype,
+                ns_implementation=ns_implementation,
+                rules=decided,
+                param_shardings=param_shardings,
+                axis_name=axis_name,
+                distribution=distribution,
+                platform=platform,
             ),
-            mu_dtype,
-        ),
-        optax.add_decayed_weights(
-            weight_decay if adam_weight_decay is None else adam_weight_decay, mask
-        ),
-        optax.scale_by_learning_rate(
-            learning_rate if adam_learning_rate is None else adam_learning_rate
-        ),
-    )
-    routed = optax.multi_transform(
-        {"muon": muon, "adamw": adamw}, lambda params: label_params(params, rules)
-    )
+            scale_by_shape(consistent_rms=consistent_rms, rules=decided),
+            optax.add_decayed_weights(weight_decay, mask),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+        adamw = optax.chain(
+            with_checked_moments(
+                init_on_mesh(
+                    optax.scale_by_adam(b1=adam_b1, b2=adam_b2, eps=adam_eps, mu_dtype=mu_dtype),
+                    param_shardings,
+                ),
+                mu_dtype,
+            ),
+            optax.add_decayed_weights(
+                weight_decay if adam_weight_decay is None else adam_weight_decay, mask
+            ),
+            optax.scale_by_learning_rate(
+                learning_rate if adam_learning_rate is None else adam_learning_rate
+            ),
+        )
+        return optax.multi_transform({"muon": muon, "adamw": adamw}, decided.labels)
+
+    matrix_rules = as_rules(rules)
+    build(matrix_rules)  # checks the settings now
+    routed = route_once(matrix_rules.resolve, build)
     if qk_clip_threshold is None:
         chained = routed
     else:

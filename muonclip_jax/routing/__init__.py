@@ -13,9 +13,11 @@ from muonclip_jax.heads.layouts import (
 from muonclip_jax.routing.alignment import (
     resolve_muon_specs as resolve_muon_specs,
     resolve_specs as resolve_specs,
+    spec_tree as spec_tree,
 )
 from muonclip_jax.routing.decay import decay_mask as decay_mask
 from muonclip_jax.routing.describe import describe_labels as describe_labels
+from muonclip_jax.routing.once import route_once as route_once
 from muonclip_jax.routing.rules import (
     MatrixRules as MatrixRules,
     as_rules as as_rules,

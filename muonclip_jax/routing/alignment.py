@@ -6,6 +6,7 @@ nodes where `optax.masked` or `optax.multi_transform` cut leaves out of either t
 what belongs together, so boxes and containers need not agree.
 """
 
+import re
 from typing import Any, TypeAlias
 
 import optax
@@ -14,8 +15,10 @@ from muonclip_jax._fitting import normalize_spec
 from muonclip_jax._paths import array_leaves, flatten_with_paths, nothing_matched, tree_from
 from muonclip_jax._specs import MatrixSpec, is_spec
 from muonclip_jax._typing import Tree
-from muonclip_jax.routing.inference import suggested_rule
-from muonclip_jax.routing.rules import MatrixRules, as_rules, is_masked
+from muonclip_jax.routing.layouts import possible_layouts
+from muonclip_jax.routing.leaves import is_masked
+from muonclip_jax.routing.rules import MatrixRules, as_rules
+from muonclip_jax.routing.suggestions import write_rule
 
 #: What `weight_dimension_numbers` may be.
 SpecTree: TypeAlias = Any
@@ -51,7 +54,7 @@ def resolve_specs(
         >>> [(path, spec is not None) for path, _, spec in specs]
         [('w1/a', True), ('w1/b', True), ('w2', False)]
     """
-    weight_dimension_numbers = tree_from(weight_dimension_numbers, params, _is_entry)
+    weight_dimension_numbers = spec_tree(weight_dimension_numbers, params)
     if weight_dimension_numbers is None:
         decided = as_rules(rules).decisions(params)
         return [(path, leaf, decision.spec) for path, leaf, decision in decided]
@@ -84,6 +87,11 @@ def resolve_specs(
     return resolved
 
 
+def spec_tree(given: SpecTree | None, params: Tree) -> SpecTree | None:
+    """The tree of specs that is given as it is or as a function of the parameters."""
+    return tree_from(given, params, _is_entry)
+
+
 def resolve_muon_specs(
     params: Tree,
     weight_dimension_numbers: SpecTree | None = None,
@@ -114,12 +122,10 @@ def resolve_muon_specs(
         MuonDimensionNumbers(reduction_axis=(0,), output_axis=(1,))
     """
     resolved = resolve_specs(params, weight_dimension_numbers, rules)
-    return [(path, leaf, _as_matrix(path, leaf, spec, rules)) for path, leaf, spec in resolved]
+    return [(path, leaf, _as_matrix(path, leaf, spec)) for path, leaf, spec in resolved]
 
 
-def _as_matrix(
-    path: str, leaf: Any, spec: MatrixSpec | None, rules: MatrixRules | None
-) -> MatrixSpec:
+def _as_matrix(path: str, leaf: Any, spec: MatrixSpec | None) -> MatrixSpec:
     shape = tuple(leaf.shape)
     if len(shape) < 2:
         raise ValueError(
@@ -131,10 +137,11 @@ def _as_matrix(
         return spec
     if len(shape) == 2:
         return normalize_spec(MatrixSpec(), shape, path)
-    rule = suggested_rule(path, len(shape), 0 if rules is None else rules.scan_axis)
+    pattern = f"^{re.escape(path)}$"
+    choices = "\n".join(f"  rules={write_rule(pattern, x)}" for x in possible_layouts(shape))
     raise ValueError(
         f"{path or 'The leaf'} of shape {shape} reached Muon, and nothing says which of its axes "
-        f"form matrices. Pass rules={rule}, or route it to AdamW by label_params."
+        f"form matrices. Route it to AdamW by label_params, or pass one of\n{choices}"
     )
 
 

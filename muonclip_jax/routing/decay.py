@@ -3,22 +3,7 @@
 import jax
 
 from muonclip_jax._typing import Tree
-from muonclip_jax.routing.inference import infer_leaf
-from muonclip_jax.routing.rules import MatrixRules
-
-#: Reasons, as `describe_labels` prints them, of leaves whose size is not to be shrunk.
-UNDECAYED = frozenset(
-    {
-        "scalar",
-        "vector",
-        "bias",
-        "gain or scale",
-        "norm",
-        "running statistic",
-        "state-space vector",
-        "no trained parameter",
-    }
-)
+from muonclip_jax.routing.rules import MatrixRules, as_rules
 
 
 def decay_mask(params: Tree, rules: MatrixRules | None = None) -> Tree:
@@ -46,10 +31,6 @@ def decay_mask(params: Tree, rules: MatrixRules | None = None) -> Tree:
     References:
         Kimi K2, arXiv 2507.20534: decay 0.1; norms and biases are left out as is usual.
     """
-    rules = MatrixRules() if rules is None else rules
-    decays = [
-        decision.spec is not None
-        or infer_leaf(path, tuple(leaf.shape), rules.scan_axis).why not in UNDECAYED
-        for path, leaf, decision in rules.decisions(params)
-    ]
+    decided = as_rules(rules).decisions(params)
+    decays = [decision.spec is not None or decision.decays for _, _, decision in decided]
     return jax.tree.unflatten(jax.tree.structure(params), decays)

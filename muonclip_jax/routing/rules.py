@@ -5,17 +5,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import optax
 
-from muonclip_jax._fitting import normalize_spec, simplify_spec
-from muonclip_jax._paths import array_leaves, flatten_with_paths, nothing_matched
+from muonclip_jax._fitting import simplify_spec
+from muonclip_jax._paths import flatten_with_paths, nothing_matched
 from muonclip_jax._specs import SpecLike
 from muonclip_jax._typing import Tree
-from muonclip_jax.heads.cuts import attention_cuts
 from muonclip_jax.heads.finding import Rule, block_rules, find_blocks, strip_outer
 from muonclip_jax.heads.matrices import ATTENTION, MERGED
-from muonclip_jax.routing.inference import Decision, infer_leaf, unknown_leaves
+from muonclip_jax.routing.inference import Decision
+from muonclip_jax.routing.leaves import is_masked, read_tree
+from muonclip_jax.routing.plan import decide
 from muonclip_jax.routing.rule_pairs import check_rule, rule_pairs
+from muonclip_jax.routing.scan_axis import ScanAxis, check_scan_axis
 
 MUON = "muon"
 ADAMW = "adamw"
@@ -25,8 +26,8 @@ ADAMW = "adamw"
 class MatrixRules:
     """How leaves become matrices and who trains them; hashable, so it may be a static argument.
 
-    A leaf is decided by its path and its shape alone. The user's rules come first, the first one
-    that matches wins; then names that the libraries share decide (`routing/table.py`).
+    The user's rules come first, the first one that matches wins; then what the tree shows, and
+    names that the libraries share (`routing/table.py`).
 
     With `attention="split"` or "per_head" the kernels of attention blocks are cut further, each
     part with the scale of its own shape. Sizes of parts show only in a block as a whole, so the
@@ -36,8 +37,9 @@ class MatrixRules:
     Args:
         rules: Pairs of a regular expression, searched in the "/"-joined path, and a `MatrixSpec`,
             `MuonDimensionNumbers` or None (AdamW).
-        scan_axis: The parameter axis that holds stacked layers, the `variable_axes` of `nn.scan`.
-            It cannot be told from shapes.
+        scan_axis: The parameter axis that holds stacked layers, the `variable_axes` of `nn.scan`:
+            an axis, a tuple of axes for nested scans, or pairs of a pattern and axes. None reads it
+            from each stack.
         attention: "merged": all heads of a projection are one matrix; "split": fused kernels fall
             into queries, keys, values and gates, those of latent attention also into the parts
             with and without rotation and into latent and shared key; "per_head": every head of
@@ -48,8 +50,8 @@ class MatrixRules:
             None is every block with a known layout. Only with `attention`.
 
     Raises:
-        TypeError: If a rule is no such pair, `blocks` is not what it can be, or `scan_axis` or
-            `head_dim` is no integer.
+        TypeError: If a rule is no such pair, `blocks` is not what it can be, `scan_axis` is no
+            axis, or `head_dim` is no integer.
         ValueError: If a pattern is no regular expression, `attention` is unknown, or `head_dim` or
             `blocks` is given without it.
 
@@ -77,7 +79,7 @@ class MatrixRules:
     """
 
     rules: tuple[tuple[str, SpecLike | None], ...] = ()
-    scan_axis: int = 0
+    scan_axis: ScanAxis = None
     attention: str = MERGED
     head_dim: int | None = None
     blocks: tuple[Rule, ...] | None = None
@@ -85,19 +87,14 @@ class MatrixRules:
     def __init__(
         self,
         rules: Any = (),
-        scan_axis: Any = 0,
+        scan_axis: Any = None,
         attention: Any = MERGED,
         *,
         head_dim: Any = None,
         blocks: Any = None,
     ):
-        if isinstance(scan_axis, bool) or not isinstance(scan_axis, int):
-            raise TypeError(
-                f"scan_axis must be an integer such as 0 or 1, got {scan_axis!r}: it is the "
-                "parameter axis that holds stacked layers."
-            )
         object.__setattr__(self, "rules", tuple(check_rule(rule) for rule in rule_pairs(rules)))
-        object.__setattr__(self, "scan_axis", scan_axis)
+        object.__setattr__(self, "scan_axis", check_scan_axis(scan_axis))
         if attention not in ATTENTION:
             raise ValueError(
                 f"attention must be one of {', '.join(map(repr, ATTENTION))}, got {attention!r}. "
@@ -116,55 +113,31 @@ class MatrixRules:
         object.__setattr__(self, "head_dim", head_dim)
         object.__setattr__(self, "blocks", block_rules(blocks))
 
-    def decide(self, path: str, shape: tuple[int, ...]) -> Decision:
-        """Decides for one leaf by itself; the spec, where there is one, is normalised."""
-        for pattern, spec in self.rules:
-            if re.search(pattern, path):
-                why = f"rule {pattern!r}"
-                if spec is None:
-                    return Decision(None, why)
-                return Decision(normalize_spec(spec, shape, path), why)
-        return infer_leaf(path, shape, self.scan_axis)
-
     def decisions(self, params: Tree) -> list[tuple[str, Any, Decision]]:
         """Decides for every leaf, in the order in which `params` flattens.
 
         Raises:
-            ValueError: If a leaf of rank three or more is not known, or an attention block that is
-                to be cut cannot be read.
+            ValueError: If it is open which axes of a leaf form matrices, or an attention block that
+                is to be cut cannot be read.
         """
-        leaves = array_leaves(params)
-        decided = [(path, leaf, self.decide(path, tuple(leaf.shape))) for path, leaf in leaves]
+        leaves, values = read_tree(params)
+        hidden: tuple[str, ...] = ()
         if self.attention != MERGED:
-            decided = self._cut_attention(params, decided)
-        unknown = [(path, leaf.shape, d.why) for path, leaf, d in decided if d.unknown]
-        if unknown:
-            raise unknown_leaves(unknown, self.scan_axis)
-        return decided
-
-    def _cut_attention(
-        self, params: Tree, decided: list[tuple[str, Any, Decision]]
-    ) -> list[tuple[str, Any, Decision]]:
-        """Puts what attention layouts say in the place of what names say, not of rules."""
-        nodes = flatten_with_paths(params, is_leaf=is_masked)[0]
-        cuts = attention_cuts(
-            {strip_outer(path): leaf for path, leaf, _ in decided},
-            {
-                strip_outer(path): decision.spec
-                for path, _, decision in decided
-                if (decision.spec is not None or decision.unknown)
-                and not any(re.search(pattern, path) for pattern, _ in self.rules)
-            },
-            [strip_outer(path) for path, node in nodes if is_masked(node)],
-            attention=self.attention,
-            scan_axis=self.scan_axis,
-            head_dim=self.head_dim,
-            blocks=self.blocks,
-        )
+            nodes = flatten_with_paths(params, is_leaf=is_masked)[0]
+            hidden = tuple(path for path, node in nodes if is_masked(node))
+        options = self.scan_axis, self.attention, self.head_dim, self.blocks
+        decided = decide(leaves, hidden, self.rules, *options)
         return [
-            (path, leaf, Decision(*cuts[strip_outer(path)]) if strip_outer(path) in cuts else was)
-            for path, leaf, was in decided
+            (leaf.path, value, decision)
+            for leaf, value, decision in zip(leaves, values, decided, strict=True)
         ]
+
+    def resolve(self, params: Tree) -> "ResolvedRules":
+        """The decisions for a whole tree, for parts that see less of it."""
+        self.check_all_matched(params)
+        return ResolvedRules(
+            tuple((path, decision) for path, _, decision in self.decisions(params))
+        )
 
     def labels(self, params: Tree) -> Tree:
         """The same tree of "muon" and "adamw".
@@ -215,6 +188,35 @@ class MatrixRules:
                 "what its projections are called, by blocks=[(pattern, AttentionLayout(...))], or "
                 "leave attention out."
             )
+
+
+@dataclass(frozen=True, init=False)
+class ResolvedRules(MatrixRules):
+    """The decisions for the leaves of one tree, by path: what `MatrixRules` say of all of it.
+
+    Transformations that see a part of the tree take it in the place of the rules.
+    """
+
+    by_path: tuple[tuple[str, Decision], ...] = ()
+
+    def __init__(self, by_path: tuple[tuple[str, Decision], ...]):
+        super().__init__()
+        object.__setattr__(self, "by_path", by_path)
+
+    def decisions(self, params: Tree) -> list[tuple[str, Any, Decision]]:
+        """The decisions for the leaves that are there."""
+        found = dict(self.by_path)
+        leaves = flatten_with_paths(params)[0]
+        strange = [path for path, _ in leaves if path not in found]
+        if strange:
+            raise ValueError(
+                f"{strange[0]} is no parameter: the tree has leaves that the parameters do not "
+                f"have. Those are {list(found)[:8]}."
+            )
+        return [(path, leaf, found[path]) for path, leaf in leaves]
+
+    def check_all_matched(self, params: Tree) -> None:
+        """The rules were asked on the whole tree."""
 
 
 def label_params(params: Tree, rules: MatrixRules | None = None) -> Tree:
@@ -283,13 +285,3 @@ def as_rules(rules: Any) -> MatrixRules:
             f"rules must be a MatrixRules, got {rules!r}. Write MatrixRules({rules!r})."
         )
     return rules
-
-
-def is_masked(x: Any) -> bool:
-    """Tells the node that Optax leaves where a leaf was masked out.
-
-    Example:
-        >>> is_masked(optax.MaskedNode()), is_masked(None)
-        (True, False)
-    """
-    return isinstance(x, optax.MaskedNode)

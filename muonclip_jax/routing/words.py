@@ -57,7 +57,7 @@ FUSED = rf"{QKV}|query_key_value|in_proj_\w+|kv|kv_proj|to_kv|wkv(?:_[ab])?|kv_[
 GATE_UP = r"(?:gate_up|up_gate)(?:_proj)?|gate_and_up(?:_proj)?|fused_gate_up(?:_proj)?"
 MLP = (
     r"wi|wo|w[1-3]|wi_?\d|w_(?:in|out|up|down|gate|\d)|(?:up|down|gate)(?:_proj|_dense|_linear)?|"
-    r"(?:fc|ff|ffn|ffw|linear|dense|mlp)\d*(?:_.*)?|c_fc|c_proj|intermediate"
+    r"(?:fc|ff|ffn|ffw|linear|dense|mlp)\d*(?:_(?!general).*)?|c_fc|c_proj|intermediate"
 )
 RECURRENT = r"[ih][fgornz]|[ih]i|if_?|in|i|h"
 # Matrices on hidden states in every library that uses the name: two axes, and layers before them.
@@ -72,3 +72,27 @@ CONV = (
 DEPTHWISE = r".*depthwise.*|dw|(?:.*_)?(?:dw|short|causal|depth)_?conv.*|(?:.*_)?conv_?1d.*"
 PATCH = r"patch_?(?:embed|emb|ify)\w*|patchify\w*|(?:conv_)?stem\w*"
 STATE_SPACE = word("mamba|mamba2|ssm|s4|s4d|s5|s6|lru|mixer|delta|gdn|kda|mlstm|rwkv")
+LORA = "lora|lokr|loha|dora"
+LORA_BASE = r"base(?:_(?:module|layer))?"
+KV = "kv|kv_proj|to_kv"
+# What reads the hidden state of a block, and what writes it.
+READS = (
+    rf"{LINEN_QKV.split('|w(')[0]}|{OTHER_QKV}|{QKV}|{KV}|{GATE_UP}|[qkv]_einsum|q?kv_einsum|"
+    r"gating_einsum|wi|wi_?\d|w[13]|w_(?:in|up|gate)|(?:up|gate)(?:_proj|_dense|_linear)?|fc1|c_fc|"
+    r"intermediate|in_proj(?:_.*)?|query_key_value|w(?:q|kv)_a|(?:q|kv)_a_proj(?:_.*)?"
+)
+WRITES = (
+    rf"(?!proj$)(?:out|{OTHER_OUT}|{CLEAR_OUT}|attn_vec_einsum|w2|w_(?:out|down)|down(?:_proj|_dense|_linear)?|"
+    r"fc2)"
+)
+# Names of axes, as haliax, Flax and MaxText give them.
+STACK_AXIS = r"(?:.*_)?(?:layers?|stages?|repeats?|blocks?|periods?|scan)"
+BATCH_AXIS = r"(?:.*_)?(?:experts?|exp)(?:_.*)?|(?:num_)?qkv|(?:num_)?kv_stack"
+WIDTH_AXIS = r"(?:embed|emb|embedding|hidden|model|d_model|model_dim)(?:_(?!vocab).*)?"
+TABLE_AXIS = r"(?:.*_)?(?:vocab|positions?)(?:_.*)?"
+# Tables that are no tables of tokens.
+NOT_TOKENS = word(
+    "pos|position|positions|positional|posemb|posembed|wpe|type|types|segment|segments|time|layer|"
+    "relative|rel|codebook|codebooks"
+)
+KEY_VALUE = r"(?:.*_)?(?:k|v|kv|key|value|wk|wv|wkv)(?:_.*)?"

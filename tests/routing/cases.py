@@ -133,7 +133,9 @@ HUGGING_FACE = [
     Case("model/layers/0/mlp/gate_proj/kernel", (8, 32), IO),
     Case("model/layers/0/mlp/down_proj/kernel", (32, 8), IO),
     Case("model/layers/0/input_layernorm/weight", (8,), None),
-    Case("model.layers.0.self_attn.q_proj.weight", (8, 8), IO),
+    Case("model.layers.0.self_attn.q_proj.weight", (8, 8), (1, 0)),
+    Case("model.layers.0.mlp.up_proj.weight", (32, 8), (1, 0)),
+    Case("conv/weight", (16, 8, 3, 3), ((1, 2, 3), 0)),
     Case("model/layers/0/mlp/gate_up_proj/kernel", (8, 64), IO, 0, (32, 32)),
     # Mixtral, Qwen MoE and DeepSeek.
     Case("model/layers/0/block_sparse_moe/gate/kernel", (8, 4), None),
@@ -241,6 +243,7 @@ PLAIN = [
     Case("unembed", (8, 50), None),
     Case("head", (8, 50), None),
     Case("attention/out", (2, 4, 8), OUT),
+    Case("block_0/out/kernel", (2, 4, 8), OUT),
     # Whole words are compared, not parts of them.
     Case("head_mlp/kernel", (8, 32), IO),
     Case("heads/kernel", (8, 32), IO),
@@ -289,6 +292,12 @@ PLAIN = [
     Case("patch_embed/kernel", (48, 8), IO),
     Case("layers/bn/mean", (6, 8), None),
     Case("layers/norm/g", (6, 8), None),
+    Case("layers_0/kernel", (3, 3, 8, 16), ((0, 1, 2), 3)),
+    Case("down/kernel", (3, 3, 32, 64), ((0, 1, 2), 3)),
+    Case("out/kernel", (1, 1, 64, 3), ((0, 1, 2), 3)),
+    Case("layers/attention/query/kernel", (6, 8, 8), (1, 2)),
+    Case("layers/attention/out/kernel", (6, 8, 8), (1, 2)),
+    Case("layers/conv/kernel", (3, 8, 16), ((0, 1), 2)),
 ]
 
 CASES = LINEN + NNX + GEMMA + HUGGING_FACE + MAXTEXT + PLAIN
@@ -298,13 +307,7 @@ UNKNOWN = [
     ("decoder/foo/w", (8, 2, 4)),
     ("DenseGeneral_0/kernel", (8, 2, 4)),
     ("Einsum_0/kernel", (6, 2, 3)),
-    ("layers_0/kernel", (3, 3, 8, 16)),
-    ("conv/weight", (16, 8, 3, 3)),
-    ("layers/attention/query/kernel", (6, 8, 8)),
-    ("layers/attention/out/kernel", (6, 8, 8)),
     ("layers/moe/gate", (4, 8, 32)),
     ("block_3/latent_proj/kernel", (8, 2, 4)),
-    ("out/kernel", (1, 1, 64, 3)),
-    ("layers/conv/kernel", (3, 8, 16)),
     ("w", (6, 8, 8)),
 ]

@@ -151,7 +151,7 @@ def test_under_muon_a_vector_is_an_error():
 def test_under_muon_more_axes_need_a_spec():
     with pytest.raises(ValueError, match=r"embed/embedding of shape \(2, 9, 4\) reached Muon") as e:
         resolve_muon_specs({"embed": {"embedding": jnp.ones((2, 9, 4))}})
-    assert 'MatrixRules([("embed/embedding$", MatrixSpec((0, (1, 2))))])' in str(e.value)
+    assert 'MatrixRules([("^embed/embedding$", MatrixSpec((0, (1, 2))))])' in str(e.value)
     resolve_muon_specs(
         {"embed": {"embedding": jnp.ones((2, 9, 4))}},
         rules=MatrixRules([("embed/embedding$", MatrixSpec((0, (1, 2))))]),

@@ -1,0 +1,167 @@
+"""The axes of stacked layers, read from the stack."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import muonclip_jax as mc
+from muonclip_jax.routing import MatrixRules, infer_dimension_numbers
+from muonclip_jax.routing.scan_axis import check_scan_axis
+from tests.routing.test_trees import nest
+
+
+def stack(axis, layers=3, d=48, heads=6, size=8, hidden=80, nested=()):
+    """A block, as `nn.scan` stacks it on a parameter axis."""
+    shapes = {
+        "attn/query/kernel": (d, heads, size),
+        "attn/key/kernel": (d, heads, size),
+        "attn/out/kernel": (heads, size, d),
+        "mlp/wi/kernel": (d, hidden),
+        "mlp/wo/kernel": (hidden, d),
+    }
+    return {path: insert(shape, axis, layers) for path, shape in shapes.items()}
+
+
+def insert(shape, axis, length):
+    at = axis if axis >= 0 else len(shape) + 1 + axis
+    return (*shape[:at], length, *shape[at:])
+
+
+def under(name, shapes):
+    return {f"{name}/{path}": shape for path, shape in shapes.items()}
+
+
+def batch_axes(shapes, rules=None):
+    """Path -> axes that are no part of a matrix."""
+    dims = infer_dimension_numbers(_tree(shapes), rules)
+    found = {}
+    for path, shape in shapes.items():
+        node = dims
+        for name in path.split("/"):
+            node = node[name]
+        used = [a if isinstance(a, tuple) else (a,) for a in node]
+        found[path] = tuple(a for a in range(len(shape)) if all(a not in axes for axes in used))
+    return found
+
+
+def _tree(shapes):
+    return nest({path: {"shape": shape} for path, shape in shapes.items()})
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("layers", [3, 6, 48, 1], ids=["", "as heads", "as width", "one layer"])
+def test_the_axis_is_read_from_the_stack(axis, layers):
+    shapes = under("layers", stack(axis, layers))
+    expected = {path: (axis % len(shape),) for path, shape in shapes.items()}
+    assert batch_axes(shapes) == expected
+
+
+def test_every_stack_has_its_own_axis():
+    shapes = under("encoder/layers", stack(0)) | under("decoder/layers", stack(1, layers=5))
+    found = batch_axes(shapes)
+    assert {found[path] for path in found if path.startswith("encoder")} == {(0,)}
+    assert {found[path] for path in found if path.startswith("decoder")} == {(1,)}
+
+
+@pytest.mark.parametrize("axes", [(0, 1), (1, 2)])
+def test_nested_scans(axes):
+    once = stack(1 if axes == (1, 2) else 0, layers=2)
+    twice = {path: insert(shape, axes[1], 4) for path, shape in once.items()}
+    shapes = under("layers/global_layer", once) | under("layers/local_layers", twice)
+    found = batch_axes(shapes)
+    for path, batch in found.items():
+        assert batch == (axes if "local" in path else axes[:1]), path
+
+
+def test_containers_without_a_telling_name_are_stacks_too():
+    assert set(batch_axes(under("Transformer/encoderblock", stack(0))).values()) == {(0,)}
+
+
+def test_layers_beside_a_stack_are_not_stacked():
+    plain = {path: shape[1:] for path, shape in stack(0).items()}
+    shapes = under("decoder/layers", stack(1)) | under("decoder/remainder", plain)
+    found = batch_axes(shapes)
+    assert {found[path] for path in found if "remainder" in path} == {()}
+    assert {found[path] for path in found if "remainder" not in path} == {(1,)}
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"layers/up/kernel": (6, 8, 32)},
+        {"layers/up/kernel": (48, 3, 80), "layers/wi/kernel": (48, 3, 80)},
+        {"layers/w1/kernel": (8, 8, 8)},
+    ],
+    ids=["one kernel", "two kernels of one shape", "a cube"],
+)
+def test_an_open_axis_is_an_error_that_names_scan_axis(shapes):
+    with pytest.raises(ValueError, match=r"scan_axis=") as error:
+        MatrixRules().labels(_tree(shapes))
+    assert all(path in str(error.value) for path in shapes)
+    rules = MatrixRules(scan_axis=1)
+    assert set(batch_axes(shapes, rules).values()) == {(1,)}
+    rules = MatrixRules(scan_axis=[("layers", 2)])
+    assert set(batch_axes(shapes, rules).values()) == {(2,)}
+
+
+def test_pairs_of_pattern_and_axes_are_read_leaf_by_leaf():
+    shapes = {"encoder/up/kernel": (3, 8, 8), "decoder/up/kernel": (8, 3, 8)}
+    found = batch_axes(shapes, MatrixRules(scan_axis=[("encoder", 0), ("decoder", 1)]))
+    assert list(found.values()) == [(0,), (1,)]
+    with pytest.raises(ValueError, match="scan_axis="):
+        MatrixRules(scan_axis=5).labels(_tree(shapes))
+
+
+def test_a_kernel_beside_a_stack_is_read_as_the_stack():
+    shapes = under("layers", stack(1)) | {"layers/extra/up/kernel": (48, 3, 20)}
+    assert batch_axes(shapes)["layers/extra/up/kernel"] == (1,)
+
+
+def test_vectors_are_no_evidence():
+    shapes = under("layers", stack(1))
+    tree = _tree(shapes | {"layers/norm/scale": (3, 48), "layers/attn/query/bias": (3, 6, 8)})
+    assert (
+        MatrixRules().dimension_numbers(tree)["layers"]["mlp"]
+        == infer_dimension_numbers(_tree(shapes))["layers"]["mlp"]
+    )
+
+
+@pytest.mark.parametrize("bad", ["0", True, 1.5, (), [("a",)], [("a", None)], [("a", "b")]])
+def test_scan_axis_is_checked(bad):
+    with pytest.raises(TypeError, match="scan_axis must be an integer"):
+        check_scan_axis(bad)
+
+
+def test_muonclip_decides_on_the_whole_tree():
+    """The embedding tells the axis; the masked tree that Muon sees does not have it."""
+    params = {
+        "embed": {"embedding": jnp.ones((20, 6))},
+        "layers": {"up": {"kernel": jnp.ones((3, 6, 4))}, "wi": {"kernel": jnp.ones((3, 6, 4))}},
+    }
+    masked = params | {"embed": {"embedding": optax.MaskedNode()}}
+    with pytest.raises(ValueError, match="scan_axis="):
+        infer_dimension_numbers(masked)
+    tx = mc.muonclip(1e-3, qk_clip_threshold=None)
+    updates, _ = jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+def test_twelve_thousand_leaves_take_two_seconds():
+    """In a process without run-time checks of types."""
+    program = """
+import time, jax
+from muonclip_jax.routing import MatrixRules
+leaf = lambda *shape: jax.ShapeDtypeStruct(shape, "float32")
+attn = {n: {"kernel": leaf(48, 6, 8), "bias": leaf(6, 8)} for n in ("query", "key", "value")}
+mlp = {"wi": {"kernel": leaf(48, 80)}, "wo": {"kernel": leaf(80, 48)}, "norm": {"scale": leaf(48)}}
+tree = {f"layers_{i}": {"attn": attn, "mlp": mlp} for i in range(1400)}
+start = time.process_time()
+MatrixRules().decisions(tree)
+print(time.process_time() - start)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert float(done.stdout) < 2

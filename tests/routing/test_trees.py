@@ -1,0 +1,179 @@
+"""Parameter trees of real models: every leaf as the model's source uses it.
+
+`trees/<family>.json` has the path and shape of every leaf, and what it is: "adamw", "muon" with its
+axes (batch, in, out, and parts where the kernel is fused; a fused kernel left whole is right too),
+or "either" where experts differ.
+"""
+
+import functools
+import json
+import math
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from muonclip_jax._fitting import normalized_axes
+from muonclip_jax.routing import MatrixRules, MatrixSpec, normalize_spec
+
+TREES = pathlib.Path(__file__).parent / "trees"
+FAMILIES = sorted(path.stem for path in TREES.glob("*.json"))
+#: Families and leaves that are wrong or refused once modules have neutral names.
+NEED_NAMES = (TREES / "need_names.txt").read_text().split("\n")[:-1]
+#: Names of leaves that libraries give, which stay.
+LEAF_NAMES = {"kernel", "weight", "w", "bias", "b", "scale", "embedding", "offset"}
+#: Leaves whose bias says what they are, and which are refused where it is masked.
+NEED_BIAS = {"equinox_zoo": {"up/weight"}}
+
+
+@functools.cache
+def leaves_of(family):
+    return json.loads((TREES / f"{family}.json").read_text())["leaves"]
+
+
+def nest(leaves):
+    tree = {}
+    for path, leaf in leaves.items():
+        node = tree
+        *outer, last = path.split("/")
+        for name in outer:
+            node = node.setdefault(name, {})
+        node[last] = jax.ShapeDtypeStruct(tuple(leaf["shape"]), jnp.float32)
+    return tree
+
+
+def decide(leaves, rules=None):
+    """Path -> spec; leaves that are refused -> the error, and the rest is asked again."""
+    refused = {}
+    while True:
+        pairs = [(f"^{re.escape(path)}$", None) for path in refused]
+        try:
+            found = MatrixRules([*(rules or ()), *pairs]).decisions(nest(leaves))
+        except ValueError as error:
+            new = [path for path in leaves if f"  {path} of shape" in str(error)]
+            if not new:
+                raise
+            refused |= dict.fromkeys(new, str(error))
+        else:
+            return {path: decision.spec for path, _, decision in found} | refused
+
+
+def is_right(expected, spec):
+    """Whether a decision is right; a square matrix may be read transposed."""
+    if expected["expect"] == "either":
+        return spec is None or "if_muon" not in expected or _same(expected, "if_muon", spec)
+    if expected["expect"] == "adamw" or spec is None:
+        return (expected["expect"] == "adamw") == (spec is None)
+    return _same({"matrix": expected, "shape": expected["shape"]}, "matrix", spec)
+
+
+def _same(expected, key, spec):
+    shape, want = expected["shape"], expected[key]
+    spec = normalize_spec(spec, shape)
+    sides = [sorted(axes) for axes in normalized_axes(spec)]
+    square = math.prod(shape[a] for a in want["in"]) == math.prod(shape[a] for a in want["out"])
+    if sides != [want["in"], want["out"]] and not (square and sides == [want["out"], want["in"]]):
+        return False
+    if not spec.splits:
+        return True
+    [split] = spec.splits
+    parts = want.get("parts", {})
+    return (split.axis, list(split.sizes)) == (parts.get("axis"), parts.get("sizes"))
+
+
+def printed(error, path):
+    """The decisions that pasting each printed rule for a leaf gives."""
+    lines = error.split(f"  {path} of shape")[1].split("\n")[1:]
+    for line in lines:
+        if "rules=" not in line:
+            return
+        text = line.split("rules=")[1].split("  #")[0]
+        yield eval(text, {"MatrixRules": MatrixRules, "MatrixSpec": MatrixSpec})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_leaf_is_right_by_default(family):
+    leaves = leaves_of(family)
+    found = decide(leaves)
+    wrong = [
+        (path, leaf["shape"], str(found[path]))
+        for path, leaf in leaves.items()
+        if isinstance(found[path], str) or not is_right(leaf, found[path])
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_masked_tree_is_read_as_the_whole_one(family):
+    tree, rules = nest(leaves_of(family)), MatrixRules()
+    whole = {path: decision.spec for path, _, decision in rules.decisions(tree)}
+    hidden = [(f"^{re.escape(path)}$", None) for path in NEED_BIAS.get(family, ())]
+    masked = jax.tree.map(
+        lambda x, label: x if label == "muon" else optax.MaskedNode(), tree, rules.labels(tree)
+    )
+    for path, _, decision in MatrixRules(hidden).decisions(masked):
+        if path not in NEED_BIAS.get(family, ()):
+            assert decision.spec == whole[path], path
+
+
+def neutral(path, names):
+    """The path with the names of modules replaced, numbers and names of leaves kept."""
+    parts = path.split("/")
+    out = []
+    for i, part in enumerate(parts):
+        word = re.sub(r"_?\d+$", "", part)
+        number = part[len(word) :]
+        keep = part.isdigit() or (i >= len(parts) - 2 and part in LEAF_NAMES)
+        out.append(part if keep else names.setdefault(word, f"n{len(names)}") + number)
+    return "/".join(out)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_of_modules_are_needed_for_these_leaves_alone(family):
+    names = {}
+    real = {neutral(path, names): path for path in leaves_of(family)}
+    leaves = {path: leaves_of(family)[old] for path, old in real.items()}
+    found = decide(leaves)
+    wrong = set()
+    for path, leaf in leaves.items():
+        spec = found[path]
+        if isinstance(spec, str):
+            wrong.add(re.sub(r"\d+", "N", real[path]))
+        elif not is_right(leaf, spec):
+            # Never another matrix in silence: at most a table, a head, a router or a factor.
+            assert leaf["expect"] == "adamw" or real[path] == C_ATTN, real[path]
+            wrong.add(re.sub(r"\d+", "N", real[path]))
+    assert sorted(f"{family} {path}" for path in wrong) == [
+        line for line in NEED_NAMES if line.split(" ")[0] == family
+    ]
+
+
+#: Query, key and value on an axis of their own, which only its name tells from heads.
+C_ATTN = "transformer/blocks/stacked/attn/c_attn/weight/0"
+
+
+@pytest.mark.parametrize("family", ["tunix_qwen3_moe", "gemma_gemma3", "maxtext_qwen3_next"])
+def test_one_of_the_printed_rules_is_right(family):
+    names = {}
+    leaves = {neutral(path, names): leaf for path, leaf in leaves_of(family).items()}
+    errors = {}
+    for _ in range(8):
+        rules = [(f"^{re.escape(path)}$", None) for path in errors]
+        try:
+            MatrixRules(rules).decisions(nest(leaves))
+            break
+        except ValueError as error:
+            errors |= {p: str(error) for p in leaves if f"  {p} of shape" in str(error)}
+    assert errors
+    for path, error in errors.items():
+        one = {path: leaves[path]}
+        specs = [rules.decisions(nest(one))[0][2].spec for rules in printed(error, path)]
+        assert any(is_right(leaves[path], spec) for spec in specs), path
+        for rules in printed(error, path):
+            [(pattern, _)] = rules.rules
+            assert {str(x["shape"]) for p, x in leaves.items() if re.search(pattern, p)} == {
+                str(leaves[path]["shape"])
+            }
