@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
@@ -107,3 +108,4 @@ class _Shape:
     def __init__(self, shape):
         self.shape = shape
         self.ndim = len(shape)
+        self.dtype = np.dtype("float32")
