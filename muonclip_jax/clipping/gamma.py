@@ -13,10 +13,16 @@ from muonclip_jax._typing import ScalarLike
 Factors = dict[str, jax.Array]
 
 
+def at_least_float32(max_logits: Any) -> jax.Array:
+    """Returns maxima in float32, or in float64 where they are that."""
+    s = jnp.asarray(max_logits)
+    return s.astype(jnp.promote_types(s.dtype, jnp.float32))
+
+
 def is_over(max_logits: Float[Array, "..."], threshold: ScalarLike) -> Bool[Array, "..."]:
     """Returns for which heads `clip_gamma` is below 1."""
-    s = jnp.asarray(max_logits, jnp.float32)
-    tau = jnp.asarray(threshold, jnp.float32)
+    s = at_least_float32(max_logits)
+    tau = jnp.asarray(threshold, s.dtype)
     return jnp.isfinite(s) & (s > tau) & (tau > 0)
 
 
@@ -33,15 +39,15 @@ def clip_gamma(max_logits: Float[Array, "..."], threshold: ScalarLike) -> Float[
         >>> clip_gamma(jnp.asarray([150.0, 90.0, -jnp.inf]), 100.0).tolist()
         [0.6666666865348816, 1.0, 1.0]
     """
-    s = jnp.asarray(max_logits, jnp.float32)
-    tau = jnp.asarray(threshold, jnp.float32)
+    s = at_least_float32(max_logits)
+    tau = jnp.asarray(threshold, s.dtype)
     over = is_over(s, tau)
     return jnp.where(over, tau / jnp.where(over, s, 1.0), 1.0)
 
 
 def _power(gamma: jax.Array, alpha: ScalarLike) -> jax.Array:
     """Returns gamma ** alpha, exact where it is gamma or 1: a root may be off by a bit there."""
-    alpha = jnp.asarray(alpha, jnp.float32)
+    alpha = jnp.asarray(alpha, gamma.dtype)
     power = jnp.where(alpha == 1.0, gamma, gamma**alpha)
     return jnp.where((gamma == 1.0) | (alpha == 0.0), 1.0, power)
 

@@ -18,7 +18,8 @@ class QKClipInfo(NamedTuple):
     """What a clip saw and did. Its structure depends on shapes alone, so it can leave a `jit`.
 
     Attributes:
-        max_logits: Block -> largest logit of each head, `(*stack, heads)`, float32.
+        max_logits: Block -> largest logit of each head, `(*stack, heads)`, float32 or
+            wider.
         gamma: Block -> factor of each head's logits, 1 where nothing was done.
         clipped_heads: Block -> number of heads with a factor below 1, over all its layers.
     """

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 
 from muonclip_jax._paths import MAX_LOGITS, join, path_names
 from muonclip_jax._typing import Tree
 from muonclip_jax.attention import finite_first
+from muonclip_jax.clipping.gamma import at_least_float32
 
 _OUTER = ("params", "intermediates")
 
@@ -78,7 +78,7 @@ def trailing_shape(arrays: Sequence[Any]) -> tuple[int, ...]:
 
 
 def merge_recordings(arrays: Sequence[Any], shape: tuple[int, ...], path: str) -> jax.Array:
-    """Returns the maximum over recordings and over the axes before `shape`, in float32.
+    """Returns the maximum over recordings and over the axes before `shape`, in float32 or wider.
 
     Finite maxima come first: what went wrong in one piece of a batch does not hide the others.
 
@@ -99,5 +99,5 @@ def merge_recordings(arrays: Sequence[Any], shape: tuple[int, ...], path: str) -
                 f"whole logits (..., query heads, queries, keys) too. Expected {shape}: take the "
                 "maximum over all other axes first."
             )
-        reduced.append(finite_first.max_over(jnp.asarray(x, jnp.float32), range(leading)))
+        reduced.append(finite_first.max_over(at_least_float32(x), range(leading)))
     return functools.reduce(finite_first.maximum, reduced)

@@ -47,7 +47,7 @@ def _flat_row(
         shape = (*stack, leaf.repeat, segment.heads, segment.size)
         factor = factors.get(segment.role)
         if factor is None:
-            row = jnp.ones(shape, jnp.float32)
+            row = jnp.ones(shape, next(iter(factors.values())).dtype)
         else:
             factor = factor if joined else _whole(factor)
             row = jnp.broadcast_to(factor.reshape(*shape[:-1], 1), shape)

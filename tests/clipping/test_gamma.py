@@ -107,3 +107,12 @@ def test_alpha_must_lie_in_its_interval(alpha):
 def test_unknown_rule_lists_the_known_ones():
     with pytest.raises(ValueError, match="'query', 'group', 'balanced', got 'megatron'"):
         check_clip_settings(100.0, 0.5, "megatron")
+
+
+def test_factors_are_as_wide_as_the_maxima():
+    with jax.enable_x64(True):
+        maxima = np.array([150.0, 90.0, 1234.5])
+        factors = role_factors(clip_gamma(jnp.asarray(maxima), 100.0), 0.25, "query", 3)
+        expected = np.minimum(1.0, 100.0 / maxima) ** 0.25
+        np.testing.assert_allclose(factors["query"], expected, rtol=1e-15)
+        assert clip_gamma(jnp.asarray(maxima, jnp.bfloat16), 100.0).dtype == jnp.float32

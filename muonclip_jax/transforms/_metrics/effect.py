@@ -67,7 +67,9 @@ def track_clips(
     ]
     if not maxima:
         return maxima, before
-    largest = jnp.stack([finite_first.max_over(x, range(x.ndim)) for x in maxima])
+    largest = jnp.stack(
+        [finite_first.max_over(x, range(x.ndim)).astype(jnp.float32) for x in maxima]
+    )
     clipped = is_over(largest, NOTICEABLE * jnp.asarray(threshold, jnp.float32))
     fell = (before.lowest == 0) | (largest < FALL * before.lowest)
     return maxima, ClipEffect(

@@ -92,8 +92,8 @@ def measure_sample(
     for i, largest in enumerate(maxima):
         gamma = clip_gamma(largest, threshold)
         sample = sample._replace(
-            max_logit=sample.max_logit.at[i].set(largest.max()),
-            min_gamma=sample.min_gamma.at[i].set(gamma.min()),
+            max_logit=sample.max_logit.at[i].set(largest.max().astype(jnp.float32)),
+            min_gamma=sample.min_gamma.at[i].set(gamma.min().astype(jnp.float32)),
             clipped_heads=sample.clipped_heads.at[i].set(jnp.sum(gamma < 1, dtype=jnp.int32)),
         )
     return sample._replace(
