@@ -203,7 +203,8 @@ def scale_by_muon(
     ) -> tuple[optax.Updates, MuonState]:
         del params, extra_args
         specs = resolve_muon_specs(updates, weight_dimension_numbers, rules)
-        shardings = read_shardings(updates, param_shardings)
+        required_by = "Distribution(shard_momentum=True)" * options.shard_momentum
+        shardings = read_shardings(updates, param_shardings, required_by=required_by)
         momentum_shardings = _momentum_shardings(shardings, specs, options)
         before = state.mu
         if param_shardings is not None:

@@ -3,9 +3,10 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
 from tests.transforms.share import mesh_of
@@ -49,3 +50,14 @@ def test_updates_are_those_of_one_device(at: P, options: dict[str, Any]):
         assert updates[name].sharding.is_equivalent_to(shardings[name], 3)
         momentum = state.mu[name]
         assert momentum.addressable_shards[0].data.size == momentum.size // 8
+
+
+@pytest.mark.parametrize("kinds", [("Auto", "Auto"), ("Explicit", "Auto")], ids="-".join)
+def test_axes_that_cannot_be_seen_are_refused(kinds: tuple[str, str]):
+    mesh = jax.make_mesh((1, 8), ("fsdp", "data"), axis_types=tuple(AxisType[k] for k in kinds))
+    params = {"w": jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, P()))}
+    tx = mc.scale_by_muon(distribution=mc.Distribution(shard_momentum=True))
+    with jax.set_mesh(mesh):
+        state = tx.init(params)
+        with pytest.raises(ValueError, match=r"Auto axes \('data',\).*param_shardings"):
+            jax.jit(tx.update).trace(params, state)

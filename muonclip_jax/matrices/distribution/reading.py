@@ -35,7 +35,7 @@ AUTO_WARNING = (
 
 
 def read_shardings(
-    tree: Tree, param_shardings: Tree | None = None, warn: bool = True
+    tree: Tree, param_shardings: Tree | None = None, warn: bool = True, required_by: str = ""
 ) -> MeshShardings | None:
     """Finds mesh and shardings of a tree of arrays.
 
@@ -43,6 +43,7 @@ def read_shardings(
         tree: Arrays, traced or not.
         param_shardings: As in `align_shardings`; None reads them off the arrays.
         warn: Whether to warn where there are many devices and the shardings cannot be known.
+        required_by: The setting that makes this an error, if there is one.
 
     Returns:
         Mesh and shardings, or None where there is one device and no Explicit axis, or all axes are
@@ -51,14 +52,14 @@ def read_shardings(
     Raises:
         TypeError: As in `align_shardings`.
         ValueError: As in `align_shardings`; also where leaves are on different devices or meshes,
-            or are still to be summed over mesh axes.
+            or are still to be summed over mesh axes, or what is required cannot be known.
     """
     leaves = flatten_with_paths(tree)[0]
     seen = [(path, leaf, sharding_of(leaf)) for path, leaf in leaves]
     check_devices(seen)
     mesh = next((sharding.mesh for *_, sharding in seen if sharding), None)
     if param_shardings is None:
-        return None if mesh is None else _read_from_types(mesh, seen, warn)
+        return None if mesh is None else _read_from_types(mesh, seen, warn, required_by)
     check_one_mesh(seen)
     aligned = align_shardings(tree, param_shardings)
     check_one_mesh(aligned, "param_shardings at ")
@@ -78,11 +79,19 @@ def read_shardings(
     return _shardings(mesh, _axes_of_leaves(aligned), devices=given)
 
 
-def _read_from_types(mesh: Mesh | AbstractMesh, seen: Leaves, warn: bool) -> MeshShardings | None:
+def _read_from_types(
+    mesh: Mesh | AbstractMesh, seen: Leaves, warn: bool, required_by: str
+) -> MeshShardings | None:
     unseen: frozenset[str] = frozenset()
     if any(isinstance(leaf, Tracer) for _, leaf, _ in seen):
         kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
         auto = [axis for axis, kind in kinds if kind == AxisType.Auto and mesh.shape[axis] > 1]
+        if auto and required_by:
+            raise ValueError(
+                f"{required_by} needs to know the shardings of the parameters, which cannot be "
+                f"seen while tracing on a mesh with Auto axes {tuple(auto)}. Pass "
+                "param_shardings=jax.tree.map(lambda x: x.sharding, params)."
+            )
         if auto and warn:
             message = AUTO_WARNING.format(devices=mesh.size, axes=tuple(auto))
             warnings.warn(message, stacklevel=3)
