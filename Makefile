@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sweep compare bench bench-attention settings kernels notebooks docs package test test-newest test-oldest quick \
+.PHONY: help setup train sweep compare bench bench-attention settings kernels notebooks docs package test fuzz test-newest test-oldest quick \
 	format lint types floors clean
 
 help:  ## this list
@@ -92,6 +92,9 @@ package: $(READY)  ## build wheel and sdist in dist, and check what is in them
 
 test: lint types floors  ## everything that must pass: format, lint, types, floors, tests
 	$(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+fuzz: $(READY)  ## random configurations against one device and NumPy (ARGS="--seconds 600 --seed 0")
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 # The same tests with other versions of JAX, each in an environment of its own. What the newest is
 # depends on the Python: `make test-newest PYTHON=python3.13`.

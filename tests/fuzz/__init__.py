@@ -1,0 +1,1 @@
+"""Random configurations against one device and against float64 NumPy."""
