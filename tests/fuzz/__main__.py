@@ -18,9 +18,11 @@ importlib.import_module("conftest")
 
 import jax  # noqa: E402
 
-from tests.fuzz.cases import draw_case  # noqa: E402
+from tests.fuzz.checks import Outcome  # noqa: E402
+from tests.fuzz.draw import draw_case  # noqa: E402
 from tests.fuzz.programs import standalone  # noqa: E402
-from tests.fuzz.run import Outcome, run, simplified  # noqa: E402
+from tests.fuzz.run import run  # noqa: E402
+from tests.fuzz.simplify import simplified  # noqa: E402
 
 #: Compiled programs of earlier cases are of no use to later ones.
 _CLEAR_EVERY = 100

@@ -6,7 +6,7 @@ seed here has.
 
 import pytest
 
-from tests.fuzz.cases import draw_case
+from tests.fuzz.draw import draw_case
 from tests.fuzz.programs import standalone
 from tests.fuzz.run import run
 

@@ -1,0 +1,263 @@
+"""What every transformation promises, under each of JAX's own settings and on every kind of mesh.
+
+The rows of `contract_cases.ROWS` are the transformations; a configuration is a row of a table here.
+Two steps in each must give what two steps without it give.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import muonclip_jax as mc
+from tests.contract_cases import MATRICES, MAX_LOGITS, MODEL, ROWS, Row
+
+every_row = pytest.mark.parametrize("name", ROWS)
+
+#: Two programs of the same float32 mathematics, on updates and states of size one.
+TOLERANCE = 1e-5
+FAST = {"xla_backend_optimization_level": 0}
+OPTIMISED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+
+
+class Steps(NamedTuple):
+    """What two jitted steps have left.
+
+    Attributes:
+        initial: The state before.
+        params: The parameters before.
+        updates: The updates of both steps.
+        state: The state after them.
+        traces: How often the step was traced.
+    """
+
+    initial: Any
+    params: Any
+    updates: tuple[Any, Any]
+    state: Any
+    traces: int
+
+
+def two_steps(
+    row: Row,
+    tx: Any = None,
+    place: Callable[[Any], Any] = lambda tree: tree,
+    dtype: Any = jnp.float32,
+    options: Any = FAST,
+    second: Callable[[], Any] = contextlib.nullcontext,
+) -> Steps:
+    """Initialises and takes two steps, the second one under `second`."""
+    tx = row.make() if tx is None else tx
+    traces = []
+
+    @functools.partial(jax.jit, compiler_options=dict(options))
+    def step(gradients: Any, state: Any, params: Any, extra: Any) -> Any:
+        traces.append(1)
+        updates, state = tx.update(gradients, state, params, **extra)
+        return updates, state, optax.apply_updates(params, updates)
+
+    params, first, other = (place(row.tree(seed, dtype)) for seed in (0, 1, 2))
+    extra = jax.tree.map(jnp.asarray, place(row.extra_args()))
+    initial = tx.init(params)
+    updates, state, moved = step(first, initial, params, extra)
+    with second():
+        later, state, _ = step(other, state, moved, extra)
+    return Steps(initial, params, (updates, later), state, len(traces))
+
+
+@functools.cache
+def plain(name: str) -> Steps:
+    """The steps without a configuration, computed once for all tests."""
+    return two_steps(ROWS[name])
+
+
+def form(tree: Any) -> Any:
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+def check(steps: Steps, name: str) -> None:
+    """Values of the plain steps, the form of `init` and of the parameters, one trace."""
+    expected = plain(name)
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=TOLERANCE)
+    for actual, wanted in (
+        (steps.updates, expected.updates),
+        (steps.state, expected.state),
+    ):
+        jax.tree.map(lambda a, w: close(np.asarray(a, np.float64), w), actual, wanted)
+    assert form(steps.state) == form(steps.initial)
+    for updates in steps.updates:
+        assert form(updates) == form(steps.params)
+    assert steps.traces == 1
+
+
+# -- JAX's settings --
+
+SETTINGS: dict[str, Callable[[], Any]] = {
+    "debug_nans": lambda: jax.debug_nans(True),
+    "debug_infs": lambda: jax.debug_infs(True),
+}
+
+
+@every_row
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_numbers_are_checked(name: str, setting: Callable[[], Any]):
+    with setting():
+        steps = two_steps(ROWS[name])
+    check(steps, name)
+
+
+#: These show while tracing, so nothing is compiled.
+TRACING: dict[str, Callable[[], Any]] = {
+    "rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "checking_leaks": jax.checking_leaks,
+}
+
+
+@every_row
+@pytest.mark.parametrize("setting", TRACING.values(), ids=TRACING)
+def test_tracing_is_checked(name: str, setting: Callable[[], Any]):
+    row = ROWS[name]
+    params, gradients = row.tree(0), row.tree(1)
+    with setting():
+        tx = row.make()
+        state = tx.init(params)
+        update = functools.partial(jax.jit(tx.update).eval_shape, **row.extra_args())
+        updates, after = update(gradients, state, params)
+    assert form((updates, after)) == form((params, state))
+
+
+@every_row
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_64_bit_mode(name: str, dtype: str):
+    row = ROWS[name]
+    with jax.enable_x64(True):
+        steps = two_steps(row, dtype=dtype)
+        if dtype == "bfloat16":
+            # Values in 16 bits are compared where the mode is off.
+            assert form(steps.state) == form(steps.initial)
+            assert form(steps.updates[1]) == form(steps.params)
+            return
+        check(steps, name)
+
+
+@every_row
+def test_nothing_moves_between_host_and_devices(name: str):
+    check(two_steps(ROWS[name], second=lambda: jax.transfer_guard("disallow")), name)
+
+
+@every_row
+@pytest.mark.parametrize("options", [FAST, OPTIMISED], ids=["fast", "optimised"])
+def test_the_optimising_compiler(name: str, options: Any):
+    check(two_steps(ROWS[name], options=options), name)
+
+
+#: What contains no Adam: Optax's own raises under strict promotion.
+STRICT: dict[str, tuple[Any, Any]] = {
+    "scale_by_muon": (MATRICES, lambda: mc.scale_by_muon(bias_correction=True, adaptive=True)),
+    "scale_by_shape": (MATRICES, lambda: mc.scale_by_shape(consistent_rms=0.3)),
+    "qk_clip": (MODEL, lambda: mc.qk_clip(mc.clip_until(5, 95.0), alpha=0.4)),
+    "accumulate": (
+        MODEL,
+        lambda: mc.accumulate(
+            optax.sgd(0.1),
+            every=2,
+            max_logits=lambda params: MAX_LOGITS,
+            should_skip_update_fn=optax.skip_not_finite,
+        ),
+    ),
+    "metrics": (MODEL, lambda: mc.metrics(optax.sgd(0.1), every=2, qk_clip_threshold=95.0)),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("shapes", "make"), STRICT.values(), ids=STRICT)
+def test_strict_promotion(shapes: Any, make: Any, dtype: str):
+    row = Row(make, {}, shapes, ())
+    params, gradients = row.tree(0, dtype), row.tree(1, dtype)
+    extra = {"max_logits": jax.tree.map(jnp.asarray, MAX_LOGITS)} if shapes is MODEL else {}
+    with jax.numpy_dtype_promotion("strict"):
+        tx = make()
+        state = tx.init(params)
+        update = functools.partial(jax.jit(tx.update).eval_shape, **extra)
+        updates, after = update(gradients, state, params)
+    assert form(after) == form(state)
+    assert form(updates) == form(params)
+
+
+# -- meshes --
+
+KINDS = {
+    "auto": (AxisType.Auto, AxisType.Auto),
+    "explicit": (AxisType.Explicit, AxisType.Explicit),
+    "mixed": (AxisType.Explicit, AxisType.Auto),
+}
+SIZES = {1: (1, 1), 2: (2, 1), 8: (4, 2)}
+#: Kind, devices, whether `jax.set_mesh` is active, whether leaves are sharded: every pair of them.
+MESHES = [
+    ("auto", 1, True, True),
+    ("auto", 2, False, False),
+    ("auto", 8, True, False),
+    ("auto", 8, False, True),
+    ("explicit", 1, True, False),
+    ("explicit", 1, False, True),
+    ("explicit", 2, True, True),
+    ("explicit", 8, False, False),
+    ("explicit", 8, True, True),
+    ("mixed", 1, False, False),
+    ("mixed", 2, True, False),
+    ("mixed", 8, False, True),
+]
+
+
+def spec_for(shape: tuple[int, ...], sizes: tuple[int, int]) -> P:
+    """Shards the first axis that the mesh's first axis divides, and the next for its second."""
+    names: list[str | None] = [None] * len(shape)
+    free = [("x", sizes[0]), ("y", sizes[1])]
+    for axis, length in enumerate(shape):
+        if free and length % free[0][1] == 0:
+            names[axis] = free.pop(0)[0]
+    return P(*names)
+
+
+@every_row
+@pytest.mark.parametrize(
+    ("kind", "devices", "is_set", "sharded"),
+    MESHES,
+    ids=[f"{kind}-{n}{'-set' * s}{'-sharded' * h}" for kind, n, s, h in MESHES],
+)
+def test_meshes(name: str, kind: str, devices: int, is_set: bool, sharded: bool):
+    row, sizes = ROWS[name], SIZES[devices]
+    mesh = jax.make_mesh(sizes, ("x", "y"), axis_types=KINDS[kind], devices=jax.devices()[:devices])
+
+    def place(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jax.device_put(
+                x, NamedSharding(mesh, spec_for(x.shape, sizes) if sharded else P())
+            ),
+            tree,
+        )
+
+    with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
+        given = {}
+        if kind != "explicit" and name not in ("scale_by_shape", "qk_clip"):
+            # Where axes are Auto, a tracer does not know its sharding: there it is an argument.
+            given["param_shardings"] = jax.tree.map(lambda x: x.sharding, place(row.tree(0)))
+        steps = two_steps(row, row.factory(**row.traced, **given), place)
+    if not is_set:
+        # A scalar of Adam comes without a mesh and returns with one, as from optax.adam.
+        steps = steps._replace(traces=1)
+    check(steps, name)
+
+    def same_place(x: jax.Array, y: jax.Array) -> None:
+        if y.committed:
+            assert x.sharding.is_equivalent_to(y.sharding, x.ndim), (x.sharding, y.sharding)
+
+    jax.tree.map(same_place, steps.updates[1], steps.params)
+    jax.tree.map(same_place, steps.state, steps.initial)
