@@ -50,9 +50,9 @@ def two_updates(
         params: Parameters by path, float64.
         first: Gradients of the first step, by path.
         second: Gradients of the second step.
-        nudge: Relative change of the normalised singular values. What it does to the result is what
-            rounding may do: the odd quintics are steep, at the end of their interval above all,
-            where matrices of rank one lie.
+        nudge: Change of the normalised singular values. What it does to the result is what rounding
+            may do: the odd quintics are steep, at the end of their interval above all, where
+            matrices of rank one lie.
     """
     state = {path: [np.zeros_like(x), np.zeros_like(x)] for path, x in params.items()}
     params, results = dict(params), []
@@ -156,7 +156,7 @@ def _polar(options: dict[str, Any], u: np.ndarray, nudge: float) -> np.ndarray:
         left, _, right = np.linalg.svd(u, full_matrices=False)
         return left @ right
     named, steps = options["ns_coeffs"], options.get("ns_steps")
-    rows = ROWS[named][:steps] if isinstance(named, str) else (named,) * steps
+    rows = ROWS[named][:steps] if isinstance(named, str) else (named,) * options["ns_steps"]
     how = options.get("preconditioning") or _PRECONDITIONING.get(str(named), "frobenius")
     if u.shape[0] > u.shape[1]:
         return _polar(options, u.T, nudge).T
@@ -166,10 +166,14 @@ def _polar(options: dict[str, Any], u: np.ndarray, nudge: float) -> np.ndarray:
     left, s, right = np.linalg.svd(u, full_matrices=False)
     power = {"frobenius": 2, "schatten": 4, "schatten8": 8, "spectral": np.inf}.get(how)
     s = s if power is None else s / np.linalg.norm(s, power)
-    s = s * (1 + nudge)
+    # The Gram form iterates on the squares, where rounding is absolute, and all steps add to it.
+    absolute = 8 * nudge * (options["ns_method"] in ("gram", "auto"))
+    moved = np.sqrt((s * (1 + nudge)) ** 2 + absolute)
+    factor, y = np.ones_like(s), moved
     for a, b, c in rows:
-        s = a * s + b * s**3 + c * s**5
-    return (left * s) @ right
+        step = a + b * y**2 + c * y**4
+        factor, y = factor * step, y * step
+    return (left * (s * (1 + nudge) * factor)) @ right
 
 
 def _adamw(

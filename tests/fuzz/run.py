@@ -30,7 +30,7 @@ _PACKAGE = str(Path(mc.__file__).parent)
 
 def run(case: Case) -> Outcome:
     """Runs a case on the devices that there are."""
-    before = jax.config.jax_traceback_filtering
+    before = jax.config.values["jax_traceback_filtering"]
     # Filtered, an error inside of JAX would seem to come from the package's frame.
     jax.config.update("jax_traceback_filtering", "off")
     try:
