@@ -1,7 +1,6 @@
 """What every transformation promises, asked of every row of `contract_cases.ROWS`."""
 
 import functools
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from tests.contract_cases import ROWS, Row
 
@@ -284,50 +282,3 @@ def test_degenerate_gradients_stay_finite(row: Row, kind: str):
     updates, state = jitted(tx)(edge(row, kind), tx.init(params), params, **row.extra_args())
     assert_finite(updates)
     assert_finite(state)
-
-
-# -- one device equals eight --
-
-
-def spec_for(shape: tuple[int, ...]) -> P:
-    """Shards the first axis that four devices divide, and the next that two divide."""
-    names: list[str | None] = [None] * len(shape)
-    free = [("x", 4), ("y", 2)]
-    for axis, length in enumerate(shape):
-        if free and length % free[0][1] == 0:
-            names[axis] = free.pop(0)[0]
-    return P(*names)
-
-
-AXES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
-PLACES = {"replicated": lambda shape: P(), "sharded": spec_for}
-
-
-@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
-@pytest.mark.parametrize("axes", AXES.values(), ids=AXES)
-def test_one_device_equals_eight(row: Row, axes: AxisType, place: Any):
-    params, gradients, expected, expected_state = reference_of(row)
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axes, axes))
-
-    def put(tree: Any) -> Any:
-        return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, place(x.shape))), tree)
-
-    with jax.set_mesh(mesh):
-        here, there = put(params), put(gradients)
-        # Where axes are Auto, a tracer does not know its sharding: there it is an argument.
-        shardings = {"param_shardings": jax.tree.map(lambda x: x.sharding, here)}
-        tx = row.factory(
-            **row.traced,
-            **(shardings if "param_shardings" in signature(row.factory).parameters else {}),
-        )
-        state = tx.init(here)
-        extra = jax.device_put(row.extra_args(), NamedSharding(mesh, P()))
-        updates, new_state = jitted(tx)(there, state, here, **extra)
-    assert_close(updates, expected)
-    assert_close(new_state, expected_state)
-
-    def same_place(x: jax.Array, y: jax.Array) -> None:
-        assert x.sharding.is_equivalent_to(y.sharding, x.ndim), (x.sharding, y.sharding)
-
-    jax.tree.map(same_place, updates, here)
-    jax.tree.map(same_place, new_state, state)

@@ -17,7 +17,7 @@ from tests.fuzz.cases import Case
 #: the largest distance from the polynomial in float64 over the matrices of docs/quality.md.
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 7e-2, "bfloat16": 2e-1}
 #: A derivative has the slopes of all steps in it once more.
-_GRADIENT_FACTOR = 30.0
+_GRADIENT_TOLERANCE = {"float64": 1e-8, "float32": 3e-3, "float16": 0.2, "bfloat16": 0.4}
 #: By how many units in the last place the normalised singular values may be off.
 _ROUNDINGS = 8
 #: What ill-conditioned matrices may differ by in float32, from the same pages.
@@ -139,7 +139,7 @@ def _narrowest(case: Case) -> str:
 
 def tolerance(case: Case) -> float:
     """The bound of the narrowest dtype."""
-    return TOLERANCE[_narrowest(case)] * (_GRADIENT_FACTOR if case.gradient else 1)
+    return (_GRADIENT_TOLERANCE if case.gradient else TOLERANCE)[_narrowest(case)]
 
 
 def _distance(a: Any, e: Any) -> float:
