@@ -28,6 +28,10 @@ _ILL_CONDITIONED = 5e-3
 _Wanted = dict[str, tuple[np.ndarray, float]]
 
 
+#: gamma is documented as float32.
+_CLIP = 1e-6
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What came of a case.
@@ -96,19 +100,21 @@ def check_promises(space: dict[str, Any], case: Case) -> None:
         initial, params = space["initial"], space["params"]
         if "abstract" in space:
             _check_alike(space["abstract"], initial, "init of shapes", check_sharding=False)
-        sharded = not case.hidden and case.mode != "pmap" and not _left_to_the_compiler(case)
+        sharded = not case.hidden and case.mode != "pmap"
         _check_alike(state, initial, "state", sharded and case.init != "jit")
         # A wider mu_dtype widens the updates of `optax.adamw`, too.
         adam = {leaf.path for leaf in case.leaves if not leaf.dims and case.option["mu_dtype"]}
-        _check_alike(updates, params, "updates", sharded, adam)
+        _check_alike(updates, params, "updates", sharded, adam | _left_to_the_compiler(case))
     if case.mode != "eager" and len(space["traces"]) > 1:
         raise FaultError("traces", f"{len(space['traces'])} traces over two calls")
 
 
-def _left_to_the_compiler(case: Case) -> bool:
-    """Whether it chooses the sharding of clipped leaves: by the maxima, where axes are Auto."""
-    auto = any(kind == "Auto" and size > 1 for _, size, kind in case.mesh)
-    return bool(case.maxima_spec) and auto and case.mode == "jit"
+def _left_to_the_compiler(case: Case) -> set[str]:
+    """The clipped leaves, whose sharding the compiler chooses where axes are Auto."""
+    auto = any(
+        kind == "Auto" and size > 1 and name not in case.manual for name, size, kind in case.mesh
+    )
+    return set(reference.clip_factors(case)) if auto and case.maxima is not None else set()
 
 
 def _check_alike(
@@ -165,22 +171,23 @@ def check_values(actual: Any, expected: Any, case: Case, wanted: _Wanted) -> Non
 
 def expected_by_numpy(case: Case, arrays: list[dict[str, Any]]) -> _Wanted:
     """What NumPy says; empty where a gradient is asked for."""
-    bound = tolerance(case)
     if case.gradient:
         return {}
-    if case.factory == "apply_qk_clip":
-        return {f"0/{path}": (x, bound) for path, x in reference.clipped(case, arrays[0]).items()}
-    nudge = _ROUNDINGS * float(jnp.finfo(_narrowest(case)).eps)
     params, first, second = arrays
+    bound, factors = tolerance(case), {}
+    if case.maxima is not None:
+        factors = dict.fromkeys(reference.clip_factors(case), _CLIP)
+    if case.factory == "apply_qk_clip":
+        clipped = reference.clipped(case, params)
+        return {f"0/{path}": (x, max(bound, _CLIP)) for path, x in clipped.items()}
+    nudge = _ROUNDINGS * float(jnp.finfo(_narrowest(case)).eps)
     steps = reference.two_updates(case, params, first, second)
     nudged = reference.two_updates(case, params, first, second, nudge) if nudge < 1e-4 else steps
     return {
-        f"{number}/{path}": (
-            x,
-            max(bound, min(_distance(nudged[number][path], x), _ILL_CONDITIONED)),
-        )
+        f"{number}/{path}": (x, max(bound, factors.get(path, 0.0), min(moved, _ILL_CONDITIONED)))
         for number, step in enumerate(steps)
         for path, x in step.items()
+        for moved in [_distance(nudged[number][path], x)]
     }
 
 

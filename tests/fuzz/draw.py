@@ -25,7 +25,8 @@ def draw_case(seed: int) -> Case:
     if factory not in ("muonclip", "apply_qk_clip") or draw.chance(0.2):
         maxima = None if factory != "apply_qk_clip" else maxima
     manual, shared = _manual(draw, mesh, mode)
-    leaves = tuple(_placed(draw, leaf, mesh, manual, mode) for leaf in leaves)
+    if mode != "pmap":
+        leaves = tuple(_placed(draw, leaf, mesh, manual, shared) for leaf in leaves)
     named = factory == "muonclip" and all(leaf.kind != "fused" for leaf in leaves)
     auto = any(kind == "Auto" for name, _, kind in mesh if name not in manual)
     rest = mode in ("jit", "eager") or (mode == "shard_map" and len(manual) < len(mesh))
@@ -51,7 +52,8 @@ def draw_case(seed: int) -> Case:
     if case.factory != "apply_qk_clip" and names and draw.chance(0.6):
         case = dataclasses.replace(case, distribution=draw_distribution(draw, names))
     explicit = any(kind == "Explicit" and size > 1 for _, size, kind in mesh)
-    if case.gradient or mode == "pmap" or (explicit and not case.set_mesh):
+    plain = case.gradient or mode == "pmap" or factory == "apply_qk_clip"
+    if plain or (explicit and not case.set_mesh):
         # The last: without a mesh neither optax.adam's init nor a jit of it can know the devices.
         case = dataclasses.replace(case, init="eager")
     if mode == "shard_map" and ("shard_momentum", True) in case.distribution:
@@ -101,20 +103,21 @@ def _placed(
     leaf: Leaf,
     mesh: tuple[tuple[str, int, str], ...],
     manual: tuple[str, ...],
-    mode: str,
+    shared: tuple[str, ...],
 ) -> Leaf:
     """Draws the leaf's PartitionSpec: what divides evenly, as JAX demands.
 
     Axes of a `shard_map` shard dimensions that count matrices alone: a device has whole matrices.
+    Along shared axes all devices have the same.
     """
-    if mode == "pmap" or draw.chance(0.25):
+    if draw.chance(0.25):
         return leaf
     entries: list[list[str]] = [[] for _ in leaf.shape]
     left = list(leaf.shape)
     for name, size, _ in draw.shuffled(mesh):
         allowed = range(len(left))
         if name in manual:
-            if leaf.kind in ("attention", "bias"):
+            if name in shared or leaf.kind in ("attention", "bias"):
                 continue
             allowed = leaf.batch
         fitting = [i for i in allowed if left[i] % size == 0]

@@ -65,7 +65,7 @@ def two_updates(
             elif case.factory == "muonclip":
                 updates[leaf.path] = _adamw(case, *arguments)
         if case.maxima is not None:
-            for path, factor in _clip_factors(case).items():
+            for path, factor in clip_factors(case).items():
                 p, u = params[path], updates[path]
                 updates[path] = np.where(factor != 1, factor * (p + u) - p, u)
         results.append(updates)
@@ -75,13 +75,14 @@ def two_updates(
 
 def clipped(case: Case, params: dict[str, Any]) -> dict[str, Any]:
     """Returns the parameters after the clip alone."""
-    factors = _clip_factors(case)
+    factors = clip_factors(case)
     return {path: x * factors.get(path, 1.0) for path, x in params.items()}
 
 
 def _rate(case: Case, number: int) -> float:
     value = case.option["learning_rate"]
-    return value if isinstance(value, float) else 0.1 - 0.025 * number
+    # Numbers that float32 has, as Optax computes schedules in it.
+    return value if isinstance(value, float) else 0.125 - 0.03125 * number
 
 
 def _decays(case: Case, leaf: Leaf) -> bool:
@@ -114,7 +115,7 @@ def _muon(
         u = beta * corrected(m, number + 2) + (1 - beta) * corrected(g, number + 1)
     result = np.zeros_like(u)
     for place, shape in _matrices(leaf):
-        result[place] = _polar(options, u[place].reshape(shape), nudge).reshape(u[place].shape)
+        result[place] = _polar(case, u[place].reshape(shape), nudge).reshape(u[place].shape)
     if options.get("adaptive"):
         result = np.sum(u * result) * result
     if case.factory == "scale_by_muon":
@@ -151,7 +152,8 @@ def _matrices(leaf: Leaf) -> Iterator[tuple[Any, tuple[int, int]]]:
         start += size
 
 
-def _polar(options: dict[str, Any], u: np.ndarray, nudge: float) -> np.ndarray:
+def _polar(case: Case, u: np.ndarray, nudge: float) -> np.ndarray:
+    options = case.option
     if options["ns_method"] == "svd":
         left, _, right = np.linalg.svd(u, full_matrices=False)
         return left @ right
@@ -159,13 +161,15 @@ def _polar(options: dict[str, Any], u: np.ndarray, nudge: float) -> np.ndarray:
     rows = ROWS[named][:steps] if isinstance(named, str) else (named,) * options["ns_steps"]
     how = options.get("preconditioning") or _PRECONDITIONING.get(str(named), "frobenius")
     if u.shape[0] > u.shape[1]:
-        return _polar(options, u.T, nudge).T
+        return _polar(case, u.T, nudge).T
     if how == "aol":
         # Invariant to scale; every row is divided by the root of its sum in |U U^T|.
         u = u / np.sqrt(np.abs(u @ u.T).sum(1, keepdims=True))
     left, s, right = np.linalg.svd(u, full_matrices=False)
     power = {"frobenius": 2, "schatten": 4, "schatten8": 8, "spectral": np.inf}.get(how)
-    s = s if power is None else s / np.linalg.norm(s, power)
+    if power is not None:
+        absolute = not options.get("relative_eps", case.factory != "muon")
+        s = s / (np.linalg.norm(s, power) + 1e-8 * (absolute and how in ("frobenius", "spectral")))
     # The Gram form iterates on the squares, where rounding is absolute, and all steps add to it.
     absolute = 8 * nudge * (options["ns_method"] in ("gram", "auto"))
     moved = np.sqrt((s * (1 + nudge)) ** 2 + absolute)
@@ -186,8 +190,8 @@ def _adamw(
     return -_rate(case, number) * (mean / (np.sqrt(square) + 1e-8) + decay * p)
 
 
-def _clip_factors(case: Case) -> dict[str, np.ndarray]:
-    """What the clip multiplies queries and keys by, by path."""
+def clip_factors(case: Case) -> dict[str, np.ndarray]:
+    """Returns what the clip multiplies queries and keys by, by path."""
     prefix = "" if case.factory == "apply_qk_clip" else "qk_clip_"
     threshold, alpha, shared_keys = (
         case.option[prefix + name] for name in ("threshold", "alpha", "shared_keys")

@@ -21,7 +21,7 @@ def draw_options(draw: Draw, factory: str, x64: bool, clip: bool) -> tuple[tuple
         options["bias_correction"] = draw.chance(0.4)
         options["relative_eps"] = draw.chance(0.8)
         return tuple(options.items())
-    options["learning_rate"] = draw.choice(0.1, "optax.linear_schedule(0.1, 0.05, 2)")
+    options["learning_rate"] = draw.choice(0.1, "optax.linear_schedule(0.125, 0.0625, 2)")
     options["weight_decay"] = draw.choice(0.0, 0.3)
     options["consistent_rms"] = draw.choice(0.2, None)
     options["weight_decay_mask"] = draw.weighted({None: 7, "tree": 1, "function": 1})
