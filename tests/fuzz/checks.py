@@ -160,7 +160,11 @@ def _distance(a: Any, e: Any) -> float:
 def check_values(actual: Any, expected: Any, case: Case, wanted: _Wanted) -> None:
     """Compares with one device."""
     what = "gradients differ" if case.gradient else "results differ"
+    # Adam's first step is the sign of the gradient: its derivative is rounding.
+    signs = {f"0/{leaf.path}" for leaf in case.leaves if case.gradient and not leaf.dims}
     for (path, a), (_, e) in zip(_paths(actual), _paths(expected), strict=True):
+        if path in signs:
+            continue
         a = a[0] if case.mode == "pmap" else a
         if jnp.issubdtype(e.dtype, jnp.integer):
             if not np.array_equal(a, e):
