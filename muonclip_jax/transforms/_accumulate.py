@@ -27,6 +27,7 @@ from muonclip_jax.attention.maxima import merge_max_logits
 from muonclip_jax.matrices import MeshShardings, place, read_shardings
 from muonclip_jax.transforms._checks import check_every, value_at
 from muonclip_jax.transforms._inputs import transformation
+from muonclip_jax.transforms._placing import place_tree
 from muonclip_jax.transforms._recorded import forms_of, read_recorded
 
 #: What `optax.MultiSteps` takes by this name: of the gradients, the number of steps so far and the
@@ -149,20 +150,23 @@ def accumulate(
         skip_state: Any = ()
         if should_skip_update_fn is not None:
             zeros = optax.tree.zeros_like(params)
-            _, skip_state = jax.eval_shape(should_skip_update_fn, zeros, count, params)
+            _, forms_of_skip = jax.eval_shape(should_skip_update_fn, zeros, count, params)
+            # Without the mesh of `params`, whose devices a traced shape does not know.
+            skip_state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), forms_of_skip)
         mean = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_wide(p)), params)
         maxima = jax.tree.map(jnp.zeros_like, forms)
-        shardings = read_shardings(params, param_shardings, warn=False)
+        shardings = _mesh_shardings(params, param_shardings)
         # Two arrays, for a state whose leaves share memory cannot be donated.
         counts = (count, jnp.copy(count))
-        mean, (maxima, counts) = _placed(mean, (maxima, counts), shardings)
+        mean = place_tree(mean, shardings)
+        maxima, counts, skip_state = _everywhere((maxima, counts, skip_state), shardings)
         return AccumulateState(
             mini_step=counts[0],
             gradient_step=counts[1],
             gradients=mean,
             max_logits=maxima,
             inner_state=inner.init(params),
-            skip_state=jax.tree.map(jnp.zeros_like, skip_state),
+            skip_state=skip_state,
         )
 
     def update_fn(
@@ -173,8 +177,9 @@ def accumulate(
         max_logits: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, AccumulateState]:
-        shardings = read_shardings(updates, param_shardings, warn=False)
+        shardings = _mesh_shardings(updates, param_shardings)
         recorded, rebuild = read_recorded(max_logits, state.max_logits)
+        recorded = _everywhere(recorded, shardings)
         first = state.mini_step == 0
         mean = jax.tree.map(
             lambda g, m: _mean(g, m, first, state.mini_step), updates, state.gradients
@@ -195,7 +200,8 @@ def accumulate(
                 (mean, maxima, mini_step),
                 (state.gradients, state.max_logits, state.mini_step),
             )
-        mean, (maxima, mini_step) = _placed(mean, (maxima, mini_step), shardings)
+        mean = place_tree(mean, shardings)
+        maxima, mini_step = _everywhere((maxima, mini_step), shardings)
         complete = mini_step >= value_at(every, state.gradient_step)
 
         def act(mean: Any, maxima: Any, inner_state: Any, params: Any) -> tuple[Any, Any]:
@@ -257,13 +263,15 @@ def _boolean(skip: Any) -> jax.Array:
     return skip
 
 
-def _placed(mean: Tree, whole: Tree, shardings: MeshShardings | None) -> tuple[Tree, Tree]:
-    """Returns the mean where the parameters are, and small things whole on every device."""
-    if shardings is None or shardings.inside_manual:
-        return mean, whole
-    leaves, structure = jax.tree.flatten(mean)
-    leaves = [place(x, to) for x, to in zip(leaves, shardings.shardings(), strict=True)]
+def _mesh_shardings(tree: Tree, param_shardings: Tree | None) -> MeshShardings | None:
+    """Returns the shardings of `tree`, None inside of `shard_map`, where arrays are local."""
+    shardings = read_shardings(tree, param_shardings, warn=False)
+    return None if shardings is None or shardings.inside_manual else shardings
+
+
+def _everywhere(tree: Tree, shardings: MeshShardings | None) -> Tree:
+    """Returns small arrays replicated over the mesh."""
+    if shardings is None:
+        return tree
     everywhere = NamedSharding(shardings.mesh, PartitionSpec())
-    return jax.tree.unflatten(structure, leaves), jax.tree.map(
-        lambda x: place(x, everywhere), whole
-    )
+    return jax.tree.map(lambda x: place(x, everywhere), tree)

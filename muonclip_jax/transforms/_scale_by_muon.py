@@ -298,4 +298,5 @@ def _momentum_shardings(
 
 
 def _correction(beta: ScalarLike, count: jax.Array) -> jax.Array:
-    return 1 - jax.lax.pow(jnp.asarray(beta, jnp.float32), count)
+    wide = jax.dtypes.canonicalize_dtype(jnp.float64)
+    return 1 - jax.lax.pow(jnp.asarray(beta, wide), count)

@@ -59,19 +59,26 @@ def spread_momentum(
         Rajbhandari et al. 2020, "ZeRO", arXiv 1910.02054; Liu et al. 2025, arXiv 2502.16982,
         Algorithm 1.
     """
+    kinds = dict(zip(shardings.mesh.axis_names, shardings.mesh.axis_types, strict=True))
+    auto = {name for name, kind in kinds.items() if kind == AxisType.Auto}
     leaves = []
     for shape, spec, axes in zip(shapes, specs, shardings.leaves, strict=True):
         cut = {split.axis for split in spec.splits}
         candidates = [axis for dims in spec.dims for axis in axes_tuple(dims) if axis not in cut]
         leaf = list(axes)
-        for name, size in shardings.sizes:
+        # JAX lists the Explicit axes of a dimension before the Auto ones.
+        for name, size in sorted(shardings.sizes, key=lambda pair: pair[0] in auto):
             if size == 1 or name in shardings.slow or any(name in names for names in leaf):
                 continue
             lengths = {
                 axis: shape[axis] // math.prod(dict(shardings.sizes)[other] for other in leaf[axis])
                 for axis in candidates
             }
-            fitting = [axis for axis in candidates if lengths[axis] % size == 0]
+            fitting = [
+                axis
+                for axis in candidates
+                if lengths[axis] % size == 0 and (name in auto or not auto.intersection(leaf[axis]))
+            ]
             if fitting:
                 longest = max(fitting, key=lengths.__getitem__)
                 leaf[longest] = (*leaf[longest], name)
