@@ -25,7 +25,7 @@ from muonclip_jax.transforms._checks import (
 )
 from muonclip_jax.transforms._inputs import transformation
 from muonclip_jax.transforms._moments import check_moment_dtype, with_checked_moments
-from muonclip_jax.transforms._placing import init_on_mesh
+from muonclip_jax.transforms._placing import on_mesh
 from muonclip_jax.transforms._scale_by_muon import WeightDimNumOrFn
 
 
@@ -197,7 +197,7 @@ def muon(
             mu_dtype=mu_dtype,
             nesterov=nesterov,
         )
-        adam = with_checked_moments(init_on_mesh(adamw, param_shardings), mu_dtype)
+        adam = with_checked_moments(on_mesh(adamw, param_shardings), mu_dtype)
         return optax.partition({"muon": muon, "adam": adam}, labels)
 
     build({})  # checks the settings now

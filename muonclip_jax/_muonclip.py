@@ -25,7 +25,7 @@ from muonclip_jax.transforms._checks import (
 )
 from muonclip_jax.transforms._inputs import transformation
 from muonclip_jax.transforms._moments import check_moment_dtype, with_checked_moments
-from muonclip_jax.transforms._placing import init_on_mesh
+from muonclip_jax.transforms._placing import on_mesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -256,7 +256,7 @@ def muonclip(
         )
         adamw = optax.chain(
             with_checked_moments(
-                init_on_mesh(
+                on_mesh(
                     optax.scale_by_adam(b1=adam_b1, b2=adam_b2, eps=adam_eps, mu_dtype=mu_dtype),
                     param_shardings,
                 ),
@@ -283,7 +283,7 @@ def muonclip(
             shared_keys=qk_clip_shared_keys,
             blocks=qk_clip_blocks,
         )
-        chained = optax.chain(routed, clip)
+        chained = on_mesh(optax.chain(routed, clip), param_shardings, state=False)
 
     return transformation("muonclip", chained.init, chained.update, one_tree=True)
 

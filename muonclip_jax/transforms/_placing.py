@@ -39,30 +39,46 @@ def zeros_on_mesh(
     return jax.tree.unflatten(treedef, zeros)
 
 
-def init_on_mesh(
-    tx: optax.GradientTransformation, param_shardings: Any
+def on_mesh(
+    tx: optax.GradientTransformation, param_shardings: Any, *, state: bool = True
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns `tx` with a state that is sharded as `param_shardings` says, counts replicated.
+    """Returns `tx` with updates and state that are sharded as `param_shardings` says.
 
-    Optax makes zeros like the parameters. Under jit, where the axes of a mesh are Auto, those do
-    not say how they are sharded, and the zeros are replicated.
+    Where the axes of a mesh are Auto, Optax's zeros under jit do not say how they are sharded and
+    are replicated, and the compiler chooses how an update leaves them.
+
+    Args:
+        tx: The transformation; its state holds trees of parameters, and counts.
+        param_shardings: As for `scale_by_muon`.
+        state: Whether the state is placed too; counts are replicated.
     """
     tx = optax.with_extra_args_support(tx)
+    if param_shardings is None:
+        return tx
 
-    def init_fn(params: optax.Params) -> Any:
-        state = tx.init(params)
-        if param_shardings is None:
-            return state
-        shardings = read_shardings(params, param_shardings, warn=False)
-        if shardings is None or shardings.inside_manual:
-            return state
+    def placed(tree: Any, like: optax.Params) -> Any:
+        shardings = read_shardings(like, param_shardings, warn=False)
+        if shardings is None or shardings.inside_manual or not state:
+            return tree
         everywhere = NamedSharding(shardings.mesh, PartitionSpec())
         return optax.tree.map_params(
             tx,
             place,
-            state,
-            jax.tree.unflatten(jax.tree.structure(params), shardings.shardings()),
+            tree,
+            jax.tree.unflatten(jax.tree.structure(like), shardings.shardings()),
             transform_non_params=lambda x: place(x, everywhere),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, tx.update)
+    def init_fn(params: optax.Params) -> Any:
+        return placed(tx.init(params), params)
+
+    def update_fn(
+        updates: optax.Updates, before: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        shardings = read_shardings(updates, param_shardings, warn=False)
+        new, after = tx.update(updates, before, params, **extra_args)
+        if shardings is None or shardings.inside_manual:
+            return new, after
+        return place_tree(new, shardings), placed(after, updates)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
