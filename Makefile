@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sweep compare bench bench-attention settings kernels notebooks docs package test fuzz test-newest test-oldest quick \
+.PHONY: help setup train sweep compare bench bench-attention settings kernels notebooks docs package test test-all fuzz test-newest test-oldest quick \
 	format lint types floors clean
 
 help:  ## this list
@@ -90,13 +90,20 @@ package: $(READY)  ## build wheel and sdist in dist, and check what is in them
 	$(BIN)/python -m build --no-isolation --outdir dist
 	$(BIN)/python tools/check_package.py dist
 
-test: lint types floors  ## everything that must pass: format, lint, types, floors, tests
-	$(BIN)/python -m pytest -q -n 2 $(ARGS)
+test: lint types floors  ## what every change must pass: format, lint, types, floors, tests
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 fuzz: $(READY)  ## random configurations against one device and NumPy (ARGS="--seconds 600 --seed 0")
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
-# The same tests with other versions of JAX, each in an environment of its own. What the newest is
+# The annotations of shapes and types are checked at run time here alone: it costs a quarter more.
+CHECKED := --jaxtyping-packages=muonclip_jax,beartype.beartype
+
+test-all: lint types floors  ## also what is slow: every example, notebooks, the site, the package, ten minutes of fuzz
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(CHECKED) $(ARGS)
+	$(BIN)/python -m tests.fuzz --seconds 600
+
+# All tests with other versions of JAX, each in an environment of its own. What the newest is
 # depends on the Python: `make test-newest PYTHON=python3.13`.
 .venv-newest/.ready .venv-oldest/.ready: .venv-%/.ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or later was found. Install one, or say make PYTHON=/path/to/python." >&2; exit 1; }
@@ -108,10 +115,10 @@ fuzz: $(READY)  ## random configurations against one device and NumPy (ARGS="--s
 	@touch $@
 
 test-newest: .venv-newest/.ready  ## the tests with the newest JAX that this PYTHON can have
-	.venv-newest/bin/python -m pytest -q -n 2 $(ARGS)
+	.venv-newest/bin/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 test-oldest: .venv-oldest/.ready  ## the tests with the oldest versions that pyproject.toml allows
-	.venv-oldest/bin/python -m pytest -q -n 2 $(ARGS)
+	.venv-oldest/bin/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 # The folders whose tests compile little. What a change is about runs beside them by
 # `make quick ARGS=tests/attention`.

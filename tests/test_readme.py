@@ -32,11 +32,3 @@ def test_links_lead_somewhere():
             assert target[1:] in anchors, target
         else:
             assert (ROOT / target.split("#")[0]).exists(), target
-
-
-def test_the_comparison_has_a_row_for_each():
-    section = README.split("## Beside other implementations")[1].split("\n## ")[0]
-    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
-    widths = {len(row) for row in rows[2:]}
-    assert widths == {6}
-    assert len(rows) == 2 + 11

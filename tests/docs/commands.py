@@ -138,7 +138,7 @@ COMMANDS: dict[str, Run | Covered] = {
         f"{_BENCH}::test_the_report_writes_pages",
         ("benchmarks/clip_cost.py", "benchmarks/attention_recording.py", "benchmarks/report.py"),
     ),
-    r"make test": Covered(f"{_HERE}::test_what_ci_runs_is_make_test", ("pytest",)),
+    r"make test(-all)?": Covered(f"{_HERE}::test_what_ci_runs_is_make_test", ("pytest",)),
     r"make quick": Covered(f"{_HERE}::test_what_ci_runs_is_make_test", ("pytest",)),
     r"make test-(newest|oldest)( PYTHON=\S+)?": Covered(
         "tests/package/test_versions.py::test_constraints_for_other_versions", ("pytest",)

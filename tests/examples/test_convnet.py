@@ -64,6 +64,7 @@ def test_a_batch_moves_an_image_by_a_pixel_at_most():
     assert len(seen) == 9
 
 
+@pytest.mark.slow
 def test_smoke_prints_who_trains_what_and_draws(tmp_path):
     picture, result = tmp_path / "convnet.png", tmp_path / "result.json"
     done = run("train_convnet.py", "--smoke", "--picture", picture, "--optimizers", "muon", "sgd")

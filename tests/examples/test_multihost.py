@@ -30,6 +30,9 @@ from tests.examples.cluster import (
 )
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory) -> dict[str, str]:
     """What every process gets: a compilation cache, as the same programs run many times."""
@@ -52,7 +55,7 @@ def text(tmp_path_factory) -> Path:
     return file
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, 4])
 def runs(request: Any, tmp_path_factory: Any, shared: dict[str, str], text: Path) -> dict[str, Any]:
     """One run without a break, and one whose last process was killed, as it lies there."""
     count = request.param
@@ -141,7 +144,6 @@ def test_one_process_restores_the_bits_that_many_held(runs: dict[str, Any], devi
         assert compared[path] >= leaf.size, path
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_where_the_devices_do_not_divide_the_batch(
     runs: dict[str, Any], shared: dict[str, str]
 ):
@@ -170,7 +172,6 @@ def test_devices_that_would_do_nothing_are_refused(tmp_path: Path, shared: dict[
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_processes_that_are_told_to_end_save_the_same_step(
     tmp_path: Path, shared: dict[str, str], text: Path
 ):
@@ -233,13 +234,6 @@ def test_the_page_starts_two_processes(tmp_path: Path, shared: dict[str, str]):
     for number in range(2):
         assert f"[{number}] held-out loss" in done.stdout
     assert (tmp_path / "run" / "checkpoints" / "20").exists()
-
-
-def test_the_code_of_the_page_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/multihost.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(compile(block, "multihost.md", "exec"), {})
 
 
 def test_without_a_cluster_it_says_what_to_write(shared: dict[str, str]):

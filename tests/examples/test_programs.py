@@ -73,6 +73,7 @@ def test_a_run_leaves_what_it_says(whole):
     assert list((whole.parent / "t" / "train_lm").glob("events.out.tfevents.*"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_numbers(whole, tmp_path):
     options = (*SMALL, "--threshold", "2", "--runs", tmp_path)
     folder = tmp_path / "train_lm"
@@ -101,6 +102,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(whole, tmp_path):
     assert (folder / "sample.txt").read_bytes() == (whole / "sample.txt").read_bytes()
 
 
+@pytest.mark.slow
 def test_own_files_and_another_optimizer(tmp_path):
     (tmp_path / "own.txt").write_text("the quick brown fox jumps over the lazy dog. " * 1000)
     done = run(
