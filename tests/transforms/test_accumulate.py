@@ -287,9 +287,10 @@ def test_multi_steps_hands_on_the_last_maxima_only():
     clip = optax.chain(optax.sgd(1.0), mc.qk_clip(threshold=100.0))
     plain, _ = run(optax.MultiSteps(optax.sgd(1.0), 3), [{"gradients": g} for g in GRADIENTS])
     lost, _ = run(optax.MultiSteps(clip, 3), CALLS)
-    assert_equal(lost[-1], plain[-1])
+    assert_close(lost[-1], plain[-1])  # the last bit: two programs
     ours, _ = run(mc.accumulate(clip, 3, max_logits=FORM), CALLS)
-    assert np.abs(ours[-1]["attn"]["key"]["kernel"] - plain[-1]["attn"]["key"]["kernel"]).min() > 0
+    kernels = [u["attn"]["key"]["kernel"] for u in (ours[-1], plain[-1])]
+    assert np.abs(kernels[0] - kernels[1]).min() > 1e-4
 
 
 def test_multi_steps_is_right_with_maxima_that_were_merged_before():

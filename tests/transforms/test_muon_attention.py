@@ -278,36 +278,49 @@ def matrices_only(params: Any, rules: mc.MatrixRules) -> optax.GradientTransform
     return optax.multi_transform({"muon": muon(rules), "adamw": optax.identity()}, rules.labels)
 
 
+#: Blocks that have the same rules are one tree, and one program.
+FAMILIES = {
+    name: [case for case in CASES.values() if case.rules == CASES[name].rules]
+    for name in (
+        "linen, merged", "linen, split", "linen, heads", "llama, heads", "falcon, split",
+        "own names, heads", "own names, gate by group",
+    )
+}  # fmt: skip
+
+
 STACKED = [
-    pytest.param(name, (2,), axis, marks=() if "latent, heads" in name else pytest.mark.slow)
-    for name, case in CASES.items()
+    pytest.param(name, (2,), axis, marks=() if name == "linen, heads" else pytest.mark.slow)
+    for name in FAMILIES
     for axis in (0, 1)
-    if "blocks" not in case.rules  # names of one's own say nothing about stacked layers
+    if "own names" not in name  # those say nothing about stacked layers
 ]
 
 
 @pytest.mark.parametrize(
-    ("name", "stack", "scan_axis"), [*((name, (), 0) for name in CASES), *STACKED]
+    ("family", "stack", "scan_axis"), [*((name, (), 0) for name in FAMILIES), *STACKED]
 )
-def test_every_piece_is_a_matrix_of_its_own(name, stack, scan_axis):
-    case = CASES[name]
-    rules = mc.MatrixRules(scan_axis=scan_axis, **case.rules)
-    grads = tree_of(case.shapes, "layers" if stack else "layers_0", stack, scan_axis)
+def test_every_piece_is_a_matrix_of_its_own(family, stack, scan_axis):
+    rules = mc.MatrixRules(scan_axis=scan_axis, **CASES[family].rules)
+    container = "layers" if stack else "layers_0"
+    grads = {
+        f"model_{number}": tree_of(case.shapes, container, stack, scan_axis)
+        for number, case in enumerate(FAMILIES[family])
+    }
     tx: Any = matrices_only(grads, rules)
     updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.asarray, grads), tx.init(grads), grads)
-    for leaf, shape in case.shapes.items():
-        *modules, last = ("layers" if stack else "layers_0", "attn", *leaf.split("/"))
-        got, given = updates, grads
-        for module in (*modules, last):
-            got, given = got[module], given[module]
-        if last == "bias":
-            np.testing.assert_array_equal(got, given)
-            continue
-        outputs = 2 if len(shape) == 3 and not leaf.startswith(("out", "o_", "attn_v")) else 1
-        layers = np.moveaxis(given, scan_axis, 0) if stack else given[None]
-        expected = np.stack([by_hand(x, case.pieces.get(leaf), outputs, 0.2) for x in layers])
-        expected = np.moveaxis(expected, 0, scan_axis) if stack else expected[0]
-        np.testing.assert_allclose(got, expected, atol=1e-5, err_msg=leaf)
+    for number, case in enumerate(FAMILIES[family]):
+        for leaf, shape in case.shapes.items():
+            got, given = updates[f"model_{number}"], grads[f"model_{number}"]
+            for module in (container, "attn", *leaf.split("/")):
+                got, given = got[module], given[module]
+            if leaf.endswith("bias"):
+                np.testing.assert_array_equal(got, given)
+                continue
+            outputs = 2 if len(shape) == 3 and not leaf.startswith(("out", "o_", "attn_v")) else 1
+            layers = np.moveaxis(given, scan_axis, 0) if stack else given[None]
+            expected = np.stack([by_hand(x, case.pieces.get(leaf), outputs, 0.2) for x in layers])
+            expected = np.moveaxis(expected, 0, scan_axis) if stack else expected[0]
+            np.testing.assert_allclose(got, expected, atol=1e-5, err_msg=f"{number}: {leaf}")
 
 
 def test_parts_differ_from_the_whole():
