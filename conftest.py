@@ -6,23 +6,20 @@ import os
 from importlib.metadata import version
 
 # Programs here are tiny and run once or twice, so the time goes into compiling them: LLVM does not
-# optimize, and each program is one module for it.
-FLAGS = [
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_parallel_codegen_split_count=1",
-]
-# The older emitter of fused loops compiles four times as fast. Later versions of XLA have only the
-# newer one, and stop at a flag that they do not know.
-if version("jaxlib").startswith("0.10."):
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+# optimize, and each program is one module for it. The older emitter of fused loops compiles four
+# times as fast; later versions of XLA have only the newer one, and stop at an unknown flag.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    + " --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
+    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else "")
+)
 
 import hypothesis
 import jax
 
 jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_traceback_in_locations_limit", 0)  # lowers faster
 
 # The same examples on every run, and no deadline: the first one of a shape compiles.
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, database=None)

@@ -29,7 +29,6 @@ from tests.examples.cluster import (
     saved_state,
 )
 
-
 pytestmark = pytest.mark.slow
 
 
