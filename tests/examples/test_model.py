@@ -8,20 +8,22 @@ from common.model import GPT, ModelConfig, next_byte_loss, rotate
 from common.sample import sample
 
 CONFIG = ModelConfig(layers=2, width=32, hidden=64)
+loss = jax.jit(next_byte_loss, static_argnums=0)
+apply = jax.jit(GPT.apply, static_argnums=0)
 
 
 @pytest.fixture(scope="module")
 def model_and_params():
     model = GPT(CONFIG)
-    return model, model.init(jax.random.key(0), jnp.zeros((1, 12), jnp.uint8))["params"]
+    return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 12), jnp.uint8))["params"]
 
 
 def test_a_later_byte_changes_no_earlier_logit(model_and_params):
     model, params = model_and_params
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 256).astype(jnp.uint8)
     changed = tokens.at[:, 7].set(tokens[:, 7] ^ 1)
-    before = model.apply({"params": params}, tokens)
-    after = model.apply({"params": params}, changed)
+    before = apply(model, {"params": params}, tokens)
+    after = apply(model, {"params": params}, changed)
     np.testing.assert_array_equal(before[:, :7], after[:, :7])
     assert (before[:, 7:] != after[:, 7:]).any()
 
@@ -29,7 +31,7 @@ def test_a_later_byte_changes_no_earlier_logit(model_and_params):
 def test_every_layer_records_one_maximum_a_query_head(model_and_params):
     model, params = model_and_params
     tokens = jax.random.randint(jax.random.key(1), (2, 13), 0, 256).astype(jnp.uint8)
-    _, recorded = next_byte_loss(model, params, tokens)
+    _, recorded = loss(model, params, tokens)
     assert set(recorded) == {f"block_{layer}" for layer in range(CONFIG.layers)}
     for block in recorded.values():
         (maxima,) = block["attention"]["max_logits"]
@@ -41,7 +43,7 @@ def test_recorded_maxima_are_those_of_the_definition(model_and_params):
     """Block 0 again in float64 NumPy, one pair of positions at a time."""
     model, params = model_and_params
     tokens = np.asarray(jax.random.randint(jax.random.key(2), (1, 9), 0, 256))
-    _, recorded = next_byte_loss(model, params, jnp.asarray(tokens, jnp.uint8))
+    _, recorded = loss(model, params, jnp.asarray(tokens, jnp.uint8))
     as64 = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     block = as64["block_0"]
     x = as64["embed"]["embedding"][tokens[0, :-1]]
@@ -94,6 +96,6 @@ def test_a_cold_sample_is_the_most_likely_continuation(model_and_params):
     text = list(b"def ")
     for _ in range(8):
         window = jnp.asarray([text[-6:]], jnp.uint8)
-        text.append(int(model.apply({"params": params}, window)[0, -1].argmax()))
+        text.append(int(apply(model, {"params": params}, window)[0, -1].argmax()))
     cold = sample(model, params, prompt="def ", count=8, length=6, temperature=1e-6)
     assert cold == "def " + bytes(text[4:]).decode(errors="replace")
