@@ -3,6 +3,7 @@
 import gc
 import importlib
 import os
+from collections.abc import Iterator
 from importlib.metadata import version
 
 # Programs here are tiny and run once or twice, so the time goes into compiling them: LLVM does not
@@ -17,6 +18,7 @@ os.environ["XLA_FLAGS"] = (
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_traceback_in_locations_limit", 0)  # lowers faster
@@ -40,6 +42,13 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_are_freed() -> Iterator[None]:
+    """A worker that keeps every program grows to several GB."""
+    yield
+    jax.clear_caches()
 
 
 # They need torch and others' code; the tests read the files that they wrote.
