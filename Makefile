@@ -99,7 +99,7 @@ fuzz: $(READY)  ## random configurations against one device and NumPy (ARGS="--s
 # The annotations of shapes and types are checked at run time here alone: it costs a quarter more.
 CHECKED := --jaxtyping-packages=muonclip_jax,beartype.beartype
 
-test-all: lint types floors  ## also what is slow: every example, notebooks, the site, the package, ten minutes of fuzz
+test-all: lint types floors  ## also what is slow: examples, notebooks, site, package, long fuzz
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(CHECKED) $(ARGS)
 	$(BIN)/python -m tests.fuzz --seconds 600
 
