@@ -283,7 +283,7 @@ def muonclip(
             shared_keys=qk_clip_shared_keys,
             blocks=qk_clip_blocks,
         )
-        chained = on_mesh(optax.chain(routed, clip), param_shardings, state=False)
+        chained = on_mesh(optax.chain(routed, clip), param_shardings, moments=False)
 
     return transformation("muonclip", chained.init, chained.update, one_tree=True)
 

@@ -46,8 +46,8 @@ def describe_cost(
 
     Example:
         >>> import jax
-        >>> params = {"wi": {"kernel": jax.ShapeDtypeStruct((24, 768, 3072), "float32")}}
-        >>> print(describe_cost(params, platform="cpu"))
+        >>> params = {"layers": {"wi": jax.ShapeDtypeStruct((24, 768, 3072), "float32")}}
+        >>> print(describe_cost(params, MatrixRules(scan_axis=0), platform="cpu"))
         matrices          method  dtype    one matrix  all
         24 x (768, 3072)  gram    float32  19 GFLOP    457 GFLOP
         <BLANKLINE>

@@ -40,7 +40,7 @@ def zeros_on_mesh(
 
 
 def on_mesh(
-    tx: optax.GradientTransformation, param_shardings: Any, *, state: bool = True
+    tx: optax.GradientTransformation, param_shardings: Any, *, moments: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """Returns `tx` with updates and state that are sharded as `param_shardings` says.
 
@@ -50,7 +50,7 @@ def on_mesh(
     Args:
         tx: The transformation; its state holds trees of parameters, and counts.
         param_shardings: As for `scale_by_muon`.
-        state: Whether the state is placed too; counts are replicated.
+        moments: Whether the state is placed too; its counts are replicated.
     """
     tx = optax.with_extra_args_support(tx)
     if param_shardings is None:
@@ -58,7 +58,7 @@ def on_mesh(
 
     def placed(tree: Any, like: optax.Params) -> Any:
         shardings = read_shardings(like, param_shardings, warn=False)
-        if shardings is None or shardings.inside_manual or not state:
+        if shardings is None or shardings.inside_manual or not moments:
             return tree
         everywhere = NamedSharding(shardings.mesh, PartitionSpec())
         return optax.tree.map_params(
@@ -73,10 +73,10 @@ def on_mesh(
         return placed(tx.init(params), params)
 
     def update_fn(
-        updates: optax.Updates, before: Any, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
         shardings = read_shardings(updates, param_shardings, warn=False)
-        new, after = tx.update(updates, before, params, **extra_args)
+        new, after = tx.update(updates, state, params, **extra_args)
         if shardings is None or shardings.inside_manual:
             return new, after
         return place_tree(new, shardings), placed(after, updates)

@@ -14,8 +14,8 @@ from tests.fuzz import reference
 from tests.fuzz.cases import Case
 
 #: Relative Frobenius error that two ways to compute the same update may differ by. In 16 bits it is
-#: the largest distance from the polynomial in float64 over the matrices of docs/quality.md.
-TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 7e-2, "bfloat16": 2e-1}
+#: the largest distance from the polynomial in float64 that docs/performance.md gives, rounded up.
+TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 2e-1, "bfloat16": 2e-1}
 #: A derivative has the slopes of all steps in it once more.
 _GRADIENT_TOLERANCE = {"float64": 1e-8, "float32": 3e-3, "float16": 0.2, "bfloat16": 0.4}
 #: By how many units in the last place the normalised singular values may be off.
@@ -28,8 +28,8 @@ _ILL_CONDITIONED = 5e-3
 _Wanted = dict[str, tuple[np.ndarray, float]]
 
 
-#: gamma is documented as float32.
-_CLIP = 1e-6
+#: A factor is as wide as the maxima: float64 in 64-bit mode, where a case draws them so.
+_CLIP = {True: 1e-12, False: 1e-6}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,10 +180,10 @@ def expected_by_numpy(case: Case, arrays: list[dict[str, Any]]) -> _Wanted:
     params, first, second = arrays
     bound, factors = tolerance(case), {}
     if case.maxima is not None:
-        factors = dict.fromkeys(reference.clip_factors(case), _CLIP)
+        factors = dict.fromkeys(reference.clip_factors(case), _CLIP[case.x64])
     if case.factory == "apply_qk_clip":
         clipped = reference.clipped(case, params)
-        return {f"0/{path}": (x, max(bound, _CLIP)) for path, x in clipped.items()}
+        return {f"0/{path}": (x, max(bound, _CLIP[case.x64])) for path, x in clipped.items()}
     nudge = _ROUNDINGS * float(jnp.finfo(_narrowest(case)).eps)
     steps = reference.two_updates(case, params, first, second)
     nudged = reference.two_updates(case, params, first, second, nudge) if nudge < 1e-4 else steps
