@@ -39,7 +39,7 @@ class MuonClipConfig:
         TypeError: At construction, for a value that cannot be hashed, such as an array.
 
     Example:
-        >>> config = MuonClipConfig(learning_rate=0.02, qk_clip_threshold=None)
+        >>> config = MuonClipConfig(learning_rate=1e-3, qk_clip_threshold=None)
         >>> tx = config.build()
         >>> dataclasses.replace(config, weight_decay=0.0).weight_decay
         0.0
@@ -201,7 +201,7 @@ def muonclip(
         >>> import jax.numpy as jnp
         >>> query, key = {"kernel": jnp.ones((4, 2, 2))}, {"kernel": jnp.ones((4, 2, 2))}
         >>> params = {"attention": {"query": query, "key": key}}
-        >>> tx = muonclip(learning_rate=0.02)
+        >>> tx = muonclip(learning_rate=1e-3)
         >>> max_logits = {"attention": jnp.array([50.0, 400.0])}
         >>> updates, state = tx.update(params, tx.init(params), params, max_logits=max_logits)
         >>> updates["attention"]["query"]["kernel"].shape

@@ -110,7 +110,7 @@ def metrics(
     """
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(
-            f"metrics takes a gradient transformation such as muonclip_jax.muonclip(0.02), got "
+            f"metrics takes a gradient transformation such as muonclip_jax.muonclip(1e-3), got "
             f"{type(inner).__name__}."
         )
     check_every(every, "the number of updates from one sample to the next")
