@@ -358,3 +358,61 @@ def test_a_gradient_sharded_otherwise_than_its_momentum_is_named():
     assert_close(updates, alone())
     for x in (updates, state.mu):
         assert all(x[name].sharding.is_equivalent_to(at, 3) for name, at in shardings.items())
+
+
+def test_the_bias_correction_is_in_float64_in_64_bit_mode():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        params, *gradients = ({"w": jnp.asarray(rng.standard_normal((8, 12)))} for _ in range(4))
+        ours, theirs = mc.muon(0.1), optax.contrib.muon(0.1)
+        state, their_state = ours.init(params), theirs.init(params)
+        for gradient in gradients:
+            updates, state = ours.update(gradient, state, params)
+            expected, their_state = theirs.update(gradient, their_state, params)
+            error = np.linalg.norm(updates["w"] - expected["w"]) / np.linalg.norm(expected["w"])
+            assert error < 1e-13
+
+
+def test_zero_keeps_its_sharding_where_axes_are_mixed():
+    mesh = jax.make_mesh((2, 4), ("tp", "data"), axis_types=(AxisType.Auto, AxisType.Explicit))
+    params = {"w": jax.device_put(jnp.ones((13, 8)), NamedSharding(mesh, P()))}
+    tx = mc.scale_by_muon(
+        param_shardings=jax.tree.map(lambda x: x.sharding, params),
+        distribution=mc.Distribution(shard_momentum=True),
+    )
+    with jax.set_mesh(mesh):
+        before = tx.init(params)
+        after = jax.jit(tx.update)(params, before, params)[1]
+    assert before.mu["w"].sharding.spec == P(None, ("data", "tp"))
+    assert after.mu["w"].sharding.is_equivalent_to(before.mu["w"].sharding, 2)
+
+
+def test_what_a_clip_and_adam_leave_stays_where_param_shardings_say():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    on = {"kernel": NamedSharding(mesh, P("data")), "bias": NamedSharding(mesh, P())}
+    rng = np.random.default_rng(0)
+    params = {
+        "layers": {
+            "attention": {
+                name: {
+                    "kernel": jax.device_put(rng.standard_normal((2, 8, 8, 5)), on["kernel"]),
+                    "bias": jax.device_put(rng.standard_normal((2, 8, 5)), on["bias"]),
+                }
+                for name in ("query", "key")
+            }
+        }
+    }
+    tx = mc.muonclip(
+        0.1,
+        rules=mc.MatrixRules(scan_axis=0),
+        param_shardings=jax.tree.map(lambda x: x.sharding, params),
+    )
+    maxima = {"layers/attention": jnp.full((2, 8), 150.0)}
+    before = tx.init(params)
+    updates, after = jax.jit(tx.update)(params, before, params, max_logits=maxima)
+
+    def same_place(x: jax.Array, y: jax.Array) -> None:
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim), (x.sharding, y.sharding)
+
+    jax.tree.map(same_place, updates, params)
+    jax.tree.map(same_place, after, before)
