@@ -10,6 +10,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from muonclip_jax._arguments import check_flag, check_type, names_known
+from muonclip_jax._devices import varying_axes
 from muonclip_jax._typing import ScalarLike, ScalarOrSchedule
 from muonclip_jax.matrices import (
     Distribution,
@@ -203,6 +204,7 @@ def scale_by_muon(
     ) -> tuple[optax.Updates, MuonState]:
         del params, extra_args
         specs = resolve_muon_specs(updates, weight_dimension_numbers, rules)
+        _check_equal_along(mapped_axes, specs)
         required_by = "Distribution(shard_momentum=True)" * options.shard_momentum
         shardings = read_shardings(updates, param_shardings, required_by=required_by)
         momentum_shardings = _momentum_shardings(shardings, specs, options)
@@ -276,6 +278,18 @@ def _direction(weights: _Weights, m: jax.Array, g: jax.Array) -> jax.Array:
     if len(weights) == 1:
         return (weights[0] * m).astype(g.dtype)
     return _average(m, g, weights).astype(g.dtype)
+
+
+def _check_equal_along(axes: tuple[str, ...], leaves: Sequence[tuple[str, Any, Any]]) -> None:
+    """Raises where JAX knows that gradients differ along axes whose devices share the work."""
+    for path, leaf, _ in leaves:
+        if differing := sorted(varying_axes(leaf).intersection(axes)):
+            raise ValueError(
+                f"{path or 'The leaf'} differs along the mapped axes {tuple(differing)}, which "
+                "axis_name says it is equal along. Average it before: "
+                f"jax.lax.pmean(grads, {tuple(differing)}); or leave an axis that shards the "
+                "parameters out of axis_name."
+            )
 
 
 def _check_input(polar: PolarPlan, path: str, dtype: Any) -> None:

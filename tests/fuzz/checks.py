@@ -15,7 +15,7 @@ from tests.fuzz.cases import Case
 
 #: Relative Frobenius error that two ways to compute the same update may differ by. In 16 bits it is
 #: the largest distance from the polynomial in float64 that docs/performance.md gives, rounded up.
-TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 2e-1, "bfloat16": 2e-1}
+TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 2e-1, "bfloat16": 3e-1}
 #: A derivative has the slopes of all steps in it once more.
 _GRADIENT_TOLERANCE = {"float64": 1e-8, "float32": 3e-3, "float16": 0.2, "bfloat16": 0.4}
 #: By how many units in the last place the normalised singular values may be off.

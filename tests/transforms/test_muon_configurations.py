@@ -364,7 +364,8 @@ def test_the_bias_correction_is_in_float64_in_64_bit_mode():
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         params, *gradients = ({"w": jnp.asarray(rng.standard_normal((8, 12)))} for _ in range(4))
-        ours, theirs = mc.muon(0.1), optax.contrib.muon(0.1)
+        ours: Any = mc.muon(0.1)
+        theirs: Any = optax.contrib.muon(0.1)
         state, their_state = ours.init(params), theirs.init(params)
         for gradient in gradients:
             updates, state = ours.update(gradient, state, params)
@@ -376,7 +377,7 @@ def test_the_bias_correction_is_in_float64_in_64_bit_mode():
 def test_zero_keeps_its_sharding_where_axes_are_mixed():
     mesh = jax.make_mesh((2, 4), ("tp", "data"), axis_types=(AxisType.Auto, AxisType.Explicit))
     params = {"w": jax.device_put(jnp.ones((13, 8)), NamedSharding(mesh, P()))}
-    tx = mc.scale_by_muon(
+    tx: Any = mc.scale_by_muon(
         param_shardings=jax.tree.map(lambda x: x.sharding, params),
         distribution=mc.Distribution(shard_momentum=True),
     )
@@ -402,7 +403,7 @@ def test_what_a_clip_and_adam_leave_stays_where_param_shardings_say():
             }
         }
     }
-    tx = mc.muonclip(
+    tx: Any = mc.muonclip(
         0.1,
         rules=mc.MatrixRules(scan_axis=0),
         param_shardings=jax.tree.map(lambda x: x.sharding, params),
@@ -416,3 +417,17 @@ def test_what_a_clip_and_adam_leave_stays_where_param_shardings_say():
 
     jax.tree.map(same_place, updates, params)
     jax.tree.map(same_place, after, before)
+
+
+def test_leaves_that_differ_along_axis_name_are_refused():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AUTO,))
+    tx: Any = mc.scale_by_muon(axis_name="data")
+    params = {"w": jnp.ones((64, 16))}
+
+    def step(params: Any) -> Any:
+        return tx.update(params, tx.init(params))[0]
+
+    with pytest.raises(ValueError, match=r"w differs along the mapped axes \('data',\).*pmean"):
+        jax.jit(jax.shard_map(step, mesh=mesh, in_specs=P("data"), out_specs=P("data"))).trace(
+            params
+        )
