@@ -147,9 +147,19 @@ class Stacks:
             sizes, side = _sizes(leaf, axes), direction(leaf.name)
             return bool(self.widths & ({sizes[side == "o"]} if side else set(sizes)))
 
+        first = kernels[0]
+        one_shape = all(leaf.shape == first.shape for leaf in kernels)
         for test in (directed, closed, wide):
             if len(found) > 1:
-                found = [axes for axes in found if test(axes)] or found
+                kept = [axes for axes in found if test(axes)]
+                # One shape is square by chance too: alone it only confirms the usual axis.
+                if (
+                    test is closed
+                    and one_shape
+                    and not (len(kept) == 1 and 0 in kept[0][first.path])
+                ):
+                    continue
+                found = kept or found
         return found
 
     def _assign(self, leaves: Sequence[Leaf], first: Leaf, found: Found) -> None:

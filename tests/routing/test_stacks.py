@@ -95,8 +95,9 @@ def test_layers_beside_a_stack_are_not_stacked():
         {"layers/up/kernel": (6, 8, 32)},
         {"layers/up/kernel": (48, 3, 80), "layers/wi/kernel": (48, 3, 80)},
         {"layers/w1/kernel": (8, 8, 8)},
+        {"layers/dense/kernel": (8, 8, 4)},
     ],
-    ids=["one kernel", "two kernels of one shape", "a cube"],
+    ids=["one kernel", "two kernels of one shape", "a cube", "square by chance"],
 )
 def test_an_open_axis_is_an_error_that_names_scan_axis(shapes):
     with pytest.raises(ValueError, match=r"scan_axis=") as error:
