@@ -8,7 +8,7 @@ be computed, half of it.
 import itertools
 from collections.abc import Mapping
 
-from muonclip_jax.polar.plan import ResolvedPlan
+from muonclip_jax.newton_schulz.plan import ResolvedPlan
 
 #: The three kinds of products on an `(m, n)` matrix with `m <= n`: `X X^T`, two symmetric `(m, m)`
 #: matrices, and one of them with `X`. The first two kinds are symmetric.
@@ -23,7 +23,7 @@ def count_products(plan: ResolvedPlan) -> dict[str, int]:
         plan: The decisions for one shape (`PolarPlan.resolve`).
 
     Example:
-        >>> from muonclip_jax.polar import plan_polar
+        >>> from muonclip_jax.newton_schulz import plan_polar
         >>> plain = plan_polar("keller_jordan", ns_method="standard")
         >>> count_products(plain.resolve((8, 16), "float32"))
         {'gram': 5, 'square': 5, 'update': 5}

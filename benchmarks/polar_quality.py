@@ -36,14 +36,14 @@ from benchmarks.matrices import (
     over_all,
     spectra,
 )
-from muonclip_jax.polar import (
+from muonclip_jax.newton_schulz import (
     COEFFICIENT_SETS,
     PolarPlan,
     apply_polar,
     plan_polar,
     polar_express_coefficients,
 )
-from muonclip_jax.polar.generators import evaluate
+from muonclip_jax.newton_schulz.generators import evaluate
 
 SHAPES = ((96, 96), (96, 256))
 _POWERS = {"frobenius": 2, "schatten": 4, "schatten8": 8}

@@ -31,8 +31,8 @@ from benchmarks.harness import interleave, parser, ratio, store, summary
 from benchmarks.matrices import Reference, diverges, over_all
 from benchmarks.models import MODELS
 from benchmarks.optimizers import KELLER_JORDAN
-from muonclip_jax.polar import PolarPlan, apply_polar, plan_polar
-from muonclip_jax.polar.products import matmul
+from muonclip_jax.newton_schulz import PolarPlan, apply_polar, plan_polar
+from muonclip_jax.newton_schulz.products import matmul
 
 torch_muon: Any = (
     importlib.import_module("benchmarks.torch_muon") if importlib.util.find_spec("torch") else None

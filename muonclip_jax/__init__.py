@@ -17,7 +17,7 @@ from muonclip_jax.clipping import (
     qk_clip_info as qk_clip_info,
 )
 from muonclip_jax.matrices import Distribution as Distribution, describe_cost as describe_cost
-from muonclip_jax.polar import orthogonalize as orthogonalize
+from muonclip_jax.newton_schulz import orthogonalize as orthogonalize
 from muonclip_jax.routing import (
     AttentionLayout as AttentionLayout,
     MatrixRules as MatrixRules,

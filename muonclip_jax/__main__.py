@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from muonclip_jax._commands.describe import describe
 from muonclip_jax._commands.doctor import doctor
 from muonclip_jax._devices import PLATFORMS
-from muonclip_jax.polar import (
+from muonclip_jax.newton_schulz import (
     COEFFICIENT_SETS,
     DEFAULT_METHOD,
     DEFAULT_SET,

@@ -15,7 +15,7 @@ import numpy as np
 from muonclip_jax._devices import plan_platform
 from muonclip_jax.attention import IMPLEMENTATIONS, attention_max_logits, dot_product_attention
 from muonclip_jax.kernels import MAX_LOGITS, SYMMETRIC, load_kernel
-from muonclip_jax.polar import orthogonalize, plan_polar
+from muonclip_jax.newton_schulz import orthogonalize, plan_polar
 
 _NAME = "muonclip_jax"
 #: What the library does not need, and what it is for.

@@ -6,7 +6,7 @@ from typing import Any
 from muonclip_jax._devices import plan_platform
 from muonclip_jax._typing import Tree
 from muonclip_jax.matrices.parts import plan_leaf
-from muonclip_jax.polar import DEFAULT_DTYPE, DEFAULT_METHOD, DEFAULT_SET, plan_polar
+from muonclip_jax.newton_schulz import DEFAULT_DTYPE, DEFAULT_METHOD, DEFAULT_SET, plan_polar
 from muonclip_jax.routing import MatrixRules, resolve_specs
 
 _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1e3, "kFLOP"))

@@ -17,7 +17,7 @@ from muonclip_jax._devices import device_memory
 from muonclip_jax.matrices.parts import plan_leaf
 from muonclip_jax.matrices.stacks import StackPlan, map_stacks, plan_stacks
 from muonclip_jax.matrices.turns import TurnPlan, map_in_turn, plan_turns
-from muonclip_jax.polar import PolarPlan, apply_polar
+from muonclip_jax.newton_schulz import PolarPlan, apply_polar
 from muonclip_jax.routing import MatrixSpec
 
 # A stack is the unit of work and of temporary memory. On a CPU, where matrices are worked on one

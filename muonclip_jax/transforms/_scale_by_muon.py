@@ -22,7 +22,7 @@ from muonclip_jax.matrices import (
     read_shardings,
     spread_momentum,
 )
-from muonclip_jax.polar import (
+from muonclip_jax.newton_schulz import (
     DEFAULT_DTYPE,
     DEFAULT_EPS,
     DEFAULT_METHOD,

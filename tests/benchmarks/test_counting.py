@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.counting import full_flops, product_flops, seconds_at
-from muonclip_jax.polar import apply_polar, plan_polar
+from muonclip_jax.newton_schulz import apply_polar, plan_polar
 
 # Below the size from which a CPU leaves out blocks of symmetric products; large enough for entry by
 # entry work to be less than the smallest product, 3 % of all.

@@ -11,7 +11,7 @@ import pytest
 from muonclip_jax import attention_max_logits, muonclip, orthogonalize
 from muonclip_jax.attention import max_logits
 from muonclip_jax.kernels import MAX_LOGITS, SYMMETRIC, load_kernel
-from muonclip_jax.polar import plan, plan_polar
+from muonclip_jax.newton_schulz import plan, plan_polar
 
 PALLAS = ("jax.experimental", "jax.experimental.pallas")
 OPERATIONS = {"symmetric": SYMMETRIC, "max_logits": MAX_LOGITS}

@@ -16,7 +16,7 @@ from muonclip_jax.matrices.distribution.map import map_distributed
 from muonclip_jax.matrices.distribution.plan import DistributionPlan, Item
 from muonclip_jax.matrices.distribution.planning import plan_for
 from muonclip_jax.matrices.distribution.schedule import branches, deal, spread
-from muonclip_jax.polar import plan_polar
+from muonclip_jax.newton_schulz import plan_polar
 from muonclip_jax.routing import MatrixSpec, Split
 
 SIZES = (("fsdp", 4), ("tp", 2))

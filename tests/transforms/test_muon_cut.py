@@ -15,7 +15,7 @@ from benchmarks.hlo import tally
 from muonclip_jax.matrices.distribution.cut import Cut, possible_cuts
 from muonclip_jax.matrices.distribution.plan import DistributionPlan
 from muonclip_jax.matrices.distribution.planning import plan_for
-from muonclip_jax.polar import plan_polar
+from muonclip_jax.newton_schulz import plan_polar
 from tests.transforms.share import SHAPE, work
 
 SHARDINGS = [P(), P(None, "fsdp"), P(None, None, "fsdp"), P("fsdp")]

@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import muonclip_jax as mc
 from muonclip_jax.__main__ import parser
-from muonclip_jax.polar import COEFFICIENT_SETS, DEFAULT_SET, plan_polar
-from muonclip_jax.polar.precision import guarded_rows
+from muonclip_jax.newton_schulz import COEFFICIENT_SETS, DEFAULT_SET, plan_polar
+from muonclip_jax.newton_schulz.precision import guarded_rows
 from tests.helpers import equations, polynomial_of_singular_values, update
 
 RNG = np.random.default_rng(0)

@@ -13,7 +13,7 @@ from muonclip_jax.matrices.distribution.options import Distribution
 from muonclip_jax.matrices.distribution.plan import DistributionPlan
 from muonclip_jax.matrices.distribution.rounds import plan_distribution
 from muonclip_jax.matrices.distribution.slow import sharing_axes
-from muonclip_jax.polar import PolarPlan
+from muonclip_jax.newton_schulz import PolarPlan
 from muonclip_jax.routing import MatrixSpec
 
 # By so much the busiest device may exceed the mean before an axis is cut, and so much a cut must

@@ -19,8 +19,8 @@ from muonclip_jax.matrices.distribution.plan import DistributionPlan, Job, Round
 from muonclip_jax.matrices.distribution.planning import plan_for
 from muonclip_jax.matrices.distribution.sharding import MeshShardings, place
 from muonclip_jax.matrices.one_device import OneDevicePlan, orthogonalize_on_one_device
-from muonclip_jax.polar import PolarPlan, apply_polar
-from muonclip_jax.polar.partitioned import apply_polar_partitioned
+from muonclip_jax.newton_schulz import PolarPlan, apply_polar
+from muonclip_jax.newton_schulz.partitioned import apply_polar_partitioned
 from muonclip_jax.routing import MatrixSpec
 
 # On a CPU one product fills the cores, so a stack is worked on matrix by matrix: up to this many

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Inexact
 
-from muonclip_jax.polar.products import gram, matmul
+from muonclip_jax.newton_schulz.products import gram, matmul
 
 #: Steps of the power iteration. Whatever the spectrum, the relative error of the eigenvalue after
 #: `k` steps from a random start is like `log(m) / k` in the mean (Kuczynski and Wozniakowski 1992,

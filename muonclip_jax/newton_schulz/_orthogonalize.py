@@ -13,13 +13,18 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Inexact
 
-from muonclip_jax.polar.defaults import DEFAULT_DTYPE, DEFAULT_EPS, DEFAULT_METHOD, DEFAULT_SET
-from muonclip_jax.polar.gram import gram_newton_schulz
-from muonclip_jax.polar.newton_schulz import newton_schulz
-from muonclip_jax.polar.plan import PolarPlan, decide_platform, plan_polar
-from muonclip_jax.polar.preconditioning import normalize, scale_by_power_of_two
-from muonclip_jax.polar.shares import whole_on
-from muonclip_jax.polar.svd import svd_polar
+from muonclip_jax.newton_schulz.defaults import (
+    DEFAULT_DTYPE,
+    DEFAULT_EPS,
+    DEFAULT_METHOD,
+    DEFAULT_SET,
+)
+from muonclip_jax.newton_schulz.gram import gram_newton_schulz
+from muonclip_jax.newton_schulz.newton_schulz import newton_schulz
+from muonclip_jax.newton_schulz.plan import PolarPlan, decide_platform, plan_polar
+from muonclip_jax.newton_schulz.preconditioning import normalize, scale_by_power_of_two
+from muonclip_jax.newton_schulz.shares import whole_on
+from muonclip_jax.newton_schulz.svd import svd_polar
 
 
 def _replicate_matrix_axes(

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from muonclip_jax.polar import COEFFICIENT_SETS, plan_polar
-from muonclip_jax.polar.gram import gram_newton_schulz
-from muonclip_jax.polar.preconditioning import normalize
-from muonclip_jax.polar.restarts import amplifications, choose_restarts, is_gram_safe
+from muonclip_jax.newton_schulz import COEFFICIENT_SETS, plan_polar
+from muonclip_jax.newton_schulz.gram import gram_newton_schulz
+from muonclip_jax.newton_schulz.preconditioning import normalize
+from muonclip_jax.newton_schulz.restarts import amplifications, choose_restarts, is_gram_safe
 
 FIVE = {
     name: COEFFICIENT_SETS[name].rows[:5] for name in ("keller_jordan", "you", "polar_express_1.05")

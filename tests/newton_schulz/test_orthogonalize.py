@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from optax.contrib._muon import orthogonalize_via_newton_schulz
 
-from muonclip_jax.polar import (
+from muonclip_jax.newton_schulz import (
     COEFFICIENT_SETS,
     PRECONDITIONINGS,
     PolarPlan,
@@ -21,9 +21,9 @@ from muonclip_jax.polar import (
     plan_polar,
     products,
 )
-from muonclip_jax.polar.coefficients import resolve_coefficients
-from muonclip_jax.polar.generators import evaluate
-from muonclip_jax.polar.precision import GROWTH, guarded_rows
+from muonclip_jax.newton_schulz.coefficients import resolve_coefficients
+from muonclip_jax.newton_schulz.generators import evaluate
+from muonclip_jax.newton_schulz.precision import GROWTH, guarded_rows
 from tests.helpers import TOLERANCE, polynomial_of_singular_values
 
 KJ = (3.4445, -4.7750, 2.0315)

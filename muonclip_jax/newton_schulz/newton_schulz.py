@@ -11,10 +11,10 @@ loop would keep XLA from fusing the scalings into the products, and five steps m
 import jax
 import jax.numpy as jnp
 
-from muonclip_jax.polar.generators import Rows
-from muonclip_jax.polar.preconditioning import rescale_first
-from muonclip_jax.polar.products import matmul_add
-from muonclip_jax.polar.shares import WHOLE, Shares
+from muonclip_jax.newton_schulz.generators import Rows
+from muonclip_jax.newton_schulz.preconditioning import rescale_first
+from muonclip_jax.newton_schulz.products import matmul_add
+from muonclip_jax.newton_schulz.shares import WHOLE, Shares
 
 
 def newton_schulz(

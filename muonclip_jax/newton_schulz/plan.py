@@ -10,12 +10,12 @@ from jax.core import Tracer
 
 from muonclip_jax._devices import check_lowering, check_platform, plan_platform
 from muonclip_jax.kernels import load_kernel
-from muonclip_jax.polar.coefficients import changes_direction, resolve_coefficients
-from muonclip_jax.polar.defaults import DEFAULT_DTYPE, DEFAULT_METHOD, DEFAULT_SET
-from muonclip_jax.polar.generators import Rows
-from muonclip_jax.polar.gram import gram_flops
-from muonclip_jax.polar.newton_schulz import plain_flops
-from muonclip_jax.polar.precision import (
+from muonclip_jax.newton_schulz.coefficients import changes_direction, resolve_coefficients
+from muonclip_jax.newton_schulz.defaults import DEFAULT_DTYPE, DEFAULT_METHOD, DEFAULT_SET
+from muonclip_jax.newton_schulz.generators import Rows
+from muonclip_jax.newton_schulz.gram import gram_flops
+from muonclip_jax.newton_schulz.newton_schulz import plain_flops
+from muonclip_jax.newton_schulz.precision import (
     NS_DTYPES,
     NS_METHODS,
     choose_dtype,
@@ -23,9 +23,9 @@ from muonclip_jax.polar.precision import (
     guarded_rows,
     is_gram_stable,
 )
-from muonclip_jax.polar.preconditioning import PRECONDITIONINGS, squares_apart
-from muonclip_jax.polar.products import IMPLEMENTATIONS
-from muonclip_jax.polar.restarts import choose_restarts
+from muonclip_jax.newton_schulz.preconditioning import PRECONDITIONINGS, squares_apart
+from muonclip_jax.newton_schulz.products import IMPLEMENTATIONS
+from muonclip_jax.newton_schulz.restarts import choose_restarts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from muonclip_jax.polar.generators import Rows, with_safety_factor
-from muonclip_jax.polar.gram import gram_flops
-from muonclip_jax.polar.newton_schulz import plain_flops
-from muonclip_jax.polar.restarts import choose_restarts, is_gram_safe
+from muonclip_jax.newton_schulz.generators import Rows, with_safety_factor
+from muonclip_jax.newton_schulz.gram import gram_flops
+from muonclip_jax.newton_schulz.newton_schulz import plain_flops
+from muonclip_jax.newton_schulz.restarts import choose_restarts, is_gram_safe
 
 #: The names that `ns_dtype` allows, with how far rounding may push a singular value outwards in
 #: one step, relatively.

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from muonclip_jax.polar import products
-from muonclip_jax.polar.products import gram, matmul_add, symmetric_product
+from muonclip_jax.newton_schulz import products
+from muonclip_jax.newton_schulz.products import gram, matmul_add, symmetric_product
 from tests.helpers import TOLERANCE
 
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from muonclip_jax.polar import (
+from muonclip_jax.newton_schulz import (
     COEFFICIENT_SETS,
     cans_coefficients,
     optimal_odd_polynomial,
@@ -12,7 +12,7 @@ from muonclip_jax.polar import (
     polar_express_coefficients,
     with_safety_factor,
 )
-from muonclip_jax.polar.generators import evaluate
+from muonclip_jax.newton_schulz.generators import evaluate
 
 # As printed in arXiv 2505.16932; its seventh row carries the rounding of its own exchange.
 POLAR_EXPRESS = (

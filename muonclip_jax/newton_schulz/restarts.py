@@ -15,7 +15,7 @@ import math
 
 import numpy as np
 
-from muonclip_jax.polar.generators import Rows, evaluate
+from muonclip_jax.newton_schulz.generators import Rows, evaluate
 
 #: The spurious eigenvalue by dtype: about the rounding of one Gram matrix of norm one.
 SPURIOUS = {"float16": 4e-4, "bfloat16": 4e-3, "float32": 1e-6, "float64": 1e-14}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from muonclip_jax.polar import PRECONDITIONINGS, PolarPlan, plan_polar
-from muonclip_jax.polar.partitioned import apply_polar_partitioned
+from muonclip_jax.newton_schulz import PRECONDITIONINGS, PolarPlan, plan_polar
+from muonclip_jax.newton_schulz.partitioned import apply_polar_partitioned
 from tests.helpers import TOLERANCE, polynomial_of_singular_values
 
 ROW = (2.0, -1.5, 0.5)

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Inexact
 
-from muonclip_jax.polar._orthogonalize import apply_polar
-from muonclip_jax.polar.defaults import DEFAULT_EPS
-from muonclip_jax.polar.newton_schulz import newton_schulz
-from muonclip_jax.polar.plan import PolarPlan
-from muonclip_jax.polar.preconditioning import normalize
-from muonclip_jax.polar.shares import shares_along
+from muonclip_jax.newton_schulz._orthogonalize import apply_polar
+from muonclip_jax.newton_schulz.defaults import DEFAULT_EPS
+from muonclip_jax.newton_schulz.newton_schulz import newton_schulz
+from muonclip_jax.newton_schulz.plan import PolarPlan
+from muonclip_jax.newton_schulz.preconditioning import normalize
+from muonclip_jax.newton_schulz.shares import shares_along
 
 
 def apply_polar_partitioned(
@@ -50,7 +50,7 @@ def apply_polar_partitioned(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from muonclip_jax.polar import plan_polar
+        >>> from muonclip_jax.newton_schulz import plan_polar
         >>> mesh = jax.make_mesh((2,), ("tp",), axis_types=(jax.sharding.AxisType.Auto,))
         >>> columns = jax.sharding.PartitionSpec(None, "tp")
         >>> polar = jax.jit(jax.shard_map(

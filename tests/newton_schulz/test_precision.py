@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from benchmarks.counting import count_products, full_flops
-from muonclip_jax.polar import COEFFICIENT_SETS, apply_polar, plan_polar
-from muonclip_jax.polar.generators import evaluate
-from muonclip_jax.polar.gram import gram_flops
-from muonclip_jax.polar.newton_schulz import plain_flops
-from muonclip_jax.polar.precision import choose_dtype, choose_method, guarded_rows
+from muonclip_jax.newton_schulz import COEFFICIENT_SETS, apply_polar, plan_polar
+from muonclip_jax.newton_schulz.generators import evaluate
+from muonclip_jax.newton_schulz.gram import gram_flops
+from muonclip_jax.newton_schulz.newton_schulz import plain_flops
+from muonclip_jax.newton_schulz.precision import choose_dtype, choose_method, guarded_rows
 from tests.helpers import equations
 
 KJ = COEFFICIENT_SETS["keller_jordan"].rows

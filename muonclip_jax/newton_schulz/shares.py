@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from muonclip_jax._devices import all_gather
-from muonclip_jax.polar.products import accumulator, gram, matmul_add, symmetric_product
+from muonclip_jax.newton_schulz.products import accumulator, gram, matmul_add, symmetric_product
 
 
 class Shares(NamedTuple):

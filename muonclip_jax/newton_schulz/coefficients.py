@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from muonclip_jax.polar.generators import (
+from muonclip_jax.newton_schulz.generators import (
     POLAR_EXPRESS_SAFETY,
     Row,
     Rows,

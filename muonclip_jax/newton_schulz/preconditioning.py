@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from muonclip_jax.polar.products import accumulator, gram
-from muonclip_jax.polar.shares import WHOLE, Shares
+from muonclip_jax.newton_schulz.products import accumulator, gram
+from muonclip_jax.newton_schulz.shares import WHOLE, Shares
 
 #: The names that `preconditioning` allows; those in `INSIDE` act on the first Gram matrix.
 PRECONDITIONINGS = ("frobenius", "spectral", "aol", "schatten", "schatten8")

@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from muonclip_jax.kernels import symmetric_tpu
-from muonclip_jax.polar import apply_polar, orthogonalize, plan_polar
-from muonclip_jax.polar.partitioned import apply_polar_partitioned
+from muonclip_jax.newton_schulz import apply_polar, orthogonalize, plan_polar
+from muonclip_jax.newton_schulz.partitioned import apply_polar_partitioned
 from muonclip_jax.transforms import scale_by_muon
 from tests.helpers import TOLERANCE, equations, lowered, polynomial_of_singular_values
 

@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from muonclip_jax.polar.generators import Rows
-from muonclip_jax.polar.preconditioning import rescale_first
-from muonclip_jax.polar.products import accumulator, matmul
-from muonclip_jax.polar.shares import WHOLE, Shares
+from muonclip_jax.newton_schulz.generators import Rows
+from muonclip_jax.newton_schulz.preconditioning import rescale_first
+from muonclip_jax.newton_schulz.products import accumulator, matmul
+from muonclip_jax.newton_schulz.shares import WHOLE, Shares
 
 
 def _segment(r: jax.Array, square: jax.Array | None, rows: Rows, shares: Shares) -> jax.Array:

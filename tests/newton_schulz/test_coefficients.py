@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from muonclip_jax.polar import ALIASES, COEFFICIENT_SETS, plan_polar
-from muonclip_jax.polar.coefficients import changes_direction, resolve_coefficients
-from muonclip_jax.polar.generators import evaluate
+from muonclip_jax.newton_schulz import ALIASES, COEFFICIENT_SETS, plan_polar
+from muonclip_jax.newton_schulz.coefficients import changes_direction, resolve_coefficients
+from muonclip_jax.newton_schulz.generators import evaluate
 
 
 def rows_of(ns_coeffs, ns_steps=None):
