@@ -7,15 +7,15 @@ program is lowered for (`check_lowering`).
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
+from jax.interpreters import batching, mlir
 from jax.sharding import Mesh
-
-from muonclip_jax._refusal import refused
+from jaxtyping import Array, Shaped
 
 #: What `platform=` allows, with the names that JAX lowers for.
 PLATFORMS = {"cpu": ("cpu",), "gpu": ("cuda", "rocm"), "tpu": ("tpu",)}
@@ -94,6 +94,38 @@ def check_lowering(platform: str) -> jax.Array:
         default=lambda x: refused(x, reason),
         **dict.fromkeys(PLATFORMS[platform], lambda x: x),
     )
+
+
+# The class of primitives; importing it from `jax.extend.core` would load Pallas.
+_Primitive: Any = type(lax.add_p)
+_refused_p = _Primitive("refused")
+
+
+def refused(x: Shaped[Array, "..."], reason: str) -> Shaped[Array, "..."]:
+    """Returns `x` while tracing, and raises when the program is lowered or computed.
+
+    Put into one branch of `lax.platform_dependent`, it refuses one platform: which platform a
+    program runs on is known only when it is lowered.
+
+    Raises:
+        NotImplementedError: With the reason, once the platform is known.
+
+    Example:
+        >>> jax.eval_shape(lambda x: refused(x, "not here"), jax.ShapeDtypeStruct((2,), "f4")).shape
+        (2,)
+    """
+    return _refused_p.bind(x, reason=reason)
+
+
+def _raise(*arguments: object, reason: str) -> NoReturn:
+    del arguments
+    raise NotImplementedError(reason)
+
+
+_refused_p.def_impl(_raise)
+_refused_p.def_abstract_eval(lambda x, *, reason: x)
+mlir.register_lowering(_refused_p, _raise)
+batching.defvectorized(_refused_p)
 
 
 def _platform_of(device: Any) -> str:

@@ -9,8 +9,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax._arguments import names_known
-from muonclip_jax._paths import array_leaves
-from muonclip_jax._typing import ScalarLike, ScalarOrSchedule
+from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, array_leaves
 from muonclip_jax.matrices import Distribution
 from muonclip_jax.newton_schulz import DEFAULT_DTYPE, DEFAULT_METHOD
 from muonclip_jax.newton_schulz.coefficients import resolve_coefficients

@@ -8,8 +8,7 @@ import numpy as np
 import optax
 
 from muonclip_jax._arguments import names_known
-from muonclip_jax._paths import tree_from
-from muonclip_jax._typing import ScalarLike, ScalarOrSchedule
+from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, tree_from
 from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.heads.finding import block_rules
 from muonclip_jax.matrices import Distribution

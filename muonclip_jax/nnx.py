@@ -26,7 +26,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jaxtyping import Array, Float
 
-from muonclip_jax._paths import MAX_LOGITS
+from muonclip_jax._tree import MAX_LOGITS
 from muonclip_jax.attention import (
     RecordingBeside,
     batched_attention,

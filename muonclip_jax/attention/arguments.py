@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from muonclip_jax._typing import ScalarLike
+from muonclip_jax._tree import ScalarLike
 from muonclip_jax.attention.pairs import Geometry, PairArrays, split_heads
 from muonclip_jax.attention.shards import divisions
 

@@ -7,7 +7,7 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float
 
-from muonclip_jax._typing import ScalarLike
+from muonclip_jax._tree import ScalarLike
 from muonclip_jax.attention.arguments import AnyArray, AttentionArguments, read_arguments
 from muonclip_jax.attention.jax_nn import attend_cudnn, merge_groups, refuse_cudnn
 from muonclip_jax.attention.xla import attend_xla

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from muonclip_jax._devices import plan_platform
-from muonclip_jax._typing import ScalarLike
+from muonclip_jax._tree import ScalarLike
 from muonclip_jax.attention.pairs import (
     Geometry,
     PairArrays,

@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from muonclip_jax._paths import MAX_LOGITS, flatten_with_paths
-from muonclip_jax._typing import ScalarLike, Tree
+from muonclip_jax._tree import MAX_LOGITS, ScalarLike, Tree, flatten_with_paths
 from muonclip_jax.attention import finite_first
 from muonclip_jax.attention.arguments import AnyArray, read_arguments
 from muonclip_jax.attention.max_logits import max_logits

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from muonclip_jax._devices import entry_axes
-from muonclip_jax._typing import ScalarLike
+from muonclip_jax._tree import ScalarLike
 from muonclip_jax.attention.pairs import PairArrays
 
 P = PartitionSpec

@@ -25,7 +25,7 @@ first updates too short, which is the safe side; Adam's own average replaces it 
 steps.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,8 +33,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from muonclip_jax._paths import SEPARATOR, compile_pattern, flatten_with_paths, nothing_matched
-from muonclip_jax._typing import ScalarLike, Tree
+from muonclip_jax._tree import (
+    SEPARATOR,
+    ScalarLike,
+    Tree,
+    compile_pattern,
+    flatten_with_paths,
+    listed,
+    nothing_matched,
+)
 from muonclip_jax.checkpoint.names import owner_of, without_box
 from muonclip_jax.checkpoint.targets import abstract_state
 
@@ -158,7 +165,7 @@ def from_optax_state(
     left = [path for path in source.moments.values() if path not in taken] + source.rest
     if left:
         raise ValueError(
-            f"optax_state has {_listed(left)}, for which the state of tx "
+            f"optax_state has {listed(left)}, for which the state of tx "
             "has no place. Give both the same parameters, or name in ignore=[...] what may be "
             "left behind."
         )
@@ -222,7 +229,7 @@ def _fitting(value: Any, path: str, owner: str, shapes: Mapping[str, tuple[int, 
 def _other_trainer(changed: Mapping[str, Sequence[str]]) -> ValueError:
     """Builds the error for parameters that another trainer had before."""
     sentences = [
-        f"{_listed(dict.fromkeys(owners))} trained by {before}, which tx trains by {now} (to "
+        f"{listed(dict.fromkeys(owners))} trained by {before}, which tx trains by {now} (to "
         f"keep one there: the rule {rule})."
         for before, now, rule, owners in (
             ("Adam", "Muon", "(path, None)", changed["adam"]),
@@ -235,12 +242,6 @@ def _other_trainer(changed: Mapping[str, Sequence[str]]) -> ValueError:
         "rules=MatrixRules([...]), route all as Optax does with muonclip_jax.muon, or pass "
         'rerouted="estimate" to start from what is known of them.'
     )
-
-
-def _listed(paths: Iterable[str], limit: int = 8) -> str:
-    shown = list(paths)
-    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
-    return ", ".join(map(repr, shown[:limit])) + more
 
 
 def _mean_square(mu: Any, beta: ScalarLike) -> jax.Array:

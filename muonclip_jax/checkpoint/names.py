@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from muonclip_jax._paths import SEPARATOR
+from muonclip_jax._tree import SEPARATOR
 
 
 def owner_of(path: str, params: Collection[str]) -> str | None:

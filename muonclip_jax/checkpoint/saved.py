@@ -4,8 +4,7 @@ from typing import Any
 
 import jax
 
-from muonclip_jax._paths import flatten_with_paths
-from muonclip_jax._typing import Shaped, Tree
+from muonclip_jax._tree import Shaped, Tree, flatten_with_paths
 from muonclip_jax.checkpoint.names import without_box
 
 

@@ -10,8 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from muonclip_jax._paths import SEPARATOR, flatten_with_paths
-from muonclip_jax._typing import Shaped
+from muonclip_jax._tree import SEPARATOR, Shaped, flatten_with_paths
 from muonclip_jax.checkpoint.names import without_box
 
 #: Path -> shape and dtype.

@@ -6,8 +6,7 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from muonclip_jax._paths import flatten_with_paths, tree_from
-from muonclip_jax._typing import Tree
+from muonclip_jax._tree import Tree, flatten_with_paths, tree_from
 from muonclip_jax.checkpoint.names import owner_of
 from muonclip_jax.matrices import align_shardings, is_entry
 

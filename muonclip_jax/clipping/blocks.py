@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import optax
 
-from muonclip_jax._paths import array_leaves, flatten_with_paths
-from muonclip_jax._typing import Tree
+from muonclip_jax._tree import Tree, array_leaves, flatten_with_paths, is_masked, listed
 from muonclip_jax.clipping.maxima import Recorded, read_maxima, trailing_shape
 from muonclip_jax.heads.builtin import NORM_NAMES
 from muonclip_jax.heads.clips import read_block
@@ -53,26 +51,17 @@ class NamedLeaves:
 def named_leaves(tree: Tree) -> NamedLeaves:
     """Returns the leaves of a tree by their path."""
     pairs, treedef = array_leaves(tree), jax.tree.structure(tree)
-    everything, _ = flatten_with_paths(tree, is_leaf=_is_masked)
+    everything, _ = flatten_with_paths(tree, is_leaf=is_masked)
     return NamedLeaves(
         paths=tuple(strip_outer(path) for path, _ in pairs),
         leaves=tuple(leaf for _, leaf in pairs),
         treedef=treedef,
-        masked=tuple(strip_outer(path) for path, leaf in everything if _is_masked(leaf)),
+        masked=tuple(strip_outer(path) for path, leaf in everything if is_masked(leaf)),
     )
-
-
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
 
 
 def _inside(path: str, block: str) -> bool:
     return not block or path == block or path.startswith(block + "/")
-
-
-def _shown(paths: Sequence[str], limit: int = 8) -> str:
-    more = f" and {len(paths) - limit} more" if len(paths) > limit else ""
-    return (", ".join(repr(path) for path in paths[:limit]) or "none") + more
 
 
 def find_in(params: NamedLeaves, rules: tuple[Rule, ...] | None) -> list[FoundBlock]:
@@ -91,13 +80,13 @@ def find_in(params: NamedLeaves, rules: tuple[Rule, ...] | None) -> list[FoundBl
         ]
         if hidden and block.selected:
             raise ValueError(
-                f"Attention block {block.path!r} is only partly visible: {_shown(hidden)} "
+                f"Attention block {block.path!r} is only partly visible: {listed(hidden)} "
                 f"{'is' if len(hidden) == 1 else 'are'} hidden.{_MASKED}"
             )
     if not any(block.selected for block in found):
         adapters = any("lora_" in path.lower() for path in params.paths)
         raise ValueError(
-            f"No attention block was found in parameters {_shown(params.paths)}. Expected a query "
+            f"No attention block was found in parameters {listed(params.paths)}. Expected a query "
             "and a key projection side by side, such as 'attention/query/kernel' and "
             "'attention/key/kernel'. Where they have other names, say so: "
             "blocks=[(pattern, AttentionLayout(...))] (muonclip: qk_clip_blocks=). To train "
@@ -133,7 +122,7 @@ def match_maxima(
         if not owners:
             raise ValueError(
                 f"A maximum was recorded for {module!r}, and no attention block has that path. "
-                f"Blocks are: {_shown(paths)}. Where its projections have other names, say so: "
+                f"Blocks are: {listed(paths)}. Where its projections have other names, say so: "
                 "blocks=[(pattern, AttentionLayout(...))]." + (_MASKED if masked else "")
             )
         owner = max(owners, key=len)
@@ -143,7 +132,7 @@ def match_maxima(
         if block.selected and block.path not in matched:
             raise ValueError(
                 f"Attention block {block.path!r} ({block.layout.name}) has no maximum. Maxima are "
-                f"there for: {_shown(list(recorded))}. Record one for it, or select the blocks to "
+                f"there for: {listed(recorded)}. Record one for it, or select the blocks to "
                 "clip with blocks=, as in blocks='decoder/.*attention$'."
             )
     return {block.path: matched[block.path] for block in found if block.selected}

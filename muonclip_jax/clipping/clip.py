@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from muonclip_jax._arguments import names_known
-from muonclip_jax._typing import ScalarLike, Tree
+from muonclip_jax._tree import ScalarLike, Tree
 from muonclip_jax.clipping.blocks import named_leaves, plan_clip
 from muonclip_jax.clipping.gamma import (
     check_clip_settings,

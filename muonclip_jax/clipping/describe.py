@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from muonclip_jax._typing import Tree
+from muonclip_jax._tree import Tree
 from muonclip_jax.clipping.blocks import find_in, match_maxima, named_leaves
 from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.clipping.maxima import trailing_shape

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from muonclip_jax._arguments import check_scalar, is_concrete
-from muonclip_jax._typing import ScalarLike
+from muonclip_jax._tree import ScalarLike
 
 Factors = dict[str, jax.Array]
 

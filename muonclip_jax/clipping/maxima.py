@@ -12,8 +12,7 @@ from typing import Any, TypeAlias
 
 import jax
 
-from muonclip_jax._paths import MAX_LOGITS, join, path_names
-from muonclip_jax._typing import Tree
+from muonclip_jax._tree import MAX_LOGITS, Tree, join, path_names
 from muonclip_jax.attention import finite_first
 from muonclip_jax.clipping.gamma import at_least_float32
 

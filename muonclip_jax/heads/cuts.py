@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from muonclip_jax._fitting import normalized_axes
-from muonclip_jax._names import read_path
 from muonclip_jax._specs import MatrixSpec
 from muonclip_jax.heads.finding import Rule, find_blocks
 from muonclip_jax.heads.layouts import AttentionLayout, Projection
 from muonclip_jax.heads.leaves import MisfitError, Shapes, kernel_name
 from muonclip_jax.heads.matrices import ATTENTION, Cut, cuts_of
+from muonclip_jax.heads.names import read_path
 from muonclip_jax.heads.solver import Reading, attempts, preferred, refusal_in, solve
 
 _SOME_MATRIX = np.broadcast_to(0.0, (1, 1))  # in the place of a masked leaf

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from muonclip_jax._paths import compile_pattern, join, nothing_matched
+from muonclip_jax._tree import compile_pattern, join, nothing_matched
 from muonclip_jax.heads.builtin import BUILTIN_LAYOUTS
 from muonclip_jax.heads.layouts import AttentionLayout
 from muonclip_jax.heads.leaves import Shapes, has_adapter, kernel_name, plain_name

@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from muonclip_jax._names import spelling
 from muonclip_jax.heads.builtin import NORM_NAMES, VALUE_NAMES
 from muonclip_jax.heads.layouts import AttentionLayout, Projection
 from muonclip_jax.heads.leaves import (
@@ -27,6 +26,7 @@ from muonclip_jax.heads.leaves import (
     kernel_name,
     unstack,
 )
+from muonclip_jax.heads.names import spelling
 from muonclip_jax.heads.plan import LeafPlan
 from muonclip_jax.heads.sizes import divide, feature_grid
 from muonclip_jax.heads.words import OUT_NAMES

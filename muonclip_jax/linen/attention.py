@@ -13,7 +13,7 @@ from flax.linen.dtypes import promote_dtype
 from jax import lax
 from jaxtyping import Array, Float
 
-from muonclip_jax._paths import MAX_LOGITS, join
+from muonclip_jax._tree import MAX_LOGITS, join
 from muonclip_jax.attention import batched_attention
 from muonclip_jax.attention.pairs import bias_permits, permitted_max
 

@@ -11,8 +11,7 @@ import jax
 from flax.core.scope import CollectionFilter, in_filter, union_filters
 from flax.linen.dtypes import promote_dtype
 
-from muonclip_jax._paths import MAX_LOGITS
-from muonclip_jax._typing import Tree
+from muonclip_jax._tree import MAX_LOGITS, Tree
 from muonclip_jax.attention import RecordingBeside, only_max_logits, records
 from muonclip_jax.linen.attention import (
     COLLECTION,

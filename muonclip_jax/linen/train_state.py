@@ -8,7 +8,7 @@ import optax
 from flax import struct
 from flax.training import train_state
 
-from muonclip_jax._typing import Tree
+from muonclip_jax._tree import Tree
 
 
 class TrainState(train_state.TrainState):

@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from muonclip_jax._devices import plan_platform
-from muonclip_jax._typing import Tree
+from muonclip_jax._tree import Tree
 from muonclip_jax.matrices.parts import plan_leaf
 from muonclip_jax.newton_schulz import DEFAULT_DTYPE, DEFAULT_METHOD, DEFAULT_SET, plan_polar
 from muonclip_jax.routing import MatrixRules, resolve_specs

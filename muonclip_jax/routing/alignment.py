@@ -9,14 +9,17 @@ what belongs together, so boxes and containers need not agree.
 import re
 from typing import Any, TypeAlias
 
-import optax
-
 from muonclip_jax._fitting import normalize_spec
-from muonclip_jax._paths import array_leaves, flatten_with_paths, nothing_matched, tree_from
 from muonclip_jax._specs import MatrixSpec, is_spec
-from muonclip_jax._typing import Tree
+from muonclip_jax._tree import (
+    Tree,
+    array_leaves,
+    flatten_with_paths,
+    is_masked,
+    nothing_matched,
+    tree_from,
+)
 from muonclip_jax.routing.layouts import possible_layouts
-from muonclip_jax.routing.leaves import is_masked
 from muonclip_jax.routing.rules import MatrixRules, as_rules
 from muonclip_jax.routing.suggestions import write_rule
 
@@ -176,7 +179,7 @@ def _check_all_used(params: Tree, entries: dict[str, Any], used: set[str]) -> No
     absent = [
         path
         for path, node in flatten_with_paths(params, is_leaf=lambda x: x is None or is_masked(x))[0]
-        if node is None or isinstance(node, optax.MaskedNode)
+        if node is None or is_masked(node)
     ]
     for path, entry in entries.items():
         if path in used or is_masked(entry):

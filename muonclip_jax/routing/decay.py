@@ -2,7 +2,7 @@
 
 import jax
 
-from muonclip_jax._typing import Tree
+from muonclip_jax._tree import Tree
 from muonclip_jax.routing.rules import MatrixRules, as_rules
 
 

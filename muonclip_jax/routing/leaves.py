@@ -5,11 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from muonclip_jax._names import GENERIC, LeafName, read_path, spelling
-from muonclip_jax._paths import SEPARATOR, array_leaves
-from muonclip_jax._typing import Tree
+from muonclip_jax._tree import SEPARATOR, Tree, array_leaves
+from muonclip_jax.heads.names import GENERIC, LeafName, read_path, spelling
 
 
 class Leaf(NamedTuple):
@@ -36,16 +34,6 @@ class Leaf(NamedTuple):
     def modules(self) -> tuple[str, ...]:
         """The paths of the modules that hold it, the innermost first; "" is the whole tree."""
         return _modules(self.path)
-
-
-def is_masked(x: Any) -> bool:
-    """Tells the node that Optax leaves where a leaf was masked out.
-
-    Example:
-        >>> is_masked(optax.MaskedNode()), is_masked(None)
-        (True, False)
-    """
-    return isinstance(x, optax.MaskedNode)
 
 
 def read_tree(params: Tree) -> tuple[tuple[Leaf, ...], list[Any]]:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from muonclip_jax._names import GENERIC
+from muonclip_jax.heads.names import GENERIC
 from muonclip_jax.routing import words
 from muonclip_jax.routing.layouts import without
 from muonclip_jax.routing.leaves import Leaf

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-from muonclip_jax._paths import compile_pattern
 from muonclip_jax._specs import SpecLike, hashable_spec, is_spec
+from muonclip_jax._tree import compile_pattern
 
 
 def rule_pairs(rules: Any) -> Iterable[Any]:

@@ -7,13 +7,12 @@ from typing import Any
 import jax
 
 from muonclip_jax._fitting import simplify_spec
-from muonclip_jax._paths import flatten_with_paths, nothing_matched
 from muonclip_jax._specs import SpecLike
-from muonclip_jax._typing import Tree
+from muonclip_jax._tree import Tree, flatten_with_paths, is_masked, nothing_matched
 from muonclip_jax.heads.finding import Rule, block_rules, find_blocks, strip_outer
 from muonclip_jax.heads.matrices import ATTENTION, MERGED
 from muonclip_jax.routing.inference import Decision
-from muonclip_jax.routing.leaves import is_masked, read_tree
+from muonclip_jax.routing.leaves import read_tree
 from muonclip_jax.routing.plan import decide
 from muonclip_jax.routing.rule_pairs import check_rule, rule_pairs
 from muonclip_jax.routing.scan_axis import ScanAxis, check_scan_axis

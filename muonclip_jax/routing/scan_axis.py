@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from muonclip_jax._paths import compile_pattern
+from muonclip_jax._tree import compile_pattern
 
 #: Axes of stacked layers.
 Axes = tuple[int, ...]

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from muonclip_jax._names import LeafName
+from muonclip_jax.heads.names import LeafName
 from muonclip_jax.routing import words
 from muonclip_jax.routing.layouts import without
 from muonclip_jax.routing.leaves import Leaf
@@ -35,7 +35,7 @@ def extra_axes(name: LeafName, shape: tuple[int, ...]) -> frozenset[int] | None:
     Leaves that AdamW trains are none, and neither are those whose names say nothing.
 
     Example:
-        >>> from muonclip_jax._names import read_path
+        >>> from muonclip_jax.heads.names import read_path
         >>> extra_axes(read_path("layers/mlp/up_proj/kernel"), (3, 8, 32))
         frozenset({1})
     """

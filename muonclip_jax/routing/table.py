@@ -27,7 +27,7 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
-from muonclip_jax._names import LeafName
+from muonclip_jax.heads.names import LeafName
 from muonclip_jax.routing import words
 from muonclip_jax.routing.words import word
 

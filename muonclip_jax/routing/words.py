@@ -4,7 +4,7 @@ The spelling is that of `names.py`. Each pattern must match a whole name; `word`
 for a word of the name. `heads/words.py` names the projections of attention.
 """
 
-from muonclip_jax._names import spelling
+from muonclip_jax.heads.names import spelling
 from muonclip_jax.heads.words import OUT_NAMES, QUERY_KEY_VALUE
 
 # Those that say so little, or lie so differently, that the table has rows of their own for them.

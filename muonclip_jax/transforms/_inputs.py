@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from muonclip_jax._paths import array_leaves, flatten_with_paths
-from muonclip_jax._typing import Tree
+from muonclip_jax._tree import Tree, array_leaves, flatten_with_paths
 
 #: Errors that a state of another structure leads to, somewhere inside Optax or here.
 _FOREIGN = (AttributeError, IndexError, KeyError, TypeError, ValueError)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from muonclip_jax._paths import flatten_with_paths
+from muonclip_jax._tree import flatten_with_paths
 from muonclip_jax.transforms._checks import is_concrete
 
 _REAL = ("float32", "bfloat16", "float16", "float64")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from muonclip_jax._arguments import check_scalar, names_known
-from muonclip_jax._typing import ScalarLike, ScalarOrSchedule
+from muonclip_jax._tree import ScalarLike, ScalarOrSchedule
 from muonclip_jax.clipping.blocks import find_in, named_leaves, plan_clip
 from muonclip_jax.clipping.clip import clip_factors
 from muonclip_jax.clipping.gamma import check_clip_settings

@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from muonclip_jax._paths import MAX_LOGITS, flatten_with_paths
-from muonclip_jax._typing import Shaped, Tree
+from muonclip_jax._tree import MAX_LOGITS, Shaped, Tree, flatten_with_paths
 
 
 def _positions(leaves: list[tuple[str, Any]]) -> list[int]:

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from muonclip_jax._arguments import check_flag, check_type, names_known
 from muonclip_jax._devices import varying_axes
-from muonclip_jax._typing import ScalarLike, ScalarOrSchedule
+from muonclip_jax._tree import ScalarLike, ScalarOrSchedule
 from muonclip_jax.matrices import (
     Distribution,
     MeshShardings,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from muonclip_jax._arguments import names_known
-from muonclip_jax._typing import ScalarLike
+from muonclip_jax._tree import ScalarLike
 from muonclip_jax.matrices import join_leaf, plan_leaf, shape_rule, split_leaf
 from muonclip_jax.routing import MatrixRules, MatrixSpec, resolve_muon_specs
 from muonclip_jax.transforms._checks import check_positive

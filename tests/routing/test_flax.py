@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
-from muonclip_jax._paths import flatten_with_paths
+from muonclip_jax._tree import flatten_with_paths
 from muonclip_jax.routing import MatrixRules, infer_dimension_numbers, label_params
 
 DIMS = MuonDimensionNumbers

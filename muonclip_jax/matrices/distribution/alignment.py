@@ -5,8 +5,7 @@ from typing import Any
 
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from muonclip_jax._paths import flatten_with_paths, tree_from
-from muonclip_jax._typing import Tree
+from muonclip_jax._tree import Tree, flatten_with_paths, tree_from
 from muonclip_jax.matrices.distribution.agreement import check_reduced
 from muonclip_jax.matrices.distribution.sharding import axes_of, entries_of
 

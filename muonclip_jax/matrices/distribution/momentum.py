@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from jax.sharding import AxisType
 
-from muonclip_jax._paths import flatten_with_paths
-from muonclip_jax._typing import Tree
+from muonclip_jax._tree import Tree, flatten_with_paths
 from muonclip_jax.matrices.distribution.blocks import LeafAxes
 from muonclip_jax.matrices.distribution.sharding import MeshShardings, axes_of, sharding_of
 from muonclip_jax.routing import MatrixSpec, axes_tuple

@@ -12,8 +12,7 @@ import jax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-from muonclip_jax._paths import flatten_with_paths
-from muonclip_jax._typing import Tree
+from muonclip_jax._tree import Tree, flatten_with_paths
 from muonclip_jax.matrices.distribution.agreement import (
     Leaves,
     check_devices,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from muonclip_jax._typing import ScalarLike
+from muonclip_jax._tree import ScalarLike
 from muonclip_jax.attention import finite_first
 from muonclip_jax.clipping.gamma import is_over
 from muonclip_jax.clipping.maxima import merge_recordings

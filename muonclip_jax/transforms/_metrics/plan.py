@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from muonclip_jax._typing import Tree
+from muonclip_jax._tree import Tree
 from muonclip_jax.clipping.blocks import NamedLeaves, named_leaves
 from muonclip_jax.heads.finding import FoundBlock, Rule, find_blocks
 from muonclip_jax.matrices import LeafPlan, StackPlan, plan_leaf, plan_stacks, to_matrices

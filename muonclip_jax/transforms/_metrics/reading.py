@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from muonclip_jax._typing import Tree
+from muonclip_jax._tree import Tree
 from muonclip_jax.heads.finding import block_rules
 from muonclip_jax.routing import MatrixRules
 from muonclip_jax.transforms._metrics.plan import blocks_of, plan_matrices

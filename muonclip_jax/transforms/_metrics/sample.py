@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from muonclip_jax._typing import ScalarLike, Tree
+from muonclip_jax._tree import ScalarLike, Tree
 from muonclip_jax.clipping.blocks import match_maxima
 from muonclip_jax.clipping.gamma import clip_gamma
 from muonclip_jax.clipping.maxima import trailing_shape

@@ -11,8 +11,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from muonclip_jax._arguments import is_concrete, names_known
-from muonclip_jax._paths import flatten_with_paths
-from muonclip_jax._typing import ScalarLike, ScalarOrSchedule, Tree
+from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree, flatten_with_paths
 from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.heads.finding import block_rules
 from muonclip_jax.matrices import place, read_shardings

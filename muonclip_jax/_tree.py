@@ -1,52 +1,58 @@
-"""Key paths as the names that people use for parameters.
+"""Pytrees of parameters: the paths of their leaves, masks, and the types that signatures share.
 
-A parameter is called "decoder/block_0/attention/query/kernel" whatever holds it: a Linen dict, a
-boxed `nn.Partitioned` leaf, an NNX state, a pure dict. JAX's key paths differ between them in one
+A parameter is called "decoder/block_0/attention/query/kernel" in every container: a Linen dict, a
+boxed `nn.Partitioned` leaf, an NNX state, a plain dict. JAX's key paths differ between them in one
 place only: boxes and NNX variables end in a `.value` attribute. That last attribute is dropped,
-and nothing else is, for attention modules have a submodule that is called "value" too.
+and nothing else, because attention modules also have a submodule called "value".
 """
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+import optax
+from jax.tree_util import GetAttrKey, PyTreeDef
 
-from muonclip_jax._typing import Tree
+#: A Python number, or a JAX scalar, concrete or traced.
+ScalarLike: TypeAlias = float | int | jax.Array
+#: A scalar, or a function of the number of updates so far.
+ScalarOrSchedule: TypeAlias = ScalarLike | Callable[[Any], Any]
+#: Any tree of arrays; leaves may also be `jax.ShapeDtypeStruct`s where only shapes matter.
+Tree: TypeAlias = Any
 
 SEPARATOR = "/"
-#: The name under which a module records its heads' largest logits.
+#: The name under which a module records the maximum logits of its heads.
 MAX_LOGITS = "max_logits"
 
 
-def _key_name(key: Any) -> str:
-    match key:
-        case DictKey():
-            return str(key.key)
-        case SequenceKey():
-            return str(key.idx)
-        case GetAttrKey():
-            return key.name
-        case FlattenedIndexKey():
-            return str(key.key)
-        case _:
-            return str(key)
+@runtime_checkable
+class Shaped(Protocol):
+    """An array, a tracer or a `jax.ShapeDtypeStruct`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's shape."""
+        ...
+
+    @property
+    def dtype(self) -> Any:
+        """The array's dtype."""
+        ...
 
 
 def path_names(key_path: Sequence[Any]) -> tuple[str, ...]:
     """Returns the names along a JAX key path, without the `.value` of a box.
 
     Example:
-        >>> import jax
         >>> from jax.tree_util import DictKey, GetAttrKey
         >>> path_names((DictKey("value"), DictKey("kernel"), GetAttrKey("value")))
         ('value', 'kernel')
     """
-    keys = tuple(key_path)
+    keys = list(key_path)
     if len(keys) > 1 and isinstance(keys[-1], GetAttrKey) and keys[-1].name == "value":
-        keys = keys[:-1]
-    return tuple(_key_name(key) for key in keys)
+        keys.pop()
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
 
 
 def join(names: Iterable[str]) -> str:
@@ -56,7 +62,7 @@ def join(names: Iterable[str]) -> str:
 
 def flatten_with_paths(
     tree: Tree, is_leaf: Callable[[Any], bool] | None = None
-) -> tuple[list[tuple[str, Any]], Any]:
+) -> tuple[list[tuple[str, Any]], PyTreeDef]:
     """Flattens `tree` into `(path, leaf)` pairs and its structure.
 
     Example:
@@ -82,30 +88,39 @@ def array_leaves(tree: Tree) -> list[tuple[str, Any]]:
     leaves = flatten_with_paths(tree)[0]
     for path, leaf in leaves:
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-            number = isinstance(leaf, int | float | complex)
+            cure = (
+                f"Write jnp.asarray({leaf!r})."
+                if isinstance(leaf, int | float | complex)
+                else "Pass the arrays of the model alone; of an Equinox module, "
+                "eqx.filter(model, eqx.is_inexact_array)."
+            )
             raise TypeError(
                 f"{path or 'the tree'!r} is {leaf!r} of type {type(leaf).__name__}, expected an "
-                "array. "
-                + (
-                    f"Write jnp.asarray({leaf!r})."
-                    if number
-                    else "Pass the arrays of the model alone; of an Equinox module, "
-                    "eqx.filter(model, eqx.is_inexact_array)."
-                )
+                f"array. {cure}"
             )
     return leaves
 
 
-def tree_from(given: Any, params: Tree, is_entry: Callable[[Any], bool]) -> Tree:
-    """Returns a tree that is given as it is or as a function of the parameters.
+def is_masked(x: object) -> bool:
+    """Whether `x` is the node that Optax leaves in place of a masked leaf.
 
-    A tree may be callable: an Equinox module that defines `__call__` is a pytree, and so is a tree
-    of its shardings. What has the type of the parameters or holds entries is the tree.
+    Example:
+        >>> is_masked(optax.MaskedNode()), is_masked(None)
+        (True, False)
+    """
+    return isinstance(x, optax.MaskedNode)
+
+
+def tree_from(given: Tree, params: Tree, is_entry: Callable[[Any], bool]) -> Tree:
+    """Returns a tree that is given directly or as a function of the parameters.
+
+    A tree may be callable too: an Equinox module that defines `__call__` is a pytree, and so is a
+    tree of its shardings. What has the type of the parameters or holds entries is the tree.
 
     Args:
         given: The tree, or a function.
         params: What to call the function with.
-        is_entry: Tells what may be a leaf of the tree.
+        is_entry: Whether something may be a leaf of the tree.
 
     Example:
         >>> tree_from(lambda params: {"w": True}, {"w": 1.0}, lambda x: isinstance(x, bool))
@@ -121,11 +136,11 @@ def tree_from(given: Any, params: Tree, is_entry: Callable[[Any], bool]) -> Tree
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """Compiles a path pattern, or says what is wrong with it.
+    """Compiles a path pattern.
 
     Raises:
         TypeError: If the pattern is not a string.
-        ValueError: If it is no regular expression.
+        ValueError: If it is not a regular expression.
     """
     if not isinstance(pattern, str):
         raise TypeError(
@@ -141,19 +156,27 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
         ) from error
 
 
-def nothing_matched(what: str, asked: str, paths: Iterable[str], limit: int = 12) -> ValueError:
+def listed(paths: Iterable[str], limit: int = 8) -> str:
+    """Lists paths for a message, at most `limit` of them.
+
+    Example:
+        >>> listed(["a", "b", "c"], limit=2)
+        "'a', 'b' and 1 more"
+    """
+    paths = list(paths)
+    more = f" and {len(paths) - limit} more" if len(paths) > limit else ""
+    return (", ".join(map(repr, paths[:limit])) or "none") + more
+
+
+def nothing_matched(what: str, asked: str, paths: Iterable[str]) -> ValueError:
     """Builds the error for something that was asked for and matched no path.
 
     Args:
         what: What was asked for, as the sentence's subject, e.g. "The rule".
         asked: The pattern or path that matched nothing.
-        paths: The paths there are.
-        limit: How many of them to show.
+        paths: The paths that exist.
     """
-    shown = list(paths)
-    tail = f" and {len(shown) - limit} more" if len(shown) > limit else ""
-    listing = ", ".join(repr(path) for path in shown[:limit]) or "none at all"
     return ValueError(
-        f"{what} {asked!r} matches no path of the tree. Paths are: {listing}{tail}. "
+        f"{what} {asked!r} matches no path of the tree. Paths are: {listed(paths, 12)}. "
         "Correct it, or remove it."
     )
