@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks import report_tables
-from muonclip_jax.matrices.distribution.schedule import deal
+from muonclip_jax.sharding.schedule import deal
 
 STEPS = 5
 #: Bytes of a parameter, a gradient and a moment; of what products and results travel in.

@@ -16,7 +16,7 @@ from muonclip_jax.clipping import (
     describe_attention as describe_attention,
     qk_clip_info as qk_clip_info,
 )
-from muonclip_jax.matrices import Distribution as Distribution, describe_cost as describe_cost
+from muonclip_jax.matrices import describe_cost as describe_cost
 from muonclip_jax.newton_schulz import orthogonalize as orthogonalize
 from muonclip_jax.routing import (
     AttentionLayout as AttentionLayout,
@@ -28,6 +28,7 @@ from muonclip_jax.routing import (
     infer_dimension_numbers as infer_dimension_numbers,
     label_params as label_params,
 )
+from muonclip_jax.sharding import Distribution as Distribution
 from muonclip_jax.transforms import (
     AccumulateState as AccumulateState,
     MetricsSample as MetricsSample,

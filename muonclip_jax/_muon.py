@@ -10,10 +10,10 @@ from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax._arguments import names_known
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, array_leaves
-from muonclip_jax.matrices import Distribution
 from muonclip_jax.newton_schulz import DEFAULT_DTYPE, DEFAULT_METHOD
 from muonclip_jax.newton_schulz.coefficients import resolve_coefficients
 from muonclip_jax.routing import MatrixRules, resolve_specs, route_once, spec_tree
+from muonclip_jax.sharding import Distribution
 from muonclip_jax.transforms import scale_by_muon, scale_by_shape
 from muonclip_jax.transforms._checks import (
     check_adam_rate,

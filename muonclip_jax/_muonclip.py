@@ -11,9 +11,9 @@ from muonclip_jax._arguments import names_known
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, tree_from
 from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.heads.finding import block_rules
-from muonclip_jax.matrices import Distribution
 from muonclip_jax.newton_schulz import DEFAULT_DTYPE, DEFAULT_EPS, DEFAULT_METHOD, DEFAULT_SET
 from muonclip_jax.routing import MatrixRules, as_rules, decay_mask, route_once
+from muonclip_jax.sharding import Distribution
 from muonclip_jax.transforms import qk_clip, scale_by_muon, scale_by_shape
 from muonclip_jax.transforms._checks import (
     check_adam_rate,

@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from muonclip_jax._tree import Tree, flatten_with_paths, tree_from
 from muonclip_jax.checkpoint.names import owner_of
-from muonclip_jax.matrices import align_shardings, is_entry
+from muonclip_jax.sharding import align_shardings, is_entry
 
 
 def abstract_params(params: Tree, param_shardings: Tree = None, mesh: Mesh | None = None) -> Tree:

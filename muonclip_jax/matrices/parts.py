@@ -1,13 +1,13 @@
 """A parameter as the matrices inside it, and back.
 
-A `MatrixSpec` says which axes of a parameter are read (reduction), which are written (output), and
-where a fused kernel has to be cut first. Everything else is a batch axis. An attention kernel
+A `MatrixSpec` names the reduction and output axes of a parameter, and where a fused kernel is split
+first. Everything else is a batch axis. An attention kernel
 `(d_model, heads, head_dim)` is one `(d_model, heads * head_dim)` matrix; twenty-four of them that
 `nn.scan` stacked are a batch of twenty-four; a fused `(d_model, 3 * d_model)` QKV kernel is three
 matrices, each `(d_model, d_model)`.
 
-The cutting is planned in Python from shapes (`plan_leaf`), the arrays only follow the plan
-(`to_matrices`, `from_matrices`).
+The parts are planned in Python from shapes (`plan_leaf`); arrays follow the plan (`to_matrices`,
+`from_matrices`).
 """
 
 import itertools
@@ -81,6 +81,23 @@ def plan_leaf(shape: Sequence[int], spec: MatrixSpec) -> LeafPlan:
             )
         )
     return LeafPlan(splits=spec.splits, parts=tuple(parts))
+
+
+def parts_by_shape(
+    leaves: Sequence[LeafPlan], dtypes: Sequence[str], *, wide: bool = False
+) -> dict[tuple[int, int, str], list[tuple[int, int, int]]]:
+    """Buckets parts that have entries: `(rows, columns, dtype)` to `(leaf, part, count)` of each.
+
+    With `wide`, tall matrices are counted as their transposes.
+    """
+    buckets: dict[tuple[int, int, str], list[tuple[int, int, int]]] = {}
+    for leaf, (plan, dtype) in enumerate(zip(leaves, dtypes, strict=True)):
+        for index, part in enumerate(plan.parts):
+            if part.count * part.fan_in * part.fan_out:
+                fans = part.fan_in, part.fan_out
+                rows, columns = sorted(fans) if wide else fans
+                buckets.setdefault((rows, columns, dtype), []).append((leaf, index, part.count))
+    return buckets
 
 
 def to_matrices(x: jax.Array, plan: LeafPlan) -> list[jax.Array]:

@@ -1,13 +1,12 @@
 """Same-shaped matrices from all over a tree as stacks that one batched call works on.
 
 A network has hundreds of matrices and a handful of shapes. One Newton-Schulz per leaf makes a
-program as long as the tree is deep; one per shape keeps it short, and the stack is also what
-devices share. Newton-Schulz commutes with transposition, so a tall matrix joins the wide ones.
-
-The plan is made of shapes alone and holds no arrays: which matrices form a stack, never more of
-them than `max_bytes` allows, so temporary memory stays bounded however large the tree is.
+program as long as the tree is deep; one per shape keeps it short. Newton-Schulz commutes with
+transposition, so a tall matrix joins the wide ones. A bound on a stack's size bounds temporary
+memory.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +14,9 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from muonclip_jax.matrices.parts import LeafPlan, from_matrices, to_matrices
+from muonclip_jax.matrices.parts import LeafPlan, from_matrices, parts_by_shape, to_matrices
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,19 @@ class Stack:
 
 @dataclass(frozen=True)
 class StackPlan:
-    """All matrices of a tree: how each leaf is cut, and which matrices share a stack."""
+    """All matrices of a tree: how each leaf is split, and which matrices share a stack."""
 
     leaves: tuple[LeafPlan, ...]
     stacks: tuple[Stack, ...]
 
 
-def plan_stacks(
-    leaves: Sequence[LeafPlan], dtypes: Sequence[str], max_bytes: int | None = None
-) -> StackPlan:
+def plan_stacks(leaves: Sequence[LeafPlan], dtypes: Sequence[str], max_bytes: int) -> StackPlan:
     """Plans the stacks of a tree.
 
     Args:
         leaves: The plan of each leaf.
         dtypes: The dtype of each leaf, by name; only equal ones share a stack.
-        max_bytes: Bound on the size of a stack in bytes; a single matrix may exceed it. None: one
-            stack for each shape and dtype.
+        max_bytes: Bound on the size of a stack in bytes; a single matrix may exceed it.
 
     Returns:
         The plan; `map_stacks` follows it. Matrices without entries are in no stack.
@@ -72,105 +69,59 @@ def plan_stacks(
         >>> from muonclip_jax.matrices.parts import plan_leaf
         >>> leaves = [plan_leaf((8, 2), MatrixSpec()), plan_leaf((2, 8), MatrixSpec())]
         >>> [(stack.rows, stack.columns, stack.count) for stack in
-        ...  plan_stacks(leaves, ["float32", "float32"]).stacks]
+        ...  plan_stacks(leaves, ["float32", "float32"], 2**20).stacks]
         [(2, 8, 2)]
     """
-    runs: dict[tuple[int, int, str], list[Run]] = {}
-    for leaf, (plan, dtype) in enumerate(zip(leaves, dtypes, strict=True)):
-        for index, part in enumerate(plan.parts):
-            if part.count * part.fan_in * part.fan_out == 0:
-                continue
-            rows, columns = sorted((part.fan_in, part.fan_out))
-            run = Run(leaf, index, 0, part.count, transposed=part.fan_in > part.fan_out)
-            runs.setdefault((rows, columns, dtype), []).append(run)
     stacks = []
-    for (rows, columns, dtype), members in runs.items():
-        limit = None
-        if max_bytes is not None:
-            limit = max(1, max_bytes // (rows * columns * jnp.dtype(dtype).itemsize))
-        stacks += [Stack(rows, columns, dtype, chunk) for chunk in _chunks(members, limit)]
-    return StackPlan(leaves=tuple(leaves), stacks=tuple(stacks))
+    for (rows, columns, dtype), members in parts_by_shape(leaves, dtypes, wide=True).items():
+        limit = max(1, max_bytes // (rows * columns * jnp.dtype(dtype).itemsize))
+        runs = [
+            Run(leaf, part, 0, count, leaves[leaf].parts[part].fan_in > rows)
+            for leaf, part, count in members
+        ]
+        stacks += [Stack(rows, columns, dtype, chunk) for chunk in _chunks(runs, limit)]
+    return StackPlan(tuple(leaves), tuple(stacks))
 
 
 def map_stacks(
-    function: Callable[[jax.Array], jax.Array],
-    combine: Callable[..., jax.Array],
-    trees: Sequence[Sequence[jax.Array]],
-    plan: StackPlan,
+    function: Callable[[jax.Array], jax.Array], leaves: Sequence[jax.Array], plan: StackPlan
 ) -> list[jax.Array]:
-    """Applies `function` to every stack of `combine(*leaves)`.
+    """Applies `function` to every stack of `leaves`.
 
     Args:
         function: From `(count, rows, columns)` to the same shape and dtype.
-        combine: Entry by entry, from arrays of each of `trees` to one; it is applied stack by
-            stack, so that the combined tree is never alive as a whole.
-        trees: The arrays that the plan was made for, once or several times.
+        leaves: The arrays that the plan was made for.
         plan: The plan.
 
     Returns:
-        The combined leaves, every matrix of them replaced.
+        The leaves, every matrix of them replaced.
     """
-    parts = [
-        [to_matrices(x, leaf) for x, leaf in zip(tree, plan.leaves, strict=True)] for tree in trees
-    ]
+    parts = [to_matrices(x, leaf) for x, leaf in zip(leaves, plan.leaves, strict=True)]
     # Runs of a part arrive in order of `start`, for that is the order they were planned in.
     done: dict[tuple[int, int], list[jax.Array]] = {}
     for stack in plan.stacks:
-        result = function(_gather(combine, parts, stack.runs))
-        bounds = itertools.accumulate((run.stop - run.start for run in stack.runs), initial=0)
-        for run, (start, stop) in zip(stack.runs, itertools.pairwise(bounds), strict=True):
-            piece = jax.lax.slice_in_dim(result, start, stop)
-            done.setdefault((run.leaf, run.part), []).append(piece.mT if run.transposed else piece)
-    return [
-        from_matrices(
-            [
-                _concatenate(done[leaf, part])
-                if (leaf, part) in done
-                else combine(*(tree[leaf][part] for tree in parts))
-                for part in range(len(leaf_plan.parts))
-            ],
-            leaf_plan,
-        )
-        for leaf, leaf_plan in enumerate(plan.leaves)
-    ]
+        pieces = [
+            lax.slice_in_dim(parts[run.leaf][run.part], run.start, run.stop) for run in stack.runs
+        ]
+        wide = [x.mT if run.transposed else x for x, run in zip(pieces, stack.runs, strict=True)]
+        result, start = function(jnp.concatenate(wide)), 0
+        for x, run in zip(pieces, stack.runs, strict=True):
+            y = lax.slice_in_dim(result, start, start + len(x))
+            start += len(x)
+            done.setdefault((run.leaf, run.part), []).append(y.mT if run.transposed else y)
+    for (leaf, part), pieces in done.items():
+        parts[leaf][part] = jnp.concatenate(pieces)
+    return [from_matrices(x, leaf) for x, leaf in zip(parts, plan.leaves, strict=True)]
 
 
-def _chunks(runs: Sequence[Run], limit: int | None) -> Iterator[tuple[Run, ...]]:
-    if limit is None:
-        yield tuple(runs)
-        return
-    total = sum(run.stop - run.start for run in runs)
-    # Chunks of nearly equal size: 13 matrices under a limit of 8 are 7 and 6, not 8 and 5.
+def _chunks(runs: Sequence[Run], limit: int) -> Iterator[tuple[Run, ...]]:
+    total = sum(run.stop for run in runs)
+    # Nearly equal sizes: 13 matrices under a limit of 8 are 7 and 6, not 8 and 5.
     size = math.ceil(total / math.ceil(total / limit))
-    chunk: list[Run] = []
-    room = size
-    for run in runs:
-        start = run.start
-        while start < run.stop:
-            stop = min(run.stop, start + room)
-            chunk.append(Run(run.leaf, run.part, start, stop, run.transposed))
-            room -= stop - start
-            start = stop
-            if room == 0:
-                yield tuple(chunk)
-                chunk, room = [], size
-    if chunk:
-        yield tuple(chunk)
-
-
-def _gather(
-    combine: Callable[..., jax.Array],
-    parts: Sequence[Sequence[Sequence[jax.Array]]],
-    runs: Sequence[Run],
-) -> jax.Array:
-    pieces = []
-    for run in runs:
-        piece = combine(
-            *(jax.lax.slice_in_dim(tree[run.leaf][run.part], run.start, run.stop) for tree in parts)
+    matrices = [(run, index) for run in runs for index in range(run.stop)]
+    for start in range(0, total, size):
+        by_run = itertools.groupby(matrices[start : start + size], key=lambda pair: pair[0])
+        indices = [(run, [index for _, index in pairs]) for run, pairs in by_run]
+        yield tuple(
+            dataclasses.replace(run, start=among[0], stop=among[-1] + 1) for run, among in indices
         )
-        pieces.append(piece.mT if run.transposed else piece)
-    return _concatenate(pieces)
-
-
-def _concatenate(pieces: Sequence[jax.Array]) -> jax.Array:
-    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)

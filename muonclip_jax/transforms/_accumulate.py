@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from muonclip_jax._arguments import names_known
 from muonclip_jax._tree import ScalarOrSchedule, Shaped, Tree, tree_from
 from muonclip_jax.attention.maxima import merge_max_logits
-from muonclip_jax.matrices import MeshShardings, place, read_shardings
+from muonclip_jax.sharding import MeshShardings, place, read_shardings
 from muonclip_jax.transforms._checks import check_every, value_at
 from muonclip_jax.transforms._inputs import transformation
 from muonclip_jax.transforms._placing import place_tree

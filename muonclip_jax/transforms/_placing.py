@@ -8,7 +8,7 @@ import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from muonclip_jax.matrices import MeshShardings, on_devices, place, read_shardings
+from muonclip_jax.sharding import MeshShardings, on_devices, place, read_shardings
 
 
 def place_tree(tree: optax.Updates, shardings: MeshShardings | None) -> optax.Updates:

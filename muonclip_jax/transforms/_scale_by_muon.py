@@ -12,26 +12,24 @@ from jax.sharding import NamedSharding, PartitionSpec
 from muonclip_jax._arguments import check_flag, check_type, names_known
 from muonclip_jax._devices import varying_axes
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule
-from muonclip_jax.matrices import (
-    Distribution,
-    MeshShardings,
-    alike,
-    check_momentum,
-    orthogonalize_leaves,
-    place,
-    read_shardings,
-    spread_momentum,
-)
 from muonclip_jax.newton_schulz import (
     DEFAULT_DTYPE,
     DEFAULT_EPS,
     DEFAULT_METHOD,
     DEFAULT_SET,
     PolarPlan,
-    decide_platform,
     plan_polar,
 )
 from muonclip_jax.routing import MatrixRules, MatrixSpec, as_rules, resolve_muon_specs
+from muonclip_jax.sharding import (
+    Distribution,
+    MeshShardings,
+    check_momentum,
+    orthogonalize_leaves,
+    place,
+    read_shardings,
+    zero1_shardings,
+)
 from muonclip_jax.transforms._checks import check_fraction, check_non_negative, value_at
 from muonclip_jax.transforms._inputs import transformation
 from muonclip_jax.transforms._moments import check_moment_dtype, check_moment_leaf
@@ -228,30 +226,20 @@ def scale_by_muon(
                 weight / _correction(decay, after)
                 for weight, after in zip(weights, counts, strict=True)
             )
-        momenta, treedef = jax.tree.flatten(mu)
-        gradients = jax.tree.leaves(updates)
-        planned, guard = decide_platform(polar, eps, gradients, shardings and shardings.mesh)
-        results: dict[int, jax.Array] = {}
-        for group in alike(gradients):
-            m, g = ([leaves[leaf] for leaf in group] for leaves in (momenta, gradients))
-            polars = orthogonalize_leaves(
-                planned,
-                guard,
-                _direction,
-                weights,
-                count,
-                (m, g),
-                [specs[leaf][2] for leaf in group],
-                momentum_shardings and momentum_shardings.of(group),
-                shardings and shardings.of(group),
-                mapped_axes,
-                options,
-            )
-            results.update(zip(group, polars, strict=True))
-        polars = [results[leaf] for leaf in range(len(gradients))]
+        directions = jax.tree.map(functools.partial(_direction, weights), mu, updates)
+        directions, treedef = jax.tree.flatten(directions)
+        polars = orthogonalize_leaves(
+            polar,
+            eps,
+            directions,
+            [spec for _, _, spec in specs],
+            momentum_shardings,
+            shardings,
+            mapped_axes,
+            options,
+        )
         if adaptive:
             # The dual norm: <U, O> is the sum of U's singular values where O is its polar factor.
-            directions = map(functools.partial(_direction, weights), momenta, gradients)
             beside = polars
             if momentum_shardings is not shardings:
                 beside = jax.tree.leaves(place_tree(polars, momentum_shardings))
@@ -306,7 +294,7 @@ def _momentum_shardings(
 ) -> MeshShardings | None:
     if shardings is None or not options.shard_momentum:
         return shardings
-    return spread_momentum(
+    return zero1_shardings(
         shardings, [tuple(leaf.shape) for _, leaf, _ in specs], [spec for _, _, spec in specs]
     )
 

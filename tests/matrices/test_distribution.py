@@ -1,6 +1,5 @@
 """Who works on which matrix: plans, hands, and the moves there and back."""
 
-import functools
 import math
 import operator
 
@@ -11,13 +10,13 @@ import pytest
 from hypothesis import given, strategies as st
 from jax.sharding import PartitionSpec as P
 
-from muonclip_jax.matrices import Distribution, orthogonalize_leaves
-from muonclip_jax.matrices.distribution.map import map_distributed
-from muonclip_jax.matrices.distribution.plan import DistributionPlan, Item
-from muonclip_jax.matrices.distribution.planning import plan_for
-from muonclip_jax.matrices.distribution.schedule import branches, deal, spread
 from muonclip_jax.newton_schulz import plan_polar
 from muonclip_jax.routing import MatrixSpec, Split
+from muonclip_jax.sharding import Distribution, orthogonalize_leaves
+from muonclip_jax.sharding.map import map_distributed
+from muonclip_jax.sharding.plan import DistributionPlan, Item
+from muonclip_jax.sharding.planning import plan_for
+from muonclip_jax.sharding.schedule import branches, deal, spread
 
 SIZES = (("fsdp", 4), ("tp", 2))
 FSDP, TP, BOTH, SWAPPED = ("fsdp",), ("tp",), ("fsdp", "tp"), ("tp", "fsdp")
@@ -332,6 +331,5 @@ def test_an_axis_that_the_mesh_has_not_is_an_error():
 
 
 def test_an_axis_name_that_is_not_mapped_is_an_error():
-    run = functools.partial(orthogonalize_leaves, POLAR, 1e-7, lambda how, x: x, None, jnp.int32(0))
     with pytest.raises(ValueError, match=r"axis_name='batch' is not the name of a mapped axis"):
-        run([[jnp.ones((2, 3))]], [MatrixSpec()], None, None, ("batch",))
+        orthogonalize_leaves(POLAR, 1e-7, [jnp.ones((2, 3))], [MatrixSpec()], axis_name=("batch",))

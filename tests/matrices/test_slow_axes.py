@@ -10,8 +10,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
 from benchmarks.hlo import device_groups
-from muonclip_jax.matrices.distribution import slow
-from muonclip_jax.matrices.distribution.slow import slow_axes
+from muonclip_jax.sharding import dcn_axes as slow
+from muonclip_jax.sharding.dcn_axes import slow_axes
 
 AXES = ("slice", "fsdp")
 

@@ -12,10 +12,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
 from benchmarks.hlo import tally
-from muonclip_jax.matrices.distribution.cut import Cut, possible_cuts
-from muonclip_jax.matrices.distribution.plan import DistributionPlan
-from muonclip_jax.matrices.distribution.planning import plan_for
 from muonclip_jax.newton_schulz import plan_polar
+from muonclip_jax.sharding.cut import Cut, possible_cuts
+from muonclip_jax.sharding.plan import DistributionPlan
+from muonclip_jax.sharding.planning import plan_for
 from tests.transforms.share import SHAPE, work
 
 SHARDINGS = [P(), P(None, "fsdp"), P(None, None, "fsdp"), P("fsdp")]
@@ -141,7 +141,7 @@ def test_what_may_be_cut(monkeypatch: pytest.MonkeyPatch):
     assert possible_cuts(mesh, (("fsdp", 8),), ("fsdp",)) == ()
     assert possible_cuts(mesh, (("fsdp_within", 2), ("fsdp", 8)), ()) == ()
     # Slices of two devices: no group of four is in one.
-    where = "muonclip_jax.matrices.distribution.cut.slice_of"
+    where = "muonclip_jax.sharding.cut.slice_of"
     monkeypatch.setattr(where, lambda device: device.id // 2)
     assert [cut.group for cut in possible_cuts(mesh, (("fsdp", 8),), ())] == [2]
 

@@ -78,7 +78,7 @@ def test_results_come_home_by_owner_and_without_padding(
     shapes: dict[str, tuple[int, ...]], bounds: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ):
     for name, bound in bounds.items():
-        monkeypatch.setattr(f"muonclip_jax.matrices.distribution.moves.{name}", bound)
+        monkeypatch.setattr(f"muonclip_jax.sharding.moves.{name}", bound)
     mesh = mesh_of(jax.devices(), (8,), ("data",))
     options = mc.Distribution(flops_per_byte=float("inf"))
     tx: Any = mc.scale_by_muon(

@@ -14,8 +14,8 @@ from muonclip_jax._arguments import is_concrete, names_known
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree, flatten_with_paths
 from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.heads.finding import block_rules
-from muonclip_jax.matrices import place, read_shardings
 from muonclip_jax.routing import MatrixRules
+from muonclip_jax.sharding import place, read_shardings
 from muonclip_jax.transforms._checks import check_every, value_at
 from muonclip_jax.transforms._inputs import transformation
 from muonclip_jax.transforms._metrics.effect import ClipEffect, no_effect, track_clips

@@ -6,15 +6,15 @@ import math
 
 import jax.numpy as jnp
 
-from muonclip_jax.matrices.distribution.blocks import Axes, LeafAxes
-from muonclip_jax.matrices.distribution.cut import Cut
-from muonclip_jax.matrices.distribution.local import plan_local
-from muonclip_jax.matrices.distribution.options import Distribution
-from muonclip_jax.matrices.distribution.plan import DistributionPlan
-from muonclip_jax.matrices.distribution.rounds import plan_distribution
-from muonclip_jax.matrices.distribution.slow import sharing_axes
 from muonclip_jax.newton_schulz import PolarPlan
 from muonclip_jax.routing import MatrixSpec
+from muonclip_jax.sharding.blocks import Axes, LeafAxes
+from muonclip_jax.sharding.cut import Cut
+from muonclip_jax.sharding.dcn_axes import sharing_axes
+from muonclip_jax.sharding.local import plan_local
+from muonclip_jax.sharding.options import Distribution
+from muonclip_jax.sharding.plan import DistributionPlan
+from muonclip_jax.sharding.rounds import plan_distribution
 
 # By so much the busiest device may exceed the mean before an axis is cut, and so much a cut must
 # save: it has collectives between the steps.

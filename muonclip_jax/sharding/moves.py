@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from muonclip_jax._devices import all_gather
-from muonclip_jax.matrices.distribution.blocks import Axes, Block, Sizes
+from muonclip_jax.sharding.blocks import Axes, Block, Sizes
 
 # Enough to fill a link. So much padding is worth a collective more; so much is gathered before the
 # next leaf's results are, so that one parameter's can be used before the next one's arrive.

@@ -20,8 +20,8 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from muonclip_jax.matrices.distribution.blocks import Axes, LeafAxes
 from muonclip_jax.routing import axes_tuple
+from muonclip_jax.sharding.blocks import Axes, LeafAxes
 
 SLICES_WARNING = (
     "Muon's matrices are on a mesh with Explicit axes, whose devices cannot be seen while tracing, "

@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from muonclip_jax._devices import entry_axes
-from muonclip_jax.matrices.distribution.blocks import Axes, LeafAxes
+from muonclip_jax.sharding.blocks import Axes, LeafAxes
 
 
 @dataclasses.dataclass(frozen=True)

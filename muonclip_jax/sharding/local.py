@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import jax
 from jax import lax
 
-from muonclip_jax.matrices.distribution.blocks import Axes, Block, LeafAxes, Sizes, make_block
-from muonclip_jax.matrices.distribution.moves import position
 from muonclip_jax.matrices.parts import LeafPlan, Part, join_leaf, plan_leaf, split_leaf
 from muonclip_jax.routing import MatrixSpec, Split, axes_tuple
+from muonclip_jax.sharding.blocks import Axes, Block, LeafAxes, Sizes, make_block
+from muonclip_jax.sharding.moves import position
 
 
 @dataclass(frozen=True)

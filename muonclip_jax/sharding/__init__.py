@@ -15,20 +15,20 @@ Everything but the last step follows from shapes, shardings and the mesh, and ho
    each device works on its hand (`hands`), and moves bring the results home.
 """
 
-from muonclip_jax.matrices.distribution.alignment import (
+from muonclip_jax.sharding.alignment import (
     align_shardings as align_shardings,
     is_entry as is_entry,
 )
-from muonclip_jax.matrices.distribution.momentum import (
+from muonclip_jax.sharding.momentum import (
     check_momentum as check_momentum,
-    spread_momentum as spread_momentum,
+    zero1_shardings as zero1_shardings,
 )
-from muonclip_jax.matrices.distribution.options import Distribution as Distribution
-from muonclip_jax.matrices.distribution.reading import read_shardings as read_shardings
-from muonclip_jax.matrices.distribution.run import (
+from muonclip_jax.sharding.options import Distribution as Distribution
+from muonclip_jax.sharding.reading import read_shardings as read_shardings
+from muonclip_jax.sharding.run import (
     orthogonalize_leaves as orthogonalize_leaves,
 )
-from muonclip_jax.matrices.distribution.sharding import (
+from muonclip_jax.sharding.sharding import (
     MeshShardings as MeshShardings,
     alike as alike,
     on_devices as on_devices,

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax.numpy as jnp
 
-from muonclip_jax.matrices.distribution.blocks import Axes, Sizes
-from muonclip_jax.matrices.distribution.jobs import Kind, Members, make_round
-from muonclip_jax.matrices.distribution.local import LocalLeaf
-from muonclip_jax.matrices.distribution.moves import Exchange
-from muonclip_jax.matrices.distribution.options import Distribution
-from muonclip_jax.matrices.distribution.plan import DistributionPlan, Item, Round
-from muonclip_jax.matrices.distribution.schedule import Hands, deal, spread
+from muonclip_jax.sharding.blocks import Axes, Sizes
+from muonclip_jax.sharding.jobs import Kind, Members, make_round
+from muonclip_jax.sharding.local import LocalLeaf
+from muonclip_jax.sharding.moves import Exchange
+from muonclip_jax.sharding.options import Distribution
+from muonclip_jax.sharding.plan import DistributionPlan, Item, Round
+from muonclip_jax.sharding.schedule import Hands, deal, spread
 
 #: `(rows, columns, dtype, ways) -> cost` of a matrix that is split `ways` ways, in
 #: floating-point operations a device, collectives included.

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from jax.sharding import AxisType
 
 from muonclip_jax._tree import Tree, flatten_with_paths
-from muonclip_jax.matrices.distribution.blocks import LeafAxes
-from muonclip_jax.matrices.distribution.sharding import MeshShardings, axes_of, sharding_of
 from muonclip_jax.routing import MatrixSpec, axes_tuple
+from muonclip_jax.sharding.blocks import LeafAxes
+from muonclip_jax.sharding.sharding import MeshShardings, axes_of, sharding_of
 
 
 def check_momentum(momentum: Tree, shardings: MeshShardings) -> None:
@@ -40,7 +40,7 @@ def check_momentum(momentum: Tree, shardings: MeshShardings) -> None:
             )
 
 
-def spread_momentum(
+def zero1_shardings(
     shardings: MeshShardings, shapes: Sequence[tuple[int, ...]], specs: Sequence[MatrixSpec]
 ) -> MeshShardings:
     """Shards every leaf over the axes that replicate it too, for momentum (ZeRO stage 1).

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from muonclip_jax.matrices.distribution.blocks import Axes
-from muonclip_jax.matrices.distribution.moves import position
-from muonclip_jax.matrices.distribution.plan import Job, Round
+from muonclip_jax.sharding.blocks import Axes
+from muonclip_jax.sharding.moves import position
+from muonclip_jax.sharding.plan import Job, Round
 
 #: From `(count, rows, columns)` and the axes that share its columns to the same shape and dtype.
 #: Where there are such axes, the device has a share of the columns.

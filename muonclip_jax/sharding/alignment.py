@@ -6,8 +6,8 @@ from typing import Any
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from muonclip_jax._tree import Tree, flatten_with_paths, tree_from
-from muonclip_jax.matrices.distribution.agreement import check_reduced
-from muonclip_jax.matrices.distribution.sharding import axes_of, entries_of
+from muonclip_jax.sharding.agreement import check_reduced
+from muonclip_jax.sharding.sharding import axes_of, entries_of
 
 
 def align_shardings(params: Tree, param_shardings: Tree) -> list[tuple[str, Any, Any]]:

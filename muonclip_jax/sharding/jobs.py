@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from muonclip_jax.matrices.distribution.blocks import Block
-from muonclip_jax.matrices.distribution.moves import Exchange
-from muonclip_jax.matrices.distribution.plan import Group, Item, Job, Round
-from muonclip_jax.matrices.distribution.schedule import Hands, branches
+from muonclip_jax.sharding.blocks import Block
+from muonclip_jax.sharding.moves import Exchange
+from muonclip_jax.sharding.plan import Group, Item, Job, Round
+from muonclip_jax.sharding.schedule import Hands, branches
 
 #: Rows, columns and dtype of a matrix.
 Kind = tuple[int, int, str]

@@ -3,25 +3,24 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from muonclip_jax.matrices.distribution.blocks import Axes
-from muonclip_jax.matrices.distribution.cut import Cut, possible_cuts
-from muonclip_jax.matrices.distribution.map import map_distributed
-from muonclip_jax.matrices.distribution.options import Distribution
-from muonclip_jax.matrices.distribution.plan import DistributionPlan, Job, Round
-from muonclip_jax.matrices.distribution.planning import plan_for
-from muonclip_jax.matrices.distribution.sharding import MeshShardings, place
-from muonclip_jax.matrices.one_device import OneDevicePlan, orthogonalize_on_one_device
-from muonclip_jax.newton_schulz import PolarPlan, apply_polar
+from muonclip_jax.matrices.one_device import orthogonalize_on_one_device
+from muonclip_jax.newton_schulz import PolarPlan, apply_polar, decide_platform
 from muonclip_jax.newton_schulz.partitioned import apply_polar_partitioned
 from muonclip_jax.routing import MatrixSpec
+from muonclip_jax.sharding.blocks import Axes
+from muonclip_jax.sharding.cut import Cut, possible_cuts
+from muonclip_jax.sharding.map import map_distributed
+from muonclip_jax.sharding.options import Distribution
+from muonclip_jax.sharding.plan import DistributionPlan, Job, Round
+from muonclip_jax.sharding.planning import plan_for
+from muonclip_jax.sharding.sharding import MeshShardings, alike, place
 
 # On a CPU one product fills the cores, so a stack is worked on matrix by matrix: up to this many
 # written out, more in a loop.
@@ -31,46 +30,69 @@ _UNROLLED_ON_CPU = 4
 def orthogonalize_leaves(
     polar: PolarPlan,
     eps: jax.typing.ArrayLike,
-    combine: Callable[..., jax.Array],
-    how: Any,
-    count: jax.Array,
-    trees: Sequence[Sequence[jax.Array]],
+    directions: Sequence[jax.Array],
     specs: Sequence[MatrixSpec],
-    shardings: MeshShardings | None,
-    homes: MeshShardings | None = None,
+    in_shardings: MeshShardings | None = None,
+    out_shardings: MeshShardings | None = None,
     axis_name: Axes = (),
-    options: Distribution | None = None,
+    distribution: Distribution | None = None,
 ) -> list[jax.Array]:
-    """Replaces every matrix of `combine(how, *leaves)` by its polar factor.
+    """Replaces every matrix of `directions` by its polar factor; devices share the matrices.
 
     Args:
-        polar: How to orthogonalise; it has its platform (`decide_platform`).
+        polar: How to orthogonalise.
         eps: Smallest divisor, as in `orthogonalize`.
-        combine: As for `orthogonalize_on_one_device`.
-        how: What `combine` needs besides, arrays or None, the same on all devices.
-        count: As for `orthogonalize_on_one_device`.
-        trees: Leaves of equal shapes, once or several times; the last one's dtype is the result's.
+        directions: The leaves.
         specs: The normalised spec of each.
-        shardings: The mesh, and how it shards the leaves; None where there is none, or `axis_name`
-            alone counts.
-        homes: How the results shall be sharded; None is as the leaves are.
+        in_shardings: How the leaves are sharded (`read_shardings`); None where there is no mesh, or
+            where all its axes are manual.
+        out_shardings: How the results are to be sharded: over fewer mesh axes than the leaves. None
+            is as the leaves are.
         axis_name: Names of axes that are mapped already (by `pmap` or `shard_map`) and along which
             the leaves are equal.
-        options: Who shares the work; None is `Distribution()`.
+        distribution: How the devices share the work; None is `Distribution()`.
 
     Returns:
-        The results.
+        The polar factors, in the shapes and dtypes of the leaves.
 
     Raises:
-        ValueError: If `options` names an axis that there is not, or `axis_name` is not mapped.
+        ValueError: If `distribution` names an axis that the mesh does not have, or an axis of
+            `axis_name` is not mapped.
     """
-    options = Distribution() if options is None else options
+    options = Distribution() if distribution is None else distribution
+    mesh = in_shardings and in_shardings.mesh
+    polar, eps = decide_platform(polar, eps, directions, mesh)
+    results: dict[int, jax.Array] = {}
+    for group in alike(directions):
+        polars = _orthogonalize_alike(
+            polar,
+            eps,
+            [directions[leaf] for leaf in group],
+            [specs[leaf] for leaf in group],
+            in_shardings and in_shardings.of(group),
+            out_shardings and out_shardings.of(group),
+            axis_name,
+            options,
+        )
+        results.update(zip(group, polars, strict=True))
+    return [results[leaf] for leaf in range(len(directions))]
+
+
+def _orthogonalize_alike(
+    polar: PolarPlan,
+    eps: jax.typing.ArrayLike,
+    leaves: Sequence[jax.Array],
+    specs: Sequence[MatrixSpec],
+    shardings: MeshShardings | None,
+    homes: MeshShardings | None,
+    axis_name: Axes,
+    options: Distribution,
+) -> list[jax.Array]:
     mapped = tuple((name, _mapped_size(name)) for name in axis_name)
     sizes = mapped + (shardings.sizes if shardings else ())
     if math.prod(size for _, size in sizes) == 1:
         plan = OneDevicePlan(tuple(specs), options.max_stack_bytes)
     else:
-        leaves = trees[-1]
         held = shardings.leaves if shardings else tuple(((),) * leaf.ndim for leaf in leaves)
         plan = plan_for(
             polar,
@@ -85,27 +107,32 @@ def orthogonalize_leaves(
             possible_cuts(shardings.mesh, sizes, shardings.slow) if shardings else (),
         )
     if shardings is None:
-        return _local_program(polar, plan, combine, eps, how, count, *trees)
+        return _local_program(polar, plan, eps, *leaves)
     homes = homes or shardings
     cut = plan.cut if isinstance(plan, DistributionPlan) else None
     seen, seen_homes = (_cut(one, cut) for one in (shardings, homes))
     results = _program(
         polar,
         plan,
-        combine,
         seen.mesh,
         frozenset(name for name, _ in seen.sizes),
         seen.specs(),
         seen_homes.specs(),
         eps,
-        how,
-        count,
-        [list(tree) for tree in trees],
+        list(leaves),
     )
     if cut:
         # What comes after shall see the caller's mesh.
         results = [place(x, home) for x, home in zip(results, homes.shardings(), strict=True)]
     return results
+
+
+@dataclasses.dataclass(frozen=True)
+class OneDevicePlan:
+    """The specs of the leaves, and the bound on a stack."""
+
+    specs: tuple[MatrixSpec, ...]
+    max_stack_bytes: int
 
 
 def _cut(shardings: MeshShardings, cut: Cut | None) -> MeshShardings:
@@ -144,18 +171,15 @@ def _work(polar: PolarPlan, eps: jax.typing.ArrayLike, stack: jax.Array, split: 
 def _local_program(
     polar: PolarPlan,
     plan: DistributionPlan | OneDevicePlan,
-    combine: Callable[..., jax.Array],
     eps: jax.typing.ArrayLike,
-    how: Any,
-    count: jax.Array,
-    *trees: Sequence[jax.Array],
+    *leaves: jax.Array,
 ) -> list[jax.Array]:
     if isinstance(plan, OneDevicePlan):
-        return orthogonalize_on_one_device(polar, plan, combine, eps, how, count, *trees)
+        return orthogonalize_on_one_device(polar, eps, leaves, plan.specs, plan.max_stack_bytes)
     return map_distributed(
         lambda stack, split: _work(polar, eps, stack, split),
-        functools.partial(combine, how),
-        trees,
+        lambda x: x,
+        [leaves],
         plan,
         functools.partial(_sent, polar),
     )
@@ -170,27 +194,24 @@ def _sent(polar: PolarPlan, job: Job, turn: Round) -> str:
     return job.dtype if work.itemsize >= jnp.dtype(job.dtype).itemsize else work.name
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _program(
     polar: PolarPlan,
     plan: DistributionPlan | OneDevicePlan,
-    combine: Callable[..., jax.Array],
     mesh: Mesh | AbstractMesh,
     names: frozenset[str],
     specs: tuple[PartitionSpec, ...],
     homes: tuple[PartitionSpec, ...],
     eps: jax.typing.ArrayLike,
-    how: Any,
-    count: jax.Array,
-    trees: list[list[jax.Array]],
+    leaves: list[jax.Array],
 ) -> list[jax.Array]:
     # Results are equal along the axes that replicate them because all of them gather the same
     # matrices; JAX cannot see that (check_vma).
     return jax.shard_map(
-        functools.partial(_local_program, polar, plan, combine),
+        functools.partial(_local_program, polar, plan),
         mesh=mesh,
-        in_specs=(*[PartitionSpec()] * 3, *[list(specs)] * len(trees)),
+        in_specs=(PartitionSpec(), *specs),
         out_specs=list(homes),
         axis_names=set(names),
         check_vma=False,
-    )(eps, how, count, *trees)
+    )(eps, *leaves)

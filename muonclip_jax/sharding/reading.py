@@ -13,17 +13,17 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from muonclip_jax._tree import Tree, flatten_with_paths
-from muonclip_jax.matrices.distribution.agreement import (
+from muonclip_jax.sharding.agreement import (
     Leaves,
     check_devices,
     check_one_mesh,
     describe,
     differ,
 )
-from muonclip_jax.matrices.distribution.alignment import align_shardings
-from muonclip_jax.matrices.distribution.blocks import Axes, LeafAxes
-from muonclip_jax.matrices.distribution.sharding import MeshShardings, axes_of, sharding_of
-from muonclip_jax.matrices.distribution.slow import slow_axes
+from muonclip_jax.sharding.alignment import align_shardings
+from muonclip_jax.sharding.blocks import Axes, LeafAxes
+from muonclip_jax.sharding.dcn_axes import slow_axes
+from muonclip_jax.sharding.sharding import MeshShardings, axes_of, sharding_of
 
 AUTO_WARNING = (
     "Muon's matrices are on a mesh of {devices} devices with Auto axes {axes}, where their "

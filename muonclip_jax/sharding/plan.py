@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from muonclip_jax.matrices.distribution.blocks import Axes, Block
-from muonclip_jax.matrices.distribution.cut import Cut
-from muonclip_jax.matrices.distribution.local import LocalLeaf
-from muonclip_jax.matrices.distribution.moves import Exchange
+from muonclip_jax.sharding.blocks import Axes, Block
+from muonclip_jax.sharding.cut import Cut
+from muonclip_jax.sharding.local import LocalLeaf
+from muonclip_jax.sharding.moves import Exchange
 
 
 @dataclass(frozen=True)

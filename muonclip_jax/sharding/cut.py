@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from muonclip_jax.matrices.distribution.blocks import Axes, LeafAxes
-from muonclip_jax.matrices.distribution.slow import slice_of
+from muonclip_jax.sharding.blocks import Axes, LeafAxes
+from muonclip_jax.sharding.dcn_axes import slice_of
 
 # What a device saves by sharing with one more falls with the square of the group, and what it sends
 # does not fall: at the default price of a byte, a matrix of 4096 rows pays up to groups of eight.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from muonclip_jax.matrices.distribution.blocks import Axes
+from muonclip_jax.sharding.blocks import Axes
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import numpy as np
 from jax import lax
 
 from muonclip_jax._devices import all_gather, vary_like
-from muonclip_jax.matrices.distribution.blocks import Block, Sizes
-from muonclip_jax.matrices.distribution.hands import Work, concatenate, work_by_hand
-from muonclip_jax.matrices.distribution.local import LocalLeaf, block_of, leaf_of, matrices_of
-from muonclip_jax.matrices.distribution.moves import (
+from muonclip_jax.sharding.blocks import Block, Sizes
+from muonclip_jax.sharding.hands import Work, concatenate, work_by_hand
+from muonclip_jax.sharding.local import LocalLeaf, block_of, leaf_of, matrices_of
+from muonclip_jax.sharding.moves import (
     Exchange,
     bring_home,
     by_free_and_held,
@@ -23,7 +23,7 @@ from muonclip_jax.matrices.distribution.moves import (
     make_whole,
     position,
 )
-from muonclip_jax.matrices.distribution.plan import DistributionPlan, Group, Item, Job, Round
+from muonclip_jax.sharding.plan import DistributionPlan, Group, Item, Job, Round
 
 # More matrices than this to be chosen one by one make the program long: then the whole stack is put
 # together and cut.

@@ -1,0 +1,182 @@
+"""Matrices one after another: the order of work on a CPU.
+
+One matrix fills the cores of a CPU, so a batched product gains nothing there. What counts is the
+memory that is alive at once and the time that the program takes to compile. Parts of one shape
+share a *chunk*: they are copied into a stack of bounded size, a loop replaces the stack's matrices
+in place, and the results are cut out of it. A part larger than the bound (scanned layers) is a
+chunk of its own and is not copied.
+
+Two properties of XLA's CPU backend shape the code:
+
+1. It orders independent operations for concurrency, so the temporaries of all chunks would be alive
+   together; `lax.optimization_barrier` does not prevent that. Therefore each chunk is one branch of
+   a conditional whose predicate reads a number from the chunk before. The predicate is true for
+   every number, the other branch is never taken, and the compiler cannot know either.
+2. It compiles every fused loop anew unless it has compiled the very same one. `stack[3]` and
+   `stack[4]` are two loops; with the offset as data they are one. Therefore offsets are data.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from muonclip_jax.matrices.parts import LeafPlan, from_matrices, parts_by_shape, to_matrices
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Equally shaped parts that share a stack: `(leaf, part)` of each, and its matrices."""
+
+    parts: tuple[tuple[int, int], ...]
+    counts: tuple[int, ...]
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each part begins in the stack."""
+        return tuple(itertools.accumulate(self.counts[:-1], initial=0))
+
+
+@dataclass(frozen=True)
+class SequentialPlan:
+    """All matrices of a tree: how each leaf is split, and which parts share a chunk."""
+
+    leaves: tuple[LeafPlan, ...]
+    chunks: tuple[Chunk, ...]
+
+
+def plan_sequentially(
+    leaves: Sequence[LeafPlan], dtypes: Sequence[str], max_bytes: int
+) -> SequentialPlan:
+    """Plans the chunks of a tree.
+
+    Args:
+        leaves: The plan of each leaf.
+        dtypes: The dtype of each leaf, by name; only equal ones share a chunk.
+        max_bytes: Bound on the size of a stack in bytes; a larger part is a chunk of its own.
+
+    Returns:
+        The plan; `map_sequentially` follows it. Matrices without entries are in no chunk.
+
+    Example:
+        >>> from muonclip_jax.routing import MatrixSpec
+        >>> from muonclip_jax.matrices.parts import plan_leaf
+        >>> leaves = [plan_leaf((8, 2), MatrixSpec())] * 3
+        >>> [chunk.parts for chunk in plan_sequentially(leaves, ["float32"] * 3, 128).chunks]
+        [((0, 0), (1, 0)), ((2, 0),)]
+    """
+    chunks = []
+    for (rows, columns, dtype), members in parts_by_shape(leaves, dtypes).items():
+        limit = max(1, max_bytes // (rows * columns * jnp.dtype(dtype).itemsize))
+        small = []
+        for leaf, part, count in members:
+            if count > limit:
+                chunks.append(Chunk(((leaf, part),), (count,)))
+            else:
+                small.append((leaf, part, count))
+        # Nearly equal sizes: 13 matrices under a limit of 8 are 7 and 6, not 8 and 5.
+        total = sum(count for *_, count in small)
+        size = -(-total // max(1, -(-total // limit)))
+        parts, counts = [], []
+        for leaf, part, count in small:
+            if counts and sum(counts) + count > size:
+                chunks.append(Chunk(tuple(parts), tuple(counts)))
+                parts, counts = [], []
+            parts.append((leaf, part))
+            counts.append(count)
+        if counts:
+            chunks.append(Chunk(tuple(parts), tuple(counts)))
+    return SequentialPlan(tuple(leaves), tuple(chunks))
+
+
+def map_sequentially(
+    function: Callable[[jax.Array], jax.Array], leaves: Sequence[jax.Array], plan: SequentialPlan
+) -> list[jax.Array]:
+    """Applies `function` to every matrix of `leaves`, chunk by chunk.
+
+    Args:
+        function: From a matrix `(fan_in, fan_out)` to the same shape and dtype.
+        leaves: The arrays that the plan was made for.
+        plan: The plan.
+
+    Returns:
+        The leaves, every matrix of them replaced.
+    """
+    parts = [to_matrices(x, leaf) for x, leaf in zip(leaves, plan.leaves, strict=True)]
+    if not plan.chunks:
+        return list(leaves)
+    leaf, part = plan.chunks[0].parts[0]
+    proceed = _opaque_true(parts[leaf][part][0, 0, 0])
+    positions = _as_data({offset for chunk in plan.chunks for offset in chunk.offsets}, proceed)
+    for chunk in plan.chunks:
+        pieces = [parts[leaf][part] for leaf, part in chunk.parts]
+        offsets = [positions[offset] for offset in chunk.offsets] if len(pieces) > 1 else []
+
+        def work(pieces: list[jax.Array], offsets: list[jax.Array]) -> jax.Array:
+            return map_matrices(function, _concatenate(pieces, offsets))
+
+        def idle(pieces: list[jax.Array], offsets: list[jax.Array]) -> jax.Array:
+            # Derived from an operand, since in a checked `shard_map` both branches must vary over
+            # the same mesh axes; not an operand itself, which would be copied.
+            del offsets
+            zero = jnp.zeros_like(pieces[0][:1])
+            return jnp.broadcast_to(zero, (sum(map(len, pieces)), *zero.shape[1:]))
+
+        stack = lax.cond(proceed, work, idle, pieces, offsets)
+        proceed = _opaque_true(stack[0, 0, 0])
+        results = [_read(stack, *at) for at in zip(offsets, chunk.counts, strict=False)] or [stack]
+        for (leaf, part), result in zip(chunk.parts, results, strict=True):
+            parts[leaf][part] = result
+    return [from_matrices(x, leaf) for x, leaf in zip(parts, plan.leaves, strict=True)]
+
+
+def map_matrices(function: Callable[[jax.Array], jax.Array], stack: jax.Array) -> jax.Array:
+    """Replaces the matrices of a stack in a loop, in place."""
+    if len(stack) == 1:
+        return function(stack[0])[None]
+
+    def replace(index: jax.Array, stack: jax.Array) -> jax.Array:
+        return _write(stack, function(_read(stack, index, 1)[0])[None], index)
+
+    return lax.fori_loop(np.int32(0), np.int32(len(stack)), replace, stack)
+
+
+def _opaque_true(number: jax.Array) -> jax.Array:
+    """True for every number and NaN, which the compiler cannot find out."""
+    number = jnp.real(number).astype(jnp.float32)
+    # No number is below -1 once clamped; XLA does not track the range of floats.
+    return ~(lax.clamp(np.float32(-1), number, np.float32(1)) < -2)
+
+
+def _as_data(offsets: set[int], true: jax.Array) -> dict[int, jax.Array]:
+    """The offsets as values that the compiler does not fold into the code that uses them."""
+    values = lax.cond(
+        true,
+        lambda: [jnp.int32(offset) for offset in sorted(offsets)],
+        lambda: [jnp.int32(-1 - offset) for offset in sorted(offsets)],
+    )
+    return dict(zip(sorted(offsets), values, strict=True))
+
+
+def _concatenate(pieces: Sequence[jax.Array], offsets: Sequence[jax.Array]) -> jax.Array:
+    if len(pieces) == 1:
+        return pieces[0]
+    stack = jnp.zeros((sum(map(len, pieces)), *pieces[0].shape[1:]), pieces[0].dtype)
+    for piece, offset in zip(pieces, offsets, strict=True):
+        stack = _write(stack, piece, offset)
+    return stack
+
+
+def _read(stack: jax.Array, offset: jax.Array, count: int) -> jax.Array:
+    # Unlike `stack[offset]`, without code for negative offsets.
+    return lax.dynamic_slice_in_dim(stack, offset, count, allow_negative_indices=False)
+
+
+def _write(stack: jax.Array, piece: jax.Array, offset: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(
+        stack, piece, offset, axis=0, allow_negative_indices=False
+    )
