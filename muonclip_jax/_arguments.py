@@ -6,7 +6,7 @@ Checks look at Python values and let tracers pass.
 import functools
 import inspect
 from collections.abc import Callable, Collection
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import jax
 import numpy as np
@@ -63,7 +63,7 @@ def _meant(name: str, names: Collection[str]) -> str:
     return f"Its arguments are {', '.join(names)}."
 
 
-def is_concrete(value: Any) -> bool:
+def is_concrete(value: object) -> TypeGuard[float]:
     """Whether `value` is a plain number: no schedule, no tracer, no device array.
 
     Example:

@@ -8,7 +8,7 @@ from typing import Any
 
 from muonclip_jax.checkpoint.shapes import Shapes, find_params, read_shapes
 from muonclip_jax.clipping import describe_attention
-from muonclip_jax.clipping.blocks import named_leaves
+from muonclip_jax.clipping.matching import named_leaves
 from muonclip_jax.heads.finding import find_blocks
 from muonclip_jax.matrices import describe_cost
 from muonclip_jax.routing import MatrixRules, describe_labels

@@ -1,87 +1,98 @@
 """QK-Clip as a pure function of parameters and maxima."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from muonclip_jax._arguments import names_known
 from muonclip_jax._tree import ScalarLike, Tree
-from muonclip_jax.clipping.blocks import named_leaves, plan_clip
-from muonclip_jax.clipping.gamma import (
-    check_clip_settings,
-    clip_gamma,
-    is_over,
-    role_factors,
-)
+from muonclip_jax.clipping.gamma import check_clip_settings, clip_gamma, is_over, role_factors
 from muonclip_jax.clipping.info import QKClipInfo
-from muonclip_jax.clipping.maxima import Recorded, merge_recordings
-from muonclip_jax.clipping.scaling import check_reduced, keep_shardings, leaf_factor, scale_if
-from muonclip_jax.heads.finding import Blocks, block_rules
+from muonclip_jax.clipping.matching import Recorded, merge_recordings, named_leaves, plan_clip
+from muonclip_jax.clipping.scaling import check_reduced, clip_leaf, keep_shardings, leaf_factor
+from muonclip_jax.heads.finding import Blocks, Rule, block_rules
 from muonclip_jax.heads.plan import BlockPlan
 
 
 @functools.partial(jax.jit, static_argnames=("plans",))
-def clip_info(
-    recorded: Recorded, threshold: ScalarLike, *, plans: tuple[BlockPlan, ...]
-) -> QKClipInfo:
-    """Returns what a clip of these maxima does, without doing it."""
-    maxima = {
-        plan.path: merge_recordings(recorded[plan.path], plan.maxima_shape, plan.path)
-        for plan in plans
-    }
-    gamma = {plan.path: clip_gamma(maxima[plan.path], threshold) for plan in plans}
-    return QKClipInfo(
-        max_logits=maxima,
-        gamma=gamma,
-        clipped_heads={path: jnp.sum(g < 1.0, dtype=jnp.int32) for path, g in gamma.items()},
-    )
-
-
-def clip_factors(
-    leaves: dict[str, Any],
-    recorded: Recorded,
-    threshold: ScalarLike,
-    alpha: ScalarLike,
-    plans: tuple[BlockPlan, ...],
-    shared_keys: str,
-) -> tuple[QKClipInfo, dict[str, jax.Array], dict[str, jax.Array]]:
-    """Returns what a clip does, and by path every leaf's factor and whether it differs from 1.
-
-    Whether it does is asked of the recordings, not of gamma: the partitioner may lay gamma out over
-    devices like the kernels that it scales, and would have to gather the answer.
-    """
-    info = clip_info(recorded, threshold, plans=plans)
-    factors: dict[str, jax.Array] = {}
-    needed: dict[str, jax.Array] = {}
-    for plan in plans:
-        of_role = role_factors(info.gamma[plan.path], alpha, shared_keys, plan.kv_heads)
-        over = (jnp.any(is_over(x, threshold)) for x in recorded[plan.path])
-        any_over = functools.reduce(jnp.logical_or, over)
-        for leaf in plan.leaves:
-            if any(segment.role in of_role for segment in leaf.segments):
-                factors[leaf.path] = leaf_factor(leaf, of_role)
-                needed[leaf.path] = any_over
-    check_reduced(leaves, factors)
-    return info, factors, needed
+def _info(recorded: Recorded, threshold: ScalarLike, *, plans: tuple[BlockPlan, ...]) -> QKClipInfo:
+    maxima = {p.path: merge_recordings(recorded[p.path], p.maxima_shape, p.path) for p in plans}
+    gamma = {path: clip_gamma(largest, threshold) for path, largest in maxima.items()}
+    clipped = {path: jnp.sum(g < 1.0, dtype=jnp.int32) for path, g in gamma.items()}
+    return QKClipInfo(max_logits=maxima, gamma=gamma, clipped_heads=clipped)
 
 
 @functools.partial(jax.jit, static_argnames=("plans", "shared_keys"))
-def clip_leaves(
-    leaves: dict[str, Any],
+def _clip_leaves(
+    params: dict[str, jax.Array],
+    updates: dict[str, jax.Array],
     recorded: Recorded,
     threshold: ScalarLike,
     alpha: ScalarLike,
     *,
     plans: tuple[BlockPlan, ...],
     shared_keys: str,
-) -> tuple[dict[str, Any], QKClipInfo]:
-    """Clips leaves given by path; they hold at least those of the plans."""
-    info, factors, needed = clip_factors(leaves, recorded, threshold, alpha, plans, shared_keys)
-    return {
-        path: scale_if(needed[path], leaves[path], factor) for path, factor in factors.items()
-    }, info
+) -> tuple[dict[str, jax.Array], QKClipInfo]:
+    """Clips the leaves of the plans by path: the updates where some are given, else parameters."""
+    info = _info(recorded, threshold, plans=plans)
+    factors: dict[str, jax.Array] = {}
+    needed: dict[str, jax.Array] = {}
+    for plan in plans:
+        of_role = role_factors(info.gamma[plan.path], alpha, shared_keys, plan.kv_heads)
+        # Asked of the recordings, not of gamma: the partitioner may shard gamma like the kernels
+        # that it scales, and would have to gather the answer.
+        over = (jnp.any(is_over(x, threshold)) for x in recorded[plan.path])
+        any_over = functools.reduce(jnp.logical_or, over)
+        for leaf in plan.leaves:
+            if any(segment.role in of_role for segment in leaf.segments):
+                factors[leaf.path] = leaf_factor(leaf, of_role)
+                needed[leaf.path] = any_over
+    check_reduced(params, factors)
+    clipped = {
+        path: clip_leaf(needed[path], params[path], updates.get(path), factor)
+        for path, factor in factors.items()
+    }
+    return clipped, info
+
+
+def clip_tree(
+    params: Tree,
+    updates: Tree | None,
+    max_logits: Tree,
+    threshold: ScalarLike,
+    alpha: ScalarLike,
+    *,
+    shared_keys: str,
+    rules: tuple[Rule, ...] | None,
+) -> tuple[Tree, QKClipInfo]:
+    """Returns the clipped parameters; given updates `u`, the tree of `clip(p + u) - p` instead.
+
+    Raises:
+        ValueError: If blocks, maxima and rules do not fit together, or an update is missing.
+    """
+    named = named_leaves(params)
+    plans, recorded = plan_clip(named, max_logits, rules)
+    paths = [leaf.path for plan in plans for leaf in plan.leaves]
+    target = named if updates is None else named_leaves(updates)
+    weights, old = named.by_path, target.by_path
+    for path in paths:
+        if path not in old:
+            raise ValueError(
+                f"qk_clip has to change {path!r}, and the updates hold nothing for it. Give "
+                "it an update (zeros will do), or leave its block out with blocks=."
+            )
+    old = {path: old[path] for path in paths}
+    new, info = _clip_leaves(
+        {path: weights[path] for path in paths},
+        {} if updates is None else old,
+        recorded,
+        threshold,
+        alpha,
+        plans=plans,
+        shared_keys=shared_keys,
+    )
+    return target.replaced(keep_shardings(new, old)), info
 
 
 @names_known
@@ -157,14 +168,10 @@ def apply_qk_clip(
         Kimi Team, Kimi K2, arXiv 2507.20534, Algorithm 1; Su, kexue.fm/11126.
     """
     check_clip_settings(threshold, alpha, shared_keys)
-    named = named_leaves(params)
-    plans, recorded = plan_clip(named, max_logits, block_rules(blocks))
-    leaves = named.by_path
-    touched = {leaf.path: leaves[leaf.path] for plan in plans for leaf in plan.leaves}
-    new, info = clip_leaves(
-        touched, recorded, threshold, alpha, plans=plans, shared_keys=shared_keys
+    rules = block_rules(blocks)
+    return clip_tree(
+        params, None, max_logits, threshold, alpha, shared_keys=shared_keys, rules=rules
     )
-    return named.replaced(keep_shardings(new, touched)), info
 
 
 @names_known
@@ -210,4 +217,4 @@ def qk_clip_info(
     """
     check_clip_settings(threshold, alpha, shared_keys)
     plans, recorded = plan_clip(named_leaves(params), max_logits, block_rules(blocks))
-    return clip_info(recorded, threshold, plans=plans)
+    return _info(recorded, threshold, plans=plans)

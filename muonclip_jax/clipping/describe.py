@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 
 from muonclip_jax._tree import Tree
-from muonclip_jax.clipping.blocks import find_in, match_maxima, named_leaves
 from muonclip_jax.clipping.gamma import check_clip_settings
-from muonclip_jax.clipping.maxima import trailing_shape
+from muonclip_jax.clipping.matching import find_in, match_maxima, named_leaves, trailing_shape
 from muonclip_jax.heads.clips import guess_block, read_block
 from muonclip_jax.heads.finding import Blocks, FoundBlock, block_rules
 from muonclip_jax.heads.leaves import RefusalError

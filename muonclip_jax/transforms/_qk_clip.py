@@ -1,6 +1,5 @@
 """QK-Clip as the last transformation of a chain."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,19 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from muonclip_jax._arguments import check_scalar, names_known
-from muonclip_jax._tree import ScalarLike, ScalarOrSchedule
-from muonclip_jax.clipping.blocks import find_in, named_leaves, plan_clip
-from muonclip_jax.clipping.clip import clip_factors
+from muonclip_jax._tree import ScalarOrSchedule
+from muonclip_jax.clipping.clip import clip_tree
 from muonclip_jax.clipping.gamma import check_clip_settings
-from muonclip_jax.clipping.maxima import Recorded
-from muonclip_jax.clipping.scaling import (
-    beside,
-    compute_if,
-    keep_shardings,
-    keep_unscaled,
-)
+from muonclip_jax.clipping.matching import find_in, named_leaves
 from muonclip_jax.heads.finding import Blocks, block_rules
-from muonclip_jax.heads.plan import BlockPlan
 from muonclip_jax.transforms._checks import value_at
 from muonclip_jax.transforms._inputs import transformation
 
@@ -66,33 +57,6 @@ def clip_until(step: int, threshold: ScalarOrSchedule = 100.0) -> Callable[[Any]
         return jnp.where(count < step, tau, jnp.inf)
 
     return schedule
-
-
-@functools.partial(jax.jit, static_argnames=("plans", "shared_keys"))
-def _clip_updates(
-    params: dict[str, Any],
-    updates: dict[str, Any],
-    recorded: Recorded,
-    threshold: ScalarLike,
-    alpha: ScalarLike,
-    *,
-    plans: tuple[BlockPlan, ...],
-    shared_keys: str,
-) -> dict[str, Any]:
-    """Returns `clip(p + u) - p`, and `u` itself to the bit where the factor is 1."""
-    _, factors, needed = clip_factors(params, recorded, threshold, alpha, plans, shared_keys)
-    return {
-        path: compute_if(needed[path], _clip_update, updates[path], params[path], factor)
-        for path, factor in factors.items()
-    }
-
-
-def _clip_update(u: jax.Array, p: jax.Array, factor: jax.Array) -> jax.Array:
-    factor = beside(factor, p)
-    wide = jnp.promote_types(jnp.promote_types(p.dtype, u.dtype), jnp.float32)
-    moved = p.astype(wide) + u.astype(wide)
-    clipped = moved * factor.astype(wide) - p.astype(wide)
-    return keep_unscaled(u, clipped.astype(u.dtype), factor)
 
 
 @names_known
@@ -173,9 +137,7 @@ def qk_clip(
                 "qk_clip needs the parameters: call tx.update(grads, state, params, "
                 "max_logits=max_logits)."
             )
-        now = named_leaves(params)
-        new = named_leaves(updates)
-        if max_logits is None and now.paths:
+        if max_logits is None and jax.tree.leaves(params):
             raise ValueError(
                 "qk_clip needs the largest attention logits of the forward pass: call "
                 "tx.update(grads, state, params, max_logits=max_logits), with what Flax returned "
@@ -186,27 +148,17 @@ def qk_clip(
                 "leave qk_clip out (muonclip: qk_clip_threshold=None)."
             )
         count = state.count if counts else None
-        plans, recorded = plan_clip(now, max_logits, rules)
-        p, u = now.by_path, new.by_path
-        touched = [leaf.path for plan in plans for leaf in plan.leaves]
-        missing = [path for path in touched if path not in u]
-        if missing:
-            raise ValueError(
-                f"qk_clip has to change {missing[0]!r}, and the updates hold nothing for it. Give "
-                "it an update (zeros will do), or leave its block out with blocks=."
-            )
-        old = {path: u[path] for path in touched}
-        clipped = _clip_updates(
-            {path: p[path] for path in touched},
-            old,
-            recorded,
+        clipped, _ = clip_tree(
+            params,
+            updates,
+            max_logits,
             value_at(threshold, count),
             value_at(alpha, count),
-            plans=plans,
             shared_keys=shared_keys,
+            rules=rules,
         )
         if counts:
             state = QKClipState(count=optax.safe_increment(jnp.asarray(state.count)))
-        return new.replaced(keep_shardings(clipped, old)), state
+        return clipped, state
 
     return transformation("qk_clip", init, update)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from muonclip_jax.clipping import apply_qk_clip, qk_clip_info
-from muonclip_jax.clipping.clip import clip_leaves
+from muonclip_jax.clipping.clip import _clip_leaves
 from tests.clipping.models import attention, normal
 
 
@@ -237,7 +237,7 @@ def test_a_step_that_the_optimizer_skips_is_not_clipped(name):
 
 def test_a_clip_compiles_once_when_it_is_not_jitted():
     params, maxima = {"attn": attention(hd=10)}, {"attn": jnp.full(4, 400.0)}
-    clip: Any = clip_leaves
+    clip: Any = _clip_leaves
     apply_qk_clip(params, maxima)
     size = clip._cache_size()
     apply_qk_clip(params, maxima, threshold=7.0)

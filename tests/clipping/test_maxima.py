@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from muonclip_jax.clipping.maxima import merge_recordings, read_maxima, trailing_shape
+from muonclip_jax.clipping.matching import merge_recordings, read_maxima, trailing_shape
 
 A, B = jnp.asarray([1.0, 5.0]), jnp.asarray([4.0, 2.0])
 

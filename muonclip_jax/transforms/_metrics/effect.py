@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from muonclip_jax._tree import ScalarLike
 from muonclip_jax.attention import finite_first
 from muonclip_jax.clipping.gamma import is_over
-from muonclip_jax.clipping.maxima import merge_recordings
+from muonclip_jax.clipping.matching import merge_recordings
 
 #: Maxima up to this multiple of the threshold do not count. An effective clip leaves a maximum at
 #: the threshold, and one update raises it again by some percent.

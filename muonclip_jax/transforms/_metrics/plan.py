@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from muonclip_jax._tree import Tree
-from muonclip_jax.clipping.blocks import NamedLeaves, named_leaves
+from muonclip_jax.clipping.matching import NamedLeaves, named_leaves
 from muonclip_jax.heads.finding import FoundBlock, Rule, find_blocks
 from muonclip_jax.matrices import LeafPlan, StackPlan, plan_leaf, plan_stacks, to_matrices
 from muonclip_jax.routing import MatrixRules, resolve_specs

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from muonclip_jax._tree import ScalarLike, Tree
-from muonclip_jax.clipping.blocks import match_maxima
 from muonclip_jax.clipping.gamma import clip_gamma
-from muonclip_jax.clipping.maxima import trailing_shape
+from muonclip_jax.clipping.matching import match_maxima, trailing_shape
 from muonclip_jax.heads.clips import read_block
 from muonclip_jax.heads.finding import Rule
 from muonclip_jax.transforms._metrics.figures import effective_rank, update_figures

@@ -1,0 +1,268 @@
+"""Which attention block each recorded maximum belongs to, and what a clip scales in each block.
+
+Maxima come as what Flax returns (nested dicts of tuples named `max_logits`), as an NNX state of
+boxed tuples, as a tree that mirrors the modules, or as a flat dict by path. All become a dict from
+the block's path, such as "decoder/block_0/attention", to arrays `(..., *stack, heads)`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+from jax.tree_util import PyTreeDef
+
+from muonclip_jax._tree import (
+    MAX_LOGITS,
+    Shaped,
+    Tree,
+    array_leaves,
+    flatten_with_paths,
+    is_masked,
+    join,
+    listed,
+)
+from muonclip_jax.attention import finite_first
+from muonclip_jax.clipping.gamma import at_least_float32
+from muonclip_jax.heads.builtin import NORM_NAMES
+from muonclip_jax.heads.clips import read_block
+from muonclip_jax.heads.finding import FoundBlock, Rule, find_blocks, strip_outer
+from muonclip_jax.heads.plan import BlockPlan
+
+#: Module path -> the arrays that were recorded there.
+Recorded: TypeAlias = dict[str, list[jax.Array]]
+
+_NORMS = tuple(name for pair in NORM_NAMES for name in pair)
+_MASKED = (
+    " Parts of the tree are masked here: under optax.multi_transform or optax.masked QK-Clip "
+    "sees only one group of parameters. Put it at the end of the outer chain, or call "
+    "apply_qk_clip after optax.apply_updates, so that it sees queries and keys, kernels and "
+    "biases. Where whole blocks are frozen, select the others with blocks= (muonclip: "
+    "qk_clip_blocks=)."
+)
+_ADAPTERS = (
+    " The tree holds low-rank adapters. The clip has to scale the kernels that they adapt as well: "
+    "give it a tree that holds both."
+)
+_BLOCKS = "Where its projections have other names, say so: blocks=[(pattern, AttentionLayout(...))]"
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedLeaves:
+    """The leaves of a tree in flatten order, by path without an outer "params" level."""
+
+    paths: tuple[str, ...]
+    leaves: tuple[Any, ...]
+    treedef: PyTreeDef
+    masked: tuple[str, ...]  # what `optax.masked` or `optax.multi_transform` hid
+
+    @property
+    def by_path(self) -> dict[str, Any]:
+        """Path -> leaf."""
+        return dict(zip(self.paths, self.leaves, strict=True))
+
+    def replaced(self, new: Mapping[str, jax.Array]) -> Tree:
+        """Returns the tree with some leaves exchanged."""
+        pairs = zip(self.paths, self.leaves, strict=True)
+        return jax.tree.unflatten(self.treedef, [new.get(path, leaf) for path, leaf in pairs])
+
+
+def named_leaves(tree: Tree) -> NamedLeaves:
+    """Returns the leaves of a tree by path.
+
+    Raises:
+        TypeError: If a leaf is not an array.
+    """
+    pairs = array_leaves(tree)
+    nodes = flatten_with_paths(tree, is_leaf=is_masked)[0]
+    return NamedLeaves(
+        paths=tuple(strip_outer(path) for path, _ in pairs),
+        leaves=tuple(leaf for _, leaf in pairs),
+        treedef=jax.tree.structure(tree),
+        masked=tuple(strip_outer(path) for path, node in nodes if is_masked(node)),
+    )
+
+
+def _inside(path: str, block: str) -> bool:
+    return not block or path == block or path.startswith(block + "/")
+
+
+def find_in(params: NamedLeaves, rules: tuple[Rule, ...] | None) -> list[FoundBlock]:
+    """Finds the attention blocks of a tree by names and shapes alone.
+
+    Raises:
+        ValueError: If there is none, a rule matches nothing, or parts of one are masked.
+    """
+    shapes = tuple(tuple(getattr(x, "shape", ())) for x in params.leaves)
+    return _find(params.paths, shapes, params.masked, rules)
+
+
+@functools.lru_cache(maxsize=64)
+def _find(
+    paths: tuple[str, ...],
+    shapes: tuple[tuple[int, ...], ...],
+    masked: tuple[str, ...],
+    rules: tuple[Rule, ...] | None,
+) -> list[FoundBlock]:
+    leaves = {p: jax.ShapeDtypeStruct(s, "f4") for p, s in zip(paths, shapes, strict=True)}
+    found = find_blocks(leaves, rules)
+    for block in found:
+        prefix = block.path + "/" if block.path else ""
+        parts = [prefix + name for name in (*block.layout.paths, *_NORMS)]
+        hidden = [path for path in masked if any(_inside(path, part) for part in parts)]
+        if hidden and block.selected:
+            raise ValueError(
+                f"Attention block {block.path!r} is only partly visible: {listed(hidden)} "
+                f"{'is' if len(hidden) == 1 else 'are'} hidden.{_MASKED}"
+            )
+    if not any(block.selected for block in found):
+        adapters = any("lora_" in path.lower() for path in paths)
+        raise ValueError(
+            f"No attention block was found in parameters {listed(paths)}. Expected a query "
+            "and a key projection side by side, such as 'attention/query/kernel' and "
+            "'attention/key/kernel'. Where they have other names, say so: "
+            "blocks=[(pattern, AttentionLayout(...))] (muonclip: qk_clip_blocks=). To train "
+            "without the clip, leave it out (muonclip: qk_clip_threshold=None)."
+            f"{_ADAPTERS if adapters else ''}{_MASKED if masked else ''}"
+        )
+    return found
+
+
+def _module(names: Sequence[str]) -> str:
+    """Joins names without outer "params" and "intermediates" levels."""
+    start = 0
+    while start < len(names) and names[start] in ("params", "intermediates"):
+        start += 1
+    return join(names[start:])
+
+
+def read_maxima(max_logits: Tree) -> tuple[Recorded, bool]:
+    """Returns what was recorded for each module, and whether it is called `max_logits`.
+
+    Where any leaf is called `max_logits`, only such leaves count. Otherwise every leaf must be an
+    array at the path of its attention block, "" for a model that is itself the attention. Outer
+    "params" and "intermediates" levels, boxes and NNX states are ignored.
+
+    Raises:
+        ValueError: If there are no maxima, or one of them is not an array.
+
+    Example:
+        >>> x = jax.numpy.ones(4)
+        >>> sown = {"intermediates": {"block": {"attn": {"max_logits": (x,)}}}}
+        >>> trees = sown, {"block": {"attn": x}}, {"block/attn": x}
+        >>> [list(read_maxima(tree)[0]) for tree in trees]
+        [['block/attn'], ['block/attn'], ['block/attn']]
+    """
+    named = [(path.split("/"), leaf) for path, leaf in flatten_with_paths(max_logits)[0]]
+    found: Recorded = {}
+    for names, leaf in named:
+        if MAX_LOGITS in names:
+            last = len(names) - 1 - names[::-1].index(MAX_LOGITS)
+            found.setdefault(_module(names[:last]), []).append(leaf)
+    sown = bool(found)
+    if not found and not (len(named) == 1 and named[0][1] is max_logits):
+        found = {_module(names): [leaf] for names, leaf in named}
+    if not found:
+        raise ValueError(
+            f"max_logits holds no maxima. Expected leaves named {MAX_LOGITS!r}, as in what Flax "
+            "returns as intermediates, or an array of (heads,) at each attention block, as in "
+            f"{{'decoder/block_0/attention': array}}; got {max_logits!r:.80}. Record them with "
+            "muonclip_jax.dot_product_attention, or capture them with muonclip_jax.linen or "
+            "muonclip_jax.nnx."
+        )
+    for module, recorded in found.items():
+        if not all(isinstance(x, Shaped) for x in recorded):
+            raise ValueError(
+                f"The maxima of {module!r} are {recorded}; expected arrays of (heads,). Write "
+                "jnp.asarray(...)."
+            )
+    return found, sown
+
+
+def match_maxima(
+    found: Sequence[FoundBlock],
+    max_logits: Tree,
+    masked: Sequence[str],
+    rules: tuple[Rule, ...] | None,
+) -> Recorded:
+    """Returns what was recorded for each selected block, by its path.
+
+    A recording belongs to the block of its own path. One called `max_logits` may also come from a
+    submodule: if no block has its path, it belongs to the nearest block around it. A block that is
+    masked as a whole, frozen for example, is not among those that `rules` select.
+
+    Raises:
+        ValueError: If a recording has no block, or a selected block no recording.
+    """
+    recorded, sown = read_maxima(max_logits)
+    paths = [block.path for block in found]
+    matched = {path: list(recorded[path]) for path in paths if path in recorded}
+    for module in [module for module in recorded if module not in paths]:
+        owners = [path for path in paths if _inside(module, path)] if sown else []
+        if rules is not None and any(_inside(path, module) for path in masked):
+            continue
+        if not owners:
+            raise ValueError(
+                f"A maximum was recorded for {module!r}, and no attention block has that path. "
+                f"Blocks are: {listed(paths)}. {_BLOCKS}.{_MASKED if masked else ''}"
+            )
+        owner = max(owners, key=len)
+        if owner not in recorded:
+            matched.setdefault(owner, []).extend(recorded[module])
+    for block in found:
+        if block.selected and block.path not in matched:
+            raise ValueError(
+                f"Attention block {block.path!r} ({block.layout.name}) has no maximum. Maxima are "
+                f"there for: {listed(recorded)}. Record one for it, or select the blocks to "
+                "clip with blocks=, as in blocks='decoder/.*attention$'."
+            )
+    return {block.path: matched[block.path] for block in found if block.selected}
+
+
+def trailing_shape(arrays: Sequence[jax.Array]) -> tuple[int, ...]:
+    """Returns the shape with the fewest axes among the recordings of one module."""
+    return min((tuple(x.shape) for x in arrays), key=len)
+
+
+def merge_recordings(arrays: Sequence[jax.Array], shape: tuple[int, ...], path: str) -> jax.Array:
+    """Returns the maximum over recordings and over the axes before `shape`, in float32 or wider.
+
+    `arrays` are the recordings of the module at `path`, each `(..., *stack, heads)`, and `shape` is
+    `(*stack, heads)`. Finite maxima come first: a NaN of one piece of the batch hides no other.
+
+    Raises:
+        ValueError: If a recording has another shape, or may be whole logits.
+    """
+    reduced: list[jax.Array] = []
+    for x in arrays:
+        leading = len(x.shape) - len(shape)
+        if leading < 0 or tuple(x.shape[leading:]) != shape:
+            raise ValueError(
+                f"The maxima of attention block {path!r} have shape {tuple(x.shape)}; its kernels "
+                f"say that they must end in {shape}: stacked layers, then query heads."
+            )
+        if leading >= 2 and x.shape[-3] == shape[-1]:
+            raise ValueError(
+                f"The maxima of attention block {path!r} have shape {tuple(x.shape)}, which may be "
+                f"whole logits (..., query heads, queries, keys) too. Expected {shape}: take the "
+                "maximum over all other axes first."
+            )
+        reduced.append(finite_first.max_over(at_least_float32(x), range(leading)))
+    return functools.reduce(finite_first.maximum, reduced)
+
+
+def plan_clip(
+    params: NamedLeaves, max_logits: Tree, rules: tuple[Rule, ...] | None
+) -> tuple[tuple[BlockPlan, ...], Recorded]:
+    """Plans a clip: what is scaled in each block, and what was recorded for it.
+
+    Raises:
+        ValueError: If blocks, maxima and rules do not fit together.
+    """
+    if not params.paths:
+        return (), {}
+    found = find_in(params, rules)
+    matched = match_maxima(found, max_logits, params.masked, rules)
+    plans = [read_block(b, trailing_shape(matched[b.path])) for b in found if b.selected]
+    return tuple(plans), matched
