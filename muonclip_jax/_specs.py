@@ -9,9 +9,9 @@ fused kernel is several matrices side by side, and `Split` says where to cut.
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import SupportsIndex, TypeAlias
 
 from optax.contrib import MuonDimensionNumbers
 
@@ -52,46 +52,43 @@ class Split:
     view: tuple[int, ...] | None = None
     along: int = 0
 
-    def __init__(self, axis: Any, sizes: Any, view: Any = None, along: Any = 0):
-        view = None if view is None else _integers(view, "Split's view")
+    def __init__(self, axis: object, sizes: object, view: object = None, along: object = 0):
+        grid = None if view is None else _integers(view, "Split's view")
         object.__setattr__(self, "axis", _integer(axis, "Split's axis"))
         object.__setattr__(self, "sizes", _integers(sizes, "Split's sizes"))
-        object.__setattr__(self, "view", view)
+        object.__setattr__(self, "view", grid)
         object.__setattr__(self, "along", _integer(along, "Split's along"))
         if not self.sizes or min(self.sizes) < 1:
             raise ValueError(
                 f"Split's sizes must be positive, got {self.sizes}. Write the length of every "
                 "part, as in Split(1, (768, 256, 256))."
             )
-        if self.view is None:
+        if grid is None:
             if self.along:
                 raise ValueError(
                     f"Split's along={self.along} names a dimension of view, and there is no view. "
                     "Write the grid too, as in Split(1, (1, 1, 1), view=(12, 3, 64), along=1)."
                 )
-            return
-        if not 0 <= self.along < len(self.view):
+        elif not 0 <= self.along < len(grid):
             raise ValueError(
-                f"Split's along={self.along} is no dimension of view={self.view}. It counts from "
-                f"0 to {len(self.view) - 1}."
+                f"Split's along={self.along} is no dimension of view={grid}. It counts from 0 to "
+                f"{len(grid) - 1}."
             )
-        if self.view[self.along] != sum(self.sizes):
+        elif grid[self.along] != sum(self.sizes):
             raise ValueError(
-                f"Split's sizes {self.sizes} add up to {sum(self.sizes)}, and view={self.view} "
-                f"has {self.view[self.along]} entries along {self.along}. They must agree."
+                f"Split's sizes {self.sizes} add up to {sum(self.sizes)}, and view={grid} has "
+                f"{grid[self.along]} entries along {self.along}. They must agree."
             )
 
     @property
     def length(self) -> int:
         """The length that the axis must have."""
-        return sum(self.sizes) if self.view is None else math.prod(self.view)
+        return sum(self.part_lengths)
 
     @property
     def part_lengths(self) -> tuple[int, ...]:
         """How many entries of the axis each part takes."""
-        if self.view is None:
-            return self.sizes
-        others = math.prod(self.view) // self.view[self.along]
+        others = 1 if self.view is None else math.prod(self.view) // self.view[self.along]
         return tuple(size * others for size in self.sizes)
 
 
@@ -122,25 +119,37 @@ class MatrixSpec:
     dims: MuonDimensionNumbers
     splits: tuple[Split, ...]
 
-    def __init__(self, dims: Any = _PLAIN, splits: Any = ()):
-        object.__setattr__(self, "dims", _dimension_numbers(dims))
-        splits = (splits,) if isinstance(splits, Split) else tuple(splits)
-        for split in splits:
+    def __init__(self, dims: object = _PLAIN, splits: Split | Iterable[object] = ()):
+        if not isinstance(dims, tuple | list) or len(dims) != 2:
+            raise TypeError(
+                "MatrixSpec's dims must be MuonDimensionNumbers or a pair (reduction axes, output "
+                f"axes), got {dims!r}. Write, for example, MatrixSpec((0, (1, 2)))."
+            )
+        reduction, output = (
+            _integers(axis, "An entry of MatrixSpec's dims")
+            if isinstance(axis, tuple | list)
+            else _integer(axis, "An axis of MatrixSpec's dims")
+            for axis in dims
+        )
+        object.__setattr__(self, "dims", MuonDimensionNumbers(reduction, output))
+        parts: list[Split] = []
+        for split in (splits,) if isinstance(splits, Split) else splits:
             if not isinstance(split, Split):
                 raise TypeError(
                     f"MatrixSpec's splits must be Splits, got {split!r}. Write, for example, "
                     "MatrixSpec((0, 1), (Split(1, (64, 64)),))."
                 )
-        if len({split.axis for split in splits}) < len(splits):
-            raise ValueError(f"MatrixSpec's splits must cut different axes, got {splits}.")
-        object.__setattr__(self, "splits", splits)
+            parts.append(split)
+        if len({split.axis for split in parts}) < len(parts):
+            raise ValueError(f"MatrixSpec's splits must cut different axes, got {parts}.")
+        object.__setattr__(self, "splits", tuple(parts))
 
 
 #: What a user may write for one leaf that Muon trains.
 SpecLike: TypeAlias = MatrixSpec | MuonDimensionNumbers
 
 
-def is_spec(x: Any) -> bool:
+def is_spec(x: object) -> bool:
     """Tells a leaf's spec from a container; `MuonDimensionNumbers` is a tuple and yet a leaf.
 
     Example:
@@ -148,16 +157,6 @@ def is_spec(x: Any) -> bool:
         (True, False)
     """
     return isinstance(x, MatrixSpec | MuonDimensionNumbers)
-
-
-def hashable_spec(spec: SpecLike) -> SpecLike:
-    """The same spec with tuples for lists, which Optax allows as axes.
-
-    Example:
-        >>> hashable_spec(MuonDimensionNumbers(0, [1, 2]))
-        MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))
-    """
-    return spec if isinstance(spec, MatrixSpec) else _dimension_numbers(spec)
 
 
 def axes_tuple(axes: int | Sequence[int]) -> tuple[int, ...]:
@@ -170,31 +169,121 @@ def axes_tuple(axes: int | Sequence[int]) -> tuple[int, ...]:
     return (axes,) if isinstance(axes, int) else tuple(axes)
 
 
-def _integer(x: Any, what: str) -> int:
-    try:
-        if isinstance(x, bool):
-            raise TypeError
-        return operator.index(x)
-    except TypeError:
-        raise TypeError(f"{what} must be an integer, got {x!r}.") from None
+def normalized_axes(spec: MatrixSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the reduction and the output axes of a spec.
+
+    Example:
+        >>> normalized_axes(MatrixSpec((0, (1, 2))))
+        ((0,), (1, 2))
+    """
+    return axes_tuple(spec.dims.reduction_axis), axes_tuple(spec.dims.output_axis)
 
 
-def _integers(xs: Any, what: str) -> tuple[int, ...]:
+def normalize_spec(spec: SpecLike, shape: Sequence[int], path: str = "") -> MatrixSpec:
+    """Checks a spec against a parameter's shape and writes its axes as non-negative tuples.
+
+    Args:
+        spec: A `MatrixSpec` or `MuonDimensionNumbers`.
+        shape: The parameter's shape.
+        path: The parameter's path, for the messages.
+
+    Returns:
+        The `MatrixSpec` with `dims` of two tuples, in the order given.
+
+    Raises:
+        TypeError: If `spec` is neither.
+        ValueError: If an axis does not exist, is named twice, or a split does not fit.
+
+    Example:
+        >>> normalize_spec(MuonDimensionNumbers(0, (-2, -1)), (768, 12, 64)).dims
+        MuonDimensionNumbers(reduction_axis=(0,), output_axis=(1, 2))
+    """
+    where, shape = f"{path}: " if path else "", tuple(shape)
+    if not is_spec(spec):
+        raise TypeError(
+            f"{where}a spec must be a MatrixSpec or MuonDimensionNumbers, got {spec!r}. Write, for "
+            "example, MatrixSpec((0, 1))."
+        )
+    spec = spec if isinstance(spec, MatrixSpec) else MatrixSpec(spec)
+    sides: list[tuple[int, ...]] = []
+    for what, axes in zip(("reduction", "output"), normalized_axes(spec), strict=True):
+        if not axes:
+            raise ValueError(f"{where}{spec.dims} names no {what} axis; a matrix needs one.")
+        for axis in axes:
+            if not -len(shape) <= axis < len(shape):
+                raise ValueError(
+                    f"{where}{what} axis {axis} does not exist in shape {shape}. Axes go from "
+                    f"{-len(shape)} to {len(shape) - 1}; the spec was {spec.dims}."
+                )
+        sides.append(tuple(axis % len(shape) for axis in axes))
+    used = sides[0] + sides[1]
+    if len(set(used)) < len(used):
+        raise ValueError(
+            f"{where}reduction axes {sides[0]} and output axes {sides[1]} of shape {shape} must "
+            "all be different. Every axis is summed over, produced, or (left out) a batch axis."
+        )
+    splits: dict[int, Split] = {}
+    for split in spec.splits:
+        axis = split.axis % len(shape) if -len(shape) <= split.axis < len(shape) else split.axis
+        if axis not in used:
+            raise ValueError(
+                f"{where}{split} cuts an axis that is neither a reduction nor an output axis of "
+                f"shape {shape}; those are {used}. Batch axes are separate matrices already."
+            )
+        if split.length != shape[axis]:
+            raise ValueError(
+                f"{where}{split} covers {split.length} entries, and axis {axis} of shape {shape} "
+                f"has {shape[axis]}. Write sizes that add up to it."
+            )
+        splits[axis] = Split(axis, split.sizes, split.view, split.along)
+    if len(splits) < len(spec.splits):
+        raise ValueError(f"{where}two splits cut the same axis: {spec.splits}.")
+    return MatrixSpec(MuonDimensionNumbers(*sides), tuple(splits.values()))
+
+
+def simplify_spec(spec: MatrixSpec) -> SpecLike:
+    """Writes a spec as shortly as it goes: Optax's type without splits, an int for one axis.
+
+    Example:
+        >>> simplify_spec(MatrixSpec(((0,), (1, 2))))
+        MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))
+    """
+    reduction, output = (a[0] if len(a) == 1 else a for a in normalized_axes(spec))
+    dims = MuonDimensionNumbers(reduction, output)
+    return MatrixSpec(dims, spec.splits) if spec.splits else dims
+
+
+def matrix_shapes(spec: SpecLike, shape: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    """Lists `(count, rows, columns)` of the matrices in a parameter, one entry a kind of part.
+
+    Example:
+        >>> matrix_shapes(MatrixSpec((0, 1), (Split(1, (768, 256, 256)),)), (512, 1280))
+        ((1, 512, 768), (2, 512, 256))
+    """
+    spec = normalize_spec(spec, shape)
+    cut = {split.axis: split.part_lengths for split in spec.splits}
+    sides: list[list[int]] = []
+    for axes in normalized_axes(spec):
+        products = [1]
+        for axis in axes:
+            products = [p * n for p in products for n in cut.get(axis, (shape[axis],))]
+        sides.append(products)
+    used = sum(normalized_axes(spec), ())
+    batch = math.prod(n for axis, n in enumerate(shape) if axis not in used)
+    counts: dict[tuple[int, int], int] = {}
+    for rows in sides[0]:
+        for columns in sides[1]:
+            counts[rows, columns] = counts.get((rows, columns), 0) + batch
+    return tuple((count, *size) for size, count in counts.items())
+
+
+def _integer(x: object, what: str) -> int:
+    if isinstance(x, bool) or not isinstance(x, SupportsIndex):
+        raise TypeError(f"{what} must be an integer, got {x!r}.")
+    return operator.index(x)
+
+
+def _integers(xs: object, what: str) -> tuple[int, ...]:
     if isinstance(xs, str) or not isinstance(xs, Sequence):
         raise TypeError(f"{what} must be a tuple of integers, got {xs!r}.")
     return tuple(_integer(x, what) for x in xs)
-
-
-def _dimension_numbers(dims: Any) -> MuonDimensionNumbers:
-    if not isinstance(dims, tuple | list) or len(dims) != 2:
-        raise TypeError(
-            "MatrixSpec's dims must be MuonDimensionNumbers or a pair (reduction axes, output "
-            f"axes), got {dims!r}. Write, for example, MatrixSpec((0, (1, 2)))."
-        )
-    reduction, output = (
-        _integers(axis, "An entry of MatrixSpec's dims")
-        if isinstance(axis, tuple | list)
-        else _integer(axis, "An axis of MatrixSpec's dims")
-        for axis in dims
-    )
-    return MuonDimensionNumbers(reduction, output)

@@ -7,8 +7,7 @@ from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.clipping.matching import find_in, match_maxima, named_leaves, trailing_shape
 from muonclip_jax.heads.clips import guess_block, read_block
 from muonclip_jax.heads.finding import Blocks, FoundBlock, block_rules
-from muonclip_jax.heads.leaves import RefusalError
-from muonclip_jax.heads.plan import LeafPlan
+from muonclip_jax.heads.plan import LeafPlan, RefusalError
 
 _OWN_KEYS = {
     "query": "gamma^alpha",

@@ -25,9 +25,9 @@ from muonclip_jax._tree import (
 )
 from muonclip_jax.attention import finite_first
 from muonclip_jax.clipping.gamma import at_least_float32
-from muonclip_jax.heads.builtin import NORM_NAMES
 from muonclip_jax.heads.clips import read_block
 from muonclip_jax.heads.finding import FoundBlock, Rule, find_blocks, strip_outer
+from muonclip_jax.heads.layouts import NORM_NAMES
 from muonclip_jax.heads.plan import BlockPlan
 
 #: Module path -> the arrays that were recorded there.

@@ -1,105 +1,35 @@
-"""Which leaves of a block a clip multiplies, and where their heads lie: one plan or a refusal."""
+"""Which leaves of a block a clip multiplies, and where their heads lie: one plan or a refusal.
 
+Where queries and keys are normalised, `q = gain * normalise(W_q x)` does not change with `W_q`, so
+scaling the kernels would do nothing. Scaling the gain is exact, and possible for one head alone
+where the gain has an entry for every feature of every head, as in OLMo 2. A gain of `(head_dim,)`,
+as in Qwen 3 and Gemma 3, is shared by all heads, and there the clip refuses. Gains are taken to be
+stored as they multiply; a model that stores their offset from one needs its block left out.
+"""
+
+import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import TypeAlias
 
-from muonclip_jax.heads.finding import FoundBlock
-from muonclip_jax.heads.layouts import SCALED, AttentionLayout, Projection
-from muonclip_jax.heads.leaves import (
+from muonclip_jax.heads.finding import (
     BIAS_NAMES,
     KERNEL_NAMES,
     LORA_A,
     LORA_B,
-    MisfitError,
-    RefusalError,
+    FoundBlock,
+    Shape,
     kernel_name,
     under,
 )
-from muonclip_jax.heads.norms import gains_instead
-from muonclip_jax.heads.plan import BlockPlan, LeafPlan
-from muonclip_jax.heads.solver import Attempt, Reading, attempts, preferred, refusal_in, solve
+from muonclip_jax.heads.layouts import NORM_NAMES, SCALED, AttentionLayout, Projection
+from muonclip_jax.heads.plan import BlockPlan, LeafPlan, MisfitError, RefusalError, Segment
+from muonclip_jax.heads.solver import Attempt, Reading, attempts, refusal_in, solve
 
-_Plans: TypeAlias = tuple[tuple[tuple[BlockPlan, Reading], ...], tuple[MisfitError, ...]]
-
-
-def _block_plan(reading: Reading) -> BlockPlan:
-    """Returns the plan under one reading; paths are names inside the block."""
-    leaves: list[LeafPlan] = []
-    for p, kernel in zip(reading.layout.projections, reading.kernels, strict=True):
-        if any(segment.role in SCALED for segment in kernel.segments):
-            leaves += _leaf_plans(reading.attempt, p, kernel)
-    plan = BlockPlan(
-        path="",
-        layout=reading.layout.name,
-        heads=reading.attempt.heads,
-        kv_heads=reading.kv_heads,
-        head_dim=reading.head_dim,
-        stack=reading.attempt.stack,
-        leaves=tuple(leaves),
-    )
-    return gains_instead(plan, reading)
+_GAINS = ("scale", "weight", "w", "gain", "gamma", "")
+_SHIFTS = ("bias", "beta", "offset")
 
 
-def _leaf_plans(attempt: Attempt, p: Projection, kernel: LeafPlan) -> Iterator[LeafPlan]:
-    """Yields the plans of a projection's kernel, its bias and its adapter."""
-    inside = under(attempt.shapes, p.path)
-    for name, shape in inside.items():
-        path, first = f"{p.path}/{name}".removesuffix("/"), name.partition("/")[0]
-        if path == kernel.path:
-            yield kernel
-        elif name in BIAS_NAMES or first == LORA_B:
-            _, stacked = attempt.one_layer(path)
-            free = tuple(i for i in range(len(shape)) if i not in stacked)
-            # An adapter is (rank, features), and (features, rank) in PyTorch.
-            orders = [free[:-1], free[1:]] if name.endswith("weight") else [free[1:], free[:-1]]
-            yield _like(kernel, path, shape, stacked, orders if first == LORA_B else [free])
-        elif first != LORA_A or not any(other.startswith(LORA_B) for other in inside):
-            known = (*filter(None, KERNEL_NAMES), *BIAS_NAMES, LORA_A, LORA_B)
-            raise RefusalError(
-                "belongs to a projection that QK-Clip multiplies, and how it enters the result is "
-                f"not known. Known names are {', '.join(known)}; an adapter needs both halves",
-                path,
-            )
-
-
-def _like(
-    kernel: LeafPlan,
-    path: str,
-    shape: tuple[int, ...],
-    stacked: tuple[int, ...],
-    orders: list[tuple[int, ...]],
-) -> LeafPlan:
-    """Returns the plan of a leaf whose features are the kernel's, on the first axes that fit."""
-    for axes in orders:
-        if tuple(shape[axis] for axis in axes) in (kernel.features, (kernel.total,)):
-            return LeafPlan(path, shape, stacked, axes, kernel.segments, kernel.repeat)
-    raise MisfitError(f"{path}: {shape} does not hold the features {kernel.features}")
-
-
-def _stacked_first(reading: Reading) -> bool:
-    return all(k.stack_axes == tuple(range(len(k.stack_axes))) for k in reading.kernels)
-
-
-@functools.lru_cache(maxsize=1024)
-def _cached_plans(
-    layout: AttentionLayout,
-    shapes: tuple[tuple[str, tuple[int, ...]], ...],
-    maxima_shape: tuple[int, ...] | None,
-) -> _Plans:
-    found, misfits = solve(attempts(layout, dict(shapes), maxima_shape), _block_plan)
-    best = preferred(found, lambda reading: reading.agrees)
-    if maxima_shape is not None:
-        best = preferred(best, _stacked_first)
-    return tuple((plan, readings[0]) for plan, readings in best.items()), tuple(misfits)
-
-
-def _plans(block: FoundBlock, maxima_shape: tuple[int, ...] | None) -> _Plans:
-    """Returns the plans that fit best, and reasons against the rest; equal blocks are read once."""
-    return _cached_plans(block.layout, tuple(block.leaves.items()), maxima_shape)
-
-
-def read_block(block: FoundBlock, maxima_shape: tuple[int, ...]) -> BlockPlan:
+def read_block(block: FoundBlock, maxima_shape: Shape) -> BlockPlan:
     """Returns the plan of one block, given the shape of its maxima `(..., stack, query heads)`.
 
     Raises:
@@ -148,7 +78,124 @@ def guess_block(block: FoundBlock) -> BlockPlan | RefusalError | None:
     return None if plans else refusal_in(misfits)
 
 
-def _other_heads(block: FoundBlock, maxima_shape: tuple[int, ...]) -> str:
+def _plans(
+    block: FoundBlock, maxima_shape: Shape | None
+) -> tuple[list[tuple[BlockPlan, Reading]], list[MisfitError]]:
+    """Returns the plans that fit best, and reasons against the rest; equal blocks are read once."""
+    return _cached_plans(block.layout, tuple(block.leaves.items()), maxima_shape)
+
+
+@functools.lru_cache(maxsize=1024)
+def _cached_plans(
+    layout: AttentionLayout, shapes: tuple[tuple[str, Shape], ...], maxima_shape: Shape | None
+) -> tuple[list[tuple[BlockPlan, Reading]], list[MisfitError]]:
+    def penalty(reading: Reading) -> tuple[int, ...]:
+        stacks = [kernel.stack_axes for kernel in reading.kernels]
+        stacked_first = all(x == tuple(range(len(x))) for x in stacks)
+        return not reading.agrees, maxima_shape is not None and not stacked_first
+
+    found, misfits = solve(attempts(layout, dict(shapes), maxima_shape), _block_plan, penalty)
+    return [(plan, readings[0]) for plan, readings in found.items()], misfits
+
+
+def _block_plan(reading: Reading) -> BlockPlan:
+    """Returns the plan under one reading; paths are names inside the block."""
+    attempt = reading.attempt
+    leaves: list[LeafPlan] = []
+    for p, kernel in zip(reading.layout.projections, reading.kernels, strict=True):
+        if any(segment.role in SCALED for segment in kernel.segments):
+            leaves += _leaf_plans(attempt, p, kernel)
+    plan = BlockPlan(
+        path="",
+        layout=reading.layout.name,
+        heads=attempt.heads,
+        kv_heads=reading.kv_heads,
+        head_dim=reading.head_dim,
+        stack=attempt.stack,
+        leaves=tuple(leaves),
+    )
+    return _gains_instead(plan, attempt, reading.layout.own_keys)
+
+
+def _leaf_plans(attempt: Attempt, p: Projection, kernel: LeafPlan) -> Iterator[LeafPlan]:
+    """Yields the plans of a projection's kernel, its bias and its adapter."""
+    inside = under(attempt.shapes, p.path)
+    for name, shape in inside.items():
+        path, first = f"{p.path}/{name}".removesuffix("/"), name.partition("/")[0]
+        if path == kernel.path:
+            yield kernel
+        elif name in BIAS_NAMES or first == LORA_B:
+            _, stacked = attempt.one_layer(path)
+            free = tuple(i for i in range(len(shape)) if i not in stacked)
+            # An adapter is (rank, features), and (features, rank) in PyTorch.
+            orders = [free[:-1], free[1:]] if name.endswith("weight") else [free[1:], free[:-1]]
+            for axes in orders if first == LORA_B else [free]:
+                if tuple(shape[axis] for axis in axes) in (kernel.features, (kernel.total,)):
+                    yield LeafPlan(path, shape, stacked, axes, kernel.segments, kernel.repeat)
+                    break
+            else:
+                raise MisfitError(f"{path}: {shape} does not hold the features {kernel.features}")
+        elif first != LORA_A or not any(other.startswith(LORA_B) for other in inside):
+            known = (*filter(None, KERNEL_NAMES), *BIAS_NAMES, LORA_A, LORA_B)
+            raise RefusalError(
+                "belongs to a projection that QK-Clip multiplies, and how it enters the result is "
+                f"not known. Known names are {', '.join(known)}; an adapter needs both halves",
+                path,
+            )
+
+
+def _gain_plans(attempt: Attempt, norm: str | None, segment: Segment) -> list[LeafPlan]:
+    """Returns the plans of a norm's gain and shift, empty where heads share or lack a gain."""
+    plans: list[LeafPlan] = []
+    inside = under(attempt.shapes, norm) if norm else {}
+    for name, shape in inside.items():
+        path = f"{norm}/{name}".removesuffix("/")
+        one, stacked = attempt.one_layer(path)
+        if name not in _GAINS + _SHIFTS:
+            raise RefusalError("is no gain or shift that QK-Clip knows", path)
+        if one not in ((segment.heads, segment.size), (segment.heads * segment.size,)):
+            return []
+        axes = tuple(axis for axis in range(len(shape)) if axis not in stacked)
+        plans.append(LeafPlan(path, shape, stacked, axes, (segment,)))
+    return plans if any(name in _GAINS for name in inside) else []
+
+
+def _gains_instead(plan: BlockPlan, attempt: Attempt, latent: bool) -> BlockPlan:
+    """Returns the plan with gains in place of kernels where queries or keys are normalised.
+
+    In latent attention a lone "q_norm" acts on the low-rank query, before its heads are made.
+
+    Raises:
+        RefusalError: If heads share the gain of the queries.
+    """
+    for query, key in NORM_NAMES:
+        query, key = (name if under(attempt.shapes, name) else None for name in (query, key))
+        if key or (query and not latent):
+            break
+    else:
+        return plan
+    names = " and ".join(repr(name) for name in (query, key) if name)
+    roles = {segment.role for leaf in plan.leaves for segment in leaf.segments}
+    role = "query" if "query" in roles else "query_alone"
+    queries = _gain_plans(attempt, query, Segment(role, plan.heads, plan.head_dim))
+    keys = _gain_plans(attempt, key, Segment("key", plan.kv_heads, plan.head_dim))
+    if latent or (query and not queries):
+        raise RefusalError(
+            f"its queries and keys are normalised ({names}) with gains that the heads share or "
+            "do not have, so scaling the kernels would change nothing and one head cannot be "
+            "clipped alone. Leave the block out with blocks=, or train without QK-Clip: the "
+            "gains bound the logits"
+        )
+    untouched = ({role: "gate"} if query else {}) | ({"key": "value"} if key else {})
+    leaves = [*(leaf.with_roles(untouched) for leaf in plan.leaves), *queries]
+    if key and not keys:  # heads share the key's gain: the query takes the whole factor
+        leaves = [leaf.with_roles({"query": "query_alone"}) for leaf in leaves]
+    leaves += keys if "key" in roles else []
+    scaled = (leaf for leaf in leaves if any(s.role in SCALED for s in leaf.segments))
+    return dataclasses.replace(plan, leaves=tuple(scaled), note=f"normalised: gains of {names}")
+
+
+def _other_heads(block: FoundBlock, maxima_shape: Shape) -> str:
     """Says how many heads the kernel has, where its axes or the output projection show it."""
     readings = [
         reading
@@ -163,7 +210,7 @@ def _other_heads(block: FoundBlock, maxima_shape: tuple[int, ...]) -> str:
     return f": the kernel has {heads.pop()} heads, {maxima_shape[-1]} maxima were given"
 
 
-def _reduction(block: FoundBlock, maxima_shape: tuple[int, ...]) -> str:
+def _reduction(block: FoundBlock, maxima_shape: Shape) -> str:
     """Says what to write where the maxima fit after a maximum over some of their axes.
 
     A module that records `(batch, heads)` under `nn.scan` gives `(layers, batch, heads)`; whole

@@ -1,20 +1,40 @@
-"""Which kernels of a tree are cut, and how: attention blocks, read whole from their shapes."""
+"""Attention kernels as matrices: whole, by part, or head by head.
 
+A query kernel `(d_model, heads, head_dim)` is one matrix with all heads side by side, which is what
+the field does by default. It may also be seen as `heads` matrices that happen to share their
+input, and a fused kernel as the queries, keys and values that it makes. Every matrix is
+orthogonalised by itself and has the scale of its own shape:
+
+| name | query `(d, heads, size)` | GPT-2's `(d, 3 d)` | DeepSeek's `(rank, heads (nope + rope))` |
+|---|---|---|---|
+| "merged" | one matrix | as names tell | one matrix |
+| "split" | one matrix | queries, keys, values | without rotation, with rotation |
+| "per_head" | one a head | one a head of each | two a head |
+
+A block is read whole, for the rotary size of a query shows in the key's projection beside it, the
+number of key heads of a fused kernel in the output's. Every number of heads that shapes allow is
+tried; where those would cut the kernels differently, the size of a head has to be said.
+"""
+
+import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from muonclip_jax._fitting import normalized_axes
-from muonclip_jax._specs import MatrixSpec
-from muonclip_jax.heads.finding import Rule, find_blocks
-from muonclip_jax.heads.layouts import AttentionLayout, Projection
-from muonclip_jax.heads.leaves import MisfitError, Shapes, kernel_name
-from muonclip_jax.heads.matrices import ATTENTION, Cut, cuts_of
+from muonclip_jax._specs import MatrixSpec, Split, normalize_spec, normalized_axes
+from muonclip_jax.heads.finding import Rule, Shape, find_blocks, kernel_name
+from muonclip_jax.heads.layouts import VALUE_NAMES, AttentionLayout, Projection
 from muonclip_jax.heads.names import read_path
-from muonclip_jax.heads.solver import Reading, attempts, preferred, refusal_in, solve
+from muonclip_jax.heads.plan import LeafPlan, MisfitError, Segment
+from muonclip_jax.heads.solver import Reading, attempts, refusal_in, solve
+
+#: What `MatrixRules(attention=)` may be.
+ATTENTION = ("merged", "split", "per_head")
+#: A kernel's spec, and what its matrices are, for `describe_labels`.
+Cut: TypeAlias = tuple[MatrixSpec, str]
 
 _SOME_MATRIX = np.broadcast_to(0.0, (1, 1))  # in the place of a masked leaf
 
@@ -25,7 +45,7 @@ def attention_cuts(
     hidden: Iterable[str],
     *,
     attention: str,
-    scan_axis: int | None,
+    stack: tuple[int, ...],
     head_dim: int | None,
     blocks: tuple[Rule, ...] | None,
 ) -> dict[str, Cut]:
@@ -36,16 +56,14 @@ def attention_cuts(
         specs: What names say of those leaves that may be cut: their spec, None where that is open.
             Leaves that AdamW trains or that a rule decides are not among them.
         hidden: Paths of masked leaves.
-        attention: A name of `ATTENTION`.
-        scan_axis: Where stacked layers sit; None tries every axis that the specs leave open.
+        attention: "split" or "per_head".
+        stack: The axes of stacked layers of the leaves in `specs`.
         head_dim: Features of one head where shapes cannot tell.
         blocks: What `block_rules` returned.
 
     Raises:
         ValueError: If a block cannot be read, or part of it is masked.
     """
-    if ATTENTION[attention] is None:
-        return {}
     masked = dict.fromkeys(hidden, _SOME_MATRIX)
     cuts: dict[str, Cut] = {}
     for block in find_blocks({**masked, **leaves}, blocks, strict=False):
@@ -62,15 +80,14 @@ def attention_cuts(
                 "infer_dimension_numbers(params, rules), made of the whole tree."
             )
         name = read_path(needed[0])
-        stacked = name.stacked or (name.grouped and scan_axis != 0)
         try:
             found = _block_cuts(
                 block.layout,
                 tuple((n, x) for n, x in block.leaves.items() if block.paths[n] not in masked),
                 tuple((n, specs[path]) for n, path in block.paths.items() if path in specs),
                 attention,
-                scan_axis,
-                stacked,
+                stack[0] if stack else 0,
+                name.stacked or (name.grouped and stack[:1] not in ((), (0,))),
                 head_dim,
             )
         except MisfitError as misfit:
@@ -86,29 +103,31 @@ def attention_cuts(
 @functools.lru_cache(maxsize=1024)
 def _block_cuts(
     layout: AttentionLayout,
-    shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    shapes: tuple[tuple[str, Shape], ...],
     table: tuple[tuple[str, MatrixSpec | None], ...],
     attention: str,
-    scan_axis: int | None,
+    scan_axis: int,
     stacked: bool,
     head_dim: int | None,
 ) -> tuple[tuple[str, Cut], ...]:
     """Returns the cuts of one block's kernels by their name in it; equal blocks are read once."""
     leaves, specs = dict(shapes), dict(table)
-    stackings = None if scan_axis is None else [(), (scan_axis,)]
+    stackings: list[tuple[int, ...]] = [(), (scan_axis,)]
     if scan_axis == 0:
-        stackings = [
-            tuple(range(n)) for n in range(max((len(x) for x in leaves.values()), default=0))
-        ]
-    tried = attempts(layout, leaves, None, stackings)
-    found, misfits = solve(tried, lambda reading: tuple(cuts_of(reading, specs, attention)))
-    found = preferred(found, lambda reading: reading.agrees)
-    found = preferred(found, lambda reading: bool(reading.attempt.stack) == stacked)
-    stacks = [len(r.attempt.stack) for readings in found.values() for r in readings]
-    fewest = min(stacks, default=0)
-    found = preferred(found, lambda reading: len(reading.attempt.stack) == fewest)
-    if head_dim is not None and len(found) > 1:
-        found = preferred(found, lambda reading: _features_a_head(reading) == head_dim)
+        stackings = [tuple(range(n)) for n in range(max(map(len, leaves.values()), default=0))]
+
+    def penalty(reading: Reading) -> tuple[int, ...]:
+        stack = reading.attempt.stack
+        segments = [s for kernel in reading.kernels for s in kernel.segments]
+        sizes = {s.role: s.size for s in segments if s.role in ("query", "query_alone")}
+        misses = head_dim not in (None, sum(sizes.values()))
+        return not reading.agrees, bool(stack) != stacked, len(stack), misses
+
+    found, misfits = solve(
+        attempts(layout, leaves, None, stackings),
+        lambda reading: tuple(_cuts_of(reading, specs, attention)),
+        penalty,
+    )
     if len(found) == 1:
         return next(iter(found))
     if found:
@@ -126,14 +145,9 @@ def _block_cuts(
     raise refusal or (misfits[0] if misfits else MisfitError("its kernels have too few axes"))
 
 
-def _features_a_head(reading: Reading) -> int:
-    """Returns the features of one query, those with rotation included."""
-    segments = [s for kernel in reading.kernels for s in kernel.segments]
-    sizes = {s.role: s.size for s in segments if s.role in ("query", "query_alone")}
-    return sum(sizes.values())
-
-
-def _is_cut(p: Projection, shapes: Shapes, specs: Mapping[str, MatrixSpec | None]) -> bool:
+def _is_cut(
+    p: Projection, shapes: Mapping[str, Shape], specs: Mapping[str, MatrixSpec | None]
+) -> bool:
     """Whether a projection has one part only, or its name has cut it into its parts already."""
     name = kernel_name(shapes, p.path)
     if len(p.parts) == 1 or name is None:
@@ -144,3 +158,82 @@ def _is_cut(p: Projection, shapes: Shapes, specs: Mapping[str, MatrixSpec | None
     axes = {axis for group in normalized_axes(spec) for axis in group}
     batch = math.prod(n for axis, n in enumerate(shapes[name]) if axis not in axes)
     return bool(spec.splits) or (batch > 1 and batch % len(p.parts) == 0)
+
+
+def _cuts_of(
+    reading: Reading, specs: Mapping[str, MatrixSpec | None], attention: str
+) -> Iterator[tuple[str, Cut]]:
+    """Yields the cuts of a block's kernels under one reading, by their name in the block."""
+    by_head = attention == "per_head"
+    kernels = [(kernel, by_head) for kernel in reading.kernels]
+    if by_head:
+        kernels += [(kernel, True) for kernel in _values(reading)]
+    if (latent := reading.attempt.latent()) is not None:
+        down, size = latent
+        segments = Segment("latent", 1, size), Segment("shared rotary key", 1, down.total - size)
+        kernels.append((dataclasses.replace(down, segments=segments), False))
+    for kernel, by_head in kernels:
+        if kernel.path not in specs:
+            continue
+        grid = kernel.grid(reading.kv_heads)
+        if grid is None:
+            raise MisfitError(
+                f"{kernel.path}: its features {kernel.features} do not hold the heads"
+            )
+        whole = specs[kernel.path]
+        if whole is not None:
+            _check_names_agree(kernel, grid, whole)
+            if not by_head and len(kernel.segments) == 1:
+                continue  # nothing to cut
+        cut = _by_head(kernel, grid) if by_head else _by_part(kernel, grid)
+        parts = ", ".join(s.role.replace("query_alone", "rotary query") for s in kernel.segments)
+        why = f"attention: {parts}{', by head' * by_head}"
+        yield kernel.path, (normalize_spec(cut, kernel.shape, kernel.path), why)
+
+
+def _values(reading: Reading) -> Iterator[LeafPlan]:
+    """Yields the value projection beside separate queries and keys."""
+    for path in VALUE_NAMES:
+        if path in reading.layout.paths or kernel_name(reading.attempt.shapes, path) is None:
+            continue
+        kernel = reading.attempt.kernel(Projection(path, ("value",)))
+        if kernel.total % reading.kv_heads:
+            raise MisfitError(f"{path}: {kernel.total} features for {reading.kv_heads} key heads")
+        segment = Segment("value", reading.kv_heads, kernel.total // reading.kv_heads)
+        yield dataclasses.replace(kernel, segments=(segment,))
+
+
+def _check_names_agree(kernel: LeafPlan, grid: str, whole: MatrixSpec) -> None:
+    reduction, output = normalized_axes(whole)
+    more = set(kernel.feature_axes) - set(output)
+    agree = reduction == kernel.input_axes and not set(kernel.stack_axes) & set(output)
+    if not agree or (more and grid != "parts"):
+        raise MisfitError(
+            f"{kernel.path}: by its name it reads axes {reduction} and produces {output}, other "
+            "axes being stacked"
+        )
+
+
+def _by_part(kernel: LeafPlan, grid: str) -> MatrixSpec:
+    """All heads of each part side by side, in one matrix a part."""
+    (inputs,), axes, repeat = kernel.input_axes, kernel.feature_axes, kernel.repeat
+    if len(kernel.segments) == 1:
+        return MatrixSpec((inputs, axes))
+    if grid == "parts":  # the parts have an axis of their own: one more batch axis
+        return MatrixSpec((inputs, axes[1:]))
+    counts = tuple(s.heads for s in kernel.segments)
+    rows = tuple(s.heads * s.size for s in kernel.segments)
+    sizes = rows if grid in ("flat", "rows") else counts
+    axis = axes[0] if grid in ("flat", "heads") else axes[-1 if grid == "rows" else 1]
+    interleaved = repeat > 1 and grid in ("flat", "heads")
+    view = (repeat, sum(sizes)) if interleaved else None
+    return MatrixSpec((inputs, axes), (Split(axis, sizes, view, int(interleaved)),))
+
+
+def _by_head(kernel: LeafPlan, grid: str) -> MatrixSpec:
+    """One matrix a head of each part: the last axis holds whole heads, the others count them."""
+    (inputs,), last = kernel.input_axes, kernel.feature_axes[-1]
+    one = [s.size for s in kernel.segments for _ in range(s.heads)]
+    sizes = {"flat": one * kernel.repeat, "rows": one}.get(grid, one[:1])
+    splits = (Split(last, tuple(sizes)),) if len(sizes) > 1 else ()
+    return MatrixSpec((inputs, last), splits)

@@ -1,8 +1,12 @@
-"""Finding attention blocks in a tree of parameters, and choosing among them with `blocks=`.
+"""Attention blocks in a tree of parameters, and choosing among them with `blocks=`.
 
 A block is a module that has the projections of a layout directly below it. It is called by its
 path, the one under which its maxima are recorded: "decoder/block_0/attention". An outer "params"
 level is no part of that.
+
+A kernel may sit at "q_proj/kernel", in a wrapper for an adapter ("q_proj/base_module/kernel"), or
+in a `NamedArray` of haliax ("q_proj/weight/array"), and low-rank adapters have other names in every
+library. `plain_name` gives each of those one name.
 """
 
 import dataclasses
@@ -10,10 +14,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from muonclip_jax._tree import compile_pattern, join, nothing_matched
-from muonclip_jax.heads.builtin import BUILTIN_LAYOUTS
-from muonclip_jax.heads.layouts import AttentionLayout
-from muonclip_jax.heads.leaves import Shapes, has_adapter, kernel_name, plain_name
+from muonclip_jax._tree import compile_pattern, nothing_matched
+from muonclip_jax.heads.layouts import BUILTIN_LAYOUTS, AttentionLayout
 
 #: What `blocks=` accepts: a pattern that selects found blocks, a layout, a pair of both, several.
 Blocks: TypeAlias = (
@@ -25,8 +27,31 @@ Blocks: TypeAlias = (
 )
 #: One rule of `blocks=`: where to look, and the layout there (None: the built-in ones).
 Rule: TypeAlias = tuple[str, AttentionLayout | None]
+Shape: TypeAlias = tuple[int, ...]
+#: The leaves of one block: name inside the block, as `plain_name` gives it -> shape.
+Shapes: TypeAlias = Mapping[str, Shape]
+
+#: A kernel's name under its projection -> candidates for its input axis. "" is the projection
+#: itself. "weight" is `(outputs, inputs)` in PyTorch and Equinox; haliax has both orders.
+KERNEL_NAMES: dict[str, tuple[int, ...]] = {"kernel": (0,), "w": (0,), "weight": (-1, 0), "": (0,)}
+BIAS_NAMES = ("bias", "b")
+#: Low-rank adapters: the kernel is W + A B, so B is multiplied with W, and A stays.
+LORA_A, LORA_B = "lora_a", "lora_b"
 
 _FIRST_NAMES = frozenset(layout.paths[0] for layout in BUILTIN_LAYOUTS)
+_WRAPPED = re.compile(r"/array$|/0$|lora_|/base_|/wrapped/")
+_REWRITES = (
+    (r"/array$", ""),  # haliax.NamedArray by its field, or by its position:
+    (r"((?:^|/)(?:kernel|weight|w|bias|b|scale))/0$", r"\1"),
+    # What wraps a base layer: nnx.LoRA, PEFT, Levanter.
+    (r"/(?:base_module|base_layer|wrapped)(?=/)", ""),
+    # qwix: "kernel_lora_b" beside "kernel", "wq_lora_b" beside the array "wq".
+    (r"/(?:kernel|weight|w)_(?=lora_[ab]$)", "/"),
+    (r"_(?=lora_[ab]$)", "/"),
+    # nnx.LoRALinear and Levanter: "lora/lora_a"; PEFT: "lora_A/default/weight".
+    (r"(?:/lora)?/lora_[aA](?:/default)?(?:/(?:kernel|w)$)?", "/lora_a"),
+    (r"(?:/lora)?/lora_[bB](?:/default)?(?:/(?:kernel|w)$)?", "/lora_b"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +69,43 @@ class FoundBlock:
     path: str
     layout: AttentionLayout
     selected: bool
-    leaves: dict[str, tuple[int, ...]]
+    leaves: dict[str, Shape]
     paths: dict[str, str]
 
 
 def strip_outer(path: str) -> str:
     """Returns a parameter's path without an outer "params" level."""
     return path.removeprefix("params/")
+
+
+def plain_name(name: str) -> str:
+    """Returns a leaf's name inside its block without wrappers, in one spelling for adapters.
+
+    Example:
+        >>> names = ("q_proj/base_module/kernel", "q_proj/weight/array", "q_proj/w_lora_b")
+        >>> [plain_name(name) for name in (*names, "q_proj/lora_B/default/weight")]
+        ['q_proj/kernel', 'q_proj/weight', 'q_proj/lora_b', 'q_proj/lora_b/weight']
+    """
+    for pattern, replacement in _REWRITES if _WRAPPED.search(name) else ():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def under(shapes: Shapes, path: str) -> dict[str, Shape]:
+    """Returns the leaves of one submodule by their name in it; "" is the leaf at `path` itself."""
+    found = {name[len(path) + 1 :]: x for name, x in shapes.items() if name.startswith(path + "/")}
+    return {"": shapes[path]} | found if path in shapes else found
+
+
+def kernel_name(shapes: Shapes, path: str) -> str | None:
+    """Returns the name of a projection's kernel in the block, if it has one."""
+    names = (f"{path}/{name}".removesuffix("/") for name in KERNEL_NAMES)
+    return next((name for name in names if name in shapes), None)
+
+
+def has_adapter(shapes: Shapes, path: str) -> bool:
+    """Whether a projection has a low-rank adapter, or a part of one."""
+    return any(name.split("/")[0] in (LORA_A, LORA_B) for name in under(shapes, path))
 
 
 def block_rules(blocks: Any, argument: str = "blocks") -> tuple[Rule, ...] | None:
@@ -89,16 +144,6 @@ def block_rules(blocks: Any, argument: str = "blocks") -> tuple[Rule, ...] | Non
     return tuple(rules)
 
 
-def _modules(paths: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Returns every module's leaves: module -> `plain_name` inside the module -> whole path."""
-    modules: dict[str, dict[str, str]] = {}
-    for path in paths:
-        names = path.split("/")
-        for depth in range(len(names)):
-            modules.setdefault(join(names[:depth]), {})[plain_name(join(names[depth:]))] = path
-    return modules
-
-
 def _holds(layout: AttentionLayout | None, shapes: Shapes) -> bool:
     """Whether a module holds all projections of a layout: kernels, or adapters of hidden ones."""
     for path in () if layout is None else layout.paths:
@@ -122,10 +167,15 @@ def find_blocks(
     Raises:
         ValueError: If a rule matches nothing, unless `strict` is False.
     """
+    modules: dict[str, dict[str, str]] = {}
+    for path in leaves:
+        names = path.split("/")
+        for depth in range(len(names)):
+            inside = modules.setdefault("/".join(names[:depth]), {})
+            inside[plain_name("/".join(names[depth:]))] = path
     found: list[FoundBlock] = []
     unused = dict.fromkeys(rules or ()) if strict else {}
-    candidates = _modules(leaves)
-    for path, inside in candidates.items():
+    for path, inside in modules.items():
         if rules is None and _FIRST_NAMES.isdisjoint(name.split("/")[0] for name in inside):
             continue
         shapes = {name: tuple(getattr(leaves[at], "shape", ())) for name, at in inside.items()}
@@ -147,6 +197,6 @@ def find_blocks(
             f"The layout {wanted.name!r} in blocks=, which needs {wants} directly below a path "
             "that matches",
             pattern,
-            candidates,
+            modules,
         )
     return found

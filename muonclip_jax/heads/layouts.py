@@ -22,10 +22,9 @@ So a layout is a tuple of `Projection`s, and a projection is a tuple of parts, e
 | "value" | key heads | nothing |
 
 Heads may lie on one axis, on several (`(key heads, group, size)`, as in haliax) or be merged with
-their features; the axes are read in order. Rotary embeddings, on all features or on some, rotate
-pairs of features inside a head. Scaling a whole head commutes with that, so no layout mentions it.
-Sizes are not part of a layout either, unless shapes cannot tell them: the number of query heads
-comes from the recorded maxima.
+their features; the axes are read in order. Rotary embeddings rotate pairs of features inside a
+head; scaling a whole head commutes with that. Sizes are not part of a layout unless shapes cannot
+tell them: the number of query heads comes from the recorded maxima.
 """
 
 import dataclasses
@@ -38,10 +37,9 @@ ROLES: dict[str, bool] = {
     "gate": True,
     "value": False,
 }
-#: How the parts of one projection may alternate.
-INTERLEAVED = (False, True, "group")
 #: Roles that a clip multiplies.
 SCALED = ("query", "query_alone", "key")
+_ORDERS = (False, True, "group")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,16 +73,15 @@ class Projection:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", tuple(self.parts))
-        unknown = [part for part in self.parts if part not in ROLES]
-        if unknown or not self.parts:
+        if not self.parts or not ROLES.keys() >= set(self.parts):
             raise ValueError(
                 f"Projection {self.path!r} has the parts {self.parts}; each must be one of "
                 f"{', '.join(map(repr, ROLES))}, as in ('query', 'key', 'value')."
             )
-        if self.interleaved not in INTERLEAVED:
+        if self.interleaved not in _ORDERS:
             raise ValueError(
                 f"Projection {self.path!r} has interleaved={self.interleaved!r}; it must be one of "
-                f"{', '.join(map(repr, INTERLEAVED))}."
+                f"{', '.join(map(repr, _ORDERS))}."
             )
         if self.sizes is not None:
             object.__setattr__(self, "sizes", tuple(self.sizes))
@@ -137,8 +134,7 @@ class AttentionLayout:
         if self.stack_axes is not None:
             axes = (self.stack_axes,) if isinstance(self.stack_axes, int) else self.stack_axes
             object.__setattr__(self, "stack_axes", tuple(axes))
-        roles = {role for projection in self.projections for role in projection.parts}
-        if not roles & {"query", "query_alone"}:
+        if not any({"query", "query_alone"} & set(p.parts) for p in self.projections):
             raise ValueError(
                 f"Attention layout {self.name!r} has no query. Give it a projection that makes "
                 "one, as in Projection('q_proj', ('query',))."
@@ -160,11 +156,102 @@ class AttentionLayout:
         return next(p for p in self.projections if {"query", "query_alone"} & set(p.parts))
 
 
-def separate(query: str, key: str, name: str = "separate q and k") -> AttentionLayout:
+def separate(query: str, key: str) -> AttentionLayout:
     """Returns the layout of a query and a key projection with these names.
 
     Example:
         >>> separate("my_q", "my_k").paths
         ('my_q', 'my_k')
     """
-    return AttentionLayout((Projection(query, ("query",)), Projection(key, ("key",))), name)
+    projections = Projection(query, ("query",)), Projection(key, ("key",))
+    return AttentionLayout(projections, "separate q and k")
+
+
+#: A query, a key and a value projection that stand side by side, as libraries call them.
+QUERY_KEY_VALUE: tuple[tuple[str, str, str], ...] = tuple(
+    (form.format(query), form.format(key), form.format(value))
+    for query, key, value, forms in (
+        ("query", "key", "value", "{} {}_proj {}_projection {}_linear {}_dense"),
+        ("q", "k", "v", "{} c_{} {}_proj {}_lin {}_linear {}_dense"),
+        ("q", "k", "v", "w{} w_{} W{} W_{} to_{} linear_{}"),
+    )
+    for form in forms.split()
+)
+VALUE_NAMES: tuple[str, ...] = tuple(value for *_, value in QUERY_KEY_VALUE)
+_OUT = (
+    "out o_proj out_proj output_proj wo w_o to_out c_proj o to_out_0 out_lin attn_out "
+    "attention_out o_dense out_dense output_dense out_linear output_linear out_projection "
+    "output_projection dense attn_vec_einsum proj"
+)
+#: Output projections, whose input features are all the heads' values, in one spelling.
+OUT_NAMES: tuple[str, ...] = tuple(_OUT.split())
+#: Normalisations of queries and keys, as they are called beside the projections.
+NORM_NAMES: tuple[tuple[str, str], ...] = tuple(
+    (form.format(query), form.format(key))
+    for query, key, forms in (
+        ("query", "key", "{}_ln {}_norm {}_layer_norm _{}_norm"),
+        ("q", "k", "{}_norm {}_layernorm {}_ln norm_{}"),
+    )
+    for form in forms.split()
+)
+
+_FUSED = ("query", "key", "value")
+
+
+def _latent(query: str, down: str, up: str) -> AttentionLayout:
+    """Latent attention; `up` makes keys and values together, or keys alone."""
+    name = "latent (low-rank query)" if query in ("wq_b", "q_b_proj") else "latent"
+    parts = ("key",) if up in ("wk_b", "k_b_proj") else ("key", "value")
+    queries = Projection(query, ("query", "query_alone"), interleaved=True)
+    keys = Projection(up, parts, interleaved=True)
+    return AttentionLayout((queries, keys), name, latent=(down, up))
+
+
+def _beside(query: str, role: str, keys: str, parts: tuple[str, ...], name: str) -> AttentionLayout:
+    """A query projection beside one of several parts; Gemma's einsums are (heads, inputs, size)."""
+    axis = -2 if "einsum" in query else None
+    projections = (query, (role,)), (keys, parts)
+    return AttentionLayout(tuple(Projection(*p, input_axis=axis) for p in projections), name)
+
+
+def _fused(path: str, axis: int | tuple[int, ...] | None = None) -> AttentionLayout:
+    return AttentionLayout((Projection(path, _FUSED, input_axis=axis),), "fused q k v")
+
+
+#: Tried in this order under every module; the first whose projections are all there is taken.
+BUILTIN_LAYOUTS: tuple[AttentionLayout, ...] = (
+    *(_latent(q, "wkv_a", up) for up in ("wkv_b", "wk_b") for q in ("wq_b", "query", "wq")),
+    *(
+        _latent(query, "kv_a_proj_with_mqa", up)  # DeepSeek and Kimi of Hugging Face
+        for up in ("kv_b_proj", "k_b_proj")
+        for query in ("q_b_proj", "q_proj")
+    ),
+    *(
+        AttentionLayout(
+            (
+                Projection("q_nope" + end, ("query",)),
+                Projection("q_rope" + end, ("query_alone",)),
+                Projection("k_nope" + end, ("key",)),
+            ),
+            "latent (separate parts)",
+        )
+        for end in ("", "_proj")
+    ),
+    *(separate(query, key) for query, key, _ in QUERY_KEY_VALUE),
+    _beside("q_einsum", "query", "kv_einsum", ("key", "value"), "separate q, fused k v"),
+    # Gemma 4: the keys are the values too, so that only queries can be scaled.
+    _beside("q_einsum", "query_alone", "k_einsum", ("value",), "separate q, keys that are values"),
+    _fused("qkv_einsum", -2),
+    # GPT-2: Hugging Face Flax keeps (features, inputs), others (inputs, features).
+    _fused("c_attn", (0, -1)),
+    _fused("qkv_proj"),
+    _fused("qkv"),
+    # BLOOM and GPT-NeoX head by head; Falcon group by group.
+    AttentionLayout(
+        (Projection("query_key_value", _FUSED, interleaved=True),), "fused q k v, interleaved"
+    ),
+    *(
+        _beside(query, "query", key_value, ("key", "value"), "separate q, fused k v")
+        for query, key_value in (("q_proj", "kv_proj"), ("to_q", "to_kv"), ("q", "kv"))
+    ),
+)

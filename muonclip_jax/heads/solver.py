@@ -4,8 +4,8 @@ A kernel of rank 3 may be `(d_model, heads, head_dim)` or `(layers, d_model, fea
 ranks can tell, but the whole block can: every leaf is stacked alike, the maxima or the output
 projection say how many query heads there are, and all parts must add up. So every way to read the
 query's kernel (`attempts`) is tried on the whole block (`Attempt.read`), and what does not fit is a
-`MisfitError` with the reason. Whoever asks finishes each reading in its own way and keeps the
-results that it prefers (`solve`, `preferred`).
+`MisfitError` with the reason. Whoever asks finishes each reading in its own way and says which
+readings it prefers (`solve`).
 """
 
 import contextlib
@@ -13,26 +13,20 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from muonclip_jax.heads.builtin import NORM_NAMES, VALUE_NAMES
-from muonclip_jax.heads.layouts import AttentionLayout, Projection
-from muonclip_jax.heads.leaves import (
-    KERNEL_NAMES,
-    MisfitError,
-    RefusalError,
-    Shapes,
-    has_adapter,
-    kernel_name,
-    unstack,
+from muonclip_jax.heads.finding import KERNEL_NAMES, Shape, Shapes, has_adapter, kernel_name
+from muonclip_jax.heads.layouts import (
+    NORM_NAMES,
+    OUT_NAMES,
+    VALUE_NAMES,
+    AttentionLayout,
+    Projection,
 )
 from muonclip_jax.heads.names import spelling
-from muonclip_jax.heads.plan import LeafPlan
-from muonclip_jax.heads.sizes import divide, feature_grid
-from muonclip_jax.heads.words import OUT_NAMES
+from muonclip_jax.heads.plan import LeafPlan, MisfitError, RefusalError, divide
 
 _Result = TypeVar("_Result")
-
 #: What stands beside queries and keys and is no output projection.
 _NO_OUTPUT = (*VALUE_NAMES, *(name for names in NORM_NAMES for name in names))
 
@@ -60,9 +54,16 @@ class Attempt:
     choice: int  # which of several candidates for the kernels' input axis
     heads: int = 1  # query heads
 
-    def one_layer(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Returns the shape of one layer of a leaf, and its stacked axes."""
-        return unstack(self.shapes[name], self.stack_axes, self.stack)
+    def one_layer(self, name: str) -> tuple[Shape, tuple[int, ...]]:
+        """Returns the shape of one layer of a leaf, and its stacked axes from the front."""
+        shape = self.shapes[name]
+        rank, asked = len(shape), self.stack_axes
+        axes = tuple(sorted({a % rank for a in asked if -rank <= a < rank})) if rank else ()
+        if len(axes) < len(asked):
+            raise MisfitError(f"{name}: shape {shape} has no axes {asked} to stack layers on")
+        if tuple(shape[axis] for axis in axes) != self.stack:
+            raise MisfitError(f"{name}: shape {shape} is not stacked {self.stack} on axes {axes}")
+        return tuple(n for axis, n in enumerate(shape) if axis not in axes), axes
 
     def kernel(self, p: Projection) -> LeafPlan:
         """Returns a projection's kernel, its features not divided into heads yet."""
@@ -89,14 +90,14 @@ class Attempt:
         del free[axis]
         return LeafPlan(name, self.shapes[name], stacked, tuple(free))
 
-    def _taken(self, name: str) -> tuple[int, ...]:
+    def _taken(self, name: str) -> Shape:
         """Returns the axes that an output projection's kernel takes in one layer."""
         one, _ = self.one_layer(name)
         if name.endswith("weight") and (len(one) == 2 or not self._counted(one[:-1])):
             return one[1:]
         return one[:-1]
 
-    def _counted(self, inputs: tuple[int, ...]) -> bool:
+    def _counted(self, inputs: Shape) -> bool:
         """Whether the axes that an output projection takes may be the heads and their features."""
         if len(inputs) > 2:  # heads on several axes, as the query has them
             return inputs[:-1] == self.kernel(self.layout.query).features[:-1]
@@ -104,7 +105,7 @@ class Attempt:
 
     def _out_features(self) -> int | None:
         """Returns the input features of the output projection, where there is one."""
-        spelled = {spelling(path): path for path in _children(self.shapes)}
+        spelled = {spelling(path): path for path in self._children()}
         for name in OUT_NAMES:
             found = kernel_name(self.shapes, spelled[name]) if name in spelled else None
             if found is not None:
@@ -113,6 +114,9 @@ class Attempt:
                     raise MisfitError(f"{spelled[name]}: its inputs {inputs} are no heads' values")
                 return math.prod(inputs) if self._counted(inputs) else None
         return None
+
+    def _children(self) -> list[str]:
+        return list(dict.fromkeys(name.partition("/")[0] for name in self.shapes))
 
     def latent(self) -> tuple[LeafPlan, int] | None:
         """Returns latent attention's down projection and the size of the latent, if it has them."""
@@ -129,24 +133,22 @@ class Attempt:
 
     def read(self) -> Reading:
         """Returns what this attempt finds, or raises `MisfitError`."""
-        layout, heads = self.layout, self.heads
-        kernels = {p.path: self.kernel(p) for p in layout.projections}
+        kernels = {p.path: self.kernel(p) for p in self.layout.projections}
         totals = {path: kernel.total for path, kernel in kernels.items()}
         latent, out = self.latent(), self._out_features()
         rope = None if latent is None else latent[0].total - latent[1]
         layout = self._with_gate(kernels, out)
-        size, kv_heads, rows = divide(layout, totals, heads, rope, out)
-        found: list[LeafPlan] = []
-        for path, kernel in kernels.items():
-            if feature_grid(kernel.features, *rows[path], kv_heads) is None:
-                raise MisfitError(
-                    f"{path}: its features {kernel.features} do not hold {heads} heads"
-                )
-            segments, repeat = rows[path]
-            found.append(dataclasses.replace(kernel, segments=segments, repeat=repeat))
-        values = [s.size for kernel in found for s in kernel.segments if s.role == "value"]
-        agrees = out == heads * (values[0] if values else size)
-        return Reading(self, layout, kv_heads, size, tuple(found), agrees)
+        size, kv_heads, rows = divide(layout, totals, self.heads, rope, out)
+        for path, (row, repeat) in rows.items():
+            kernels[path] = dataclasses.replace(kernels[path], segments=row, repeat=repeat)
+            if kernels[path].grid(kv_heads) is None:
+                features = kernels[path].features
+                raise MisfitError(f"{path}: its features {features} do not hold {self.heads} heads")
+        sizes = [
+            s.size for kernel in kernels.values() for s in kernel.segments if s.role == "value"
+        ]
+        agrees = out == self.heads * (sizes[0] if sizes else size)
+        return Reading(self, layout, kv_heads, size, tuple(kernels.values()), agrees)
 
     def _half_taken(self, total: int) -> int | None:
         """Returns half of the query's features where an unknown kernel takes just those.
@@ -154,7 +156,7 @@ class Attempt:
         An output projection under a name that is not known shows a gate all the same.
         """
         taken: set[int] = set()
-        for path in _children(self.shapes):
+        for path in self._children():
             found = kernel_name(self.shapes, path)
             known = path in (*self.layout.paths, *_NO_OUTPUT) or spelling(path) in OUT_NAMES
             if found is not None and not known:
@@ -204,14 +206,10 @@ class Attempt:
         return dataclasses.replace(layout, projections=(first, *others), name=name)
 
 
-def _children(shapes: Shapes) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.partition("/")[0] for name in shapes))
-
-
 def attempts(
     layout: AttentionLayout,
     shapes: Shapes,
-    maxima_shape: tuple[int, ...] | None = None,
+    maxima_shape: Shape | None = None,
     stacked: Iterable[tuple[int, ...]] | None = None,
 ) -> Iterator[Attempt]:
     """Yields every way to read a block.
@@ -221,16 +219,13 @@ def attempts(
     """
     name = kernel_name(shapes, layout.query.path)
     query = shapes[name] if name is not None else ()
-    most = max(len(query) - 2, 0)
-    if maxima_shape is not None:
-        most = min(most, len(maxima_shape) - 1)
+    most = len(query) - 2 if maxima_shape is None else min(len(query) - 2, len(maxima_shape) - 1)
     if layout.stack_axes is not None:
         stacked = [layout.stack_axes]
     elif stacked is None:  # counted from the front and, since biases have fewer axes, from the end
         both = (range(len(query)), range(-len(query), 0))
-        stacked = [
-            x for n in range(most + 1) for axes in both for x in itertools.combinations(axes, n)
-        ]
+        counts = range(max(most, 0) + 1)
+        stacked = [x for n in counts for axes in both for x in itertools.combinations(axes, n)]
     asked = [len(p.input_axis) for p in layout.projections if isinstance(p.input_axis, tuple)]
     choices = max([*asked, 2 if (name or "").endswith("weight") else 1])
     for axes, choice in itertools.product(dict.fromkeys(stacked), range(choices)):
@@ -251,27 +246,26 @@ def attempts(
 
 
 def solve(
-    tried: Iterable[Attempt], finish: Callable[[Reading], _Result]
+    tried: Iterable[Attempt],
+    finish: Callable[[Reading], _Result],
+    penalty: Callable[[Reading], tuple[int, ...]],
 ) -> tuple[dict[_Result, list[Reading]], list[MisfitError]]:
-    """Returns the results of all attempts that fit, each with its readings, and other reasons."""
-    found: dict[_Result, list[Reading]] = {}
+    """Returns the results of the readings with the least penalty, and reasons against others."""
+    found: list[tuple[tuple[int, ...], _Result, Reading]] = []
     misfits: list[MisfitError] = []
     for attempt in tried:
         try:
             reading = attempt.read()
-            found.setdefault(finish(reading), []).append(reading)
+            found.append((penalty(reading), finish(reading), reading))
         except MisfitError as misfit:
             # A traceback would keep the callers' arrays alive as long as the reason is kept.
             misfits.append(misfit.with_traceback(None))
-    return found, misfits
-
-
-def preferred(
-    found: dict[_Result, list[Reading]], wanted: Callable[[Reading], Any]
-) -> dict[_Result, list[Reading]]:
-    """Returns those results that have a reading as wanted, or all where none has."""
-    kept = {result: [r for r in readings if wanted(r)] for result, readings in found.items()}
-    return {result: readings for result, readings in kept.items() if readings} or found
+    least = min((cost for cost, _, _ in found), default=())
+    best: dict[_Result, list[Reading]] = {}
+    for cost, result, reading in found:
+        if cost == least:
+            best.setdefault(result, []).append(reading)
+    return best, misfits
 
 
 def refusal_in(misfits: Iterable[MisfitError]) -> RefusalError | None:

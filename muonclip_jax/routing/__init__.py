@@ -1,10 +1,10 @@
 """Which leaf of a tree is which matrix."""
 
-from muonclip_jax._fitting import normalize_spec as normalize_spec
 from muonclip_jax._specs import (
     MatrixSpec as MatrixSpec,
     Split as Split,
     axes_tuple as axes_tuple,
+    normalize_spec as normalize_spec,
 )
 from muonclip_jax.heads.layouts import (
     AttentionLayout as AttentionLayout,

@@ -9,8 +9,7 @@ what belongs together, so boxes and containers need not agree.
 import re
 from typing import Any, TypeAlias
 
-from muonclip_jax._fitting import normalize_spec
-from muonclip_jax._specs import MatrixSpec, is_spec
+from muonclip_jax._specs import MatrixSpec, is_spec, normalize_spec
 from muonclip_jax._tree import (
     Tree,
     array_leaves,

@@ -2,8 +2,7 @@
 
 import math
 
-from muonclip_jax._fitting import matrix_shapes
-from muonclip_jax._specs import MatrixSpec
+from muonclip_jax._specs import MatrixSpec, matrix_shapes
 from muonclip_jax._tree import Tree
 from muonclip_jax.routing.leaves import Leaf
 from muonclip_jax.routing.rules import ADAMW, MUON, MatrixRules, as_rules

@@ -5,11 +5,9 @@ import functools
 import re
 from collections.abc import Callable
 
-from muonclip_jax._fitting import normalize_spec
-from muonclip_jax._specs import SpecLike
-from muonclip_jax.heads.cuts import attention_cuts
+from muonclip_jax._specs import SpecLike, normalize_spec
+from muonclip_jax.heads.cuts import Cut, attention_cuts
 from muonclip_jax.heads.finding import Rule, strip_outer
-from muonclip_jax.heads.matrices import MERGED, Cut
 from muonclip_jax.routing.inference import Decision, infer
 from muonclip_jax.routing.leaves import Leaf
 from muonclip_jax.routing.scan_axis import ScanAxis
@@ -49,7 +47,7 @@ def decide(
     decided = infer(leaves, ruled, scan_axis)
     decided |= find_routers(leaves, decided, ruled)
     decided |= find_output_head(leaves, decided, ruled)
-    if attention != MERGED:
+    if attention != "merged":
         cut = functools.partial(
             attention_cuts, attention=attention, head_dim=head_dim, blocks=blocks
         )
@@ -99,7 +97,7 @@ def _cut_attention(
             {strip_outer(leaf.path): leaf for leaf in leaves},
             specs,
             [strip_outer(path) for path in hidden],
-            scan_axis=stack[0] if stack else 0,
+            stack=stack,
         )
         if cuts and stack != tuple(range(len(stack))) and len(stack) > 1:
             raise ValueError(

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from muonclip_jax._specs import SpecLike, hashable_spec, is_spec
+from muonclip_jax._specs import MatrixSpec, SpecLike, is_spec
 from muonclip_jax._tree import compile_pattern
 
 
@@ -55,4 +55,5 @@ def check_rule(rule: Any) -> tuple[str, SpecLike | None]:
             f"The rule for {pattern!r} must give a MatrixSpec, MuonDimensionNumbers or None, got "
             f"{spec!r}. Write, for example, MatrixSpec((0, 1))."
         )
-    return pattern, None if spec is None else hashable_spec(spec)
+    # Optax allows lists of axes, which cannot be hashed.
+    return pattern, spec if spec is None or isinstance(spec, MatrixSpec) else MatrixSpec(spec).dims

@@ -6,11 +6,10 @@ from typing import Any
 
 import jax
 
-from muonclip_jax._fitting import simplify_spec
-from muonclip_jax._specs import SpecLike
+from muonclip_jax._specs import SpecLike, simplify_spec
 from muonclip_jax._tree import Tree, flatten_with_paths, is_masked, nothing_matched
+from muonclip_jax.heads.cuts import ATTENTION
 from muonclip_jax.heads.finding import Rule, block_rules, find_blocks, strip_outer
-from muonclip_jax.heads.matrices import ATTENTION, MERGED
 from muonclip_jax.routing.inference import Decision
 from muonclip_jax.routing.leaves import read_tree
 from muonclip_jax.routing.plan import decide
@@ -79,7 +78,7 @@ class MatrixRules:
 
     rules: tuple[tuple[str, SpecLike | None], ...] = ()
     scan_axis: ScanAxis = None
-    attention: str = MERGED
+    attention: str = "merged"
     head_dim: int | None = None
     blocks: tuple[Rule, ...] | None = None
 
@@ -87,7 +86,7 @@ class MatrixRules:
         self,
         rules: Any = (),
         scan_axis: Any = None,
-        attention: Any = MERGED,
+        attention: Any = "merged",
         *,
         head_dim: Any = None,
         blocks: Any = None,
@@ -101,11 +100,11 @@ class MatrixRules:
             )
         if head_dim is not None and (isinstance(head_dim, bool) or not isinstance(head_dim, int)):
             raise TypeError(f"head_dim must be an integer such as 64, got {head_dim!r}.")
-        if attention == MERGED and (head_dim, blocks) != (None, None):
+        if attention == "merged" and (head_dim, blocks) != (None, None):
             given = "head_dim" if blocks is None else "blocks"
             raise ValueError(
                 f"{given}= says how attention kernels fall into parts or heads, and with "
-                f"attention={MERGED!r} they do not. Leave it out, or write attention='split' or "
+                f"attention='merged' they do not. Leave it out, or write attention='split' or "
                 "attention='per_head'."
             )
         object.__setattr__(self, "attention", attention)
@@ -121,7 +120,7 @@ class MatrixRules:
         """
         leaves, values = read_tree(params)
         hidden: tuple[str, ...] = ()
-        if self.attention != MERGED:
+        if self.attention != "merged":
             nodes = flatten_with_paths(params, is_leaf=is_masked)[0]
             hidden = tuple(path for path, node in nodes if is_masked(node))
         options = self.scan_axis, self.attention, self.head_dim, self.blocks
@@ -178,7 +177,7 @@ class MatrixRules:
         for pattern, _ in self.rules:
             if not any(re.search(pattern, path) for path in paths):
                 raise nothing_matched("The rule", pattern, paths)
-        if self.attention == MERGED:
+        if self.attention == "merged":
             return
         leaves = {strip_outer(path): leaf for path, leaf in flatten_with_paths(params)[0]}
         if not any(block.selected for block in find_blocks(leaves, self.blocks)):

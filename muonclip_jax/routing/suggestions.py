@@ -3,8 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from muonclip_jax._fitting import simplify_spec
-from muonclip_jax._specs import MatrixSpec
+from muonclip_jax._specs import MatrixSpec, simplify_spec
 from muonclip_jax.routing.inference import Decision
 from muonclip_jax.routing.layouts import to_spec
 from muonclip_jax.routing.leaves import Leaf

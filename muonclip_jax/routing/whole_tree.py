@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from muonclip_jax._fitting import normalized_axes
+from muonclip_jax._specs import normalized_axes
 from muonclip_jax.routing.inference import Decision, token_tables
 from muonclip_jax.routing.leaves import Leaf
 from muonclip_jax.routing.stacks import direction

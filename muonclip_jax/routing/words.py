@@ -1,11 +1,11 @@
 """The words that libraries use for the same thing, as patterns for whole names.
 
 The spelling is that of `names.py`. Each pattern must match a whole name; `word` makes one that asks
-for a word of the name. `heads/words.py` names the projections of attention.
+for a word of the name. `heads/layouts.py` names the projections of attention.
 """
 
+from muonclip_jax.heads.layouts import OUT_NAMES, QUERY_KEY_VALUE
 from muonclip_jax.heads.names import spelling
-from muonclip_jax.heads.words import OUT_NAMES, QUERY_KEY_VALUE
 
 # Those that say so little, or lie so differently, that the table has rows of their own for them.
 _OWN_ROWS = ("out", "dense", "attn_vec_einsum")

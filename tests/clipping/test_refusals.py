@@ -10,8 +10,7 @@ import optax
 import pytest
 
 from muonclip_jax.clipping import apply_qk_clip, describe_attention, qk_clip_info
-from muonclip_jax.heads.layouts import AttentionLayout, Projection
-from muonclip_jax.routing.words import OUT_NAMES
+from muonclip_jax.heads.layouts import OUT_NAMES, AttentionLayout, Projection
 from tests.clipping.models import attention, normal
 
 

@@ -4,9 +4,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from muonclip_jax.heads.builtin import BUILTIN_LAYOUTS, QUERY_KEY_NAMES
 from muonclip_jax.heads.finding import block_rules, find_blocks
-from muonclip_jax.heads.layouts import AttentionLayout, Projection, separate
+from muonclip_jax.heads.layouts import (
+    BUILTIN_LAYOUTS,
+    QUERY_KEY_VALUE,
+    AttentionLayout,
+    Projection,
+    separate,
+)
 
 
 def leaf(*shape):
@@ -17,8 +22,9 @@ KERNEL = leaf(6, 2, 4)
 
 
 def test_layouts_are_hashable_values():
-    layout = separate("a", "b", "custom")
-    same = AttentionLayout((Projection("a", ("query",)), Projection("b", ("key",))))
+    layout = separate("a", "b")
+    projections = Projection("a", ("query",)), Projection("b", ("key",))
+    same = AttentionLayout(projections, "separate q and k")
     assert layout == same
     assert hash(layout) == hash(same)
     assert len({*BUILTIN_LAYOUTS}) == len(BUILTIN_LAYOUTS)
@@ -44,8 +50,8 @@ def test_a_layout_needs_a_query():
         AttentionLayout((Projection("Wk", ("key",)),), "mine")
 
 
-@pytest.mark.parametrize(("query", "key"), QUERY_KEY_NAMES)
-def test_plain_names_are_found(query, key):
+@pytest.mark.parametrize(("query", "key", "value"), QUERY_KEY_VALUE)
+def test_plain_names_are_found(query, key, value):
     leaves = {f"enc/attn/{query}/kernel": KERNEL, f"enc/attn/{key}/kernel": KERNEL}
     (block,) = find_blocks(leaves, None)
     assert block.path == "enc/attn"
@@ -114,7 +120,7 @@ def test_patterns_select(blocks, selected):
 
 
 def test_the_first_rule_that_matches_wins():
-    mine = separate("ask", "answer", "mine")
+    mine = AttentionLayout(separate("ask", "answer").projections, "mine")
     tree = TREE | {"decoder/2/attn/ask/w": KERNEL, "decoder/2/attn/answer/w": KERNEL}
     found = find_blocks(tree, block_rules([(r"decoder/\d+/attn", mine), "decoder/0"]))
     names = {block.path: block.layout.name for block in found if block.selected}

@@ -9,7 +9,7 @@ import pytest
 from optax.contrib import MuonDimensionNumbers as Dims
 
 import muonclip_jax as mc
-from muonclip_jax.heads.matrices import ATTENTION
+from muonclip_jax.heads.cuts import ATTENTION
 
 
 def leaf(*shape: int) -> jax.ShapeDtypeStruct:

@@ -7,7 +7,6 @@ import pytest
 from muonclip_jax.heads.clips import read_block
 from muonclip_jax.heads.finding import FoundBlock
 from muonclip_jax.heads.layouts import AttentionLayout, Projection, separate
-from muonclip_jax.heads.leaves import MisfitError, unstack
 from muonclip_jax.heads.plan import Segment
 
 LAYOUT = separate("query", "key")
@@ -156,10 +155,3 @@ def test_latent_sizes_come_from_the_down_projection():
 
 def test_plans_are_hashable():
     assert len({read((4,), **pair((64, 4, 16))), read((4,), **pair((64, 4, 16)))}) == 1
-
-
-def test_unstack():
-    assert unstack((3, 8, 5), (0, -1), (3, 5)) == ((8,), (0, 2))
-    for shape, axes, sizes in (((3, 8), (2,), (3,)), ((3, 8), (0,), (4,)), ((), (0,), (3,))):
-        with pytest.raises(MisfitError):
-            unstack(shape, axes, sizes)

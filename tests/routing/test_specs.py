@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
-from muonclip_jax._fitting import matrix_shapes, simplify_spec
-from muonclip_jax._specs import is_spec
+from muonclip_jax._specs import is_spec, matrix_shapes, simplify_spec
 from muonclip_jax.routing import MatrixSpec, Split, normalize_spec
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from muonclip_jax._fitting import normalized_axes
+from muonclip_jax._specs import normalized_axes
 from muonclip_jax.routing import MatrixRules, MatrixSpec, normalize_spec
 
 TREES = pathlib.Path(__file__).parent / "trees"
