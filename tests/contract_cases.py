@@ -121,6 +121,31 @@ ROWS: dict[str, Row] = {
         shapes=MATRICES,
         leave_out=("tall", "kernel"),
     ),
+    "orthogonalize_updates": Row(
+        factory=functools.partial(mc.orthogonalize_updates, ns_coeffs="keller_jordan"),
+        traced={"eps": 1e-7},
+        static=("ns_steps", "rules"),
+        shapes=MATRICES,
+        leave_out=("tall", "kernel"),
+    ),
+    "scale_by_neuron_rms": Row(
+        factory=mc.scale_by_neuron_rms,
+        traced={"b2": 0.8, "eps": 1e-3},
+        shapes=MATRICES,
+        leave_out=("tall", "kernel"),
+    ),
+    "hyperball": Row(
+        factory=mc.hyperball,
+        traced={"learning_rate": 0.1},
+        shapes=MATRICES,
+        leave_out=("tall", "kernel"),
+    ),
+    "add_weight_decay": Row(
+        factory=functools.partial(mc.add_weight_decay, cautious=True),
+        traced={"weight_decay": 0.1, "base_width": 4.0},
+        shapes=MATRICES,
+        leave_out=("tall", "kernel"),
+    ),
     "scale_by_shape": Row(
         factory=mc.scale_by_shape,
         traced={"consistent_rms": 0.3},

@@ -161,6 +161,8 @@ def test_the_optimising_compiler(name: str, options: Any):
 #: What contains no Adam and no bias correction: Optax's own raise under strict promotion.
 STRICT: dict[str, tuple[Any, Any]] = {
     "scale_by_muon": (MATRICES, lambda: mc.scale_by_muon(adaptive=True)),
+    "neuron_rms": (MATRICES, lambda: mc.scale_by_neuron_rms()),
+    "hyperball": (MATRICES, lambda: mc.hyperball(0.1)),
     "scale_by_shape": (MATRICES, lambda: mc.scale_by_shape(consistent_rms=0.3)),
     "qk_clip": (MODEL, lambda: mc.qk_clip(mc.clip_until(5, 95.0), alpha=0.4)),
     "accumulate": (
@@ -245,7 +247,7 @@ def test_meshes(name: str, kind: str, devices: int, is_set: bool, sharded: bool)
 
     with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
         given = {}
-        if kind != "explicit" and name not in ("scale_by_shape", "qk_clip"):
+        if kind != "explicit" and name not in ("scale_by_shape", "qk_clip", "add_weight_decay"):
             # Where axes are Auto, a tracer does not know its sharding: there it is an argument.
             given["param_shardings"] = jax.tree.map(lambda x: x.sharding, place(row.tree(0)))
         steps = two_steps(row, row.factory(**row.traced, **given), place)

@@ -1,4 +1,4 @@
-"""Leaves as matrices and back, same-shaped matrices as stacks, factors by shape."""
+"""Leaves as matrices and back, same-shaped matrices as stacks."""
 
 from muonclip_jax.matrices.costs import describe_cost as describe_cost
 from muonclip_jax.matrices.one_device import (
@@ -12,11 +12,6 @@ from muonclip_jax.matrices.parts import (
     plan_leaf as plan_leaf,
     split_leaf as split_leaf,
     to_matrices as to_matrices,
-)
-from muonclip_jax.matrices.scales import (
-    SHAPE_RULE_ALIASES as SHAPE_RULE_ALIASES,
-    SHAPE_RULES as SHAPE_RULES,
-    shape_rule as shape_rule,
 )
 from muonclip_jax.matrices.sequential import (
     map_matrices as map_matrices,

@@ -4,12 +4,19 @@ from muonclip_jax.transforms._accumulate import (
     AccumulateState as AccumulateState,
     accumulate as accumulate,
 )
+from muonclip_jax.transforms._matrix_axes import (
+    MatrixAxes as MatrixAxes,
+    matrix_axes as matrix_axes,
+)
 from muonclip_jax.transforms._metrics import (
     MetricsSample as MetricsSample,
     MetricsState as MetricsState,
     MuonMetrics as MuonMetrics,
     metrics as metrics,
     read_metrics as read_metrics,
+)
+from muonclip_jax.transforms._orthogonalize_updates import (
+    orthogonalize_updates as orthogonalize_updates,
 )
 from muonclip_jax.transforms._qk_clip import (
     QKClipState as QKClipState,
@@ -19,5 +26,12 @@ from muonclip_jax.transforms._qk_clip import (
 from muonclip_jax.transforms._scale_by_muon import (
     MuonState as MuonState,
     scale_by_muon as scale_by_muon,
+)
+from muonclip_jax.transforms._variants import (
+    HyperballState as HyperballState,
+    NeuronRmsState as NeuronRmsState,
+    add_weight_decay as add_weight_decay,
+    hyperball as hyperball,
+    scale_by_neuron_rms as scale_by_neuron_rms,
 )
 from muonclip_jax.transforms.shape import scale_by_shape as scale_by_shape

@@ -1,6 +1,6 @@
 """States and updates on a mesh: zeros made where they are to lie, and trees brought there."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,24 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from muonclip_jax.sharding import MeshShardings, on_devices, place, read_shardings
 
+T = TypeVar("T")
 
-def place_tree(tree: optax.Updates, shardings: MeshShardings | None) -> optax.Updates:
+
+def place_tree(tree: T, shardings: MeshShardings | None) -> T:
     if shardings is None:
         return tree
     leaves, treedef = jax.tree.flatten(tree)
     return jax.tree.unflatten(
         treedef, [place(x, to) for x, to in zip(leaves, shardings.shardings(), strict=True)]
     )
+
+
+def replicate(tree: T, shardings: MeshShardings | None) -> T:
+    """Places small arrays on every device of a mesh; inside of `shard_map` they are there."""
+    if shardings is None or shardings.inside_manual:
+        return tree
+    everywhere = NamedSharding(shardings.mesh, PartitionSpec())
+    return jax.tree.map(lambda x: place(x, everywhere), tree)
 
 
 def zeros_on_mesh(

@@ -1,42 +1,26 @@
 """`scale_by_muon`: momentum, then the polar factor of every matrix."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
-from muonclip_jax._arguments import check_flag, check_type, names_known
-from muonclip_jax._devices import varying_axes
-from muonclip_jax._tree import ScalarLike, ScalarOrSchedule
-from muonclip_jax.newton_schulz import (
-    DEFAULT_DTYPE,
-    DEFAULT_EPS,
-    DEFAULT_METHOD,
-    DEFAULT_SET,
-    PolarPlan,
-    plan_polar,
-)
-from muonclip_jax.routing import MatrixRules, MatrixSpec, as_rules, resolve_muon_specs
-from muonclip_jax.sharding import (
-    Distribution,
-    MeshShardings,
-    check_momentum,
-    orthogonalize_leaves,
-    place,
-    read_shardings,
-    zero1_shardings,
-)
-from muonclip_jax.transforms._checks import check_fraction, check_non_negative, value_at
+from muonclip_jax._arguments import check_flag, names_known
+from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, array_leaves
+from muonclip_jax.newton_schulz import DEFAULT_DTYPE, DEFAULT_EPS, DEFAULT_METHOD, DEFAULT_SET
+from muonclip_jax.routing import MatrixRules, resolve_muon_specs
+from muonclip_jax.sharding import Distribution, MeshShardings, check_momentum, read_shardings
+from muonclip_jax.transforms._checks import check_fraction, value_at
 from muonclip_jax.transforms._inputs import transformation
 from muonclip_jax.transforms._moments import check_moment_dtype, check_moment_leaf
-from muonclip_jax.transforms._placing import place_tree, zeros_on_mesh
-
-#: One spec for all leaves, a tree of them (full, prefix or masked), or a function of the tree.
-WeightDimNumOrFn: TypeAlias = Any
+from muonclip_jax.transforms._orthogonalize_updates import (
+    WeightDimNumOrFn as WeightDimNumOrFn,
+    direction_shardings,
+    orthogonalize_updates,
+)
+from muonclip_jax.transforms._placing import place_tree, replicate, zeros_on_mesh
 
 #: Weights of momentum and gradient in what is orthogonalised; without Nesterov, of momentum alone.
 _Weights: TypeAlias = tuple[ScalarLike, ...]
@@ -157,42 +141,48 @@ def scale_by_muon(
         arXiv 2409.20325; Liu et al. 2025, arXiv 2502.16982.
     """
     check_fraction("beta", beta, "the momentum's decay, such as 0.95", schedule=True)
-    check_non_negative("eps", eps)
-    flags = {"nesterov": nesterov, "adaptive": adaptive}
-    for name, flag in (flags | {"bias_correction": bias_correction}).items():
-        check_flag(name, flag)
-    as_rules(rules)
-    check_type("distribution", distribution, Distribution | None, "Distribution(...)")
-    check_type("axis_name", axis_name, str | tuple | None, "'data' or ('data', 'fsdp')")
-    polar = plan_polar(
-        ns_coeffs,
-        ns_steps,
-        ns_method,
-        ns_dtype,
-        preconditioning,
-        relative_eps,
-        ns_implementation,
-        platform,
-    )
+    check_flag("nesterov", nesterov)
+    check_flag("bias_correction", bias_correction)
     check_moment_dtype(mu_dtype, "beta", beta)
-    options = Distribution() if distribution is None else distribution
-    mapped_axes = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+    polar = orthogonalize_updates(
+        rules,
+        weight_dimension_numbers=weight_dimension_numbers,
+        ns_coeffs=ns_coeffs,
+        ns_steps=ns_steps,
+        ns_method=ns_method,
+        ns_dtype=ns_dtype,
+        ns_implementation=ns_implementation,
+        preconditioning=preconditioning,
+        eps=eps,
+        relative_eps=relative_eps,
+        adaptive=adaptive,
+        param_shardings=param_shardings,
+        axis_name=axis_name,
+        distribution=distribution,
+        platform=platform,
+    )
+    shard_momentum = distribution is not None and distribution.shard_momentum
+
+    def shardings_of(tree: optax.Updates) -> MeshShardings | None:
+        """How momentum and directions of this tree are sharded."""
+        shardings = read_shardings(tree, param_shardings, warn=False)
+        if shardings is None or not shard_momentum:
+            return shardings
+        return direction_shardings(
+            shardings, resolve_muon_specs(tree, weight_dimension_numbers, rules)
+        )
 
     def init_fn(params: optax.Params) -> MuonState:
-        specs = resolve_muon_specs(params, weight_dimension_numbers, rules)
-        for path, leaf, _ in specs:
+        for path, leaf in array_leaves(params):
             check_moment_leaf(path, leaf.dtype, mu_dtype)
-            _check_input(polar, path, leaf.dtype)
-        shardings = read_shardings(params, param_shardings, warn=False)
-        if param_shardings is None and not options.shard_momentum:
+        polar.init(params)
+        shardings = shardings_of(params)
+        if param_shardings is None and not shard_momentum:
             mu = optax.tree.zeros_like(params, dtype=mu_dtype)
         else:
-            mu = zeros_on_mesh(params, mu_dtype, _momentum_shardings(shardings, specs, options))
-        count = jnp.zeros([], jnp.int32)
-        if shardings is not None and not shardings.inside_manual:
-            # Where an update leaves it, so that the second step has the types of the first.
-            count = place(count, NamedSharding(shardings.mesh, PartitionSpec()))
-        return MuonState(count=count, mu=mu)
+            mu = zeros_on_mesh(params, mu_dtype, shardings)
+        # Where an update leaves it, so that the second step has the types of the first.
+        return MuonState(count=replicate(jnp.zeros([], jnp.int32), shardings), mu=mu)
 
     def update_fn(
         updates: optax.Updates,
@@ -201,21 +191,17 @@ def scale_by_muon(
         **extra_args: Any,
     ) -> tuple[optax.Updates, MuonState]:
         del params, extra_args
-        specs = resolve_muon_specs(updates, weight_dimension_numbers, rules)
-        _check_equal_along(mapped_axes, specs)
-        required_by = "Distribution(shard_momentum=True)" * options.shard_momentum
-        shardings = read_shardings(updates, param_shardings, required_by=required_by)
-        momentum_shardings = _momentum_shardings(shardings, specs, options)
-        before = state.mu
+        before, shardings = state.mu, shardings_of(updates)
         if param_shardings is not None:
-            updates, before = (place_tree(tree, momentum_shardings) for tree in (updates, before))
-        elif momentum_shardings is not None:
-            check_momentum(before, momentum_shardings)
-            if options.shard_momentum:
-                updates = place_tree(updates, momentum_shardings)
+            before = place_tree(before, shardings)
+        elif shardings is not None:
+            check_momentum(before, shardings)
+        if param_shardings is not None or shard_momentum:
+            updates = place_tree(updates, shardings)
         count = jnp.asarray(optax.safe_increment(jnp.asarray(state.count)))
         decay = value_at(beta, state.count)
         averaging = (decay, 1 - decay)
+        # M <- beta M + (1 - beta) G
         mu = jax.tree.map(functools.partial(_average, weights=averaging), before, updates)
         weights: _Weights = averaging if nesterov else (1.0,)
         if bias_correction:
@@ -226,31 +212,13 @@ def scale_by_muon(
                 weight / _correction(decay, after)
                 for weight, after in zip(weights, counts, strict=True)
             )
+        # U <- beta M + (1 - beta) G  (Nesterov), or M
         directions = jax.tree.map(functools.partial(_direction, weights), mu, updates)
-        directions, treedef = jax.tree.flatten(directions)
-        polars = orthogonalize_leaves(
-            polar,
-            eps,
-            directions,
-            [spec for _, _, spec in specs],
-            momentum_shardings,
-            shardings,
-            mapped_axes,
-            options,
-        )
-        if adaptive:
-            # The dual norm: <U, O> is the sum of U's singular values where O is its polar factor.
-            beside = polars
-            if momentum_shardings is not shardings:
-                beside = jax.tree.leaves(place_tree(polars, momentum_shardings))
-            polars = [
-                jnp.sum(u.conj() * b) * o
-                for u, b, o in zip(directions, beside, polars, strict=True)
-            ]
+        polars, _ = polar.update(directions, optax.EmptyState())
         mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
-        if momentum_shardings is not shardings:
-            mu = place_tree(mu, momentum_shardings)
-        return jax.tree.unflatten(treedef, polars), MuonState(count=count, mu=mu)
+        if shard_momentum:
+            mu = place_tree(mu, shardings)
+        return polars, MuonState(count=count, mu=mu)
 
     return transformation("scale_by_muon", init_fn, update_fn)
 
@@ -266,37 +234,6 @@ def _direction(weights: _Weights, m: jax.Array, g: jax.Array) -> jax.Array:
     if len(weights) == 1:
         return (weights[0] * m).astype(g.dtype)
     return _average(m, g, weights).astype(g.dtype)
-
-
-def _check_equal_along(axes: tuple[str, ...], leaves: Sequence[tuple[str, Any, Any]]) -> None:
-    """Raises where JAX knows that gradients differ along axes whose devices share the work."""
-    for path, leaf, _ in leaves:
-        if differing := sorted(varying_axes(leaf).intersection(axes)):
-            raise ValueError(
-                f"{path or 'The leaf'} differs along the mapped axes {tuple(differing)}, which "
-                "axis_name says it is equal along. Average it before: "
-                f"jax.lax.pmean(grads, {tuple(differing)}); or leave an axis that shards the "
-                "parameters out of axis_name."
-            )
-
-
-def _check_input(polar: PolarPlan, path: str, dtype: Any) -> None:
-    try:
-        polar.check_input(dtype)
-    except ValueError as error:
-        raise ValueError(f"{path or 'The leaf'}: {error}") from None
-
-
-def _momentum_shardings(
-    shardings: MeshShardings | None,
-    specs: Sequence[tuple[str, Any, MatrixSpec]],
-    options: Distribution,
-) -> MeshShardings | None:
-    if shardings is None or not options.shard_momentum:
-        return shardings
-    return zero1_shardings(
-        shardings, [tuple(leaf.shape) for _, leaf, _ in specs], [spec for _, _, spec in specs]
-    )
 
 
 def _correction(beta: ScalarLike, count: jax.Array) -> jax.Array:

@@ -1,18 +1,27 @@
 """`scale_by_shape`: a factor for every matrix by its fan-in and fan-out."""
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from muonclip_jax._arguments import names_known
 from muonclip_jax._tree import ScalarLike
-from muonclip_jax.matrices import join_leaf, plan_leaf, shape_rule, split_leaf
-from muonclip_jax.routing import MatrixRules, MatrixSpec, resolve_muon_specs
+from muonclip_jax.routing import MatrixRules
 from muonclip_jax.transforms._checks import check_positive
-from muonclip_jax.transforms._scale_by_muon import WeightDimNumOrFn
+from muonclip_jax.transforms._matrix_axes import MatrixAxes, matrix_axes
+from muonclip_jax.transforms._orthogonalize_updates import WeightDimNumOrFn
+
+#: Factors of an orthogonal matrix by (fan_in, fan_out), which are numbers or arrays of them.
+_RULES: dict[str, Callable[..., np.ndarray]] = {
+    # Keller Jordan; Optax's default; torch's "original".
+    "width_transfer": lambda fan_in, fan_out: np.sqrt(np.maximum(1.0, fan_out / fan_in)),
+    # Unit RMS-to-RMS operator norm: Scion; dion's "spectral_norm".
+    "rms_to_rms": lambda fan_in, fan_out: np.sqrt(fan_out / fan_in),
+}
 
 
 @names_known
@@ -38,7 +47,8 @@ def scale_by_shape(
         weight_dimension_numbers: As in `scale_by_muon`.
         consistent_rms: RMS of a full-rank update. May be traced.
         rules: As in `scale_by_muon`.
-        rule: Another factor, by a name of `matrices.SHAPE_RULES`.
+        rule: "width_transfer", which is the default, or "rms_to_rms": `sqrt(fan_out / fan_in)`, as
+            in Scion.
 
     Returns:
         A stateless transformation.
@@ -62,22 +72,24 @@ def scale_by_shape(
             f"scale_by_shape takes consistent_rms or rule, got consistent_rms={consistent_rms} "
             f"and rule={rule!r}. Leave one of them out."
         )
-    factor = shape_rule("width_transfer" if rule is None else rule)
+    factor = _RULES.get("width_transfer" if rule is None else rule)
+    if factor is None:
+        raise ValueError(
+            f"rule={rule!r} is not known. Write {' or '.join(map(repr, _RULES))}; "
+            "c sqrt(max(fan_in, fan_out)) is consistent_rms=c."
+        )
 
-    def scale(fan_in: int, fan_out: int) -> ScalarLike:
-        if fan_in * fan_out == 0:
-            return 1.0
-        if consistent_rms is not None:
-            return math.sqrt(max(fan_in, fan_out)) * consistent_rms
-        return factor(fan_in, fan_out)
-
-    def scale_leaf(x: jax.Array, spec: MatrixSpec) -> jax.Array:
-        plan = plan_leaf(x.shape, spec)
-        pieces = [
-            _multiply(piece, scale(part.fan_in, part.fan_out))
-            for piece, part in zip(split_leaf(x, plan.splits), plan.parts, strict=True)
-        ]
-        return join_leaf(pieces, plan.splits)
+    def scale_leaf(x: jax.Array, axes: MatrixAxes) -> jax.Array:
+        if x.size == 0:
+            return x
+        fan_in, fan_out = axes.size(x.shape, "inputs"), axes.size(x.shape, "outputs")
+        if consistent_rms is None:
+            scale = factor(fan_in, fan_out)
+        else:
+            scale = np.sqrt(np.maximum(fan_in, fan_out)) * consistent_rms
+        # Rounded once.
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return (jnp.asarray(scale, wide) * x.astype(wide)).astype(x.dtype)
 
     def update_fn(
         updates: optax.Updates,
@@ -86,14 +98,7 @@ def scale_by_shape(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del params, extra_args
-        specs = resolve_muon_specs(updates, weight_dimension_numbers, rules)
-        scaled = [scale_leaf(x, spec) for _, x, spec in specs]
-        return jax.tree.unflatten(jax.tree.structure(updates), scaled), state
+        axes = matrix_axes(updates, rules, weight_dimension_numbers=weight_dimension_numbers)
+        return jax.tree.map(scale_leaf, updates, axes), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
-
-
-def _multiply(x: jax.Array, scale: ScalarLike) -> jax.Array:
-    """`scale x` in `x`'s dtype, rounded once."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.asarray(scale * x.astype(wide), x.dtype)

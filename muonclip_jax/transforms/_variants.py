@@ -1,0 +1,337 @@
+"""Parts of Muon's variants, each on `matrix_axes`: NorMuon, Hyperball, decay of matrices."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from muonclip_jax._arguments import check_flag, names_known
+from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree
+from muonclip_jax.routing import MatrixRules
+from muonclip_jax.sharding import MeshShardings, read_shardings
+from muonclip_jax.transforms._checks import (
+    check_fraction,
+    check_mask,
+    check_non_negative,
+    check_positive,
+    check_rate,
+    value_at,
+)
+from muonclip_jax.transforms._matrix_axes import Over, matrix_axes
+from muonclip_jax.transforms._orthogonalize_updates import WeightDimNumOrFn
+from muonclip_jax.transforms._placing import place_tree, replicate, zeros_on_mesh
+
+
+class NeuronRmsState(NamedTuple):
+    """State of `scale_by_neuron_rms`.
+
+    Attributes:
+        nu: Moving average of the mean square of each output's weights, float32 or wider; of the
+            leaf's rank, with length one along the input axes.
+    """
+
+    nu: Any
+
+
+@names_known
+def scale_by_neuron_rms(
+    b2: ScalarLike = 0.95,
+    eps: ScalarLike = 1e-8,
+    *,
+    rules: MatrixRules | None = None,
+    weight_dimension_numbers: WeightDimNumOrFn | None = None,
+    param_shardings: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Divides each output's weights by their running RMS and restores each matrix's norm: NorMuon.
+
+    With the polar factor `O` and the mean over the inputs of an output (a neuron),
+
+        nu <- b2 nu + (1 - b2) mean(O * O)
+        N = O / (sqrt(nu) + eps)
+        O <- N ||O||_F / ||N||_F
+
+    It goes behind `scale_by_muon` and before `scale_by_shape`. The average needs no bias
+    correction, because a factor that all outputs share is undone by the last line.
+
+    Args:
+        b2: Decay of the second moment, in [0, 1). May be traced.
+        eps: Term added to the denominator. May be traced.
+        rules: As in `scale_by_muon`.
+        weight_dimension_numbers: As in `scale_by_muon`.
+        param_shardings: As in `scale_by_muon`.
+
+    Returns:
+        A transformation with state `NeuronRmsState`.
+
+    Raises:
+        ValueError: At construction for a bad hyperparameter; while tracing for a leaf that is not a
+            matrix, with its path.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> updates = {"w": jnp.array([[3.0, 1.0], [4.0, 0.0]])}  # two outputs: columns
+        >>> tx = scale_by_neuron_rms()
+        >>> scaled, state = tx.update(updates, tx.init(updates))
+        >>> [f"{norm:.3f}" for norm in jnp.linalg.norm(scaled["w"], axis=0)]
+        ['3.606', '3.606']
+
+    References:
+        Li et al. 2025, NorMuon, arXiv 2510.05491, Algorithm 1.
+    """
+    check_fraction("b2", b2, "the decay of the second moment, such as 0.95")
+    check_non_negative("eps", eps)
+
+    def axes_of(tree: Tree) -> Any:
+        return matrix_axes(tree, rules, weight_dimension_numbers=weight_dimension_numbers)
+
+    def init_fn(params: optax.Params) -> NeuronRmsState:
+        return NeuronRmsState(_zeros_beside(params, axes_of(params), "inputs", param_shardings))
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, NeuronRmsState]:
+        del params, extra_args
+        axes = axes_of(updates)
+        nu = jax.tree.map(
+            lambda u, v, a: (b2 * v + (1 - b2) * a.mean(_square(u), "inputs")).astype(v.dtype),
+            updates,
+            state.nu,
+            axes,
+        )
+        nu = place_tree(nu, _shardings_beside(updates, axes, "inputs", param_shardings))
+
+        def scale(u: jax.Array, v: jax.Array, a: Any) -> jax.Array:
+            scaled = u / (jnp.sqrt(v) + eps)
+            return (scaled * _ratio(a.norm(u, "matrix"), a.norm(scaled, "matrix"))).astype(u.dtype)
+
+        return jax.tree.map(scale, updates, nu, axes), NeuronRmsState(nu)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class HyperballState(NamedTuple):
+    """State of `hyperball`.
+
+    Attributes:
+        count: Updates so far, int32, `()`.
+        norm: Frobenius norm of each matrix at the first update, float32 or wider; of the leaf's
+            rank, with length one along the matrix axes. Zeros before the first update.
+    """
+
+    count: Any
+    norm: Any
+
+
+@names_known
+def hyperball(
+    learning_rate: ScalarOrSchedule,
+    *,
+    rules: MatrixRules | None = None,
+    weight_dimension_numbers: WeightDimNumOrFn | None = None,
+    param_shardings: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Takes a step relative to the norm of the weights and keeps that norm: Hyperball.
+
+    With the direction `U` and the Frobenius norm `R` that a matrix had at the first update,
+
+        V = W - learning_rate R U / ||U||_F
+        W <- R V / ||V||_F
+
+    It stands in place of `scale_by_shape`, of weight decay and of the learning rate, because no
+    factor of `U` and no length of `V` plays a part. Behind `scale_by_muon` it is MuonH.
+
+    A matrix that is zero at the first update has no norm to keep. It gets the norm of LeCun's
+    initialisation, `R = sqrt(fan_out)`, as an upper bound: it grows by steps of `learning_rate R`
+    until it has that norm, and `V` is scaled down only where it is longer.
+
+    Args:
+        learning_rate: Length of a step relative to the weights; a number or a schedule.
+        rules: As in `scale_by_muon`. A matrix is what the rules say: a layer of a stack, a part of
+            a fused kernel, a head of a per-head spec.
+        weight_dimension_numbers: As in `scale_by_muon`.
+        param_shardings: As in `scale_by_muon`.
+
+    Returns:
+        A transformation with state `HyperballState`, whose updates `optax.apply_updates` adds. Its
+        `update` needs the parameters.
+
+    Raises:
+        ValueError: At construction for a bad learning rate; from `update` without parameters; while
+            tracing for a leaf that is not a matrix, with its path.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from muonclip_jax.transforms import orthogonalize_updates
+        >>> params = {"w": 5 * jnp.eye(2, 3)}
+        >>> tx = optax.chain(optax.trace(0.95), orthogonalize_updates(), hyperball(0.02))
+        >>> gradients = {"w": jnp.ones((2, 3))}
+        >>> updates, state = tx.update(gradients, tx.init(params), params)
+        >>> print(f'{jnp.linalg.norm(params["w"] + updates["w"]):.4f}')
+        7.0711
+
+    References:
+        Hyperball, arXiv 2606.16899; arXiv 2603.28743.
+    """
+    check_rate("learning_rate", learning_rate)
+
+    def axes_of(tree: Tree) -> Any:
+        return matrix_axes(tree, rules, weight_dimension_numbers=weight_dimension_numbers)
+
+    def init_fn(params: optax.Params) -> HyperballState:
+        shardings = read_shardings(params, param_shardings, warn=False)
+        return HyperballState(
+            count=replicate(jnp.zeros([], jnp.int32), shardings),
+            norm=_zeros_beside(params, axes_of(params), "matrix", param_shardings),
+        )
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, HyperballState]:
+        del extra_args
+        if params is None:
+            raise ValueError("hyperball needs the parameters: tx.update(grads, state, params).")
+        axes = axes_of(updates)
+        rate = value_at(learning_rate, state.count)
+        norm = jax.tree.map(
+            lambda p, n, a: jnp.where(state.count == 0, a.norm(p, "matrix").astype(n.dtype), n),
+            params,
+            state.norm,
+            axes,
+        )
+        norm = place_tree(norm, _shardings_beside(updates, axes, "matrix", param_shardings))
+
+        def step(u: jax.Array, p: jax.Array, n: jax.Array, a: Any) -> jax.Array:
+            wide = jnp.promote_types(jnp.promote_types(u.dtype, p.dtype), jnp.float32)
+            u_wide, p_wide = u.astype(wide), p.astype(wide)
+            fan_out = a.size(u.shape, "outputs").astype(n.dtype)
+            radius = jnp.where(n == 0, jnp.sqrt(fan_out), n)
+            moved = p_wide - rate * _ratio(radius, a.norm(u, "matrix")) * u_wide
+            length = a.norm(moved, "matrix")
+            kept = jnp.where(n == 0, jnp.minimum(length, radius), radius)
+            return (_ratio(kept, length) * moved - p_wide).astype(u.dtype)
+
+        count = jnp.asarray(optax.safe_increment(jnp.asarray(state.count)))
+        return jax.tree.map(step, updates, params, norm, axes), HyperballState(count, norm)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@names_known
+def add_weight_decay(
+    weight_decay: ScalarOrSchedule,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    cautious: bool = False,
+    base_width: ScalarLike | None = None,
+    rules: MatrixRules | None = None,
+    weight_dimension_numbers: WeightDimNumOrFn | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adds weight decay, only where the update agrees with it, or in proportion to 1 / width.
+
+    With the direction `U` that a later `optax.scale_by_learning_rate` subtracts,
+
+        U <- U + weight_decay W                            as `optax.add_decayed_weights`
+        U <- U + weight_decay W [U W >= 0]                 cautious
+        U <- U + weight_decay (base_width / fan_in) W      with base_width
+
+    Cautious decay shrinks an entry only where the update shrinks it too.
+
+    Args:
+        weight_decay: The decay; a number or a schedule.
+        mask: As in `optax.add_decayed_weights`.
+        cautious: Whether to decay only the entries in which update and weight have one sign, or
+            one of them is zero. Static.
+        base_width: Fan-in at which `weight_decay` holds as it is: twice as wide a matrix decays
+            half as fast. None is no dependence on width. May be traced.
+        rules: As in `scale_by_muon`; only `base_width` looks at it.
+        weight_dimension_numbers: As in `scale_by_muon`; only `base_width` looks at it.
+
+    Returns:
+        A transformation with the state of `optax.add_decayed_weights`. Its `update` needs the
+        parameters.
+
+    Raises:
+        ValueError: At construction for a bad hyperparameter; from `update` without parameters.
+        TypeError: At construction for a mask that is neither a tree nor a function.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params, updates = {"w": jnp.array([[2.0, 2.0]])}, {"w": jnp.array([[1.0, -1.0]])}
+        >>> tx = add_weight_decay(0.1, cautious=True)
+        >>> print(tx.update(updates, tx.init(params), params)[0]["w"])
+        [[ 1.2 -1. ]]
+
+    References:
+        Cautious weight decay: arXiv 2510.12402. Decay and width: arXiv 2512.05620.
+    """
+    check_non_negative("weight_decay", weight_decay, schedule=True)
+    check_mask("mask", mask)
+    check_flag("cautious", cautious)
+    if base_width is not None:
+        check_positive("base_width", base_width, "Write the fan-in at which weight_decay holds.")
+    decay = optax.add_decayed_weights(weight_decay, mask)
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "add_weight_decay needs the parameters: tx.update(grads, state, params)."
+            )
+        decayed = params
+        if base_width is not None:
+            decayed = jax.tree.map(
+                lambda p, a: (p * (base_width / a.size(p.shape, "inputs"))).astype(p.dtype),
+                decayed,
+                matrix_axes(params, rules, weight_dimension_numbers=weight_dimension_numbers),
+            )
+        if cautious:
+            decayed = jax.tree.map(
+                lambda u, p: jnp.where(_agree(u, p), p, jnp.zeros_like(p)), updates, decayed
+            )
+        return decay.update(updates, state, decayed)
+
+    return optax.GradientTransformationExtraArgs(decay.init, update_fn)
+
+
+def _square(x: jax.Array) -> jax.Array:
+    return jnp.square(jnp.abs(x))
+
+
+def _ratio(x: jax.Array, y: jax.Array) -> jax.Array:
+    """`x / y`, and 0 where `y` is 0."""
+    return jnp.where(y == 0, 0, x / jnp.where(y == 0, 1, y))
+
+
+def _agree(u: jax.Array, p: jax.Array) -> jax.Array:
+    # Of signs: the product of two small numbers underflows.
+    return jnp.real(jnp.conj(jnp.sign(u)) * jnp.sign(p)) >= 0
+
+
+def _shardings_beside(
+    tree: Tree, axes: Any, over: Over, param_shardings: Any
+) -> MeshShardings | None:
+    """The shardings of reductions of the leaves, which are replicated along the reduced axes."""
+    shardings = read_shardings(tree, param_shardings, warn=False)
+    if shardings is None or shardings.inside_manual:
+        return None
+    leaves = tuple(
+        tuple(() if axis in a.over(over) else names for axis, names in enumerate(leaf))
+        for leaf, a in zip(shardings.leaves, jax.tree.leaves(axes), strict=True)
+    )
+    return dataclasses.replace(shardings, leaves=leaves)
+
+
+def _zeros_beside(params: Tree, axes: Any, over: Over, param_shardings: Any) -> Any:
+    """Zeros in the form of reductions of the leaves, float32 or wider."""
+
+    def form(p: Any, a: Any) -> jax.ShapeDtypeStruct:
+        real = jnp.finfo(jnp.promote_types(p.dtype, jnp.float32)).dtype
+        return jax.eval_shape(lambda x: a.sum(x, over), jax.ShapeDtypeStruct(p.shape, real))
+
+    forms = jax.tree.map(form, params, axes)
+    return zeros_on_mesh(forms, None, _shardings_beside(params, axes, over, param_shardings))

@@ -1,0 +1,255 @@
+"""`matrix_axes`, `orthogonalize_updates` and the variants, against float64 NumPy written apart."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import muonclip_jax as mc
+from tests.helpers import update
+
+#: A plain matrix, stacked layers, heads as batch, fused kernels cut on either side, interleaved.
+SHAPES = {
+    "plain": (8, 16),
+    "stack": (2, 8, 4),
+    "heads": (8, 4, 4),
+    "fused": (8, 16),
+    "rows": (16, 8),
+}
+SPECS = {
+    "plain": mc.MatrixSpec((0, 1)),
+    "stack": mc.MatrixSpec((1, 2)),
+    "heads": mc.MatrixSpec((0, 2)),
+    "fused": mc.MatrixSpec((0, 1), mc.Split(1, (1, 2, 1), view=(2, 4, 2), along=1)),
+    "rows": mc.MatrixSpec((0, 1), mc.Split(0, (12, 4))),
+}
+PARTITIONS = {
+    "plain": PartitionSpec("a", "b"),
+    "stack": PartitionSpec("b", None, "a"),
+    "heads": PartitionSpec(None, "a", "b"),
+    "fused": PartitionSpec("a", "b"),
+    "rows": PartitionSpec("a", "b"),
+}
+
+
+def entries(name: str) -> Iterator[tuple[Any, ...]]:
+    """Indices that cut each matrix `(inputs, outputs)` out of a leaf, written out by hand."""
+    everything = slice(None)
+    match name:
+        case "plain":
+            yield (everything, everything)
+        case "stack":
+            yield from ((layer, everything, everything) for layer in range(2))
+        case "heads":
+            yield from ((everything, head, everything) for head in range(4))
+        case "fused":  # of two groups of 4 x 2 columns: 2, 4 and 2 columns each
+            yield from (
+                (everything, columns)
+                for columns in ([0, 1, 8, 9], [2, 3, 4, 5, 10, 11, 12, 13], [6, 7, 14, 15])
+            )
+        case "rows":
+            yield from ((slice(0, 12), everything), (slice(12, 16), everything))
+
+
+def tree(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
+
+
+def by_matrix(function: Any, *trees: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Applies a function of float64 matrices to each matrix of some trees."""
+    result = {name: np.zeros(shape) for name, shape in SHAPES.items()}
+    for name in SHAPES:
+        for index in entries(name):
+            result[name][index] = function(*(np.float64(t[name][index]) for t in trees))
+    return result
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float = 2e-5) -> None:
+    for name in SHAPES:
+        np.testing.assert_allclose(
+            actual[name], expected[name], rtol=0, atol=tolerance, err_msg=name
+        )
+
+
+PARAMS, FIRST, SECOND = tree(0), tree(1), tree(2)
+ZERO = {**PARAMS, "plain": np.zeros(SHAPES["plain"], np.float32)}
+#: Rules that the library must not read off the names.
+GIVEN: dict[str, Any] = {"weight_dimension_numbers": SPECS}
+
+
+def run(tx: Any, params: Any = PARAMS, apply: bool = False) -> tuple[Any, Any]:
+    """The updates of two steps."""
+    state, results = tx.init(params), []
+    for gradients in (FIRST, SECOND):
+        updates, state = update(tx, jax.tree.map(jnp.asarray, gradients), state, params)
+        results.append(updates)
+        if apply:
+            params = optax.apply_updates(params, updates)
+    return tuple(results)
+
+
+# -- the axes and reductions --
+
+
+@pytest.mark.parametrize("over", ["inputs", "outputs", "matrix"])
+def test_reductions_are_those_of_each_matrix(over: Any):
+    axes = mc.matrix_axes(PARAMS, weight_dimension_numbers=SPECS)
+    axis: Any = {"inputs": 0, "outputs": 1, "matrix": (0, 1)}[over]
+    for method, of in (("sum", np.sum), ("mean", np.mean), ("norm", np.linalg.norm)):
+        expected = by_matrix(
+            lambda x, of=of, axis=axis: np.broadcast_to(of(x, axis=axis, keepdims=True), x.shape),
+            PARAMS,
+        )
+        actual = jax.tree.map(lambda x, a, m=method: getattr(a, m)(x, over), PARAMS, axes)
+        for name, x in actual.items():
+            reduced = [axis for axis in axes[name].over(over) if x.shape[axis] > 1]
+            assert reduced == [s.axis for s in axes[name].splits if s.axis in axes[name].over(over)]
+        broadcast = {name: np.broadcast_to(x, SHAPES[name]) for name, x in actual.items()}
+        assert_close(broadcast, expected)
+
+
+def test_axes_follow_rules_masks_and_refuse_what_is_no_matrix():
+    heads = {name: {"kernel": jnp.ones((8, 4, 2))} for name in ("query", "key", "value")}
+    model = {"attention": heads, "gone": optax.MaskedNode()}
+    found = mc.matrix_axes(model, mc.MatrixRules(attention="per_head"))
+    axes = found["attention"]["query"]["kernel"]
+    assert (axes.batch, axes.inputs, axes.outputs) == ((1,), (0,), (2,))
+    with pytest.raises(ValueError, match="bias of shape"):
+        mc.matrix_axes({"bias": jnp.ones(3)})
+    with pytest.raises(ValueError, match="over='rows' is not known"):
+        axes.sum(jnp.ones((8, 4, 2)), "rows")
+
+
+def test_orthogonalize_updates_is_the_polar_factor_and_scale_by_muon_momentum_before_it():
+    def polar(x: np.ndarray) -> np.ndarray:
+        u, _, vh = np.linalg.svd(x, full_matrices=False)
+        return u @ vh
+
+    tx = mc.orthogonalize_updates(ns_method="svd", **GIVEN)
+    assert_close(run(tx)[0], by_matrix(polar, FIRST), 1e-4)
+    # The heavy-ball form has the direction of the moving average.
+    chain = optax.chain(optax.trace(0.9, nesterov=True), mc.orthogonalize_updates(**GIVEN))
+    for a, b in zip(run(chain), run(mc.scale_by_muon(beta=0.9, **GIVEN)), strict=True):
+        assert_close(a, b, 1e-4)
+
+
+# -- the variants --
+
+
+def normuon(x: np.ndarray, nu: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    nu = 0.9 * nu + 0.1 * (x**2).mean(0)
+    scaled = x / (np.sqrt(nu) + 1e-8)
+    return scaled * np.linalg.norm(x) / np.linalg.norm(scaled), nu
+
+
+def test_neuron_rms_is_normuon():
+    def second(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return normuon(y, normuon(x, np.zeros(x.shape[1]))[1])[0]
+
+    first, then = run(mc.scale_by_neuron_rms(0.9, **GIVEN))
+    assert_close(first, by_matrix(lambda x: normuon(x, np.zeros(x.shape[1]))[0], FIRST))
+    assert_close(then, by_matrix(second, FIRST, SECOND))
+
+
+def hyperball(w: np.ndarray, u: np.ndarray, first: np.ndarray, rate: float) -> np.ndarray:
+    """The weights after a step; `first` are those before the first step."""
+    fixed = np.linalg.norm(first)
+    radius = fixed if fixed else np.sqrt(w.shape[1])
+    v = w - rate * radius * u / np.linalg.norm(u)
+    length = np.linalg.norm(v)
+    return v if not fixed and length <= radius else v * radius / length
+
+
+@pytest.mark.parametrize("params", [PARAMS, ZERO], ids=["nonzero", "zero"])
+def test_hyperball_keeps_norms_and_lets_a_zero_matrix_grow(params: Any):
+    tx = mc.hyperball(lambda count: 0.5 / (count + 1), **GIVEN)
+    first, then = run(tx, params, apply=True)
+    after = by_matrix(lambda w, u: hyperball(w, u, w, 0.5), params, FIRST)
+    last = by_matrix(lambda w, u, f: hyperball(w, u, f, 0.25), after, SECOND, params)
+    assert_close({n: params[n] + first[n] for n in SHAPES}, after)
+    assert_close({n: params[n] + first[n] + then[n] for n in SHAPES}, last)
+    # And it stops at its bound: sqrt(fan_out), in a single step that is longer than it.
+    far, _ = run(mc.hyperball(2.0, **GIVEN), ZERO)
+    assert float(jnp.linalg.norm(far["plain"])) == pytest.approx(4.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("cautious", [False, True])
+def test_weight_decay_is_cautious_and_falls_with_the_width(cautious: bool):
+    def decayed(u: np.ndarray, w: np.ndarray) -> np.ndarray:
+        where = (np.sign(u) == np.sign(w)) if cautious else 1.0
+        return u + 0.3 * 4 / w.shape[0] * w * where
+
+    tx = mc.add_weight_decay(0.3, cautious=cautious, base_width=4, **GIVEN)
+    assert_close(run(tx)[1], by_matrix(decayed, SECOND, PARAMS))
+
+
+def test_weight_decay_without_options_is_optax_and_takes_masks_and_schedules():
+    mask = {name: name != "plain" for name in SHAPES}
+    schedule = optax.linear_schedule(0.1, 0.0, 4)
+    ours = run(mc.add_weight_decay(schedule, mask))
+    theirs = run(optax.add_decayed_weights(schedule, mask))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    # Products of small numbers underflow; their signs do not.
+    tiny = {"w": jnp.full((1, 2), 1e-30)}
+    tx = mc.add_weight_decay(0.5, cautious=True)
+    opposite = {"w": jnp.array([[1e-30, -1e-30]])}
+    decayed = update(tx, opposite, tx.init(tiny), tiny)[0]["w"]
+    np.testing.assert_array_equal(decayed, np.array([[1.5e-30, -1e-30]], np.float32))
+
+
+# -- one device and eight --
+
+TRANSFORMATIONS = {
+    "orthogonalize_updates": mc.orthogonalize_updates,
+    "neuron_rms": mc.scale_by_neuron_rms,
+    "hyperball": lambda **kwargs: mc.hyperball(0.1, **kwargs),
+    "decay": lambda param_shardings=None, **kwargs: mc.add_weight_decay(
+        0.1, cautious=True, base_width=8, **kwargs
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_one_device_equals_eight(name: str, kind: AxisType):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+    shardings = {leaf: NamedSharding(mesh, spec) for leaf, spec in PARTITIONS.items()}
+    make = TRANSFORMATIONS[name]
+    alone = make(**GIVEN)
+    given = {"param_shardings": shardings} if kind == AxisType.Auto else {}
+    tx = make(**GIVEN, **given)
+    expected = run(alone)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(PARAMS, shardings)
+        state = jax.jit(tx.init)(params)
+        step = jax.jit(tx.update)
+        for number, gradients in enumerate((FIRST, SECOND)):
+            before = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
+            updates, state = step(jax.device_put(gradients, shardings), state, params)
+            after = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
+            assert after == before
+            assert all(
+                x.sharding.is_equivalent_to(shardings[leaf], x.ndim) for leaf, x in updates.items()
+            )
+            assert_close(updates, expected[number], 1e-4)
+
+
+def test_bad_arguments_and_missing_parameters():
+    for make, message in (
+        (lambda: mc.scale_by_neuron_rms(1.0), r"b2 must lie in \[0, 1\)"),
+        (lambda: mc.hyperball(-0.1), "learning_rate must be positive"),
+        (lambda: mc.add_weight_decay(-0.1), "weight_decay must not be negative"),
+        (lambda: mc.add_weight_decay(0.1, base_width=0), "base_width must be positive"),
+        (lambda: mc.orthogonalize_updates(ns_coeffs="none"), "ns_coeffs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+    for tx in (mc.hyperball(0.1, **GIVEN), mc.add_weight_decay(0.1)):
+        with pytest.raises(ValueError, match="needs the parameters"):
+            tx.update(FIRST, tx.init(PARAMS))
