@@ -123,7 +123,7 @@ test-oldest: .venv-oldest/.ready  ## the tests with the oldest versions that pyp
 # The folders whose tests compile little. What a change is about runs beside them by
 # `make quick ARGS=tests/attention`.
 QUICK := tests/routing tests/matrices/test_parts.py tests/matrices/test_stacks.py \
-	tests/matrices/test_scales.py tests/newton_schulz/test_coefficients.py tests/newton_schulz/test_generators.py \
+	tests/matrices/test_scales.py tests/newton_schulz/test_coefficients.py \
 	tests/clipping/test_gamma.py tests/clipping/test_maxima.py tests/clipping/test_describe.py \
 	tests/transforms/test_muon.py tests/transforms/test_shape.py tests/test_muonclip.py \
 	tests/test_imports.py tests/test_commands.py

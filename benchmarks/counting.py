@@ -19,9 +19,6 @@ _NEEDED = {"gram": 0.5, "square": 0.5, "update": 1.0}
 def count_products(plan: ResolvedPlan) -> dict[str, int]:
     """Counts the products of each kind that the iteration runs.
 
-    Args:
-        plan: The decisions for one shape (`PolarPlan.resolve`).
-
     Example:
         >>> from muonclip_jax.newton_schulz import plan_polar
         >>> plain = plan_polar("keller_jordan", ns_method="standard")
@@ -30,7 +27,7 @@ def count_products(plan: ResolvedPlan) -> dict[str, int]:
     """
     if plan.method not in ("standard", "gram"):
         raise ValueError(f"Only iterations have products to count, got method {plan.method!r}.")
-    squares = plan.squares_apart + sum(1 for _, _, c in plan.rows if c)
+    squares = plan.extra_squares + sum(1 for _, _, c in plan.rows if c)
     if plan.method == "standard":
         touches = len(plan.rows)
     else:
@@ -48,21 +45,12 @@ def product_flops(rows: int, columns: int) -> dict[str, int]:
     return {"gram": oblong, "square": 2 * rows**3, "update": oblong}
 
 
-def full_flops(plan: ResolvedPlan, rows: int, columns: int) -> int:
-    """Counts the operations of all products on one matrix, symmetric ones whole."""
-    flops = product_flops(rows, columns)
-    return sum(count * flops[kind] for kind, count in count_products(plan).items())
-
-
 def seconds_at(
     plan: ResolvedPlan, product_seconds: Mapping[str, float], *, needed: bool = False
 ) -> float:
     """Returns how long the products alone would take, each at its measured time.
 
-    Args:
-        plan: The decisions for one shape.
-        product_seconds: Seconds of one whole product of each kind.
-        needed: Whether symmetric products count half.
+    With `needed` symmetric ones count half.
     """
     counts = count_products(plan)
     shares = _NEEDED if needed else dict.fromkeys(KINDS, 1.0)

@@ -37,6 +37,28 @@ def spectra(m: int, n: int) -> dict[str, np.ndarray]:
     }
 
 
+def minimax_rows(lower: float, steps: int, cushion: float = 0.0) -> list[tuple[float, ...]]:
+    """Composes odd quintics, each nearest to 1 on what those before leave of `[lower, 1]` (Remez).
+
+    Polar Express (arXiv 2505.16932, algorithm 1) keeps the left end above `cushion * upper`.
+    """
+    rows, upper = [], 1.0
+    for _ in range(steps):
+        left = max(lower, cushion * upper)
+        x = left + (upper - left) * np.array([0, 0.25, 0.75, 1])
+        row = np.zeros(3)
+        for _ in range(30):
+            system = np.stack([x, x**3, x**5, [1, -1, 1, -1]], axis=1)
+            row = np.linalg.solve(system, np.ones(4))[:3]
+            x[1:3] = np.sqrt(np.sort(np.roots(row[::-1] * (5, 3, 1)).real))
+        ends = [row @ (end, end**3, end**5) for end in (lower, upper)]
+        row = row * (2 / sum(ends) if left > lower else 1)
+        rows.append(tuple(map(float, row)))
+        lower = float(row @ (lower, lower**3, lower**5))
+        upper = 2 - lower
+    return rows
+
+
 def load_momentum(path: Path) -> dict[Shape, np.ndarray]:
     """Reads the matrices that `momentum.py` saved: stacks `(count, rows, columns)`, wide, by shape.
 

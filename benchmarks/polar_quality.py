@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.counting import full_flops
 from benchmarks.harness import interleave, parser, store, summary
 from benchmarks.matrices import (
     MOMENTUM,
@@ -33,17 +32,12 @@ from benchmarks.matrices import (
     Shape,
     diverges,
     load_momentum,
+    minimax_rows,
     over_all,
     spectra,
 )
-from muonclip_jax.newton_schulz import (
-    COEFFICIENT_SETS,
-    PolarPlan,
-    apply_polar,
-    plan_polar,
-    polar_express_coefficients,
-)
-from muonclip_jax.newton_schulz.generators import evaluate
+from muonclip_jax.newton_schulz import COEFFICIENT_SETS, PolarPlan, apply_polar, plan_polar
+from muonclip_jax.newton_schulz.coefficients import evaluate
 
 SHAPES = ((96, 96), (96, 256))
 _POWERS = {"frobenius": 2, "schatten": 4, "schatten8": 8}
@@ -64,7 +58,7 @@ def variants(smoke: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "polar_express_1.05, 4, schatten8", settings
     # The greedy minimax composition for other numbers of steps and lower bounds.
     for steps, lower in ((3, 0.01), (3, 0.02), (4, 0.004), (5, 0.001)):
-        rows = polar_express_coefficients(lower, steps, safety_factor=1.0, cushion=0.0)
+        rows = minimax_rows(lower, steps)
         settings = {"ns_coeffs": rows, "preconditioning": "schatten8"}
         yield f"minimax {steps}, from {lower:g}, schatten8", settings
 
@@ -116,13 +110,12 @@ def measure(families: dict[str, np.ndarray], smoke: bool, rounds: int) -> list[d
     x = jnp.asarray(np.concatenate(list(families.values())), jnp.float32)
     owners = [name for name, stack in families.items() for _ in stack]
     reference = Reference(np.asarray(x, np.float64))
-    rows, columns = x.shape[1:]
     plain = plan_polar("keller_jordan", ns_method="standard")
-    baseline = full_flops(plain.resolve(x.shape, x.dtype), rows, columns)
+    baseline = plain.resolve(x.shape, x.dtype).flops
     records = []
     for label, arguments in variants(smoke):
         for method, dtype in forms(smoke):
-            if method == "gram" and rows == columns:
+            if method == "gram" and x.shape[1] == x.shape[2]:
                 continue  # needs more operations there, so that nobody wants it
             plan = plan_polar(**arguments, ns_method=method, ns_dtype=dtype)
             resolved = plan.resolve(x.shape, x.dtype)
@@ -148,8 +141,8 @@ def measure(families: dict[str, np.ndarray], smoke: bool, rounds: int) -> list[d
                     # What "auto" takes by itself for such a matrix in this dtype, if anything.
                     "auto": plan_polar(**arguments, ns_dtype=dtype).resolve(x.shape, x.dtype).method
                     == method,
-                    "shape": (rows, columns),
-                    "full_flops": full_flops(resolved, rows, columns),
+                    "shape": x.shape[1:],
+                    "full_flops": resolved.flops,
                     "baseline_flops": baseline,
                     "seconds_per_matrix": summary(seconds)["median"] / len(x),
                     "diverges_on": [name for name, q in by_family.items() if diverges(q)],

@@ -215,7 +215,7 @@ def _steps(ns_coeffs: Any, ns_steps: int | None) -> int | None:
         return None
     rows, source = resolve_coefficients(ns_coeffs)
     is_triple = not isinstance(ns_coeffs, str) and len(np.shape(ns_coeffs)) == 1
-    if is_triple or source.then is not None:
+    if is_triple or source.repeat_row is not None:
         return ns_steps
     if len(rows) > ns_steps:
         raise ValueError(

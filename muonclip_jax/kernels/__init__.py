@@ -6,10 +6,13 @@ does not have what a kernel is written in, naming it is refused and everything e
 
 import functools
 import importlib
+import math
 from types import ModuleType
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 #: For each operation the names of its kernels, and what they run on.
 SYMMETRIC = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu"}
@@ -20,15 +23,7 @@ _BAND = 8
 
 
 def load_kernel(operation: str, name: str, platform: str) -> ModuleType:
-    """Imports a kernel's module.
-
-    Args:
-        operation: "symmetric" or "max_logits".
-        name: A key of `SYMMETRIC` or `MAX_LOGITS`.
-        platform: What the computation will run on.
-
-    Returns:
-        The module.
+    """Imports the kernel `name` of an operation ("symmetric" or "max_logits") for a platform.
 
     Raises:
         NotImplementedError: If the kernel is for another platform, or cannot be imported.
@@ -46,6 +41,69 @@ def load_kernel(operation: str, name: str, platform: str) -> ModuleType:
             f"The kernel {name!r} needs a part of Pallas that JAX {jax.__version__} does not have: "
             f"{error}. Pass 'xla'."
         ) from error
+
+
+def multiply_symmetric(
+    name: str,
+    x: jax.Array,
+    y: jax.Array,
+    addend: jax.Array | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+) -> jax.Array:
+    """Computes `alpha x y^T + beta addend` by a kernel of `SYMMETRIC`, where that is symmetric.
+
+    A kernel's module has `DTYPES`, those that it takes, and `symmetric_product(x, y, addend,
+    factors)`: of `(B, m, n)` with `x y^T` symmetric, a symmetric addend `(B, m, m)` or None, whose
+    upper triangle is read, and `[alpha, beta]` in float32. It computes one triangle of `(B, m, m)`
+    and writes both, so that the result is symmetric to the bit, in the dtype of `x`.
+    """
+    kernel = load_kernel("symmetric", name, SYMMETRIC[name])
+    if x.dtype.name not in kernel.DTYPES:
+        raise NotImplementedError(
+            f"The kernel {name!r} multiplies {' and '.join(kernel.DTYPES)}, and these products are "
+            f"in {x.dtype}. Pass ns_implementation='xla', or another ns_dtype."
+        )
+    if any(jax.typeof(x).sharding.spec):
+        raise NotImplementedError(
+            f"The kernel {name!r} multiplies the matrices of one device, and Explicit mesh axes "
+            f"shard these: {jax.typeof(x)}. Call it inside jax.shard_map, or pass 'xla'."
+        )
+
+    def stacked(array: jax.Array) -> jax.Array:
+        return array.reshape(math.prod(x.shape[:-2]), *array.shape[-2:])
+
+    # The factors are data, so that one compiled kernel serves all steps of an iteration.
+    factors = jnp.asarray([alpha, beta], jnp.float32)
+    addend = None if addend is None else stacked(addend)
+    result = _differentiable(name, stacked(x), stacked(y), addend, factors)
+    return result.reshape(*x.shape[:-1], x.shape[-2])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _differentiable(
+    name: str, x: jax.Array, y: jax.Array, addend: jax.Array | None, factors: jax.Array
+) -> jax.Array:
+    """Runs a kernel; its derivative is that of XLA's product."""
+    kernel = load_kernel("symmetric", name, SYMMETRIC[name])
+    return kernel.symmetric_product(x, y, addend, factors)
+
+
+@_differentiable.defjvp
+def _differentiable_jvp(
+    name: str, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+    def by_xla(
+        x: jax.Array, y: jax.Array, addend: jax.Array | None, factors: jax.Array
+    ) -> jax.Array:
+        precision = lax.Precision.HIGHEST if x.dtype.itemsize >= 4 else lax.Precision.DEFAULT
+        wide = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+        result = factors[0] * wide(x, jnp.swapaxes(y, -1, -2), precision=precision)
+        if addend is not None:
+            result = result + factors[1] * addend
+        return result.astype(x.dtype)
+
+    return _differentiable(name, *primals), jax.jvp(by_xla, primals, tangents)[1]
 
 
 @functools.lru_cache(maxsize=64)

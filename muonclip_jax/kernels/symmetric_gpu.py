@@ -190,18 +190,7 @@ def symmetric_product(
     *,
     interpret: object = False,
 ) -> Float[Array, "B m m"]:
-    """Computes one triangle of `alpha x y^T + beta addend` and writes both.
-
-    Args:
-        x: `(B, m, n)`, of a dtype of `DTYPES`.
-        y: `(B, m, n)` with `x y^T` symmetric.
-        addend: `(B, m, m)`, symmetric, or None. Its upper triangle is read.
-        factors: `alpha` and `beta`, in float32.
-        interpret: What `pallas_call` takes, to run on any platform.
-
-    Returns:
-        `(B, m, m)`, symmetric to the bit, in the dtype of `x`.
-    """
+    """The operation of `kernels.multiply_symmetric`; `interpret` runs it on any platform."""
     batch, rows, _ = x.shape
 
     def padded(array: jax.Array, last: int) -> jax.Array:

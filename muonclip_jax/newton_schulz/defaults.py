@@ -4,11 +4,7 @@
 `muon` alone differs: its coefficients are Optax's.
 """
 
-#: The best result for its cost of all sets that nothing makes diverge (docs/performance.md).
-DEFAULT_SET = "minimax4"
-#: The cheaper form that is safe in its dtype.
-DEFAULT_METHOD = "auto"
-#: The rule of the platform (`precision.choose_dtype`).
-DEFAULT_DTYPE = None
-#: Smallest divisor of a matrix whose largest entry is near one; it guards the zero matrix alone.
-DEFAULT_EPS = 1e-8
+DEFAULT_SET = "minimax4"  # the best result for its cost of all sets that nothing makes diverge
+DEFAULT_METHOD = "auto"  # the cheaper form that is safe in its dtype
+DEFAULT_DTYPE = None  # the rule of the platform
+DEFAULT_EPS = 1e-8  # the smallest divisor of a matrix whose largest entry is near one

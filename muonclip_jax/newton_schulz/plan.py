@@ -2,45 +2,75 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.sharding import AbstractMesh, Mesh
 
 from muonclip_jax._devices import check_lowering, check_platform, plan_platform
-from muonclip_jax.kernels import load_kernel
-from muonclip_jax.newton_schulz.coefficients import changes_direction, resolve_coefficients
-from muonclip_jax.newton_schulz.defaults import DEFAULT_DTYPE, DEFAULT_METHOD, DEFAULT_SET
-from muonclip_jax.newton_schulz.generators import Rows
-from muonclip_jax.newton_schulz.gram import gram_flops
-from muonclip_jax.newton_schulz.newton_schulz import plain_flops
-from muonclip_jax.newton_schulz.precision import (
-    NS_DTYPES,
-    NS_METHODS,
-    choose_dtype,
-    choose_method,
-    guarded_rows,
-    is_gram_stable,
+from muonclip_jax.kernels import SYMMETRIC, load_kernel
+from muonclip_jax.newton_schulz.coefficients import (
+    Coefficients,
+    Rows,
+    find_sign_flip,
+    resolve_coefficients,
 )
-from muonclip_jax.newton_schulz.preconditioning import PRECONDITIONINGS, squares_apart
-from muonclip_jax.newton_schulz.products import IMPLEMENTATIONS
-from muonclip_jax.newton_schulz.restarts import choose_restarts
+from muonclip_jax.newton_schulz.defaults import DEFAULT_DTYPE, DEFAULT_METHOD, DEFAULT_SET
+from muonclip_jax.newton_schulz.stability import GROWTH, choose_restarts, guard_rows
+
+#: The names that `ns_dtype`, `ns_method`, `preconditioning` and `ns_implementation` allow.
+NS_DTYPES = tuple(GROWTH)
+NS_METHODS = ("auto", "standard", "gram", "svd")
+PRECONDITIONINGS = ("frobenius", "spectral", "aol", "schatten", "schatten8")
+IMPLEMENTATIONS = ("xla", *SYMMETRIC)
+
+# What a platform computes in when `ns_dtype` is None, for real input of at most 32 bits; the Gram
+# form where it is safe in that, else in float32 (docs/performance.md has the errors of each). GPUs
+# multiply both 16-bit types at one rate, and normalised matrices fit float16's range, so its three
+# more bits are free there. Entries of a matrix of norm one are about (m n)^-1/2, 1.5e-4 at 4096 x
+# 11008; below the smallest normal number, 6.1e-5, rounding errs by at most 2^-25 an entry, over the
+# whole matrix by sqrt(m n) 2^-25 of its norm: less than 2^-11 up to m n = 2^28.
+_DEFAULT_DTYPE = {"gpu": "float16", "tpu": "bfloat16"}
+# What a product in float32 costs in those of 16 bits: passes of a TPU's bfloat16 unit at
+# Precision.HIGHEST; the peak rates of an H100 (989 and 67 TFLOP/s).
+_FLOAT32_COST = {"tpu": 6, "gpu": 15}
+# "auto" takes the Gram form in 16 bits from this ratio of sides on. Nearer to a square it saves at
+# most 10 % of the FLOPs, and of 6,000 Gaussian matrices of 16 x 16 one in a hundred has a singular
+# value past 1.25, where the polynomial ends at 1.2; at 16 x 32 none passes 1.21.
+_LEAST_RATIO = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedPlan:
+    """What one shape's computation does.
+
+    Attributes:
+        method: "standard", "gram" or "svd".
+        dtype: What the products compute in, e.g. "float16" or "complex64".
+        preconditioning: A name of `PRECONDITIONINGS`.
+        relative_eps: Whether `eps` is in units of a matrix's largest entry.
+        symmetric: How symmetric products are computed (`products`).
+        rows: The coefficients, after the guard against divergence in that dtype.
+        restarts: After which steps the Gram form restarts.
+        extra_squares: Squares of the Gram matrix beside those of the steps, for a norm.
+        flops: Floating-point operations a matrix.
+    """
+
+    method: str
+    dtype: str
+    preconditioning: str
+    relative_eps: bool
+    symmetric: str
+    rows: Rows
+    restarts: tuple[int, ...]
+    extra_squares: int
+    flops: int
 
 
 @dataclasses.dataclass(frozen=True)
 class PolarPlan:
-    """How to orthogonalise: everything that does not depend on the array, validated.
-
-    Attributes:
-        rows: Coefficients `(a, b, c)`, one triple a step.
-        method: A name of `NS_METHODS`.
-        dtype: A name of `NS_DTYPES`, or None for the rule of the platform.
-        preconditioning: A name of `PRECONDITIONINGS`.
-        relative_eps: Whether `eps` bounds the norm in units of a matrix's largest entry.
-        implementation: Who computes the symmetric products: a name of `products.IMPLEMENTATIONS`.
-        platform: What it will run on, e.g. "gpu"; None is what `plan_platform` finds.
-    """
+    """The arguments of `plan_polar`, validated; `dtype` and `platform` may still be open (None)."""
 
     rows: Rows
     method: str
@@ -50,188 +80,180 @@ class PolarPlan:
     implementation: str = "xla"
     platform: str | None = None
 
-    def check_input(self, dtype: Any) -> None:
-        """Refuses input that cannot be computed in the plan's dtype.
-
-        Raises:
-            ValueError: As `choose_dtype`.
-        """
-        method = "standard" if self.method == "auto" else self.method
-        choose_dtype(self.rows, dtype, self.dtype, method, "cpu")
+    def check_input(self, dtype: jax.typing.DTypeLike) -> None:
+        """Raises ValueError for input that cannot be computed in the plan's dtype."""
+        self._choose_dtype("standard" if self.method == "auto" else self.method, dtype, "cpu")
 
     def resolve(
-        self, shape: tuple[int, ...], dtype: Any, platform: str | None = None
-    ) -> "ResolvedPlan":
-        """Decides method, dtype and restarts for one shape.
+        self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike, platform: str | None = None
+    ) -> ResolvedPlan:
+        """Decides method, dtype and restarts for matrices `(..., m, n)` of a dtype.
 
-        Args:
-            shape: `(..., m, n)`.
-            dtype: The input's dtype.
-            platform: E.g. "gpu", in place of the plan's.
-
-        Returns:
-            The decisions, with what they cost.
-
-        Raises:
-            NotImplementedError: If the plan names a kernel that is not for the platform.
+        "auto" takes the cheaper of the two forms, but the Gram form only where rounding does it no
+        harm. A kernel that is not for the platform raises NotImplementedError.
         """
         platform = plan_platform(platform or self.platform)
         if self.implementation != "xla":
             load_kernel("symmetric", self.implementation, platform)
-        m, n = shape[-2:]
-        method = choose_method(self.rows, self.method, dtype, self.dtype, platform, m, n)
-        name = choose_dtype(self.rows, dtype, self.dtype, method, platform)
-        if method == "svd":
-            return ResolvedPlan(method, name, (), (), 0)
-        rows = guarded_rows(self.rows, name, method)
-        restarts = choose_restarts(rows, name) if method == "gram" else ()
-        flops = gram_flops(rows, m, n, restarts) if method == "gram" else plain_flops(rows, m, n)
-        apart = squares_apart(self.preconditioning, name)
-        return ResolvedPlan(method, name, rows, restarts, flops + apart * 2 * min(m, n) ** 3, apart)
+        sizes = min(shape[-2:]), max(shape[-2:])
+        if self.method != "auto":
+            return self._resolve(self.method, sizes, dtype, platform)
+        standard = self._resolve("standard", sizes, dtype, platform)
+        name = self._choose_dtype("gram", dtype, platform)
+        near_square = sizes[1] < _LEAST_RATIO * sizes[0]
+        if _gram_restarts(self.rows, name) is None or (near_square and _is_narrow(name)):
+            return standard
+        gram = self._resolve("gram", sizes, dtype, platform)
+        factor = _FLOAT32_COST[platform] if gram.dtype != standard.dtype else 1
+        return gram if factor * gram.flops < standard.flops else standard
+
+    def _resolve(
+        self, method: str, sizes: tuple[int, int], x_dtype: jax.typing.DTypeLike, platform: str
+    ) -> ResolvedPlan:
+        real = dtype = self._choose_dtype(method, x_dtype, platform)
+        if jnp.issubdtype(x_dtype, jnp.complexfloating):
+            dtype = "complex128" if real == "float64" else "complex64"
+        on_cpu = self.implementation == "xla" and platform == "cpu"
+        rows = () if method == "svd" else guard_rows(self.rows, real, method)
+        restarts = (_gram_restarts(self.rows, real) or ()) if method == "gram" else ()
+        passes = len(restarts) + 1 if method == "gram" else len(rows)
+        # Rounded to 16 bits, a product and its square, both scaled, are not one the square of the
+        # other, and the steps are steep: there the norm needs a square of its own.
+        extra = int(self.preconditioning == "schatten8" and _is_narrow(real) and len(rows) > 0)
+        # A step of the Gram form computes Q, W and R; a segment's first has no product for Q, its
+        # last has none for W and R.
+        cubes = extra + sum(1 for _, _, c in rows if c) + 3 * (len(rows) - passes)
+        m, n = sizes
+        return ResolvedPlan(
+            method=method,
+            dtype=dtype,
+            preconditioning=self.preconditioning,
+            relative_eps=self.relative_eps,
+            symmetric="triangle" if on_cpu else self.implementation,
+            rows=rows,
+            restarts=restarts,
+            extra_squares=extra,
+            flops=4 * m * m * n * passes + 2 * m**3 * cubes,
+        )
+
+    def _choose_dtype(self, method: str, x_dtype: jax.typing.DTypeLike, platform: str) -> str:
+        """Chooses what to compute in, as the name of a real dtype."""
+        x_dtype = jnp.dtype(x_dtype)
+        is_complex = jnp.issubdtype(x_dtype, jnp.complexfloating)
+        if self.dtype is None:
+            if x_dtype.name in ("float64", "complex128"):
+                return "float64"
+            chosen = _DEFAULT_DTYPE.get(platform, "float32")
+            is_safe = method != "gram" or _gram_restarts(self.rows, chosen) is not None
+            return chosen if is_safe and method != "svd" and not is_complex else "float32"
+        if _is_narrow(self.dtype) and (method == "svd" or is_complex):
+            what = 'ns_method="svd"' if method == "svd" else f"input of dtype {x_dtype}"
+            raise ValueError(
+                f"ns_dtype={self.dtype!r} is not possible for {what}: it computes in float32 or "
+                "float64. Pass ns_dtype=None or 'float32'."
+            )
+        if self.dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != jnp.float64:
+            raise ValueError(
+                "ns_dtype='float64' needs 64-bit types, which JAX has switched off. Set "
+                "jax.config.update('jax_enable_x64', True), or pass ns_dtype='float32'."
+            )
+        return self.dtype
 
 
-@dataclasses.dataclass(frozen=True)
-class ResolvedPlan:
-    """What one shape's computation does.
-
-    Attributes:
-        method: "standard", "gram" or "svd".
-        dtype: What the products compute in, as the name of a real dtype.
-        rows: The coefficients, after the guard against divergence in that dtype.
-        restarts: The numbers of steps after which the Gram form restarts.
-        flops: Floating-point operations a matrix.
-        squares_apart: Squares of the Gram matrix beside those of the steps, for a norm.
-    """
-
-    method: str
-    dtype: str
-    rows: Rows
-    restarts: tuple[int, ...]
-    flops: int
-    squares_apart: int = 0
-
-    def dtypes(self, dtype: Any) -> tuple[jnp.dtype, jnp.dtype]:
-        """Dtypes to normalise in (at least) and to multiply in, for input of `dtype`."""
-        double = self.dtype == "float64"
-        if jnp.issubdtype(dtype, jnp.complexfloating):
-            wide = jnp.dtype("complex128" if double else "complex64")
-            return wide, wide
-        return jnp.dtype("float64" if double else "float32"), jnp.dtype(self.dtype)
+def _is_narrow(dtype: str) -> bool:
+    return jnp.dtype(dtype).itemsize < 4
 
 
-def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
-    if not isinstance(value, str) or value not in allowed:
+def _gram_restarts(rows: Rows, dtype: str) -> tuple[int, ...] | None:
+    return choose_restarts(guard_rows(rows, dtype, "gram"), dtype)
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
         options = ", ".join(repr(option) for option in allowed)
         raise ValueError(f"{name}={value!r} is not known. Pass one of {options}.")
-    return value
 
 
 def plan_polar(
-    ns_coeffs: Any = DEFAULT_SET,
-    ns_steps: Any = None,
+    ns_coeffs: Coefficients = DEFAULT_SET,
+    ns_steps: int | None = None,
     ns_method: str = DEFAULT_METHOD,
-    ns_dtype: Any = DEFAULT_DTYPE,
+    ns_dtype: jax.typing.DTypeLike | None = DEFAULT_DTYPE,
     preconditioning: str | None = None,
     relative_eps: bool = True,
     ns_implementation: str = "xla",
     platform: str | None = None,
 ) -> PolarPlan:
-    """Validates the arguments of `orthogonalize` once, and remembers what they mean.
+    """Validates the arguments of `orthogonalize` (described there) as a hashable plan.
 
-    Args:
-        ns_coeffs: A name, a triple `(a, b, c)`, or rows of shape `(T, 3)`.
-        ns_steps: Number of steps; None takes all rows of a set and five of a triple.
-        ns_method: "auto", "standard", "gram" or "svd".
-        ns_dtype: What the products compute in; None is the rule of `orthogonalize`.
-        preconditioning: The first rescaling; None is the one that the set was made for.
-        relative_eps: Whether `eps` bounds the norm in units of a matrix's largest entry, which
-            keeps the result independent of scale, or is added to it as it is, as in Optax.
-        ns_implementation: See `orthogonalize`.
-        platform: See `orthogonalize`.
-
-    Returns:
-        A frozen, hashable plan for `apply_polar`.
-
-    Raises:
-        TypeError: If coefficients or steps have the wrong type or are traced.
-        ValueError: If a name, a shape or a combination is wrong.
+    `relative_eps` says whether `eps` bounds the norm in units of a matrix's largest entry, which
+    keeps the result independent of scale, or is added to it as it is, as in Optax.
 
     Example:
         >>> plan_polar("turbo").preconditioning
         'aol'
     """
     rows, source = resolve_coefficients(ns_coeffs, ns_steps)
-    method = _choice("ns_method", ns_method, NS_METHODS)
-    dtype = None
-    if ns_dtype is not None:
-        try:
-            dtype = jnp.dtype(ns_dtype).name
-        except TypeError:
-            dtype = ns_dtype
-        dtype = _choice("ns_dtype", dtype, NS_DTYPES)
-    _choice("ns_implementation", ns_implementation, IMPLEMENTATIONS)
-    if preconditioning is None:
-        preconditioning = source.preconditioning
-    _choice("preconditioning", preconditioning, PRECONDITIONINGS)
-    if source.preconditioning_required and preconditioning != source.preconditioning:
+    try:
+        dtype = None if ns_dtype is None else jnp.dtype(ns_dtype).name
+    except TypeError:
+        dtype = str(ns_dtype)
+    preconditioning = source.preconditioning if preconditioning is None else preconditioning
+    _check_choice("ns_method", ns_method, NS_METHODS)
+    _check_choice("ns_dtype", dtype or NS_DTYPES[0], NS_DTYPES)
+    _check_choice("preconditioning", preconditioning, PRECONDITIONINGS)
+    _check_choice("ns_implementation", ns_implementation, IMPLEMENTATIONS)
+    if source.preconditioning == "aol" and preconditioning != "aol":
         raise ValueError(
-            f"ns_coeffs={ns_coeffs!r} is made for preconditioning={source.preconditioning!r}, got "
+            f"ns_coeffs={ns_coeffs!r} is made for preconditioning='aol', got "
             f"{preconditioning!r}. Pass preconditioning=None, or another set. To combine the rows "
             f"otherwise, pass them as numbers: COEFFICIENT_SETS[{ns_coeffs!r}].rows."
         )
-    bad = changes_direction(rows)
-    if bad is not None and method != "svd":
+    bad = find_sign_flip(rows)
+    if bad is not None and ns_method != "svd":
         raise ValueError(
             f"ns_coeffs={ns_coeffs!r} turn the singular value {bad:.3g} negative (or past every "
             "bound): the update would point the wrong way. Coefficients must keep (0, 1] positive, "
             "as (2, -1.5, 0.5) and every named set do."
         )
-    if method == "gram":
-        _check_gram(rows, dtype)
-    if method == "svd" and dtype is not None:
-        choose_dtype(rows, "float32", dtype, method, "cpu")
-    return PolarPlan(
-        rows,
-        method,
-        dtype,
-        preconditioning,
-        relative_eps,
-        ns_implementation,
-        check_platform(platform),
+    if ns_method == "gram":
+        _check_gram(rows, dtype or "float32")
+    platform = check_platform(platform)
+    plan = PolarPlan(
+        rows, ns_method, dtype, preconditioning, relative_eps, ns_implementation, platform
     )
+    if ns_method == "svd":
+        plan.check_input("float32")
+    return plan
 
 
-def _check_gram(rows: Rows, dtype: str | None) -> None:
+def _check_gram(rows: Rows, dtype: str) -> None:
     """Refuses the Gram form where rounding makes it diverge."""
-    if is_gram_stable(rows, dtype or "float32"):
+    if _gram_restarts(rows, dtype) is not None:
         return
-    stable = [repr(name) for name in NS_DTYPES if is_gram_stable(rows, name)]
+    stable = [repr(name) for name in NS_DTYPES if _gram_restarts(rows, name) is not None]
     instead = f"ns_dtype={' or '.join(stable)}, " if stable else ""
     raise ValueError(
-        f'ns_method="gram" is unstable with these coefficients in '
-        f"{dtype or 'float32'}: it amplifies rounding until singular values leave the range of the "
-        f"polynomial. Pass {instead}ns_method='standard', or ns_method='auto', which takes the "
-        "Gram form where it is stable."
+        f'ns_method="gram" is unstable with these coefficients in {dtype}: it amplifies rounding '
+        "until singular values leave the range of the polynomial. Pass "
+        f"{instead}ns_method='standard', or ns_method='auto', which takes the Gram form where it "
+        "is stable."
     )
 
 
 def decide_platform(
-    plan: PolarPlan, eps: jax.typing.ArrayLike, arrays: Sequence[Any], mesh: Any = None
+    plan: PolarPlan,
+    eps: jax.typing.ArrayLike,
+    arrays: Sequence[object],
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> tuple[PolarPlan, jax.typing.ArrayLike]:
-    """Completes a plan with the platform, as `plan_platform` decides it.
+    """Completes a plan with the platform that `plan_platform` finds for `arrays` on a mesh.
 
-    Args:
-        plan: From `plan_polar`.
-        eps: As for `apply_polar`.
-        arrays: What is to be orthogonalised.
-        mesh: The mesh that it runs on, where there is one.
-
-    Returns:
-        The plan, and `eps`. Where the platform is not the caller's choice, a program that uses this
-        `eps` cannot be lowered for another one.
+    Where the platform is not the caller's choice, a program that uses the returned `eps` cannot be
+    lowered for another one.
     """
     given = plan.platform is not None or plan.method == "svd"
-    plan = dataclasses.replace(plan, platform=plan_platform(plan.platform, mesh, arrays))
-    if given or not any(isinstance(array, Tracer) for array in arrays):
-        return plan, eps
-    return plan, eps + check_lowering(str(plan.platform))
+    platform = plan_platform(plan.platform, mesh, arrays)
+    if not given and any(isinstance(array, Tracer) for array in arrays):
+        eps = eps + check_lowering(platform)
+    return dataclasses.replace(plan, platform=platform), eps

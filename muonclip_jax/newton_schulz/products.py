@@ -1,29 +1,21 @@
 """The matrix products of Newton-Schulz, most of which have a Hermitian result.
 
-`x x^H` of the iterate is Hermitian, and so is every product of polynomials of that matrix, since
-they commute: `b R + c R R`, `Q Z + a Q`. XLA computes them in full, unless a CPU saves a quarter;
-a kernel that the caller names (`kernels/`) computes one triangle and writes both.
+`X X^H` is Hermitian, and so is every product of polynomials of that matrix, since they commute:
+`b A + c A A`, `Q Z + a Q`. `symmetric` says how they are computed: "xla" in full; "triangle" one
+triangle of 2 x 2 blocks, where that is faster on a CPU; a name of `kernels.SYMMETRIC` by that
+kernel, which computes one triangle and writes both.
 """
-
-import functools
-import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Inexact
 
-from muonclip_jax._devices import plan_platform
-from muonclip_jax.kernels import SYMMETRIC, load_kernel
+from muonclip_jax._devices import all_gather
+from muonclip_jax.kernels import SYMMETRIC, multiply_symmetric
 
-#: The names that `ns_implementation` allows.
-IMPLEMENTATIONS = ("xla", *SYMMETRIC)
-
-#: On a CPU a Hermitian product of at least this many rows is computed as an upper triangle of 2 x 2
-#: blocks, and the fourth block is a transpose: a quarter of the work less, 10 to 20 % of the time
-#: of a whole polar factor at 768 rows. More blocks save little more and compile twice as long;
-#: small matrices lose.
+#: From so many rows on "triangle" computes three of four blocks: a quarter of the work less, 10 to
+#: 20 % of the time of a whole polar factor at 768 rows. More blocks save little more and compile
+#: twice as long; small matrices lose.
 SPLIT_FROM = 512
 
 
@@ -49,92 +41,78 @@ def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     )
 
 
-def matmul_add(
-    x: jax.Array, y: jax.Array, addend: jax.Array | None, alpha: float, beta: float
-) -> jax.Array:
-    """Computes `alpha x y + beta addend`, rounded once, at the end."""
-    return _add(matmul(x, y), addend, alpha, beta).astype(x.dtype)
-
-
 def gram(
-    x: Inexact[Array, "*batch m n"],
-    *,
-    out_dtype: jax.typing.DTypeLike | None = None,
-    implementation: str = "xla",
-    platform: str | None = None,
-) -> Inexact[Array, "*batch m m"]:
-    """Computes `x x^H`.
-
-    Args:
-        x: `(..., m, n)`; products accumulate in float32, or wider where `x` is.
-        out_dtype: The result's dtype, that of `x` by default. XLA computes any other.
-        implementation: A name of `IMPLEMENTATIONS`.
-        platform: What it will run on; None is what `plan_platform` finds.
-
-    Returns:
-        The Hermitian matrices `(..., m, m)`. A kernel's are so to the bit.
-
-    Raises:
-        NotImplementedError: If the named kernel does not take the dtype.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> gram(jnp.array([[1.0, 2.0], [0.0, 3.0]])).tolist()
-        [[5.0, 6.0], [6.0, 9.0]]
-    """
+    x: jax.Array, symmetric: str = "xla", out_dtype: jax.typing.DTypeLike | None = None
+) -> jax.Array:
+    """Computes `x x^H`, in the dtype of `x` or, by XLA, in a wider one."""
     out = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     with jax.named_scope("gram"):
-        if implementation == "xla" or out != x.dtype:
-            return _hermitian(x, adjoint(x), x, platform).astype(out)
-        return _by_kernel(implementation, x, x, None, 1.0, 0.0)
+        if symmetric in SYMMETRIC and out == x.dtype:
+            return multiply_symmetric(symmetric, x, x)
+        return _hermitian(x, adjoint(x), x, symmetric).astype(out)
 
 
 def symmetric_product(
-    x: Inexact[Array, "*batch m m"],
-    y: Inexact[Array, "*batch m m"],
-    addend: Inexact[Array, "*batch m m"] | None = None,
+    x: jax.Array,
+    y: jax.Array,
+    addend: jax.Array | None = None,
     *,
     alpha: float = 1.0,
-    beta: float = 0.0,
-    implementation: str = "xla",
-    platform: str | None = None,
-) -> Inexact[Array, "*batch m m"]:
-    """Computes `alpha x y + beta addend` of Hermitian matrices that commute.
+    beta: float = 1.0,
+    symmetric: str = "xla",
+) -> jax.Array:
+    """Computes `alpha x y + beta addend` of Hermitian matrices that commute, rounded once.
 
-    Args:
-        x: Hermitian `(..., m, m)`.
-        y: Hermitian `(..., m, m)` of the same dtype, with `x y = y x`. Neither is checked. Kernels
-            compute the upper triangle of `x y^T` and mirror it.
-        addend: Hermitian `(..., m, m)`, or None for no addend. Kernels read its upper triangle.
-        alpha: Real factor of the product.
-        beta: Real factor of the addend.
-        implementation: A name of `IMPLEMENTATIONS`.
-        platform: What it will run on; None is what `plan_platform` finds.
-
-    Returns:
-        The Hermitian matrices `(..., m, m)`. A kernel's are so to the bit.
-
-    Raises:
-        NotImplementedError: If the named kernel does not take the dtype.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> r = jnp.array([[2.0, 1.0], [1.0, 2.0]])
-        >>> symmetric_product(r, r, r, alpha=0.5, beta=-1.0).tolist()
-        [[0.5, 1.0], [1.0, 0.5]]
+    Neither is checked. A kernel reads the addend's upper triangle, and its result is Hermitian to
+    the bit.
     """
     with jax.named_scope("symmetric_product"):
-        if implementation == "xla":
-            return _add(_hermitian(x, y, y, platform), addend, alpha, beta).astype(x.dtype)
-        return _by_kernel(implementation, x, y, addend, alpha, beta)
+        if symmetric in SYMMETRIC:
+            return multiply_symmetric(symmetric, x, y, addend, alpha, beta)
+        result = alpha * _hermitian(x, y, y, symmetric)
+        if addend is not None:
+            result = result + beta * addend.astype(result.dtype)
+        return result.astype(x.dtype)
 
 
-def _hermitian(
-    x: jax.Array, y: jax.Array, adjoint_of_y: jax.Array, platform: str | None
+def polynomial(
+    A: jax.Array,
+    b: float,
+    c: float,
+    square: jax.Array | None = None,
+    *,
+    symmetric: str = "xla",
+    axes: tuple[str, ...] = (),
 ) -> jax.Array:
-    """Computes `x y`, known to be Hermitian, in the way that suits a platform."""
+    """Computes `b A + c A A`, rounded once; `square` is `A A`, where it is known.
+
+    `A` is Hermitian, and the same on all devices along the mapped `axes`, where there are any: each
+    computes some rows of the result, and all gather them.
+    """
+    wide = accumulator(A.dtype)
+    if not c or square is not None:
+        result = b * A.astype(wide)
+        if square is not None:
+            result = result + c * square.astype(wide)
+        return result.astype(A.dtype)
+    if not axes:
+        addend = A if b else None
+        return symmetric_product(A, A, addend, alpha=c, beta=b, symmetric=symmetric)
+    m, axis = A.shape[-1], A.ndim - 2
+    rows = -(-m // lax.axis_size(axes))
+    padding = [(0, 0)] * axis + [(0, rows * lax.axis_size(axes) - m), (0, 0)]
+    start = lax.axis_index(axes) * rows
+    mine = lax.dynamic_slice_in_dim(jnp.pad(A, padding), start, rows, axis)
+    result = c * matmul(mine, A) + b * mine.astype(wide)
+    # Rounded before it is sent: half the bytes in 16 bits.
+    gathered = all_gather(result.astype(A.dtype), axes, axis)
+    return lax.slice_in_dim(gathered, 0, m, axis=axis)
+
+
+def _hermitian(x: jax.Array, y: jax.Array, adjoint_of_y: jax.Array, symmetric: str) -> jax.Array:
+    """Computes `x y`, known to be Hermitian, by XLA."""
     rows = x.shape[-2]
-    if rows < SPLIT_FROM or x.dtype.itemsize < 4 or plan_platform(platform) != "cpu":
+    if symmetric != "triangle" or rows < SPLIT_FROM or x.dtype.itemsize < 4:
         return matmul(x, y)
     half = rows // 2
     upper = matmul(x[..., :half, :], y)
@@ -144,59 +122,3 @@ def _hermitian(
     square = jnp.pad(upper, [(0, 0)] * (x.ndim - 2) + [(0, rows - half), (0, 0)])
     square = square.at[..., half:, :half].set(adjoint(upper[..., half:]))
     return square.at[..., half:, half:].set(corner)
-
-
-def _add(product: jax.Array, addend: jax.Array | None, alpha: float, beta: float) -> jax.Array:
-    result = product if alpha == 1 else alpha * product
-    if addend is None:
-        return result
-    addend = addend.astype(result.dtype)
-    return result + (addend if beta == 1 else beta * addend)
-
-
-def _by_kernel(
-    name: str, x: jax.Array, y: jax.Array, addend: jax.Array | None, alpha: float, beta: float
-) -> jax.Array:
-    """Computes `alpha x y^T + beta addend` by a kernel."""
-    kernel = load_kernel("symmetric", name, SYMMETRIC[name])
-    if x.dtype.name not in kernel.DTYPES:
-        raise NotImplementedError(
-            f"The kernel {name!r} multiplies {' and '.join(kernel.DTYPES)}, and these products are "
-            f"in {x.dtype}. Pass ns_implementation='xla', or another ns_dtype."
-        )
-    if any(jax.typeof(x).sharding.spec):
-        raise NotImplementedError(
-            f"The kernel {name!r} multiplies the matrices of one device, and Explicit mesh axes "
-            f"shard these: {jax.typeof(x)}. Call it inside jax.shard_map, or pass 'xla'."
-        )
-    if 0 in x.shape:
-        return jnp.zeros((*x.shape[:-1], x.shape[-2]), x.dtype)
-
-    def stacked(array: jax.Array | None) -> Any:
-        flat = (math.prod(x.shape[:-2]), *x.shape[-2:-1])
-        return None if array is None else array.reshape(*flat, array.shape[-1])
-
-    # As data, so that one compiled kernel serves all steps of an iteration.
-    factors = jnp.asarray([alpha, beta], jnp.float32)
-    result = _differentiable(name, stacked(x), stacked(y), stacked(addend), factors)
-    return result.reshape(*x.shape[:-1], x.shape[-2])
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _differentiable(
-    name: str, x: jax.Array, y: jax.Array, addend: jax.Array | None, factors: jax.Array
-) -> jax.Array:
-    """Runs a kernel; its derivative is that of XLA's product."""
-    kernel = load_kernel("symmetric", name, SYMMETRIC[name])
-    return kernel.symmetric_product(x, y, addend, factors)
-
-
-@_differentiable.defjvp
-def _differentiable_jvp(name: str, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    def meaning(x: jax.Array, y: jax.Array, addend: jax.Array | None, factors: jax.Array) -> Any:
-        result = factors[0] * matmul(x, jnp.swapaxes(y, -1, -2))
-        if addend is not None:
-            result = result + factors[1] * addend.astype(result.dtype)
-        return result.astype(x.dtype)
-
-    return _differentiable(name, *primals), jax.jvp(meaning, primals, tangents)[1]

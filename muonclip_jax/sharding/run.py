@@ -11,8 +11,12 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from muonclip_jax.matrices.one_device import orthogonalize_on_one_device
-from muonclip_jax.newton_schulz import PolarPlan, apply_polar, decide_platform
-from muonclip_jax.newton_schulz.partitioned import apply_polar_partitioned
+from muonclip_jax.newton_schulz import (
+    PolarPlan,
+    apply_polar,
+    apply_polar_by_columns,
+    decide_platform,
+)
 from muonclip_jax.routing import MatrixSpec
 from muonclip_jax.sharding.blocks import Axes
 from muonclip_jax.sharding.cut import Cut, possible_cuts
@@ -159,7 +163,7 @@ def _mapped_size(name: str) -> int:
 
 def _work(polar: PolarPlan, eps: jax.typing.ArrayLike, stack: jax.Array, split: Axes) -> jax.Array:
     if split:
-        return apply_polar_partitioned(polar, stack, split, eps)
+        return apply_polar_by_columns(polar, stack, split, eps)
     count = stack.shape[0]
     if polar.platform != "cpu" or count == 1:
         return apply_polar(polar, stack, eps)
@@ -190,7 +194,7 @@ def _sent(polar: PolarPlan, job: Job, turn: Round) -> str:
     if turn.exchange.split and polar.method != "svd":
         polar = dataclasses.replace(polar, method="standard")
     resolved = polar.resolve((job.rows, job.columns), job.dtype)
-    _, work = resolved.dtypes(jnp.dtype(job.dtype))
+    work = jnp.dtype(resolved.dtype)
     return job.dtype if work.itemsize >= jnp.dtype(job.dtype).itemsize else work.name
 
 

@@ -1,21 +1,55 @@
-"""`ns_implementation`: an iteration whose symmetric products a kernel computes, interpreted."""
+"""Hermitian products by XLA and, where `ns_implementation` names one, by a kernel, interpreted."""
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from muonclip_jax.kernels import symmetric_tpu
-from muonclip_jax.newton_schulz import apply_polar, orthogonalize, plan_polar
-from muonclip_jax.newton_schulz.partitioned import apply_polar_partitioned
+from muonclip_jax.newton_schulz import (
+    apply_polar,
+    apply_polar_by_columns,
+    orthogonalize,
+    plan_polar,
+    products,
+)
+from muonclip_jax.newton_schulz.products import gram, symmetric_product
 from muonclip_jax.transforms import scale_by_muon
 from tests.helpers import TOLERANCE, equations, lowered, polynomial_of_singular_values
 
 ROWS = [(2.0, -1.5, 0.5), (1.5, -0.5, 0.0), (2.0, -1.5, 0.5)]
+ON_A_TPU: dict[str, Any] = {"ns_implementation": "mosaic_tpu", "platform": "tpu"}
+
+
+@pytest.mark.parametrize("symmetric", ["xla", "triangle"])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((2, 5, 7), "complex64"), ((6, 4), "float32"), ((2, 6, 9), "bfloat16"), ((1, 1), "float16")],
+)
+def test_hermitian_products_are_what_float64_says(shape, dtype, symmetric, monkeypatch):
+    monkeypatch.setattr(products, "SPLIT_FROM", 3)
+    real, imaginary = np.random.default_rng(0).standard_normal((2, *shape)) / np.sqrt(shape[-1])
+    x = jnp.asarray(real + 1j * imaginary if dtype == "complex64" else real, dtype)
+
+    def check(actual: jax.Array, expected: np.ndarray) -> None:
+        atol = TOLERANCE[dtype] * np.abs(expected).max()
+        np.testing.assert_allclose(np.asarray(actual).astype(np.complex128), expected, atol=atol)
+
+    def exact(array: jax.Array) -> np.ndarray:
+        return np.asarray(array).astype(np.complex128)
+
+    r = gram(x, symmetric)
+    check(r, exact(x) @ np.conj(np.swapaxes(exact(x), -1, -2)))
+    wide = products.accumulator(dtype)
+    assert (r.dtype, gram(x, symmetric, wide).dtype) == (dtype, wide)
+    for y in (r, symmetric_product(r, r)):
+        product = symmetric_product(r, y, r, alpha=2.0, beta=-3.0, symmetric=symmetric)
+        check(product, 2 * exact(r) @ exact(y) - 3 * exact(r))
 
 
 @pytest.fixture
@@ -30,108 +64,69 @@ def _matrices(*shape: int) -> np.ndarray:
 
 
 def _launches(function, *args) -> int:
-    return sum(
-        equation.params.get("name") == "symmetric_product"
-        for equation in equations(jax.make_jaxpr(function)(*args))
-        if equation.primitive.name == "pallas_call"
-    )
+    calls = [e for e in equations(jax.make_jaxpr(function)(*args)) if "name" in e.params]
+    return sum(each.params["name"] == "symmetric_product" for each in calls)
 
 
 @pytest.mark.usefixtures("on_a_tpu")
 @pytest.mark.parametrize(
-    ("shape", "method", "preconditioning"),
+    ("shape", "method", "preconditioning", "power", "launches"),
     [
-        ((6, 10), "standard", "schatten8"),
-        ((2, 10, 6), "standard", "frobenius"),
-        ((2, 6, 10), "gram", "schatten8"),
+        ((2, 10, 6), "standard", "frobenius", 2, 5),  # three X X^T and two squares
+        # The first X X^T is wanted in a wider dtype, which XLA computes, but here it is as wide.
+        ((2, 6, 10), "gram", "schatten8", 8, 9),
     ],
 )
-def test_an_iteration_by_kernels_is_its_polynomial(shape, method, preconditioning):
+def test_an_iteration_by_kernels_is_its_polynomial(shape, method, preconditioning, power, launches):
     x = _matrices(*shape)
-    run = functools.partial(
-        orthogonalize,
-        ns_coeffs=ROWS,
-        ns_method=method,
-        ns_dtype="float32",
-        preconditioning=preconditioning,
-        ns_implementation="mosaic_tpu",
-        platform="tpu",
-    )
-    power = {"frobenius": 2, "schatten8": 8}[preconditioning]
+    settings = {"ns_method": method, "ns_dtype": "float32", "preconditioning": preconditioning}
+    run = functools.partial(orthogonalize, ns_coeffs=ROWS, **settings, **ON_A_TPU)
     values = np.linalg.svd(x.astype(np.float64), compute_uv=False)
     norm = np.linalg.norm(values, ord=power, axis=-1)[..., None, None]
     expected = polynomial_of_singular_values(x / norm, ROWS)
     np.testing.assert_allclose(jax.jit(run)(x), expected, atol=10 * TOLERANCE["float32"])
-    # Three products X X^T or their like and two squares at least.
-    assert _launches(run, x) >= 5
+    assert _launches(run, x) == launches
     assert _launches(functools.partial(run, ns_implementation="xla"), x) == 0
+    # The derivatives are those of XLA's products.
+    weights = _matrices(2, *shape)[1]
+
+    def loss(x, implementation):
+        return jnp.vdot(weights, run(x, ns_implementation=implementation))
+
+    gradients = [jax.jit(jax.grad(loss), static_argnums=1)(x, n) for n in ("mosaic_tpu", "xla")]
+    np.testing.assert_allclose(*gradients, atol=1e-4)
 
 
 @pytest.mark.usefixtures("on_a_tpu")
-def test_devices_that_share_columns_use_kernels_too():
-    x = _matrices(6, 12)
-    mesh = jax.make_mesh((2,), ("tp",), devices=jax.devices()[:2])
-    columns = PartitionSpec(None, "tp")
-    polar = plan_polar(ROWS, ns_dtype="float32", ns_implementation="mosaic_tpu", platform="tpu")
-    mapped = jax.shard_map(
-        functools.partial(apply_polar_partitioned, polar, axes=("tp",)),
-        mesh=mesh,
-        in_specs=columns,
-        out_specs=columns,
-        check_vma=False,
-    )
+def test_devices_that_share_columns_use_kernels_too_and_those_that_explicit_axes_share_refuse():
+    x, columns = _matrices(6, 12), PartitionSpec(None, "tp")
+    mesh = jax.make_mesh((2,), ("tp",), (AxisType.Auto,), devices=jax.devices()[:2])
+    polar = plan_polar(ROWS, ns_dtype="float32", **ON_A_TPU)
+    run = functools.partial(apply_polar_by_columns, polar, axes=("tp",))
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=columns, out_specs=columns, check_vma=False)
     expected = polynomial_of_singular_values(x / np.linalg.norm(x), ROWS)
-    sharded = jax.device_put(x, jax.NamedSharding(mesh, columns))
+    sharded = jax.device_put(x, NamedSharding(mesh, columns))
     np.testing.assert_allclose(jax.jit(mapped)(sharded), expected, atol=10 * TOLERANCE["float32"])
     assert _launches(mapped, sharded) == len(ROWS)
 
-
-@pytest.mark.usefixtures("on_a_tpu")
-def test_stacks_that_explicit_axes_shard_are_refused():
     mesh = jax.make_mesh((2,), ("d",), (AxisType.Explicit,), devices=jax.devices()[:2])
     with jax.set_mesh(mesh):
-        x = jax.device_put(jnp.ones((2, 4, 6)), jax.NamedSharding(mesh, PartitionSpec("d")))
+        stack = jax.device_put(jnp.ones((2, 4, 6)), NamedSharding(mesh, PartitionSpec("d")))
         with pytest.raises(NotImplementedError, match=r"'mosaic_tpu' .*2@d.*jax.shard_map, or"):
-            jax.eval_shape(
-                functools.partial(orthogonalize, ns_implementation="mosaic_tpu", platform="tpu"), x
-            )
+            jax.eval_shape(functools.partial(orthogonalize, **ON_A_TPU), stack)
 
 
-@pytest.mark.usefixtures("on_a_tpu")
-def test_derivatives_are_those_of_xla():
-    x = jnp.asarray(_matrices(4, 6))
-
-    def loss(implementation, x):
-        y = orthogonalize(
-            x, ns_coeffs=ROWS, ns_dtype="float32", ns_implementation=implementation, platform="tpu"
-        )
-        return jnp.vdot(_matrices(2, 4, 6)[1], y)
-
-    actual, expected = (
-        jax.jit(jax.grad(functools.partial(loss, each)))(x) for each in ("mosaic_tpu", "xla")
-    )
-    np.testing.assert_allclose(actual, expected, atol=1e-4)
-
-
-@pytest.mark.usefixtures("on_a_tpu")
-def test_an_optimizer_hands_it_on():
+def test_an_optimizer_hands_it_on_and_a_named_kernel_computes_or_says_why_not():
     params = {"w": jnp.asarray(_matrices(6, 10))}
-    tx = scale_by_muon(ROWS, ns_implementation="mosaic_tpu", platform="tpu")
+    tx = scale_by_muon(ROWS, **ON_A_TPU)
     assert _launches(tx.update, params, tx.init(params)) > 0
-
-
-def test_a_named_kernel_computes_or_says_why_not():
     x = jnp.asarray(_matrices(256, 384), jnp.float16)
-    polar = plan_polar(
-        ROWS, ns_method="standard", ns_dtype="float16", ns_implementation="mosaic_gpu"
-    )
+    polar = plan_polar(ROWS, None, "standard", "float16", ns_implementation="mosaic_gpu")
     hopper = dataclasses.replace(polar, platform="gpu")
     # Three products X X^T and two squares.
-    assert (
-        lowered("cuda", functools.partial(apply_polar, hopper), x).count("symmetric_product") >= 5
-    )
+    text = lowered("cuda", functools.partial(apply_polar, hopper), x)
+    assert text.count("symmetric_product") >= 5
     with pytest.raises(NotImplementedError, match=r"'mosaic_gpu' runs on a GPU, .* for 'cpu'"):
         apply_polar(polar, x)
-    wide = dataclasses.replace(hopper, dtype="float32")
     with pytest.raises(NotImplementedError, match=r"multiplies bfloat16 and float16.*in float32"):
-        apply_polar(wide, x)
+        apply_polar(dataclasses.replace(hopper, dtype="float32"), x)

@@ -1,0 +1,198 @@
+"""Which form and dtype are chosen, what they cost, and that nothing diverges in any of them."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.counting import count_products, product_flops
+from muonclip_jax.newton_schulz import COEFFICIENT_SETS, PolarPlan, apply_polar, plan_polar
+from muonclip_jax.newton_schulz.coefficients import evaluate
+from muonclip_jax.newton_schulz.iteration import gram_newton_schulz
+from muonclip_jax.newton_schulz.normalization import normalize
+from muonclip_jax.newton_schulz.stability import amplification, choose_restarts, guard_rows
+from tests.helpers import equations, polynomial_of_singular_values
+
+KJ = COEFFICIENT_SETS["keller_jordan"].rows
+WIDE, SQUARE = (64, 256), (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("shape", "x_dtype", "ns_dtype", "method", "platform", "rows", "expected"),
+    [
+        (SQUARE, "float32", None, "standard", "cpu", KJ, ("standard", "float32")),
+        (SQUARE, "bfloat16", None, "standard", "cpu", KJ, ("standard", "float32")),
+        (WIDE, "float32", None, "standard", "gpu", KJ, ("standard", "float16")),
+        (WIDE, "bfloat16", None, "gram", "gpu", KJ, ("gram", "float16")),
+        (WIDE, "float32", None, "standard", "tpu", KJ, ("standard", "bfloat16")),
+        (WIDE, "float32", None, "gram", "tpu", KJ, ("gram", "float32")),
+        (WIDE, "float64", None, "standard", "gpu", KJ, ("standard", "float64")),
+        (WIDE, "complex64", None, "gram", "gpu", KJ, ("gram", "complex64")),
+        (WIDE, "complex128", None, "gram", "tpu", KJ, ("gram", "complex128")),
+        (WIDE, "float32", None, "svd", "gpu", KJ, ("svd", "float32")),
+        (WIDE, "float32", "bfloat16", "standard", "cpu", KJ, ("standard", "bfloat16")),
+        (WIDE, "float64", "float32", "standard", "cpu", KJ, ("standard", "float32")),
+        # The Gram form where it is cheaper and safe.
+        (WIDE, "float32", None, "auto", "cpu", KJ, ("gram", "float32")),
+        (WIDE[::-1], "float32", None, "auto", "cpu", KJ, ("gram", "float32")),
+        (SQUARE, "float32", None, "auto", "cpu", KJ, ("standard", "float32")),
+        ((64, 120), "float32", None, "auto", "cpu", KJ, ("gram", "float32")),
+        (WIDE, "float32", None, "auto", "gpu", KJ, ("gram", "float16")),
+        ((64, 128), "float32", None, "auto", "gpu", KJ, ("gram", "float16")),
+        ((64, 127), "float32", None, "auto", "gpu", KJ, ("standard", "float16")),
+        ((64, 127), "float32", "float32", "auto", "gpu", KJ, ("gram", "float32")),
+        (WIDE, "float32", "bfloat16", "auto", "gpu", KJ, ("standard", "bfloat16")),
+        (WIDE, "float32", None, "auto", "tpu", KJ, ("standard", "bfloat16")),
+        ((64, 6400), "float32", None, "auto", "tpu", KJ * 4, ("standard", "bfloat16")),
+        (WIDE, "float32", None, "auto", "gpu", KJ * 5, ("standard", "float16")),
+        (WIDE, "float32", None, "gram", "gpu", KJ * 5, ("gram", "float32")),
+        (WIDE, "complex64", None, "auto", "gpu", KJ, ("gram", "complex64")),
+    ],
+)
+def test_form_and_dtype(shape, x_dtype, ns_dtype, method, platform, rows, expected) -> None:
+    plan = PolarPlan(rows, method, ns_dtype, "frobenius", platform=platform)
+    resolved = plan.resolve(shape, x_dtype)
+    assert (resolved.method, resolved.dtype) == expected
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "ns_dtype", "method", "message"),
+    [
+        ("complex64", "bfloat16", "auto", "not possible for input of dtype complex64"),
+        ("float32", "float16", "svd", 'not possible for ns_method="svd"'),
+        ("float32", "float64", "standard", "jax_enable_x64"),
+    ],
+)
+def test_impossible_dtypes(x_dtype, ns_dtype, method, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_polar(KJ, ns_dtype=ns_dtype, ns_method=method).check_input(x_dtype)
+
+
+def test_a_plan_is_a_value() -> None:
+    plan = plan_polar("dion", ns_dtype=jnp.bfloat16)
+    assert plan == PolarPlan(COEFFICIENT_SETS["you"].rows, "auto", "bfloat16", "frobenius")
+    assert hash(plan) == hash(plan_polar("you", 5, ns_dtype="bfloat16"))
+    assert plan_polar("minimax4").preconditioning == "schatten8"
+    assert plan_polar("minimax4", preconditioning="frobenius").preconditioning == "frobenius"
+    assert plan_polar("turbo", preconditioning="aol") == plan_polar("turbo")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "16 bits"])
+@pytest.mark.parametrize("method", ["standard", "gram"])
+@pytest.mark.parametrize("preconditioning", ["frobenius", "aol", "schatten", "schatten8"])
+def test_flops_are_those_of_the_products(preconditioning: str, method: str, dtype: str) -> None:
+    # The norms are free: what they are of, the first step uses; but for one in 16 bits.
+    dtype = {"standard": "bfloat16", "gram": "float16"}[method] if dtype == "16 bits" else dtype
+    plan = plan_polar(KJ, ns_method=method, ns_dtype=dtype, preconditioning=preconditioning)
+    x = jnp.ones((48, 192), jnp.float32)
+    resolved = plan.resolve(x.shape, x.dtype)
+    assert resolved.extra_squares == (preconditioning == "schatten8" and dtype != "float32")
+    jaxpr = jax.make_jaxpr(functools.partial(apply_polar, plan))(x)
+    products = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+    counts, each = count_products(resolved), product_flops(*x.shape)
+    assert len(products) == sum(counts.values())
+    assert resolved.flops == sum(counts[kind] * each[kind] for kind in counts)
+
+
+def test_the_guard_gives_steep_sets_room_and_leaves_safe_ones_alone() -> None:
+    for name in ("keller_jordan", "you", "polar_express_1.05", "deepseek_v4", "turbo"):
+        rows = COEFFICIENT_SETS[name].rows
+        for dtype in ("float64", "float32", "float16", "bfloat16"):
+            assert guard_rows(rows, dtype) == rows, (name, dtype)
+    rows = COEFFICIENT_SETS["cans"].rows
+    assert guard_rows(rows, "float64") == rows
+    assert abs(evaluate(rows, 1.004)) > 1e3
+    assert abs(evaluate(guard_rows(rows, "bfloat16"), 1.004)) < 1.2
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "dtype", "expected"),
+    [
+        ("you", 5, "float16", (2,)),  # the first three as published with the Gram form
+        ("polar_express_1.05", 5, "float16", (2,)),
+        ("keller_jordan", 5, "float16", (3,)),
+        # The first row comes within 3 % of zero inside (0, 1), which makes Q badly conditioned
+        # wherever the restart is. What is lost there is small; what grows decides.
+        ("minimax4", 4, "float16", (2,)),
+        ("deepseek_v4", 10, "float16", (3, 6)),
+        ("keller_jordan", 1, "float16", ()),
+        ("keller_jordan", 5, "float32", ()),
+        ("keller_jordan", 25, "float32", (5, 10, 15, 20)),
+        # As many restarts as are tried leave segments of five steps.
+        ("keller_jordan", 25, "float16", None),
+        ("you", 5, "bfloat16", None),
+    ],
+)
+def test_restarts(name: str, steps: int, dtype: str, expected: tuple[int, ...] | None) -> None:
+    assert choose_restarts(plan_polar(name, steps).rows, dtype) == expected
+    if expected is None:
+        with pytest.raises(ValueError, match=f'ns_method="gram" is unstable .* in {dtype}.* Pass '):
+            plan_polar(name, steps, "gram", dtype)
+
+
+def test_a_restart_saves_float16() -> None:
+    assert amplification((), COEFFICIENT_SETS["you"].rows, 4e-4) == pytest.approx(2e8, rel=0.1)
+    # Log-spaced singular values: the spectrum on which rounding does the most harm.
+    rng = np.random.default_rng(0)
+    u, _ = np.linalg.qr(rng.normal(size=(64, 64)))
+    v, _ = np.linalg.qr(rng.normal(size=(256, 64)))
+    x = jnp.asarray((u * np.logspace(0, -3, 64)) @ v.T, jnp.float32)
+    plan = plan_polar("polar_express_1.05", 5, "gram", "float16").resolve(x.shape, x.dtype)
+    without = dataclasses.replace(plan, restarts=())
+    with jax.disable_jit():  # each 16-bit rounding really takes place
+        run = [np.asarray(gram_newton_schulz(normalize(x, p, 1e-7), p)) for p in (plan, without)]
+    worst = [np.linalg.norm(np.nan_to_num(y.astype(np.float64), nan=1e9), ord=2) for y in run]
+    assert worst[0] < 1.2 < worst[1]
+
+
+def with_singular_values(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    u, v = (np.linalg.qr(rng.normal(size=(size, 32)))[0] for size in (32, 96))
+    return (u * values) @ v.T
+
+
+def spectra() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    low_rank = rng.normal(size=(32, 4)) @ rng.normal(size=(4, 96))
+    return np.stack(
+        [
+            np.outer(rng.normal(size=32), rng.normal(size=96)),
+            np.ones((32, 96)),
+            np.eye(32, 96) * ([1.0] + [1e-4] * 95),
+            low_rank + 0.02 * rng.normal(size=(32, 96)),
+            *(with_singular_values(np.logspace(0, -p, 32), rng) for p in (0, 3)),
+            with_singular_values(1 / np.arange(1, 33), rng),
+            *rng.normal(size=(8, 32, 96)),
+        ]
+    ).astype(np.float32)
+
+
+# Relative distance from the same polynomial in float64, Gaussian matrices; the documented bounds.
+BOUNDS = {
+    ("standard", "float32"): 5e-6,
+    ("standard", "float16"): 4e-3,
+    ("standard", "bfloat16"): 3e-2,
+    ("gram", "float32"): 2e-5,
+    ("gram", "float16"): 8e-3,
+}
+
+
+@pytest.mark.parametrize(("method", "dtype"), BOUNDS)
+@pytest.mark.parametrize("name", COEFFICIENT_SETS)
+def test_no_singular_value_leaves_the_range_of_the_set(name: str, dtype: str, method: str) -> None:
+    x, rows = spectra(), COEFFICIENT_SETS[name].rows
+    plan = plan_polar(name, ns_method=method, ns_dtype=dtype)
+    with jax.disable_jit():  # each 16-bit rounding really takes place
+        y = np.asarray(apply_polar(plan, jnp.asarray(x)), np.float64)
+    # The largest value of the polynomial on [0, 1]: 1.2 for minimax4 and keller_jordan. Sets whose
+    # rows are exact to the edge of their intervals leave it a little in the Gram form.
+    top = evaluate(rows, np.linspace(0, 1, 100_001)).max()
+    edge = name == "cans" and (method, dtype) == ("gram", "float16")
+    assert np.linalg.norm(y, ord=2, axis=(-2, -1)).max() < top + (0.06 if edge else 0.015)
+    assert ((x * y).sum(axis=(-2, -1)) > 0).all()  # none of them points backwards
+    if name in ("keller_jordan", "you", "polar_express_1.05", "deepseek_v4"):
+        norm = np.linalg.norm(x[-8:].astype(np.float64), axis=(-2, -1), keepdims=True)
+        exact = polynomial_of_singular_values(x[-8:] / norm, list(rows))
+        assert np.linalg.norm(y[-8:] - exact) / np.linalg.norm(exact) < BOUNDS[method, dtype]
