@@ -29,8 +29,9 @@ from jaxtyping import Array, Float
 from muonclip_jax._tree import MAX_LOGITS
 from muonclip_jax.attention import (
     RecordingBeside,
-    batched_attention,
-    batched_max_logits,
+    as_bool,
+    attention_max_logits,
+    dot_product_attention as attend,
     only_max_logits,
     records,
 )
@@ -119,11 +120,17 @@ def dot_product_attention(
     target = record_in or module or _calling_module()
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
     if module is None and (deterministic or dropout_rate == 0.0):
-        out, max_logits = batched_attention(
-            query, key, value, bias, mask, is_causal=is_causal, implementation=implementation
+        out, max_logits = attend(
+            query,
+            key,
+            value,
+            bias,
+            as_bool(mask),
+            is_causal=is_causal,
+            implementation=implementation,
         )
     else:
-        max_logits = batched_max_logits(query, key, bias, mask, is_causal=is_causal)
+        max_logits = attention_max_logits(query, key, bias, as_bool(mask), is_causal=is_causal)
         out = nnx.dot_product_attention(
             query,
             key,

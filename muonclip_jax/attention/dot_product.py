@@ -1,48 +1,21 @@
-"""Attention that returns its largest logits beside its output, and who may compute it."""
+"""Attention that returns its maxima, the maxima alone, and which implementation computes them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from muonclip_jax._tree import ScalarLike
-from muonclip_jax.attention.arguments import AnyArray, AttentionArguments, read_arguments
-from muonclip_jax.attention.jax_nn import attend_cudnn, merge_groups, refuse_cudnn
-from muonclip_jax.attention.xla import attend_xla
+from muonclip_jax.attention import blocks
+from muonclip_jax.attention.cudnn import attend_cudnn
+from muonclip_jax.attention.inputs import AnyArray, on_each_device, read_inputs
+from muonclip_jax.attention.pairs import Geometry, Inputs, bias_permits
+from muonclip_jax.kernels import MAX_LOGITS, load_kernel
 
-
-@dataclass(frozen=True)
-class Implementation:
-    """One way to compute attention and its maxima.
-
-    Attributes:
-        attend: Returns the output `[B, T, N, D]` and the maxima `[N]`.
-        refusal: Says why it cannot serve a call, or None where it can.
-        is_exact: Whether its maxima are the maxima, or a bound above them.
-    """
-
-    attend: Callable[[AttentionArguments], tuple[jax.Array, jax.Array]]
-    refusal: Callable[[AttentionArguments], str | None]
-    is_exact: bool
-
-
-def _attend_xla(arguments: AttentionArguments) -> tuple[jax.Array, jax.Array]:
-    out, maxima = attend_xla(arguments)
-    return merge_groups(out), maxima.reshape(-1)
-
-
-def _never(arguments: AttentionArguments) -> str | None:
-    del arguments
-    return None
-
-
-#: Every implementation by name. "xla" is exact and serves every call: it is what None means.
-IMPLEMENTATIONS: dict[str, Implementation] = {
-    "xla": Implementation(_attend_xla, _never, is_exact=True),
-    "cudnn": Implementation(attend_cudnn, refuse_cudnn, is_exact=False),
-}
+#: Implementations of `dot_product_attention`; "xla" is exact, serves every call and is the default.
+IMPLEMENTATIONS = ("xla", "cudnn")
 
 
 def dot_product_attention(
@@ -59,7 +32,7 @@ def dot_product_attention(
     local_window_size: int | tuple[int, int] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "*B T N D"], Float[Array, " N"]]:
-    r"""Returns attention, and the largest logit of every head over the pairs attended to.
+    r"""Returns attention, and the maximum logit of every head over the pairs attended to.
 
     .. math::
         \mathrm{softmax}(\mathrm{scale}\, Q K^T + \mathrm{bias})\, V, \qquad
@@ -69,28 +42,25 @@ def dot_product_attention(
     are; the maxima are those of `attention_max_logits` and carry no gradient.
 
     Implementations:
-        - "xla": everywhere, exact. Memory is linear in the sequence; the maximum is the one that
-          softmax subtracts, so recording costs next to nothing. It serves every call, in forward
-          mode and any order of derivatives too.
+        - "xla", the default: everywhere, exact, with derivatives of any order and mode. Memory is
+          linear in the sequence; the maximum is the one that softmax subtracts.
         - "cudnn": NVIDIA GPUs, half precision. The maxima come from the kernel's log-sum-exp: an
           upper bound, at most `ln(keys)` and one unit of rounding in the dtype of the output too
           high. Refused with an additive bias, which is part of that sum.
-        - None: "xla", on every platform.
 
     Args:
-        query: Queries `(B, T, N, H)` or `(T, N, H)`.
-        key: Keys `(B, S, K, H)` or `(S, K, H)`; `N` must be a multiple of `K`.
-        value: Values `(B, S, K, D)` or `(S, K, D)`. `D` may differ from `H`.
-        bias: Added to the logits; broadcasts to `(B, N, T, S)`. No part of the recorded maxima,
-            see `attention_max_logits`.
-        mask: Boolean, True where a pair takes part; broadcasts to `(B, N, T, S)`.
+        query: Queries `(*B, T, N, H)`, with any number of batch axes.
+        key: Keys `(*B, S, K, H)`; `N` must be a multiple of `K`.
+        value: Values `(*B, S, K, D)`. `D` may differ from `H`.
+        bias: Added to the logits; broadcasts to `(*B, N, T, S)`. Not part of the recorded maxima.
+        mask: Boolean, True where a pair takes part; broadcasts to `(*B, N, T, S)`.
         scale: Factor of the dot products, `1 / sqrt(H)` by default.
         is_causal: Whether query `t` sees only keys up to `t`.
-        query_seq_lengths: Valid queries of each sequence `(B,)`; the output beyond is zero.
-        key_value_seq_lengths: Valid keys of each sequence `(B,)`.
+        query_seq_lengths: Valid queries of each sequence `(*B,)`; the output beyond is zero.
+        key_value_seq_lengths: Valid keys of each sequence `(*B,)`.
         local_window_size: Query `t` sees keys from `t - left` to `t + right`; one number stands
             for both.
-        implementation: A name from the list above, or None.
+        implementation: A name from the list above, or None for "xla".
 
     Returns:
         The output, shaped like the query with the value's last axis, and the maxima `(N,)` in
@@ -101,7 +71,6 @@ def dot_product_attention(
         NotImplementedError: If the named implementation cannot serve the call; says why.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> query = jnp.array([[[1.0]], [[5.0]]])
         >>> out, max_logits = dot_product_attention(query, query, query, is_causal=True)
         >>> max_logits.tolist()
@@ -113,12 +82,12 @@ def dot_product_attention(
         Rabe & Staats, `Self-attention Does Not Need O(n^2) Memory
         <https://arxiv.org/abs/2112.05682>`_, 2021
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
+    if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
             f"implementation={implementation!r} is unknown; choose one of "
             f"{', '.join(map(repr, IMPLEMENTATIONS))}, or None for XLA's, which serves every call."
         )
-    arguments = read_arguments(
+    inputs, geometry = read_inputs(
         query,
         key,
         value,
@@ -130,10 +99,139 @@ def dot_product_attention(
         key_value_seq_lengths=key_value_seq_lengths,
         local_window_size=local_window_size,
     )
-    chosen = IMPLEMENTATIONS[implementation or "xla"]
-    reason = chosen.refusal(arguments)
-    if reason is not None:
-        raise NotImplementedError(f"implementation={implementation!r} cannot be used: {reason}.")
     with jax.named_scope("dot_product_attention"):
-        out, maxima = chosen.attend(arguments)
-    return out if arguments.batched else out[0], lax.stop_gradient(maxima)
+        if implementation == "cudnn":
+            out, maxima = attend_cudnn(inputs, geometry)
+        else:
+            out, maxima = on_each_device(lambda share: blocks.attend(share, geometry), inputs)
+    out = jnp.asarray(out).reshape(*jnp.shape(query)[:-1], jnp.shape(value)[-1])
+    return out, lax.stop_gradient(maxima).reshape(-1)
+
+
+def attention_max_logits(
+    query: Float[AnyArray, "*B T N H"],
+    key: Float[AnyArray, "*B S K H"],
+    bias: AnyArray | None = None,
+    mask: AnyArray | None = None,
+    *,
+    scale: ScalarLike | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: AnyArray | None = None,
+    key_value_seq_lengths: AnyArray | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, " N"]:
+    r"""Returns the maximum logit of every head over the pairs attended to.
+
+    .. math:: S_h = \max_{b, t, s\ \mathrm{attended}} \mathrm{scale}\; q_{bth} \cdot k_{bsh}
+
+    Dot products accumulate in float32. They are computed block by block, so memory grows with
+    `T + S` and not with `T S`. No gradient flows. It runs beside any attention that keeps its
+    logits to itself.
+
+    Implementations:
+        - "xla", the default: everywhere, in plain operations that any partitioner splits.
+        - "mosaic_tpu": on TPUs, a Pallas kernel that keeps the logits in the core. Tests
+          compare it with float64 in Pallas's interpreter; it has not been timed on a TPU. Products
+          of float32 are what JAX makes of them there by default, from bfloat16;
+          `jax.default_matmul_precision` raises that. On many devices each works on its own
+          sequences and key heads: inside a `jax.shard_map` over all axes of a mesh, and on meshes
+          with Explicit axes. Under Auto axes the partitioner cannot split a kernel; map over the
+          axes there.
+
+    Args:
+        query: Queries `(*B, T, N, H)`, with any number of batch axes.
+        key: Keys `(*B, S, K, H)`; `N` must be a multiple of `K`, and query head `n` meets key head
+            `n // (N / K)`.
+        bias: Additive bias that broadcasts to `(*B, N, T, S)`. It is not part of the recorded
+            logit, because scaling query and key cannot change it. It counts where it hides a pair:
+            at `finfo(bias.dtype).min / 2` and below, -inf included, and at -1e9 and below.
+        mask: Boolean mask that broadcasts to `(*B, N, T, S)`, True where a pair takes part.
+        scale: Factor of the dot products, `1 / sqrt(H)` by default.
+        is_causal: Whether query `t` sees only keys up to `t`.
+        query_seq_lengths: Valid queries of each sequence `(*B,)`.
+        key_value_seq_lengths: Valid keys of each sequence `(*B,)`.
+        local_window_size: Query `t` sees keys from `t - left` to `t + right`; one number stands
+            for both.
+        implementation: A name from the list above, or None for "xla".
+
+    Returns:
+        The maxima `(N,)` in float32; -inf for a head without any pair. A NaN logit makes its head's
+        maximum NaN or is left out, whichever XLA's maximum does on the platform: output and
+        gradients are NaN then anyway.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit together, or no implementation has that name.
+        NotImplementedError: If the named implementation cannot serve the call; says why.
+
+    Example:
+        >>> query = jnp.array([[[1.0]], [[5.0]]])
+        >>> key = jnp.array([[[2.0]], [[3.0]]])
+        >>> attention_max_logits(query, key).tolist()
+        [15.0]
+
+    References:
+        Kimi Team, `Kimi K2 <https://arxiv.org/abs/2507.20534>`_, Algorithm 1, 2025
+    """
+    if implementation not in (None, "xla", *MAX_LOGITS):
+        raise ValueError(
+            f"implementation={implementation!r} is none of "
+            f"{', '.join(map(repr, ('xla', *MAX_LOGITS)))}, and not None, which is 'xla'."
+        )
+    inputs, geometry = read_inputs(
+        query,
+        key,
+        None,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+    )
+    compute = blocks.max_logits
+    if implementation in MAX_LOGITS:
+        compute = functools.partial(_by_kernel, implementation)
+    with jax.named_scope("max_logits"):
+        _, maxima = on_each_device(
+            lambda share: (None, compute(share, geometry)),
+            lax.stop_gradient(inputs._replace(scale=jnp.asarray(inputs.scale))),
+            # What varies between devices is lost where Pallas interprets a kernel.
+            check_vma=implementation not in MAX_LOGITS,
+        )
+    return maxima.reshape(-1)
+
+
+def _by_kernel(name: str, inputs: Inputs, geometry: Geometry) -> Float[Array, "K G"]:
+    kernel = load_kernel("max_logits", name, geometry.platform)
+    query, key, scale = inputs.query, inputs.key, jnp.asarray(inputs.scale)
+    batch, queries, key_heads, groups, head_dim = query.shape
+    if query.dtype.name not in kernel.DTYPES or head_dim > kernel.LONGEST_HEAD:
+        raise NotImplementedError(
+            f"implementation={name!r} takes {' and '.join(kernel.DTYPES)} and heads of up to "
+            f"{kernel.LONGEST_HEAD} features, got {query.dtype} and {head_dim}. Pass 'xla'."
+        )
+    if 0 in (batch, queries, key.shape[1]):
+        return jnp.full((key_heads, groups), -jnp.inf, jnp.float32)
+    masks = [inputs.mask, None if inputs.bias is None else bias_permits(inputs.bias)]
+    ends = [
+        jnp.full((batch,), length) if end is None else jnp.minimum(end, length)
+        for end, length in (
+            (inputs.query_seq_lengths, queries),
+            (inputs.key_value_seq_lengths, key.shape[1]),
+        )
+    ]
+    # The maximum of `scale x` is `|scale|` times that of `x` or of `-x`.
+    maxima = kernel.max_logits(
+        jnp.where(scale < 0, -query, query).reshape(batch, queries, -1, head_dim),
+        key,
+        [mask.reshape(mask.shape[0], -1, *mask.shape[3:]) for mask in masks if mask is not None],
+        jnp.stack(ends, axis=1).astype(jnp.int32),
+        is_causal=geometry.is_causal,
+        window=geometry.window,
+    )
+    # Those of no pair stay -inf, also where the scale is zero.
+    scaled = maxima * jnp.abs(scale).astype(jnp.float32)
+    maxima = jnp.where(jnp.isneginf(maxima), maxima, scaled)
+    return jnp.max(maxima, axis=0).reshape(key_heads, groups)

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from muonclip_jax.attention import finite_first
+from muonclip_jax.attention.maxima import finite_max, finite_maximum
 
 
 def _largest(x: Float[Array, "..."]) -> Float[Array, ""]:
-    return finite_first.max_over(x, range(x.ndim))
+    return finite_max(x, range(x.ndim))
 
 
 class QKClipInfo(NamedTuple):
@@ -36,7 +36,7 @@ class QKClipInfo(NamedTuple):
         no others.
         """
         parts = [_largest(x) for x in self.max_logits.values()]
-        return functools.reduce(finite_first.maximum, parts, jnp.asarray(-jnp.inf, jnp.float32))
+        return functools.reduce(finite_maximum, parts, jnp.asarray(-jnp.inf, jnp.float32))
 
     @property
     def total_clipped(self) -> Int[Array, ""]:

@@ -23,7 +23,7 @@ from muonclip_jax._tree import (
     join,
     listed,
 )
-from muonclip_jax.attention import finite_first
+from muonclip_jax.attention.maxima import finite_max, finite_maximum
 from muonclip_jax.clipping.gamma import at_least_float32
 from muonclip_jax.heads.clips import read_block
 from muonclip_jax.heads.finding import FoundBlock, Rule, find_blocks, strip_outer
@@ -248,8 +248,8 @@ def merge_recordings(arrays: Sequence[jax.Array], shape: tuple[int, ...], path: 
                 f"whole logits (..., query heads, queries, keys) too. Expected {shape}: take the "
                 "maximum over all other axes first."
             )
-        reduced.append(finite_first.max_over(at_least_float32(x), range(leading)))
-    return functools.reduce(finite_first.maximum, reduced)
+        reduced.append(finite_max(at_least_float32(x), range(leading)))
+    return functools.reduce(finite_maximum, reduced)
 
 
 def plan_clip(

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from muonclip_jax._tree import MAX_LOGITS, join
-from muonclip_jax.attention import batched_attention
+from muonclip_jax.attention import as_bool, dot_product_attention as attend
 from muonclip_jax.attention.pairs import bias_permits, permitted_max
 
 COLLECTION = "intermediates"
@@ -90,7 +90,7 @@ def flax_attention(
         **keywords,
     )
     (logits,) = seen
-    permitted = None if mask is None else jnp.asarray(mask).astype(bool)
+    permitted = as_bool(mask)
     if bias is not None:
         permits = bias_permits(lax.stop_gradient(bias))
         permitted = permits if permitted is None else permitted & permits
@@ -172,8 +172,8 @@ def dot_product_attention(
     products = (precision, einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum)
     query, key, value = promote_dtype(query, key, value, dtype=dtype)
     if module is None and not drops and all(product is None for product in products):
-        out, max_logits = batched_attention(
-            query, key, value, bias, mask, implementation=implementation
+        out, max_logits = attend(
+            query, key, value, bias, as_bool(mask), implementation=implementation
         )
     else:
         out, max_logits = flax_attention(

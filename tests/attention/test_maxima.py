@@ -1,6 +1,6 @@
-"""Recorded maxima against dense float64 logits, and how several become one."""
+"""How several maxima become one, and maxima recorded beside an attention of the user's own."""
 
-import inspect
+import functools
 from typing import Any
 
 import jax
@@ -9,85 +9,22 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from muonclip_jax.attention import attention_max_logits, merge_max_logits, reduce_max_logits
+from muonclip_jax.attention import (
+    RecordingBeside,
+    attention_max_logits,
+    merge_max_logits,
+    reduce_max_logits,
+)
 from tests.attention.cases import CASES
 from tests.attention.dense import dense_attention
 from tests.helpers import TOLERANCE
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_maxima_are_those_of_dense_float64_logits(name):
-    query, key, _, keywords = CASES[name].make()
-    expected = dense_attention(query, key, **keywords).max_logits
-    actual = jax.jit(lambda q, k: attention_max_logits(q, k, **keywords))(query, key)
-    assert actual.dtype == jnp.float32
-    np.testing.assert_allclose(actual, expected, rtol=TOLERANCE["float32"])
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_accumulates_in_float32(dtype):
-    query, key, _, _ = CASES["grouped"].make(dtype)
-    expected = dense_attention(query, key).max_logits
-    actual = attention_max_logits(query, key)
-    assert actual.dtype == jnp.float32
-    # The inputs are rounded before both; the products and their sum are not.
-    np.testing.assert_allclose(actual, expected, rtol=TOLERANCE["float32"])
-
-
-def test_without_a_batch_axis():
-    query, key, _, _ = CASES["grouped"].make()
-    expected = dense_attention(query[:1], key[:1], is_causal=True).max_logits
-    actual = attention_max_logits(query[0], key[0], is_causal=True)
-    np.testing.assert_allclose(actual, expected, rtol=TOLERANCE["float32"])
-
-
-def test_signature_is_that_of_jax_nn():
-    theirs = inspect.signature(jax.nn.dot_product_attention).parameters
-    ours = inspect.signature(attention_max_logits).parameters
-    left_out = {"value", "return_residual"}
-    assert list(ours) == [name for name in theirs if name not in left_out]
-    assert [ours[n].kind for n in ours] == [theirs[n].kind for n in ours]
-    assert [ours[n].default for n in ours] == [theirs[n].default for n in ours]
-
-
-def test_no_gradient_flows():
-    query, key, _, _ = CASES["grouped"].make()
-    gradients = jax.grad(lambda q, k: attention_max_logits(q, k).sum(), argnums=(0, 1))(query, key)
-    assert all(not np.any(gradient) for gradient in gradients)
-
-
-def test_a_nan_logit_is_recorded_as_one_or_left_out():
-    query, key, _, _ = CASES["plain"].make()
-    expected = np.asarray(attention_max_logits(query, key))
-    maxima = np.asarray(attention_max_logits(query.at[1, 2, 3].set(jnp.nan), key))
-    np.testing.assert_array_equal(maxima[:3], expected[:3])
-    rest = dense_attention(query.at[1, 2, 3].set(0.0), key).max_logits
-    assert np.isnan(maxima[3]) or np.isclose(maxima[3], rest[3])
-
-
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_memory_grows_with_the_sequence_and_not_with_its_square(is_causal):
-    def peak(length):
-        array = jax.ShapeDtypeStruct((1, length, 4, 64), jnp.float32)
-        compiled = (
-            jax.jit(lambda q, k: attention_max_logits(q, k, is_causal=is_causal))
-            .lower(array, array)
-            .compile()
-        )
-        analysis: Any = compiled.memory_analysis()
-        return analysis.temp_size_in_bytes
-
-    short, long = peak(4096), peak(8192)
-    assert long < 2.5 * short
-    # One head's dense logits alone would take 256 MB.
-    assert long < 64 * 2**20
 
 
 def test_merging_takes_the_largest_finite_maximum():
     nan, inf = np.nan, np.inf
     first = {"a": {"max_logits": (jnp.array([1.0, nan, nan, inf, -inf, nan, 3.0, inf]),)}}
     second = {"a": {"max_logits": (jnp.array([2.0, 5.0, -inf, 7.0, -inf, inf, nan, -inf]),)}}
-    for trees in ((first, second), (second, first)):
+    for trees in ((first, second), (second, first), (first, second, first)):
         merged = merge_max_logits(*trees)["a"]["max_logits"][0]
         np.testing.assert_array_equal(merged, [2.0, 5.0, nan, 7.0, -inf, nan, 3.0, inf])
 
@@ -102,12 +39,19 @@ def test_merging_micro_batches_gives_the_maxima_of_the_whole_batch():
 
 def test_merging_says_what_differs():
     tree = {"a": {"max_logits": jnp.ones(4)}}
-    with pytest.raises(ValueError, match="at least one tree"):
-        merge_max_logits()
-    with pytest.raises(ValueError, match=r"trees 1 and 2 differ in \['a/max_logits', 'b/max_log"):
-        merge_max_logits(tree, {"b": {"max_logits": jnp.ones(4)}})
-    with pytest.raises(ValueError, match=r"'a/max_logits' have shape \(4,\) in tree 1 and \(2,\)"):
-        merge_max_logits(tree, {"a": {"max_logits": jnp.ones(2)}})
+    for trees, message in (
+        ((), "at least one tree"),
+        (
+            (tree, {"b": {"max_logits": jnp.ones(4)}}),
+            r"trees 1 and 2 differ in \['a/max_logits', 'b/max_log",
+        ),
+        (
+            (tree, {"a": {"max_logits": jnp.ones(2)}}),
+            r"'a/max_logits' have shape \(4,\) in tree 1 and \(2,\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge_max_logits(*trees)
 
 
 def test_reduction_over_a_mesh_is_one_collective():
@@ -132,7 +76,57 @@ def test_reduction_over_a_mesh_is_one_collective():
     assert jax.tree.map(lambda x: x.dtype, reduced) == jax.tree.map(lambda x: x.dtype, tree)
     program = reduce.lower(tree).compile().as_text() or ""
     assert program.count(" all-reduce(") == 1
-
-
-def test_reduction_of_an_empty_tree_is_empty():
     assert reduce_max_logits({}, "nowhere") == {}
+
+
+def _recorded(attention_fn: Any, *arguments: Any, **keywords: Any) -> tuple[Any, jax.Array]:
+    seen: list[jax.Array] = []
+    attend = RecordingBeside(attention_fn, lambda q, k, dtype: (q, k), seen.append)
+    out = attend(*arguments, **keywords)
+    (max_logits,) = seen
+    return out, max_logits
+
+
+MASK = jnp.asarray(np.random.default_rng(3).random((2, 4, 40, 40)) < 0.4)
+
+MEANT: dict[str, dict[str, Any]] = {
+    "causal, with a scale": {"is_causal": True, "scale": 0.3},
+    "mask": {"mask": MASK},
+    "bias and window": {"bias": jnp.where(MASK, 1.0, -jnp.inf), "local_window_size": (5, 1)},
+    "lengths": {
+        "query_seq_lengths": jnp.asarray([7, 40]),
+        "key_value_seq_lengths": jnp.asarray([30, 3]),
+    },
+}
+
+
+@pytest.mark.parametrize("how", ["bound", "passed", "bound to keywords"])
+@pytest.mark.parametrize("name", MEANT)
+def test_what_says_which_pairs_is_understood_wherever_it_stands(name, how):
+    query, key, value, _ = CASES["plain"].make()
+    function: Any = jax.nn.dot_product_attention
+    if how == "bound to keywords":
+        function = lambda q, k, v, **keywords: jax.nn.dot_product_attention(q, k, v, **keywords)  # noqa: E731
+    keywords = MEANT[name]
+    if how != "passed":
+        function, keywords = functools.partial(function, **keywords), {}
+    out, max_logits = _recorded(function, query, key, value, **keywords)
+    dense = dense_attention(query, key, value, **MEANT[name])
+    np.testing.assert_allclose(max_logits, dense.max_logits, rtol=TOLERANCE["float32"])
+    np.testing.assert_array_equal(out, function(query, key, value, **keywords))
+
+
+def test_defaults_count_and_what_is_passed_comes_before_them():
+    query, key, value, _ = CASES["plain"].make()
+
+    def causal(query, key, value, mask=None, is_causal=True):
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal)
+
+    _, max_logits = _recorded(causal, query, key, value)
+    expected = dense_attention(query, key, is_causal=True).max_logits
+    np.testing.assert_allclose(max_logits, expected, rtol=TOLERANCE["float32"])
+    everything = dense_attention(query, key).max_logits
+    assert (everything > expected).any()
+    for function in (causal, functools.partial(causal, is_causal=True)):
+        _, max_logits = _recorded(function, query, key, value, is_causal=False)
+        np.testing.assert_allclose(max_logits, everything, rtol=TOLERANCE["float32"])

@@ -11,11 +11,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from muonclip_jax.attention import (
     attention_max_logits,
+    blocks as xla,
     dot_product_attention,
-    max_logits as maxima_xla,
-    xla,
 )
-from muonclip_jax.attention.max_logits import least_block
 from tests.attention.dense import dense_attention
 from tests.helpers import TOLERANCE, equations
 
@@ -44,9 +42,8 @@ def _arrays(heads: int, key_heads: int) -> list[Any]:
 @pytest.fixture(autouse=True)
 def many_blocks(monkeypatch):
     """Cuts even these short sequences into blocks."""
-    monkeypatch.setattr(xla, "_DENSE_ELEMENTS", {"cpu": 1})
-    monkeypatch.setattr(xla, "_BLOCK_ELEMENTS", {"cpu": 1})
-    monkeypatch.setattr(maxima_xla, "_BLOCK_ELEMENTS", 1)
+    monkeypatch.setitem(xla.SIZES, "cpu", xla.Sizes(1, 1, 32))
+    monkeypatch.setattr(xla, "_MAXIMA_BLOCK", 1)
 
 
 def _placed(mesh: Mesh, spec: P, x: jax.Array) -> jax.Array:
@@ -66,38 +63,29 @@ def test_output_gradients_and_maxima_equal_one_device(kind, name):
     mask = jnp.asarray(np.random.default_rng(1).random((4, 1, 80, 96)) < 0.7)
     dense = dense_attention(query, key, value, mask=mask, is_causal=True, cotangent=cotangent)
 
-    def loss(query, key, value, cotangent, mask):
+    lengths = jnp.asarray([80, 3, 50, 0])
+    alone = dense_attention(query, key, query_seq_lengths=lengths, scale=0.3).max_logits
+
+    def loss(query, key, value, cotangent, mask, lengths):
         out, max_logits = dot_product_attention(query, key, value, mask=mask, is_causal=True)
-        return jnp.sum(out * cotangent), (out, max_logits)
+        found = attention_max_logits(query, key, query_seq_lengths=lengths, scale=0.3)
+        return jnp.sum(out * cotangent), (out, max_logits, found)
 
     mesh = _mesh(kind)
     arguments = [_placed(mesh, spec, x) for x in (query, key, value, cotangent)]
     mask_at = P(*spec[:1], None, *spec[1:2]) if len(spec) < 3 else P(spec[0])
     with jax.set_mesh(mesh):
         step = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
-        gradients, (out, max_logits) = step(*arguments, _placed(mesh, mask_at, mask))
+        gradients, (out, max_logits, found) = step(
+            *arguments, _placed(mesh, mask_at, mask), _placed(mesh, P(spec[0]), lengths)
+        )
+    np.testing.assert_allclose(found, alone, rtol=TOLERANCE["float32"])
     np.testing.assert_allclose(max_logits, dense.max_logits, rtol=TOLERANCE["float32"])
     np.testing.assert_allclose(out, dense.out, rtol=2e-5, atol=2e-5)
     for actual, expected in zip(gradients, dense.gradients, strict=True):
         np.testing.assert_allclose(actual, expected, rtol=5e-5, atol=5e-5)
     if kind == AxisType.Explicit:  # positions that came divided go back divided
         assert out.sharding.is_equivalent_to(arguments[0].sharding, 4)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", PLACES)
-def test_maxima_alone_equal_one_device(kind, name):
-    spec, *heads = PLACES[name]
-    query, key, *_ = _arrays(*heads)
-    lengths = jnp.asarray([80, 3, 50, 0])
-    expected = dense_attention(query, key, query_seq_lengths=lengths, scale=0.3).max_logits
-    mesh = _mesh(kind)
-    with jax.set_mesh(mesh):
-        find = jax.jit(lambda q, k, n: attention_max_logits(q, k, query_seq_lengths=n, scale=0.3))
-        found = find(
-            *(_placed(mesh, spec, x) for x in (query, key)), _placed(mesh, P(spec[0]), lengths)
-        )
-    np.testing.assert_allclose(found, expected, rtol=TOLERANCE["float32"])
 
 
 def test_without_jit_and_without_a_mesh_that_is_set():
@@ -119,8 +107,8 @@ def _trips(function, *arguments) -> list[int]:
 
 def test_blocks_are_cut_from_what_one_device_has(monkeypatch):
     """Eight devices with an eighth of the batch each make as many blocks as one with an eighth."""
-    monkeypatch.setattr(xla, "_BLOCK_ELEMENTS", {"cpu": 1 << 17})
-    monkeypatch.setattr(maxima_xla, "_BLOCK_ELEMENTS", 1 << 17)
+    monkeypatch.setitem(xla.SIZES, "cpu", xla.Sizes(1, 1 << 17, 32))
+    monkeypatch.setattr(xla, "_MAXIMA_BLOCK", 1 << 17)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     for function in (
         lambda x: dot_product_attention(x, x, x),
@@ -138,9 +126,6 @@ def test_blocks_are_cut_from_what_one_device_has(monkeypatch):
 
 def test_on_an_accelerator_a_large_batch_leaves_blocks_of_256_queries(monkeypatch):
     """Under Auto axes nobody knows how many devices share the batch."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert least_block() == 256
-    monkeypatch.undo()
     x = jax.ShapeDtypeStruct((512, 4096, 16, 64), jnp.bfloat16)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert _trips(lambda x: dot_product_attention(x, x, x), x) == [16]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from muonclip_jax import attention_max_logits, muonclip, orthogonalize
-from muonclip_jax.attention import max_logits
+from muonclip_jax.attention import inputs
 from muonclip_jax.kernels import MAX_LOGITS, SYMMETRIC, load_kernel
 from muonclip_jax.newton_schulz import plan, plan_polar
 
@@ -43,7 +43,7 @@ def test_a_kernel_that_jax_cannot_import_is_refused_and_nothing_else_breaks(
     operation, name, platform, missing, monkeypatch
 ):
     monkeypatch.setattr(plan, "plan_platform", lambda *_, **__: platform)
-    monkeypatch.setattr(max_logits, "plan_platform", lambda _: platform)
+    monkeypatch.setattr(inputs, "plan_platform", lambda *_: platform)
     module = importlib.import_module(f"muonclip_jax.kernels.{operation}_{platform}")
     pallas_parent, pallas = map(importlib.import_module, PALLAS)
     part, name_used = {"tpu": ("tpu", "CompilerParams"), "gpu": ("mosaic_gpu", "Layout")}[platform]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from muonclip_jax.attention import attention_max_logits, max_logits
+from muonclip_jax.attention import attention_max_logits, inputs
 from muonclip_jax.kernels import max_logits_tpu
 from tests.attention.dense import dense_attention
 from tests.helpers import TOLERANCE, described_mesh, lowered
@@ -22,7 +22,7 @@ by_kernel = functools.partial(attention_max_logits, implementation="mosaic_tpu")
 @pytest.fixture(autouse=True)
 def _on_a_tpu(monkeypatch):
     """Decides as on a TPU, with blocks so small that there are several."""
-    monkeypatch.setattr(max_logits, "plan_platform", lambda _: "tpu")
+    monkeypatch.setattr(inputs, "plan_platform", lambda *_: "tpu")
     monkeypatch.setattr(max_logits_tpu, "_BLOCK", 256)
     monkeypatch.setattr(max_logits_tpu, "_CHUNK_BYTES", 128 * 1024)
 
@@ -189,7 +189,7 @@ def test_lowered_inside_shard_map_it_knows_what_varies_and_under_auto_axes_it_is
 @pytest.mark.parametrize("case", [Case(2048, 2048, mask=(2, 1, 2048, 2048)), *CASES.values()])
 def test_it_lowers_for_a_tpu_without_the_logits(case, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(max_logits, "plan_platform", lambda _: "tpu")
+    monkeypatch.setattr(inputs, "plan_platform", lambda *_: "tpu")
     query, key, keywords = case.arrays()
     text = lowered("tpu", functools.partial(by_kernel, **keywords), query, key)
     assert f"{case.queries}x{case.keys}xf32" not in text

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from muonclip_jax._tree import ScalarLike
-from muonclip_jax.attention import finite_first
+from muonclip_jax.attention.maxima import finite_max
 from muonclip_jax.clipping.gamma import is_over
 from muonclip_jax.clipping.matching import merge_recordings
 
@@ -67,9 +67,7 @@ def track_clips(
     ]
     if not maxima:
         return maxima, before
-    largest = jnp.stack(
-        [finite_first.max_over(x, range(x.ndim)).astype(jnp.float32) for x in maxima]
-    )
+    largest = jnp.stack([finite_max(x, range(x.ndim)).astype(jnp.float32) for x in maxima])
     clipped = is_over(largest, NOTICEABLE * jnp.asarray(threshold, jnp.float32))
     fell = (before.lowest == 0) | (largest < FALL * before.lowest)
     return maxima, ClipEffect(

@@ -1,0 +1,353 @@
+"""Attention that records: output and gradients are jax.nn's, maxima those of dense float64."""
+
+import inspect
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from jax import export
+
+from muonclip_jax.attention import attention_max_logits, blocks, dot_product_attention
+from muonclip_jax.attention.cudnn import bound_from_log_sum_exp
+from muonclip_jax.attention.inputs import read_inputs
+from muonclip_jax.attention.pairs import bias_permits
+from tests.attention.cases import CASES
+from tests.attention.dense import dense_attention
+from tests.helpers import TOLERANCE, equations
+
+
+@pytest.fixture
+def many_blocks(monkeypatch):
+    """Cuts even short sequences into blocks."""
+    monkeypatch.setitem(blocks.SIZES, "cpu", blocks.Sizes(1, 1, 32))
+    monkeypatch.setattr(blocks, "_MAXIMA_BLOCK", 1)
+
+
+def _with_gradients(attend, keywords, cotangent):
+    """Compiles output, maxima and the gradients of `sum(out * cotangent)`."""
+
+    def loss(query, key, value):
+        out, max_logits = attend(query, key, value, **keywords)
+        # A gradient through the maxima would be seen.
+        seen = 1e3 * jnp.where(max_logits > 0, max_logits, 0).sum()
+        return jnp.vdot(out, cotangent) + seen, (out, max_logits)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+
+@pytest.mark.usefixtures("many_blocks")
+@pytest.mark.parametrize("name", CASES)
+def test_output_gradients_and_maxima_are_those_of_dense_float64(name):
+    query, key, value, keywords = CASES[name].make()
+    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(query.shape), jnp.float32)
+    gradients, (out, max_logits) = _with_gradients(dot_product_attention, keywords, cotangent)(
+        query, key, value
+    )
+    dense = dense_attention(query, key, value, cotangent=cotangent, **keywords)
+    alone = jax.jit(lambda q, k: attention_max_logits(q, k, **keywords))(query, key)
+    for found in (max_logits, alone):
+        np.testing.assert_allclose(found, dense.max_logits, rtol=TOLERANCE["float32"])
+        assert found.dtype == jnp.float32
+    np.testing.assert_allclose(out, dense.out, rtol=2e-5, atol=2e-5)
+    for actual, expected in zip(gradients, dense.gradients, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=5e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("name", ["causal window", "empty rows, causal", "bias of -inf"])
+def test_one_block_is_jax_nn_to_the_rounding(name):
+    query, key, value, keywords = CASES[name].make()
+    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(query.shape), jnp.float32)
+
+    def theirs(*arguments, **keywords):
+        return jax.nn.dot_product_attention(*arguments, **keywords), jnp.zeros(1)
+
+    gradients, (out, max_logits) = _with_gradients(dot_product_attention, keywords, cotangent)(
+        query, key, value
+    )
+    expected, (expected_out, _) = _with_gradients(theirs, keywords, cotangent)(query, key, value)
+    np.testing.assert_allclose(out, expected_out, rtol=1e-5, atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), gradients, expected
+    )
+    dense = dense_attention(query, key, **keywords).max_logits
+    np.testing.assert_allclose(max_logits, dense, rtol=TOLERANCE["float32"])
+
+
+@pytest.mark.usefixtures("many_blocks")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_accumulates_in_float32(dtype):
+    query, key, value, keywords = CASES["causal"].make(dtype, value_dim=5)
+    out, max_logits = jax.jit(lambda *a: dot_product_attention(*a, **keywords))(query, key, value)
+    dense = dense_attention(query, key, value, **keywords)
+    assert out.dtype == dtype
+    np.testing.assert_allclose(out.astype("float32"), dense.out, rtol=2e-2, atol=2e-2)
+    # The inputs are rounded before both; the products and their sum are not.
+    for found in (max_logits, attention_max_logits(query, key, **keywords)):
+        np.testing.assert_allclose(found, dense.max_logits, rtol=TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("axes", [(), (1, 2), (2, 1, 1)])
+def test_any_number_of_batch_axes(axes):
+    query, key, value, keywords = CASES["mask"].make()
+    query, key, value, mask = (x[: math.prod(axes)] for x in (query, key, value, keywords["mask"]))
+    dense = dense_attention(query, key, value, mask=mask)
+    batched = [x.reshape(*axes, *x.shape[1:]) for x in (query, key, value, mask)]
+    lengths = {"key_value_seq_lengths": jnp.full(axes or (1,), 40)}
+    out, max_logits = dot_product_attention(*batched[:3], mask=batched[3], **lengths)
+    assert out.shape == batched[0].shape
+    np.testing.assert_allclose(out.reshape(query.shape), dense.out, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(max_logits, dense.max_logits, rtol=TOLERANCE["float32"])
+
+
+@pytest.mark.usefixtures("many_blocks")
+def test_forward_mode_and_second_derivatives():
+    query, key, value, keywords = CASES["causal"].make()
+
+    def curvature(attend):
+        gradient = jax.grad(lambda q: jnp.sum(attend(q) ** 2))
+        return jax.jit(lambda q: jax.jvp(gradient, (q,), (jnp.ones_like(q),))[1])(query)
+
+    np.testing.assert_allclose(
+        curvature(lambda q: dot_product_attention(q, key, value, **keywords)[0]),
+        curvature(lambda q: jax.nn.dot_product_attention(q, key, value, **keywords)),
+        rtol=1e-3,
+        atol=1e-3,  # differences of products of a few hundred
+    )
+
+
+def test_vmap_keeps_one_set_of_maxima_for_each_call():
+    query, key, value, keywords = CASES["causal"].make()
+    _, max_logits = jax.vmap(lambda *a: dot_product_attention(*a, **keywords))(query, key, value)
+    for i in range(2):
+        expected = dense_attention(query[i : i + 1], key[i : i + 1], **keywords).max_logits
+        np.testing.assert_allclose(max_logits[i], expected, rtol=TOLERANCE["float32"])
+
+
+def test_a_nan_logit_is_recorded_as_one_or_left_out():
+    query, key, _, _ = CASES["plain"].make()
+    expected = np.asarray(attention_max_logits(query, key))
+    maxima = np.asarray(attention_max_logits(query.at[1, 2, 3].set(jnp.nan), key))
+    np.testing.assert_array_equal(maxima[:3], expected[:3])
+    rest = dense_attention(query.at[1, 2, 3].set(0.0), key).max_logits
+    assert np.isnan(maxima[3]) or np.isclose(maxima[3], rest[3])
+
+
+def test_no_gradient_flows_through_the_maxima():
+    query, key, _, _ = CASES["plain"].make()
+    gradients = jax.grad(lambda q, k: attention_max_logits(q, k).sum(), argnums=(0, 1))(query, key)
+    assert not any(np.any(gradient) for gradient in gradients)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (0, 699), (599, 699), (511, 512), (300, 650)])
+def test_the_largest_logit_is_found_wherever_it_is(place):
+    # 600 and 700 are no multiples of a block: the last block is moved back.
+    rng = np.random.default_rng(0)
+    query, key = (0.1 * rng.standard_normal((1, n, 1, 8)).astype("float32") for n in (600, 700))
+    query[0, place[0]], key[0, place[1]] = 3.0, 4.0
+    assert attention_max_logits(query, key, scale=1.0).tolist() == [96.0]
+
+
+@pytest.mark.parametrize("sizes", [(0, 3), (3, 0)])
+def test_an_empty_sequence_has_no_maximum(sizes):
+    query, key = (jnp.ones((1, size, 2, 4)) for size in sizes)
+    assert attention_max_logits(query, key).tolist() == [-np.inf, -np.inf]
+
+
+@pytest.mark.parametrize("what", ["training step", "maxima"])
+def test_memory_grows_with_the_sequence_and_not_with_its_square(what):
+    def loss(query, key, value):
+        out, max_logits = dot_product_attention(query, key, value, is_causal=True)
+        return out.sum(), max_logits
+
+    function = {
+        "training step": jax.grad(loss, argnums=(0, 1, 2), has_aux=True),
+        "maxima": lambda q, k, v: attention_max_logits(q, k),
+    }[what]
+
+    def peak(length):
+        arrays = [jax.ShapeDtypeStruct((1, length, 4, 64), jnp.float32)] * 3
+        analysis: Any = jax.jit(function).lower(*arrays).compile().memory_analysis()
+        return analysis.temp_size_in_bytes
+
+    short, long = peak(4096), peak(8192)
+    assert long < 2.5 * short
+    # The four heads' dense logits alone would take 1 GB.
+    assert long < 256 * 2**20
+
+
+def test_blocks_that_geometry_rules_out_are_never_computed():
+    def visited(**keywords):
+        x = jax.ShapeDtypeStruct((1, 4096, 8, 64), jnp.float32)
+        plans: list[blocks.Segment] = []
+        settings: dict[str, Any] = {"scale": None, "is_causal": False, "local_window_size": None}
+        settings |= dict.fromkeys(("query_seq_lengths", "key_value_seq_lengths")) | keywords
+        jax.eval_shape(
+            lambda x: plans.extend(
+                blocks.plan_segments(*read_inputs(x, x, x, None, None, **settings))
+            ),
+            x,
+        )
+        return sum(len(s.key_starts) * s.length * s.keys for s in plans) / 4096**2
+
+    assert visited() == 1
+    assert visited(is_causal=True) == 5 / 8
+    assert visited(is_causal=True, local_window_size=(256, 0)) < 0.1
+
+    def trips(**keywords):
+        x = jax.ShapeDtypeStruct((1, 2048, 8, 8), jnp.float32)
+        found = jax.make_jaxpr(lambda x: attention_max_logits(x, x, **keywords))(x)
+        return next(e.params["length"] for e in equations(found) if e.primitive.name == "scan")
+
+    assert trips(is_causal=True) < 0.65 * trips()
+    assert trips(local_window_size=(8, 8)) < 0.5 * trips()
+
+
+@pytest.mark.parametrize("function", [dot_product_attention, attention_max_logits])
+def test_signatures_are_that_of_jax_nn(function):
+    theirs = inspect.signature(jax.nn.dot_product_attention).parameters
+    ours = inspect.signature(function).parameters
+    left_out = {"return_residual", *({"value"} - set(ours))}
+    assert list(ours) == [name for name in theirs if name not in left_out]
+    assert [ours[n].kind for n in ours] == [theirs[n].kind for n in ours]
+    assert [ours[n].default for n in ours] == [theirs[n].default for n in ours]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["causal", "both lengths, causal", "empty rows, causal"])
+def test_log_sum_exp_bounds_the_maximum_within_the_logarithm_of_the_keys(name, dtype):
+    query, key, value, keywords = CASES[name].make(dtype)
+    # The reference computes the residual that cuDNN returns, in the same dtype.
+    _, residual = jax.nn.dot_product_attention(
+        query, key, value, implementation="xla", return_residual=True, **keywords
+    )
+    bound = bound_from_log_sum_exp(residual, keywords.get("query_seq_lengths"))
+    maxima = np.asarray(attention_max_logits(query, key, **keywords))
+    assert np.isneginf(bound).tolist() == np.isneginf(maxima).tolist()
+    bound, maxima = (np.asarray(x)[np.isfinite(maxima)] for x in (bound, maxima))
+    highest = maxima + math.log(key.shape[1])
+    assert np.all((bound >= maxima) & (bound <= highest + 2 * jnp.finfo(dtype).eps * abs(highest)))
+
+
+CUDNN = {
+    "bias": ("bias of -inf", "bfloat16", "cpu", "additive bias, which no clip can change"),
+    "dtype": ("plain", "float32", "gpu", "takes bfloat16 and float16, not float32"),
+    "platform": ("plain", "bfloat16", "cpu", "NVIDIA GPUs, not on 'cpu'; use 'xla'"),
+    # On a GPU without a cuDNN, or with heads of a size that it does not serve.
+    "itself": ("plain", "bfloat16", "gpu", r"cannot be used: cuDNN says: .*; use 'xla'"),
+}
+
+
+@pytest.mark.parametrize("why", CUDNN)
+def test_cudnn_says_why_not(why, monkeypatch):
+    name, dtype, platform, message = CUDNN[why]
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    query, key, value, keywords = CASES[name].make(dtype)
+    with pytest.raises(NotImplementedError, match=message):
+        jax.eval_shape(
+            lambda *x: dot_product_attention(*x, implementation="cudnn", **keywords),
+            *(query, key, value),
+        )
+
+
+X, MASK = (2, 4, 2, 8), {"mask": jnp.ones((3, 4), bool)}
+BAD: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any], str]] = {
+    "rank": ((4, 8), (4, 8), {}, r"query has shape \(4, 8\); attention takes"),
+    "batch axis": ((1, 4, 2, 8), (4, 2, 8), {}, "query and key must agree in batch"),
+    "batch": (X, (3, 4, 2, 8), {}, "must agree in batch"),
+    "head_dim": (X, (2, 4, 2, 6), {}, "must agree in head_dim"),
+    "heads": ((2, 4, 3, 8), X, {}, "query has 3 heads and key 2: .* multiple"),
+    "float mask": (X, X, {"mask": jnp.ones((4, 4))}, r"must be boolean.*mask.astype\(bool\)"),
+    "mask shape": (X, X, MASK, r"mask has shape \(3, 4\); .* broadcast to .* = \(2, 2, 4, 4\)"),
+    "bias shape": (X, X, {"bias": jnp.ones((1, 2, 2, 4, 4))}, r"bias has shape .* broadcast"),
+    "lengths": (
+        *(X, X, {"query_seq_lengths": jnp.ones((3,), jnp.int32)}),
+        r"query_seq_lengths must hold one integer a sequence, shape \(2,\)",
+    ),
+    "name": (X, X, {"implementation": "flash"}, "'flash' is none of 'xla', 'mosaic_tpu'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_told_apart(name):
+    query, key, keywords, message = BAD[name]
+    # Without the type checker, which refuses wrong shapes before the function sees them.
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(attention_max_logits)(jnp.ones(query), jnp.ones(key), **keywords)
+
+
+def test_dtypes_values_and_names_are_checked_too():
+    x, attend = jnp.ones((3, 2, 4)), inspect.unwrap(dot_product_attention)
+    with pytest.raises(ValueError, match="query is bfloat16 and key is float32; cast them"):
+        attention_max_logits(x.astype("bfloat16"), x)
+    with pytest.raises(ValueError, match="must be real floating, got int32"):
+        inspect.unwrap(attention_max_logits)(x.astype("int32"), x.astype("int32"))
+    with pytest.raises(ValueError, match="key and value must agree in all but their last axis"):
+        attend(x, x, jnp.ones((5, 2, 4))[:3, :1])
+    with pytest.raises(ValueError, match=r"'flash' is unknown; choose one of 'xla', 'cudnn', "):
+        attend(x, x, x, implementation="flash")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "expected"),
+    [
+        ("float32", [0.0, -1e8, -1e9, -3e38, -np.inf, np.nan], [1, 1, 0, 0, 0, 1]),
+        ("bfloat16", [0.0, -1e8, -1e10, -3e38, -np.inf, np.nan], [1, 1, 0, 0, 0, 1]),
+        ("float16", [0.0, -3e4, -4e4, -6e4, -np.inf, np.nan], [1, 1, 0, 0, 0, 1]),
+        ("int32", [0, -5, -(10**9)], [1, 1, 0]),
+    ],
+)
+def test_a_bias_hides_a_pair_where_it_is_a_mask_in_truth(dtype, values, expected):
+    assert bias_permits(jnp.asarray(values, dtype)).tolist() == [bool(x) for x in expected]
+
+
+@pytest.fixture
+def _symbolic_sizes_are_no_ints() -> Iterator[None]:
+    """Switches off the check of annotations that the tests add to every function."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("_symbolic_sizes_are_no_ints")
+@pytest.mark.parametrize(
+    ("shape", "masks"), [("b, 6, 4, 8", "b, 1, 6, 6"), ("b, t, 4, 8", "1, 1, t, t")]
+)
+def test_symbolic_shapes_are_exported(shape: str, masks: str):
+    """As `jax.nn.dot_product_attention` can be; at one shape it is what is computed without."""
+
+    def attend(query: jax.Array, mask: jax.Array) -> Any:
+        output = dot_product_attention(query, query, query, mask=mask, is_causal=True)
+        biased = dot_product_attention(query, query, query, jnp.where(mask, 0.0, -jnp.inf))
+        return output, biased, attention_max_logits(query, query, mask=mask, is_causal=True)
+
+    scope = export.SymbolicScope()
+    exported = export.export(jax.jit(attend))(
+        jax.ShapeDtypeStruct(export.symbolic_shape(shape, scope=scope), jnp.float32),
+        jax.ShapeDtypeStruct(export.symbolic_shape(masks, scope=scope), jnp.bool_),
+    )
+    query = jax.random.normal(jax.random.key(0), (2, 6, 4, 8))
+    mask = jnp.ones((2 if masks[0] != "1" else 1, 1, 6, 6), bool).at[..., 1].set(False)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+        exported.call(query, mask),
+        attend(query, mask),
+    )
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_hidden_pairs_are_no_infinities_to_jax(jit: bool):
+    """With a bias, with a mask and for the maxima alone."""
+    query = jax.random.normal(jax.random.key(0), (2, 6, 4, 8))
+    mask = jnp.ones((1, 1, 6, 6), bool).at[..., 1].set(False)
+
+    def attend(query: jax.Array) -> Any:
+        biased = dot_product_attention(query, query, query, jnp.zeros((1, 1, 6, 6)), mask)
+        return biased, attention_max_logits(query, query, mask=mask)
+
+    with jax.debug_infs(True), jax.debug_nans(True):
+        (jax.jit(attend) if jit else attend)(query)
