@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from muonclip_jax.checkpoint.shapes import Shapes, find_params, read_shapes
+from muonclip_jax._commands.reading import Shapes, find_params, read_shapes
 from muonclip_jax.clipping import describe_attention
 from muonclip_jax.clipping.matching import named_leaves
 from muonclip_jax.heads.finding import find_blocks
@@ -22,7 +22,7 @@ def describe(
     platform: str | None = None,
     **newton_schulz: Any,
 ) -> str:
-    """Describes the parameters of a checkpoint; no array is loaded.
+    """Describes the parameters of a checkpoint; no array of Orbax is loaded.
 
     Args:
         checkpoint: As for `read_shapes`.

@@ -1,12 +1,12 @@
 """`doctor`: what is installed, what the machine has, and what the library will use on it."""
 
+import functools
 import importlib.metadata
 import platform as machine
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,27 +31,17 @@ _ACCELERATORS = {
 #: Matrices of GPT-2 small and of Llama 2 7B, as (rows, columns).
 SHAPES = ((768, 768), (768, 3072), (4096, 4096), (4096, 11008))
 # A sequence of a model with 16 heads of 128.
-_BATCH, _LENGTH, _HEADS, _HEAD_DIM = 1, 2048, 16, 128
+_SEQUENCE = (1, 2048, 16, 128)
 # Bounds on well-conditioned matrices: the default's four steps end in 0.8 to 1.2, and 16-bit
 # products move that by a few hundredths.
 _SINGULAR_VALUES = (0.6, 1.25)
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report.
-
-    Attributes:
-        text: What was found.
-        ok: True or False for a check, None for what is only told.
-    """
+class Finding(NamedTuple):
+    """One line of the report; `ok` is True or False for a check, None for information."""
 
     text: str
     ok: bool | None = None
-
-    def __str__(self) -> str:
-        mark = {True: "ok  ", False: "FAIL", None: "    "}[self.ok]
-        return f"{mark} {self.text}"
 
 
 def doctor() -> tuple[str, bool]:
@@ -68,17 +58,17 @@ def doctor() -> tuple[str, bool]:
         "Pallas kernels": kernels,
         "A small run of each": small_runs,
     }
+    marks = {True: "ok  ", False: "FAIL", None: "    "}
     lines: list[str] = []
     passed = True
     for title, check in sections.items():
-        lines += [title]
+        found: list[Finding] = []
         try:
-            for finding in check():
-                lines.append(f"  {finding}")
-                passed = passed and finding.ok is not False
+            found.extend(check())
         except Exception as error:  # whatever a broken installation raises is the finding
-            lines.append(f"  {Finding(f'{type(error).__name__}: {error}', ok=False)}")
-            passed = False
+            found.append(Finding(f"{type(error).__name__}: {error}", ok=False))
+        lines += [title, *(f"  {marks[finding.ok]} {finding.text}" for finding in found)]
+        passed = passed and all(finding.ok is not False for finding in found)
     verdict = "Everything that was checked works." if passed else "Something does not work: FAIL."
     return "\n".join([*lines, verdict]), passed
 
@@ -97,15 +87,8 @@ def packages() -> Iterator[Finding]:
         for requirement in reversed(requirements)
         if (found := re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*>=\s*([\d.]+)", requirement))
     }
-    for name in ("jax", "jaxlib", "optax"):
+    for name in ("jax", "jaxlib", "optax", *OPTIONAL):
         yield check_version(name, wanted.get(name))
-    for name, use in OPTIONAL.items():
-        try:
-            importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            yield Finding(f"{name} is not installed; it is for {use}")
-        else:
-            yield check_version(name, wanted.get(name))
 
 
 def check_version(name: str, least: str | None) -> Finding:
@@ -113,12 +96,14 @@ def check_version(name: str, least: str | None) -> Finding:
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
+        if name in OPTIONAL:
+            return Finding(f"{name} is not installed; it is for {OPTIONAL[name]}")
         return Finding(f"{name} is not installed: pip install {name}", ok=False)
     if least is None:
         return Finding(f"{name} {version}", ok=True)
-    if _numbers(version) < _numbers(least):
-        text = f"{name} {version} is too old: pip install '{name}>={least}'"
-        return Finding(text, ok=False)
+    have, need = ([int(n) for n in re.findall(r"\d+", v.split("+")[0])] for v in (version, least))
+    if have < need:
+        return Finding(f"{name} {version} is too old: pip install '{name}>={least}'", ok=False)
     return Finding(f"{name} {version} ({least} or newer)", ok=True)
 
 
@@ -157,18 +142,17 @@ def newton_schulz() -> Iterator[Finding]:
 
 def attention() -> Iterator[Finding]:
     """Who can compute attention with its maxima here, and who does unless told otherwise."""
-    shape = (_BATCH, _LENGTH, _HEADS, _HEAD_DIM)
-    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    default = next(iter(IMPLEMENTATIONS))
+    x = jax.ShapeDtypeStruct(_SEQUENCE, jnp.bfloat16)
     for name in IMPLEMENTATIONS:
-
-        def attend(x: Any, name: str = name) -> Any:
-            return dot_product_attention(x, x, x, is_causal=True, implementation=name)
-
-        refusal = _refusal(attend, x)
-        chosen = " and is the default" if name == default else ""
-        serves = f"serves{chosen}" if refusal is None else f"does not serve: {refusal}"
-        yield Finding(f"dot_product_attention: {name!r} {serves}")
+        attend = functools.partial(dot_product_attention, is_causal=True, implementation=name)
+        default = " and is the default" if name == IMPLEMENTATIONS[0] else ""
+        serves = f"serves{default}"
+        try:
+            jax.jit(attend).lower(x, x, x)
+        except NotImplementedError as error:
+            reason = str(error).partition("cannot be used: ")[2] or str(error)
+            serves = "does not serve: " + re.split(r"[;,] (?:or )?use |\. Pass ", reason)[0]
+        yield Finding(f"dot_product_attention: {name!r} {serves.rstrip('.')}")
 
 
 def kernels() -> Iterator[Finding]:
@@ -185,15 +169,6 @@ def kernels() -> Iterator[Finding]:
                 reason = str(error).replace(f"The kernel {name!r}", "it")
                 serves = "does not serve: " + reason.removesuffix(". Pass 'xla'.")
             yield Finding(f"{argument}: 'xla' is the default; {name!r} {serves}")
-
-
-def _refusal(function: Callable[[Any], Any], x: Any) -> str | None:
-    """Why a computation cannot be lowered here, which is when a platform's refusal is heard."""
-    try:
-        jax.jit(function).lower(x)
-    except NotImplementedError as error:
-        return _reason(error)
-    return None
 
 
 def small_runs() -> Iterator[Finding]:
@@ -215,13 +190,3 @@ def small_runs() -> Iterator[Finding]:
     off = float(np.max(np.abs(found / logits.max((1, 2, 3)) - 1)))
     # A TPU multiplies float32 in bfloat16 unless told otherwise.
     yield Finding(f"attention_max_logits: off by {off:.1e}, expected below 2e-02", ok=off < 2e-2)
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", version.split("+")[0])]
-
-
-def _reason(error: Exception) -> str:
-    """What is behind the colon of a refusal, without the advice that follows."""
-    text = str(error).partition("cannot be used: ")[2]
-    return re.split(r"[;,] (?:or )?use |\. Pass ", text or str(error))[0].rstrip(".")

@@ -1,18 +1,52 @@
 """Whether what was saved is what is asked for."""
 
-from typing import Any
+from collections.abc import Collection
 
 import jax
 
-from muonclip_jax._tree import Shaped, Tree, flatten_with_paths
-from muonclip_jax.checkpoint.names import without_box
+from muonclip_jax._tree import SEPARATOR, Shaped, Tree, flatten_with_paths
+
+
+def owner_of(path: str, params: Collection[str]) -> str | None:
+    """Returns the parameter whose path ends `path`, the longest where there are several, or None.
+
+    A last "value" is ignored: it is the box that a checkpoint without a target shows as a dict.
+
+    Example:
+        >>> owner_of("0/mu/dense/kernel", {"kernel", "dense/kernel"})
+        'dense/kernel'
+    """
+    for ending in (path, without_box(path)):
+        names = ending.split(SEPARATOR)
+        for start in range(1, len(names)):
+            if (owner := SEPARATOR.join(names[start:])) in params:
+                return owner
+    return None
+
+
+def without_box(path: str) -> str:
+    """Returns `path` without the "value" of a box at its end."""
+    return path.removesuffix(SEPARATOR + "value")
+
+
+def _forms(tree: Tree, which: str) -> dict[str, jax.ShapeDtypeStruct]:
+    forms = {}
+    for path, leaf in flatten_with_paths(tree, is_leaf=lambda x: isinstance(x, Shaped))[0]:
+        if not isinstance(leaf, Shaped):
+            raise TypeError(
+                f"The {which} has {leaf!r} at {path!r}, expected something with a shape and a "
+                "dtype: an array, a jax.ShapeDtypeStruct or a checkpoint's metadata of one."
+            )
+        forms[without_box(path)] = jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
+    return forms
 
 
 def check_saved(saved: Tree, target: Tree) -> None:
     """Raises where a checkpoint is not the tree that is to be restored.
 
-    Mesh, sharding and number of devices may differ: a restore brings every leaf where the target
-    has it. Paths, shapes and dtypes may not, and none of these is mended in silence.
+    Mesh, sharding and number of devices may differ: a restore places every leaf as the target says.
+    Paths, shapes and dtypes may not differ. Call it before a restore, because a library may cast,
+    pad or leave out without a word.
 
     Args:
         saved: What the checkpoint holds: its metadata (of Orbax, `manager.item_metadata(step)`),
@@ -26,8 +60,8 @@ def check_saved(saved: Tree, target: Tree) -> None:
         TypeError: If a leaf has no shape or no dtype, or `saved` is None.
 
     Example:
-        >>> saved = {"w": jax.ShapeDtypeStruct((4, 4), jax.numpy.float32)}
-        >>> check_saved(saved, {"w": jax.ShapeDtypeStruct((4, 2), jax.numpy.float32)})
+        >>> saved = {"w": jax.ShapeDtypeStruct((4, 4), "float32")}
+        >>> check_saved(saved, {"w": jax.ShapeDtypeStruct((4, 2), "float32")})
         Traceback (most recent call last):
         ...
         ValueError: The checkpoint is not what is to be restored.
@@ -41,19 +75,23 @@ the checkpoint as it is and convert it (muonclip_jax.checkpoint.from_optax_state
             "manager that has not saved yet needs item_handlers=StandardCheckpointHandler()."
         )
     there, wanted = _forms(saved, "checkpoint"), _forms(target, "target")
-    findings = [
-        *_named([f"{path!r} is in the checkpoint only" for path in there if path not in wanted]),
-        *_named([f"{path!r} is in the target only" for path in wanted if path not in there]),
+    kinds = [
+        [f"{path!r} is in the checkpoint only" for path in there if path not in wanted],
+        [f"{path!r} is in the target only" for path in wanted if path not in there],
     ]
-    both = [path for path in wanted if path in there]
-    for number, what in enumerate(("shape", "dtype")):
-        differing = [
-            f"{path!r} has {what} {there[path][number]} in the checkpoint, "
-            f"{wanted[path][number]} in the target"
-            for path in both
-            if there[path][number] != wanted[path][number]
+    for what in ("shape", "dtype"):
+        pairs = [
+            (p, getattr(there[p], what), getattr(wanted[p], what)) for p in wanted if p in there
         ]
-        findings += _named(differing)
+        kinds.append(
+            [
+                f"{path!r} has {what} {before} in the checkpoint, {after} in the target"
+                for path, before, after in pairs
+                if before != after
+            ]
+        )
+    findings = [finding for kind in kinds for finding in kind[:8]]
+    findings += [f"{len(kind) - 8} more of this kind" for kind in kinds if len(kind) > 8]
     if findings:
         listing = "".join(f"- {finding}.\n" for finding in findings)
         raise ValueError(
@@ -61,30 +99,3 @@ the checkpoint as it is and convert it (muonclip_jax.checkpoint.from_optax_state
             "model and optimizer as they were when it was saved, or restore the checkpoint as it "
             "is and convert it (muonclip_jax.checkpoint.from_optax_state)."
         )
-
-
-def _named(findings: list[str], limit: int = 8) -> list[str]:
-    more = len(findings) - limit
-    return findings[:limit] + ([f"{more} more of this kind"] if more > 0 else [])
-
-
-def _forms(tree: Tree, which: str) -> dict[str, tuple[tuple[int, ...], str]]:
-    leaves, _ = flatten_with_paths(tree, is_leaf=_is_form)
-    forms = {}
-    for path, leaf in leaves:
-        if not _is_form(leaf):
-            raise TypeError(
-                f"The {which} has {leaf!r} at {path!r}, expected something with a shape and a "
-                "dtype: an array, a jax.ShapeDtypeStruct or a checkpoint's metadata of one."
-            )
-        forms[without_box(path)] = (tuple(leaf.shape), _dtype_name(leaf))
-    return forms
-
-
-def _dtype_name(leaf: Any) -> str:
-    # Through a struct, which takes the dtypes of random keys as well.
-    return jax.ShapeDtypeStruct((), leaf.dtype).dtype.name
-
-
-def _is_form(x: Any) -> bool:
-    return isinstance(x, Shaped)

@@ -1,18 +1,16 @@
 """What to restore and where: trees of shapes, dtypes and shardings."""
 
-from typing import Any
-
 import jax
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from muonclip_jax._tree import Tree, flatten_with_paths, tree_from
-from muonclip_jax.checkpoint.names import owner_of
+from muonclip_jax.checkpoint.saved import owner_of
 from muonclip_jax.sharding import align_shardings, is_entry
 
 
 def abstract_params(params: Tree, param_shardings: Tree = None, mesh: Mesh | None = None) -> Tree:
-    """Describes parameters without their values: shape, dtype, and where they shall lie.
+    """Describes parameters without their values: shape, dtype and sharding.
 
     Args:
         params: Arrays or `jax.ShapeDtypeStruct`s, as from `jax.eval_shape` of a model's init.
@@ -26,13 +24,13 @@ def abstract_params(params: Tree, param_shardings: Tree = None, mesh: Mesh | Non
         The tree of `jax.ShapeDtypeStruct`, with shardings where they are known.
 
     Raises:
-        TypeError: If an entry is no sharding.
+        TypeError: If an entry is not a sharding.
         ValueError: With the leaf's path, if a leaf has no entry, or its entry names an axis that
-            the mesh has not, has too many dimensions or does not divide the shape.
+            the mesh does not have, has too many dimensions or does not divide the shape.
 
     Example:
         >>> mesh = jax.make_mesh((jax.device_count(),), ("fsdp",))
-        >>> params = {"w": jax.ShapeDtypeStruct((16, 4), jax.numpy.float32)}
+        >>> params = {"w": jax.ShapeDtypeStruct((16, 4), "float32")}
         >>> target = abstract_params(params, {"w": PartitionSpec("fsdp")}, mesh)
         >>> target["w"].shape, target["w"].sharding.spec
         ((16, 4), P('fsdp',))
@@ -44,21 +42,18 @@ def abstract_params(params: Tree, param_shardings: Tree = None, mesh: Mesh | Non
                 "param_shardings=PartitionSpec() to replicate all parameters on it."
             )
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_named(x)), params
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_own_sharding(x)), params
         )
     param_shardings = tree_from(param_shardings, params, is_entry)
     entries, structure = flatten_with_paths(param_shardings, is_leaf=is_entry)
-    placed = [_with_mesh(path, entry, mesh) for path, entry in entries]
+    placed = [_on_mesh(path, entry, mesh) for path, entry in entries]
     known = [sharding.mesh for sharding in placed if isinstance(sharding, NamedSharding)]
-    aligned = align_shardings(params, jax.tree.unflatten(structure, placed))
     rest = NamedSharding(known[0], PartitionSpec()) if known else None
-    return jax.tree.unflatten(
-        jax.tree.structure(params),
-        [
-            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or rest)
-            for _, leaf, sharding in aligned
-        ],
-    )
+    forms = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or rest)
+        for _, leaf, sharding in align_shardings(params, jax.tree.unflatten(structure, placed))
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), forms)
 
 
 def abstract_state(
@@ -69,12 +64,12 @@ def abstract_state(
 ) -> Tree:
     """Describes the state of a transformation without making it: the target of a restore.
 
-    A leaf that belongs to a parameter lies as the parameter does, or as the transformation's own
-    `init` places it (momentum under `Distribution(shard_momentum=True)`); everything else, the
-    counts above all, is whole on every device.
+    A leaf that belongs to a parameter is sharded like it, or as the transformation's own `init`
+    does (momentum under `Distribution(shard_momentum=True)`); everything else, such as counts, is
+    replicated.
 
     Args:
-        tx: Any transformation, built for the mesh of now.
+        tx: Any transformation, built for the current mesh.
         params: As in `abstract_params`.
         param_shardings: As in `abstract_params`.
         mesh: As in `abstract_params`.
@@ -90,7 +85,7 @@ def abstract_state(
     Example:
         >>> from muonclip_jax.transforms import scale_by_muon
         >>> mesh = jax.make_mesh((jax.device_count(),), ("fsdp",))
-        >>> params = {"w": jax.ShapeDtypeStruct((16, 4), jax.numpy.float32)}
+        >>> params = {"w": jax.ShapeDtypeStruct((16, 4), "float32")}
         >>> target = abstract_state(scale_by_muon(), params, PartitionSpec("fsdp"), mesh)
         >>> target.mu["w"].sharding.spec, target.count.sharding.spec
         (P('fsdp',), P())
@@ -124,37 +119,26 @@ def abstract_state(
     return jax.tree.unflatten(structure, targets)
 
 
-def _named(x: Any) -> NamedSharding | None:
+def _own_sharding(x: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding | None:
     sharding = getattr(x, "sharding", None)
     known = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
     return sharding if known else None
 
 
-def _with_mesh(path: str, entry: Any, mesh: Mesh | None) -> Any:
+def _on_mesh(
+    path: str, entry: Sharding | PartitionSpec | None, mesh: Mesh | None
+) -> Sharding | PartitionSpec | None:
     """Returns a spec as a sharding on `mesh`, and anything else as it is."""
     if not isinstance(entry, PartitionSpec):
         return entry
-    where = f" at {path!r}" if path else ""
+    given = f"param_shardings has {entry}{f' at {path!r}' if path else ''}"
     if mesh is None:
+        raise ValueError(f"{given}, which needs a mesh. Pass mesh=, or NamedSharding(mesh, spec).")
+    parts = (part if isinstance(part, tuple) else (part,) for part in entry)
+    names = [name for part in parts for name in part if isinstance(name, str)]
+    if len(set(names)) < len(names) or not set(names) <= set(mesh.axis_names):
         raise ValueError(
-            f"param_shardings has {entry}{where}, which needs a mesh. Pass mesh=, or "
-            "NamedSharding(mesh, spec)."
-        )
-    names = [
-        name
-        for part in entry
-        for name in (part if isinstance(part, tuple) else (part,))
-        if isinstance(name, str)
-    ]
-    for name in names:
-        if name not in mesh.axis_names:
-            raise ValueError(
-                f"param_shardings has {entry}{where}, and the mesh has no axis {name!r}. Its axes "
-                f"are {dict(mesh.shape)}; name one of them, or None for a dimension that is whole."
-            )
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"param_shardings has {entry}{where}, which names an axis twice. An axis can shard "
-            "one dimension of a parameter."
+            f"{given}, which does not fit a mesh of {dict(mesh.shape)}. Name each of these axes at "
+            "most once, and None for a dimension that is not sharded."
         )
     return NamedSharding(mesh, entry)
