@@ -19,7 +19,7 @@ tried; where those would cut the kernels differently, the size of a head has to 
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -27,7 +27,6 @@ import numpy as np
 from muonclip_jax._specs import MatrixSpec, Split, normalize_spec, normalized_axes
 from muonclip_jax.heads.finding import Rule, Shape, find_blocks, kernel_name
 from muonclip_jax.heads.layouts import VALUE_NAMES, AttentionLayout, Projection
-from muonclip_jax.heads.names import read_path
 from muonclip_jax.heads.plan import LeafPlan, MisfitError, Segment
 from muonclip_jax.heads.solver import Reading, attempts, refusal_in, solve
 
@@ -46,6 +45,7 @@ def attention_cuts(
     *,
     attention: str,
     stack: tuple[int, ...],
+    stacked: Collection[str],
     head_dim: int | None,
     blocks: tuple[Rule, ...] | None,
 ) -> dict[str, Cut]:
@@ -58,6 +58,7 @@ def attention_cuts(
         hidden: Paths of masked leaves.
         attention: "split" or "per_head".
         stack: The axes of stacked layers of the leaves in `specs`.
+        stacked: Those leaves whose paths show stacked layers.
         head_dim: Features of one head where shapes cannot tell.
         blocks: What `block_rules` returned.
 
@@ -79,7 +80,6 @@ def attention_cuts(
                 "its kernels go to Muon, or pass weight_dimension_numbers="
                 "infer_dimension_numbers(params, rules), made of the whole tree."
             )
-        name = read_path(needed[0])
         try:
             found = _block_cuts(
                 block.layout,
@@ -87,7 +87,7 @@ def attention_cuts(
                 tuple((n, specs[path]) for n, path in block.paths.items() if path in specs),
                 attention,
                 stack[0] if stack else 0,
-                name.stacked or (name.grouped and stack[:1] not in ((), (0,))),
+                needed[0] in stacked,
                 head_dim,
             )
         except MisfitError as misfit:

@@ -28,6 +28,7 @@ tell them: the number of query heads comes from the recorded maxima.
 """
 
 import dataclasses
+import re
 
 #: Which head count a role has: True for the query heads, False for the key heads.
 ROLES: dict[str, bool] = {
@@ -154,6 +155,18 @@ class AttentionLayout:
     def query(self) -> Projection:
         """The first projection that makes queries."""
         return next(p for p in self.projections if {"query", "query_alone"} & set(p.parts))
+
+
+def spelling(name: str) -> str:
+    """Returns a name in the one spelling in which names are compared.
+
+    Example:
+        >>> [spelling(name) for name in ("MoeBlock_0", "Wq", "out-proj")]
+        ['moe_block_0', 'wq', 'out_proj']
+    """
+    name = name.replace("MoE", "Moe").strip("_")
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
+    return name.lower().replace("-", "_")
 
 
 def separate(query: str, key: str) -> AttentionLayout:

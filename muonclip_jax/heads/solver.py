@@ -22,8 +22,8 @@ from muonclip_jax.heads.layouts import (
     VALUE_NAMES,
     AttentionLayout,
     Projection,
+    spelling,
 )
-from muonclip_jax.heads.names import spelling
 from muonclip_jax.heads.plan import LeafPlan, MisfitError, RefusalError, divide
 
 _Result = TypeVar("_Result")

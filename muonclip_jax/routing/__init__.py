@@ -10,17 +10,14 @@ from muonclip_jax.heads.layouts import (
     AttentionLayout as AttentionLayout,
     Projection as Projection,
 )
-from muonclip_jax.routing.alignment import (
-    resolve_muon_specs as resolve_muon_specs,
-    resolve_specs as resolve_specs,
-    spec_tree as spec_tree,
-)
-from muonclip_jax.routing.decay import decay_mask as decay_mask
-from muonclip_jax.routing.describe import describe_labels as describe_labels
-from muonclip_jax.routing.once import route_once as route_once
-from muonclip_jax.routing.rules import (
-    MatrixRules as MatrixRules,
-    as_rules as as_rules,
+from muonclip_jax.routing.labels import (
+    decay_mask as decay_mask,
+    describe_labels as describe_labels,
     infer_dimension_numbers as infer_dimension_numbers,
     label_params as label_params,
+    resolve_muon_specs as resolve_muon_specs,
+    resolve_specs as resolve_specs,
+    route_once as route_once,
+    spec_tree as spec_tree,
 )
+from muonclip_jax.routing.rules import MatrixRules as MatrixRules, as_rules as as_rules

@@ -1,26 +1,40 @@
-"""From the leaves of a tree to a decision for each: structure where it tells, names where not."""
+"""From the leaves of a tree to a decision for each: structure where it tells, names where not.
+
+Which side of a kernel is its input is a habit of libraries ("kernel" and "w" have it first,
+"weight" has it last: Flax and Haiku; Equinox, torch and haliax), so what the tree shows comes
+first: a bias has the shape of the output side, and what reads the hidden state of a block has the
+block's width on its input side.
+"""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from muonclip_jax._specs import MatrixSpec
-from muonclip_jax.routing import words
-from muonclip_jax.routing.layouts import (
-    outputs_of,
+from muonclip_jax.heads.finding import Shape
+from muonclip_jax.routing.leaves import (
+    GENERIC,
+    Leaf,
+    at,
+    lengths,
     possible_layouts,
     to_spec,
-    turned,
     with_layers,
     without,
 )
-from muonclip_jax.routing.leaves import Leaf
-from muonclip_jax.routing.orientation import Evidence, biases_of, by_bias, gather, output_first
-from muonclip_jax.routing.scan_axis import Axes, ScanAxis
-from muonclip_jax.routing.stacks import direction, extra_axes, find_stacks
-from muonclip_jax.routing.table import Row, look_up
+from muonclip_jax.routing.stacks import WIDTH_AXIS, Axes, ScanAxis, extra_axes, find_stacks
+from muonclip_jax.routing.table import DENSE, EMBEDDING_TABLE, MOE, direction, fits, look_up, word
 
 _LARGEST_WINDOW = 16
+# Names of axes, as haliax, Flax and MaxText give them.
+_BATCH_AXIS = r"(?:.*_)?(?:experts?|exp)(?:_.*)?|(?:num_)?qkv|(?:num_)?kv_stack"
+_TABLE_AXIS = r"(?:.*_)?(?:vocab|positions?)(?:_.*)?"
+_NOT_TOKENS = word(
+    "pos|position|positions|positional|posemb|posembed|wpe|type|types|segment|segments|time|layer|"
+    "relative|rel|codebook|codebooks"
+)
+_KEY_VALUE = r"(?:.*_)?(?:k|v|kv|key|value|wk|wv|wkv)(?:_.*)?"
 
 
 @dataclass(frozen=True)
@@ -43,10 +57,27 @@ class Decision:
     flag: str = ""
     stack: Axes = ()
 
-    @property
-    def unknown(self) -> bool:
-        """Whether the leaf is open."""
-        return bool(self.readings)
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What a tree shows about its kernels.
+
+    Args:
+        biases: Path of a kernel -> path of its bias, and its shape without stacked layers.
+        widths: Path of a kernel -> the width of the hidden state in its block.
+        output_first: Last names -> whether kernels so called have the output first.
+        heads: Module -> `(width, head_dim)` of kernels `(width, heads, head_dim)` in it that stand
+            beside one of `(heads, head_dim, width)`.
+    """
+
+    biases: Mapping[str, tuple[str, Shape]]
+    widths: dict[str, int] = field(default_factory=dict[str, int])
+    output_first: dict[str, bool] = field(default_factory=dict[str, bool])
+    heads: dict[str, set[tuple[int, int]]] = field(default_factory=dict[str, set[tuple[int, int]]])
+
+    def bias(self, leaf: Leaf) -> Shape | None:
+        """The shape of a kernel's bias."""
+        return self.biases.get(leaf.path, ("", None))[1]
 
 
 def infer(
@@ -60,214 +91,270 @@ def infer(
         scan_axis: Where stacked layers sit, as far as the user says.
     """
     free = [leaf for leaf in leaves if leaf.path not in ruled]
-    widths = frozenset(table[1] for table in token_tables(free))
-    biases = biases_of(free, {})
-    plain = frozenset(
-        leaf.path for leaf in free if _is_plain(leaf, biases.get(leaf.path, ("", None))[1])
-    )
+    widths = frozenset(columns for _, columns in token_tables(free))
+    single = _biases(free, {})
+    plain = frozenset(x.path for x in free if _is_plain(x, single.get(x.path, ("", None))[1]))
     stacks = find_stacks(free, scan_axis, plain, widths)
-    evidence = gather(free, stacks.axes)
-    decisions = {}
+    evidence = _gather(free, stacks.axes)
+    bias_paths = {path for path, _ in evidence.biases.values()}
+    decisions: dict[str, Decision] = {}
     for leaf in leaves:
         if leaf.path in stacks.open:
             decisions[leaf.path] = _open_stack(leaf, stacks.open[leaf.path])
+        elif len(leaf.shape) > 1 and leaf.trained and leaf.path in bias_paths:
+            decisions[leaf.path] = Decision(None, "bias", decays=False)
         else:
             decisions[leaf.path] = _decide(leaf, stacks.axes.get(leaf.path, ()), evidence)
     return decisions
 
 
-def _is_plain(leaf: Leaf, bias: tuple[int, ...] | None) -> bool:
-    """Whether a leaf shows by itself that it is not stacked, whatever its name asks for."""
-    if bias is None:
-        return _is_window(leaf, leaf.shape)
-    extra = extra_axes(leaf.name, leaf.shape)
-    few = bool(extra) and min(extra) >= len(bias)
-    return few or (len(bias) == 1 and _is_window(leaf, leaf.shape))
-
-
-def token_tables(leaves: Sequence[Leaf]) -> list[tuple[int, int]]:
-    """Rows and columns of the tables of token embeddings."""
-    found = []
+def token_tables(leaves: Iterable[Leaf]) -> list[Shape]:
+    """Shapes of the tables of token embeddings; position and type tables are none."""
+    found: list[Shape] = []
     for leaf in leaves:
         told = look_up(leaf.name, leaf.shape) if len(leaf.shape) == 2 else None
-        if told is not None and told[0].why == "embedding table":
-            names = (leaf.name.leaf, leaf.name.role, *leaf.name.scope[-1:])
-            if not any(re.fullmatch(words.NOT_TOKENS, name) for name in names):
-                found.append((leaf.shape[0], leaf.shape[1]))
+        names = leaf.name.leaf, leaf.name.role, *leaf.name.scope[-1:]
+        if told and told[0].why == EMBEDDING_TABLE and not fits(_NOT_TOKENS, *names):
+            found.append(leaf.shape)
     return found
 
 
+def _is_plain(leaf: Leaf, bias: Shape | None) -> bool:
+    """Whether a leaf shows by itself that it is not stacked, whatever its name asks for."""
+    if bias is None:
+        return _is_window(leaf)
+    extra = extra_axes(leaf.name, leaf.shape)
+    return bool(extra and min(extra) >= len(bias)) or (len(bias) == 1 and _is_window(leaf))
+
+
+def _is_window(leaf: Leaf) -> bool:
+    """Whether a leaf is a convolution by its shape: a small square window before the channels."""
+    name, shape = leaf.name, leaf.shape
+    if len(shape) not in (4, 5) or name.grouped or name.leaf not in ("kernel", "w"):
+        return False
+    told = look_up(name, shape)
+    if told is not None and not (told[1] and re.match("conv|patch|matrix", told[0].why)):
+        return False
+    if fits(MOE, *name.scope, name.role) or (shape[0] == 2 and name.leaf == "w" and told is None):
+        return False  # experts; Gemma's (2, heads, inputs, head_dim)
+    return _is_square(shape[:-2], shape[-2:])
+
+
+def _is_square(window: Shape, channels: Shape) -> bool:
+    return len(set(window)) == 1 and window[0] <= min(_LARGEST_WINDOW, max(channels))
+
+
+def _biases(leaves: Sequence[Leaf], stacks: Mapping[str, Axes]) -> dict[str, tuple[str, Shape]]:
+    """Paths and shapes of biases, without stacked layers, by the paths of their kernels."""
+    shapes = {leaf.path: leaf.shape for leaf in leaves}
+    found: dict[str, tuple[str, Shape]] = {}
+    for leaf in leaves:
+        if len(leaf.shape) < 2:
+            continue
+        prefix = leaf.modules[0] + "/" if leaf.modules[0] else ""
+        last, _, wrapper = leaf.path[len(prefix) :].partition("/")
+        names = ["bias", f"{leaf.name.leaf}_bias", *(["b"] if leaf.name.leaf in GENERIC else [])]
+        names += [last[:-1] + "b"] if last.endswith("_w") else []
+        for end in ("", f"/{wrapper}") if wrapper else ("",):
+            path = next((p for x in names if (p := prefix + x + end) in shapes), leaf.path)
+            if path == leaf.path:
+                continue
+            axes, bias = stacks.get(leaf.path, ()), shapes[path]
+            shift = len(bias) - len(leaf.shape)
+            for places in (axes, tuple(axis + shift for axis in axes)):
+                if at(bias, places) == at(leaf.shape, axes):
+                    bias = without(bias, places)
+                    break
+            while len(bias) > 1 and bias[-1] == 1:  # a window's axes
+                bias = bias[:-1]
+            if bias:
+                found[leaf.path] = path, bias
+            break
+    return found
+
+
+def _by_bias(shape: Shape, bias: Shape | None) -> bool | None:
+    """Whether a bias shows that the output comes first; None where it shows nothing."""
+    if bias is None or not 0 < len(bias) < len(shape):
+        return None
+    first, last = shape[: len(bias)] == bias, shape[-len(bias) :] == bias
+    return None if first == last else first
+
+
+def _gather(leaves: Sequence[Leaf], stacks: Mapping[str, Axes]) -> _Evidence:
+    """Reads a tree whose stacks are known."""
+    evidence = _Evidence(_biases(leaves, stacks))
+    kernels: list[tuple[Leaf, Shape]] = []
+    for leaf in leaves:
+        shape = without(leaf.shape, stacks.get(leaf.path, ()))
+        if len(shape) > 1 and ((told := look_up(leaf.name, shape)) is None or told[1]):
+            kernels.append((leaf, shape))
+    _find_widths(kernels, evidence)
+    votes: Counter[tuple[str, bool]] = Counter()
+    grids: dict[str, set[Shape]] = {}
+    for leaf, shape in kernels:
+        vote = _by_bias(shape, evidence.bias(leaf))
+        width, side = evidence.widths.get(leaf.path), direction(leaf.name)
+        # In cross-attention keys and values read another hidden state.
+        told = side and len(shape) == 2 and not fits(_KEY_VALUE, leaf.name.role)
+        if vote is None and told and width is not None and shape.count(width) == 1:
+            vote = (shape[-1] == width) == (side == "i")
+        if vote is not None:
+            votes[leaf.name.leaf, vote] += 1
+        if len(shape) == 3:
+            grids.setdefault(leaf.modules[:2][-1], set()).add(shape)
+    for name in {leaf.name.leaf for leaf, _ in kernels}:
+        habit = _output_first(name)
+        turned = votes[name, not habit] > 1 and not votes[name, habit]
+        evidence.output_first[name] = habit != turned
+    for module, found in grids.items():
+        evidence.heads[module] = {(w, size) for w, n, size in found if (n, size, w) in found}
+    return evidence
+
+
+def _output_first(name: str) -> bool:
+    """Whether libraries that call a kernel so have its output first."""
+    return fits(r"weight(?:_.*)?", name)
+
+
+def _find_widths(kernels: Sequence[tuple[Leaf, Shape]], evidence: _Evidence) -> None:
+    """Finds the one length that all kernels of the smallest block around a kernel have."""
+    common: dict[str, set[int]] = {}
+    sides: dict[str, list[str]] = {}
+    for leaf, shape in kernels:
+        told = look_up(leaf.name, shape)
+        if told is not None and fits("b*oio", told[1]):  # sizes of heads stand on outer axes
+            outer = {shape[told[1].index("i")]}
+        else:
+            merged = len(shape) == 2 or told is None
+            outer = {shape[0], shape[-1]} if merged else set(shape) - {1}
+        for module in leaf.modules:
+            common[module] = common.get(module, outer) & outer
+            sides.setdefault(module, []).append(direction(leaf.name))
+    for leaf, _ in kernels:
+        for module in leaf.modules:
+            told = len(sides[module]) > 2 and {"i", "o"} <= set(sides[module])
+            if len(common[module]) == 1 and told:
+                (evidence.widths[leaf.path],) = common[module]
+            if not common[module] or leaf.path in evidence.widths:
+                break
+
+
 def _open_stack(leaf: Leaf, options: Sequence[Axes]) -> Decision:
-    readings = []
+    readings: list[str] = []
     for axes in options:
         told = look_up(leaf.name, without(leaf.shape, axes))
         if told is not None and told[1]:
             readings.append(with_layers(told[1], axes, len(leaf.shape)))
-    return Decision(
-        None,
-        "stacked layers on an axis that the stack does not show",
-        readings=tuple(dict.fromkeys((*readings, *possible_layouts(leaf.shape)))),
-    )
+    readings += possible_layouts(leaf.shape)
+    why = "stacked layers on an axis that the stack does not show"
+    return Decision(None, why, readings=tuple(dict.fromkeys(readings)))
 
 
-def _decide(leaf: Leaf, axes: Axes, evidence: Evidence) -> Decision:
-    rank = len(leaf.shape)
+def _decide(leaf: Leaf, axes: Axes, evidence: _Evidence) -> Decision:
+    name, rank, shape = leaf.name, len(leaf.shape), without(leaf.shape, axes)
     if rank < 2:
         return Decision(None, "scalar" if rank == 0 else "vector", decays=False)
     if not leaf.trained:
         return Decision(None, "integers or bools: nothing to train", decays=False)
-    if leaf.path in evidence.bias_paths:
-        return Decision(None, "bias", decays=False)
-    shape = without(leaf.shape, axes)
     named = _by_axis_names(leaf, axes, evidence)
     if named is not None:
         return named
-    if len(shape) < 2:
-        told = look_up(leaf.name, leaf.shape)
-        if told is not None and not told[1]:
-            return Decision(None, told[0].why, told[0].decays)
-        return Decision(None, "vector", decays=False)
-    told = look_up(leaf.name, shape)
+    told = look_up(name, shape if len(shape) > 1 else leaf.shape)
     if told is not None and not told[1]:
         return Decision(None, told[0].why, told[0].decays)
-    if told is not None and leaf.name.stacked and not axes and _may_be_adamw(leaf, shape):
-        return Decision(
-            None,
-            "a gate that may be a stacked router or a stack of experts",
-            readings=possible_layouts(leaf.shape),
-        )
-    window = (
-        not axes and _is_plain(leaf, evidence.biases.get(leaf.path)) and _is_window(leaf, shape)
-    )
-    if window and (told is None or told[0].why == "matrix"):
-        told = Row("convolution", "i*o"), "i" * (len(shape) - 1) + "o"
-    if told is None:
-        letters = _by_structure(leaf, shape, evidence)
-        if letters is None:
-            return Decision(
-                None,
-                f"no known name, rank {rank}",
-                readings=tuple(
-                    with_layers(letters, axes, rank) for letters in possible_layouts(shape)
-                ),
-            )
-        told = Row("read from its shape"), letters
-    row, letters = told
-    if row.parts != 3:
+    if len(shape) < 2:
+        return Decision(None, "vector", decays=False)
+    if told is not None and name.stacked and not axes and len(shape) > 2:
+        other = look_up(name, shape[1:])
+        if other is not None and not other[1]:
+            why = "a gate that may be a stacked router or a stack of experts"
+            return Decision(None, why, readings=possible_layouts(shape))
+    why, letters, parts = "", None, 1
+    if told is not None:
+        why, letters, parts = told[0].why, told[1], told[0].parts
+    if (
+        why in ("", "matrix")
+        and not axes
+        and _is_plain(leaf, evidence.bias(leaf))
+        and _is_window(leaf)
+    ):
+        why, letters = "convolution", "i" * (rank - 1) + "o"
+    elif letters is None:
+        why, letters = "read from its shape", _by_structure(leaf, shape, evidence)
+    if letters is None:
+        readings = tuple(with_layers(x, axes, rank) for x in possible_layouts(shape))
+        return Decision(None, f"no known name, rank {rank}", readings=readings)
+    if parts != 3:
         letters = _oriented(leaf, shape, letters, evidence)
-    why = "stacked matrices" if axes and row.why == "matrix" else row.why
-    return Decision(
-        to_spec(with_layers(letters, axes, rank), leaf.shape, row.parts), why, stack=axes
-    )
+    why = "stacked matrices" if axes and why == "matrix" else why
+    return Decision(to_spec(with_layers(letters, axes, rank), leaf.shape, parts), why, stack=axes)
 
 
-def _may_be_adamw(leaf: Leaf, shape: tuple[int, ...]) -> bool:
-    """Whether AdamW would train the leaf if one of its axes held stacked layers."""
-    if len(shape) < 3:
-        return False
-    told = look_up(leaf.name, shape[1:])
-    return told is not None and not told[1]
-
-
-def _is_window(leaf: Leaf, shape: tuple[int, ...]) -> bool:
-    """Whether a leaf is a convolution by its shape: a small square window before the channels."""
-    name = leaf.name
-    if len(shape) not in (4, 5) or name.stacked or name.grouped or name.leaf not in ("kernel", "w"):
-        return False
-    told = look_up(name, shape)
-    if told is not None and not told[1]:
-        return False
-    if told is not None and not re.match("conv|patch|matrix", told[0].why):
-        return False
-    if any(re.fullmatch(words.MOE, outer) for outer in (*name.scope, name.role)):
-        return False
-    window = shape[:-2]
-    if window[0] == 2 and name.leaf == "w" and told is None:
-        return False  # Gemma's (2, heads, inputs, head_dim)
-    return len(set(window)) == 1 and window[0] <= min(_LARGEST_WINDOW, max(shape[-2:]))
-
-
-def _by_structure(leaf: Leaf, shape: tuple[int, ...], evidence: Evidence) -> str | None:
+def _by_structure(leaf: Leaf, shape: Shape, evidence: _Evidence) -> str | None:
     """The layout of a kernel whose name says nothing, if exactly one is possible."""
-    rank = len(shape)
-    bias = evidence.biases.get(leaf.path)
+    rank, bias = len(shape), evidence.bias(leaf)
     if bias is not None:
-        first = by_bias(shape, bias)
+        first = _by_bias(shape, bias)
         if first is not None:
             outputs, inputs = "o" * len(bias), "i" * (rank - len(bias))
             return outputs + inputs if first else inputs + outputs
-        if rank == 3 and bias == (shape[0], shape[2]):
-            return "bio"
-        return None
+        return "bio" if rank == 3 and bias == (shape[0], shape[2]) else None
     if leaf.name.stacked:
         return None
-    if rank in (4, 5) and leaf.name.leaf == "weight":
-        window = shape[2:]
-        if len(set(window)) == 1 and window[0] <= min(_LARGEST_WINDOW, max(shape[:2])):
-            return "o" + "i" * (rank - 1)
+    if rank in (4, 5) and leaf.name.leaf == "weight" and _is_square(shape[2:], shape[:2]):
+        return "o" + "i" * (rank - 1)
     if rank != 3:
         return None
-    heads = evidence.heads.get(leaf.modules[min(1, len(leaf.modules) - 1)], frozenset())
+    heads = evidence.heads.get(leaf.modules[:2][-1], ())
     reads, writes = (shape[0], shape[2]) in heads, (shape[2], shape[1]) in heads
     if reads != writes:
         return "ioo" if reads else "iio"
     width = evidence.widths.get(leaf.path)
-    dense = re.fullmatch(words.word(words.DENSE), leaf.name.role)
-    if dense and shape.count(width) == 1 and shape[0] == width:
-        return "ioo"
-    return None
+    dense = fits(DENSE, leaf.name.role) and shape.count(width) == 1 and shape[0] == width
+    return "ioo" if dense else None
 
 
-def _oriented(leaf: Leaf, shape: tuple[int, ...], letters: str, evidence: Evidence) -> str:
+def _oriented(leaf: Leaf, shape: Shape, letters: str, evidence: _Evidence) -> str:
     """A layout with the input on the side where the tree shows it, or the library has it."""
-    plain = letters.replace("b", "")
-    if not re.fullmatch("i+o+|o+i+", plain):
+    if not fits("i+o+|o+i+", letters.replace("b", "")):
         return letters
-    other = turned(letters)
-    bias = evidence.biases.get(leaf.path)
-    if bias is not None:
-        outputs = outputs_of(letters, shape), outputs_of(other, shape)
-        if (outputs[0] == bias) != (outputs[1] == bias):
-            return letters if outputs[0] == bias else other
-    last = leaf.name.leaf
+    rest = iter(letters.replace("b", "")[::-1])
+    turned = "".join(letter if letter == "b" else next(rest) for letter in letters)
+    bias, last = evidence.bias(leaf), leaf.name.leaf
+    fitting = [x for x in (letters, turned) if lengths(x, shape, "o") == bias]
+    if len(fitting) == 1:
+        return fitting[0]
     side, width = direction(leaf.name), evidence.widths.get(leaf.path)
-    movable = output_first(last) or last == leaf.name.role
-    if side and width is not None and len(shape) > 2 and movable:
-        at = [a for a, n in enumerate(shape) if n == width and letters[a] != "b"]
-        if len(at) == 1:
+    if side and len(shape) > 2 and (_output_first(last) or last == leaf.name.role):
+        hidden = [a for a, n in enumerate(shape) if n == width and letters[a] != "b"]
+        if len(hidden) == 1:
             rest = "o" if side == "i" else "i"
-            return "".join(
-                letter if letter == "b" else (side if axis == at[0] else rest)
-                for axis, letter in enumerate(letters)
-            )
-    first = evidence.output_first.get(last, output_first(last))
-    return other if plain.startswith("i") and first else letters
+            kinds = (side if axis in hidden else rest for axis in range(len(shape)))
+            return "".join("b" if x == "b" else y for x, y in zip(letters, kinds, strict=True))
+    first = evidence.output_first.get(last, _output_first(last))
+    return turned if first and letters.replace("b", "").startswith("i") else letters
 
 
-def _by_axis_names(leaf: Leaf, axes: Axes, evidence: Evidence) -> Decision | None:
+def _by_axis_names(leaf: Leaf, axes: Axes, evidence: _Evidence) -> Decision | None:
     """What the framework's names of axes say, if they name the hidden state's axis."""
     if leaf.axes is None or not all(n or i in axes for i, n in enumerate(leaf.axes)):
         return None
     told = look_up(leaf.name, leaf.shape)
     if told is not None and not told[1]:
         return Decision(None, told[0].why, told[0].decays)
+    if fits(_TABLE_AXIS, *leaf.axes):
+        return Decision(None, "a table by the name of an axis")
     kinds = [
-        "b"
-        if i in axes or re.fullmatch(words.BATCH_AXIS, name)
-        else "w"
-        if re.fullmatch(words.WIDTH_AXIS, name)
-        else "x"
+        "b" if i in axes or fits(_BATCH_AXIS, name) else "w" if fits(WIDTH_AXIS, name) else "x"
         for i, name in enumerate(leaf.axes)
     ]
-    if any(re.fullmatch(words.TABLE_AXIS, name) for name in leaf.axes):
-        return Decision(None, "a table by the name of an axis")
     if kinds.count("w") != 1 or "x" not in kinds:
         return None
     side = direction(leaf.name)
     if not side:
         first = kinds.index("w") < kinds.index("x")
-        output_first = evidence.output_first.get(leaf.name.leaf, False)
-        side = "i" if first != output_first else "o"
-    other = "o" if side == "i" else "i"
-    letters = "".join({"b": "b", "w": side, "x": other}[kind] for kind in kinds)
+        side = "i" if first != evidence.output_first.get(leaf.name.leaf, False) else "o"
+    sides = {"b": "b", "w": side, "x": "o" if side == "i" else "i"}
+    letters = "".join(sides[kind] for kind in kinds)
     return Decision(to_spec(letters, leaf.shape), "named axes", stack=axes)

@@ -1,13 +1,56 @@
-"""The leaves of a tree as routing sees them: path, shape, what kind of numbers, names of axes."""
+"""The leaves of a tree as routing sees them, and layouts: a letter for each axis of a leaf.
+
+The last name along a path says what the leaf is for its module ("kernel", "bias"), the name before
+it which module that is ("query", "Dense_0"), and those before say where it sits ("MoeBlock_0").
+Libraries write the same word differently, so names are compared in one spelling: "MoeBlock_0",
+"moe_block" and "MoEBlock" are all "moe_block". Whole words are compared, never parts of them: an
+"overhead_proj" is no head.
+
+A layout writes "i" for an axis that is summed over (the kernel's input), "o" for one that is
+produced (its output), "b" for a batch axis: a matrix for each of its entries. A query kernel
+`(d_model, heads, head_dim)` is "ioo".
+"""
 
 import functools
+import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from optax.contrib import MuonDimensionNumbers
 
+from muonclip_jax._specs import MatrixSpec, Split
 from muonclip_jax._tree import SEPARATOR, Tree, array_leaves
-from muonclip_jax.heads.names import GENERIC, LeafName, read_path, spelling
+from muonclip_jax.heads.finding import Shape
+from muonclip_jax.heads.layouts import spelling
+
+#: Last names that say nothing about the module; the name before them does.
+GENERIC = frozenset({"kernel", "weight", "weights", "w"})
+#: Names of a module list or of scanned layers. Followed by a number they are a list.
+_CONTAINER = re.compile(r"(?:.*_)?(?:layers|blocks|stack|stacked|scan|scanned|repeats?|stages)")
+#: A name that, with a number, is one layer; class names ("MoeBlock_0") do not count.
+_LAYER = re.compile(r"(?:[a-z0-9_]*_)?(?:res|encoder|decoder)?(?:layer|block|stage|unit|h)s?_?\d+")
+
+
+class LeafName(NamedTuple):
+    """One parameter's names in one spelling.
+
+    Args:
+        leaf: The last name.
+        role: The most telling name: the last one that is neither generic nor a number.
+        scope: The names before the role, outermost first.
+        stacked: Whether a container of layers stands in the path and no number tells one of them,
+            as `nn.scan` makes them: every leaf below has an axis of layers.
+        grouped: Whether there is such a container at all. One that holds numbered modules
+            ("layers/layer_0") may be scanned several at a time, or be a plain dict of layers.
+    """
+
+    leaf: str
+    role: str
+    scope: tuple[str, ...]
+    stacked: bool
+    grouped: bool
 
 
 class Leaf(NamedTuple):
@@ -21,7 +64,7 @@ class Leaf(NamedTuple):
     """
 
     path: str
-    shape: tuple[int, ...]
+    shape: Shape
     trained: bool = True
     axes: tuple[str, ...] | None = None
 
@@ -34,6 +77,50 @@ class Leaf(NamedTuple):
     def modules(self) -> tuple[str, ...]:
         """The paths of the modules that hold it, the innermost first; "" is the whole tree."""
         return _modules(self.path)
+
+
+@functools.lru_cache(maxsize=65536)
+def _modules(path: str) -> tuple[str, ...]:
+    parts = _unwrapped(path).split(SEPARATOR)[:-1]
+    return tuple(SEPARATOR.join(parts[:n]) for n in range(len(parts), -1, -1))
+
+
+def _unwrapped(path: str) -> str:
+    """A path without the level that haliax and Equinox add: "weight/0" and "weight/array"."""
+    return re.sub(rf"((?:^|[/.])(?:{'|'.join(GENERIC)}))/(?:\d+|array)$", r"\1", path)
+
+
+@functools.lru_cache(maxsize=65536)
+def read_path(path: str) -> LeafName:
+    """Reads a path such as "decoder/block_0/attention/query/kernel".
+
+    Example:
+        >>> name = read_path("params/decoder/layers_3/MoeBlock_0/wi_0")
+        >>> name.role, name.scope, name.stacked
+        ('wi', ('decoder', 'layers', 'moe_block'), False)
+        >>> read_path("decoder/layers/attention/query/kernel").stacked
+        True
+    """
+    names: list[str] = []
+    numbered: list[bool] = []
+    one_layer: list[bool] = []
+    for part in re.split(r"[/.]", _unwrapped(path)):
+        if part.isdigit() and names:
+            numbered[-1] = one_layer[-1] = True
+        elif part not in ("params", "~", "") and not part.isdigit():
+            spelled = spelling(part)
+            names.append(re.sub(r"_\d+$", "", spelled))
+            numbered.append(names[-1] != spelled)
+            one_layer.append(_LAYER.fullmatch(part) is not None)
+    if not names:
+        return LeafName("", "", (), False, False)
+    for i, name in enumerate(names):
+        if numbered[i] and name in ("expert", "experts"):
+            names[i] = "one_expert"
+    lists = [i for i, x in enumerate(names[:-1]) if _CONTAINER.fullmatch(x) and not numbered[i]]
+    stacked = bool(lists) and not any(one_layer[lists[0] :])
+    role = len(names) - (2 if names[-1] in GENERIC and len(names) > 1 else 1)
+    return LeafName(names[-1], names[role], tuple(names[:role]), stacked, bool(lists))
 
 
 def read_tree(params: Tree) -> tuple[tuple[Leaf, ...], list[Any]]:
@@ -50,40 +137,73 @@ def read_tree(params: Tree) -> tuple[tuple[Leaf, ...], list[Any]]:
     for node in jax.tree.leaves(params, is_leaf=lambda x: _axis_names(x) is not None):
         named = _axis_names(node)
         names += [named] * (1 if named is None else len(jax.tree.leaves(node)))
-    leaves = []
+    leaves: list[Leaf] = []
     for (path, x), named in zip(flat, names, strict=True):
-        shape = tuple(x.shape)
-        trained = jnp.issubdtype(x.dtype, jnp.inexact)
+        shape, trained = tuple(x.shape), bool(jnp.issubdtype(x.dtype, jnp.inexact))
         fits = named is not None and len(named) == len(shape)
-        leaves.append(Leaf(path, shape, bool(trained), named if fits else None))
+        leaves.append(Leaf(path, shape, trained, named if fits else None))
     return tuple(leaves), [x for _, x in flat]
 
 
 def _axis_names(node: Any) -> tuple[str, ...] | None:
     if isinstance(node, jax.Array | dict | list | tuple):
         return None
-    axes = getattr(node, "axes", None)
-    if isinstance(axes, tuple) and hasattr(node, "array"):
-        names = tuple(getattr(axis, "name", None) for axis in axes)
+    names: object = None
+    if isinstance(getattr(node, "axes", None), tuple) and hasattr(node, "array"):
+        names = tuple(getattr(axis, "name", None) for axis in node.axes)
     elif callable(getattr(node, "get_metadata", None)):
         metadata = node.get_metadata()
-        names = next(
-            filter(None, map(metadata.get, ("sharding_names", "out_sharding", "sharding"))), ()
-        )
+        found = map(metadata.get, ("sharding_names", "out_sharding", "sharding"))
+        names = next(filter(None, found), None)
     elif callable(getattr(node, "unbox", None)):
         names = getattr(node, "names", None)
-    else:
-        return None
     if not isinstance(names, tuple | list) or not names:
         return None
     return tuple(spelling(name) if isinstance(name, str) else "" for name in names)
 
 
-@functools.lru_cache(maxsize=65536)
-def _modules(path: str) -> tuple[str, ...]:
-    parts = path.split(SEPARATOR)
-    # haliax and Equinox wrap an array once more, as "weight/0" and "weight/array".
-    end = len(parts) - 1
-    if end and (parts[end].isdigit() or parts[end] == "array") and parts[end - 1] in GENERIC:
-        end -= 1
-    return tuple(SEPARATOR.join(parts[:n]) for n in range(end, -1, -1))
+@functools.lru_cache(maxsize=8192)
+def to_spec(letters: str, shape: Shape, parts: int = 1) -> MatrixSpec:
+    """The spec of a layout; the last output axis falls into equal parts where it can.
+
+    Example:
+        >>> to_spec("bio", (6, 8, 32)).dims
+        MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
+    """
+    reduction, output = (tuple(a for a, x in enumerate(letters) if x == side) for side in "io")
+    splits = ()
+    if parts > 1 and shape[output[-1]] % parts == 0:
+        splits = (Split(output[-1], (shape[output[-1]] // parts,) * parts),)
+    return MatrixSpec(MuonDimensionNumbers(reduction, output), splits)
+
+
+def without(shape: Shape, axes: tuple[int, ...]) -> Shape:
+    """The shape of one layer: all but the axes of stacked layers."""
+    return tuple(n for axis, n in enumerate(shape) if axis not in axes)
+
+
+def at(shape: Shape, axes: Iterable[int]) -> tuple[int | None, ...]:
+    """The lengths of some axes; None for an axis that the shape does not have."""
+    return tuple(shape[axis] if 0 <= axis < len(shape) else None for axis in axes)
+
+
+def with_layers(letters: str, axes: tuple[int, ...], rank: int) -> str:
+    """The layout of a stack, from that of one layer."""
+    rest = iter(letters)
+    return "".join("b" if axis in axes else next(rest) for axis in range(rank))
+
+
+def lengths(letters: str, shape: Shape, side: str) -> tuple[int, ...]:
+    """The lengths of the axes with a letter."""
+    return tuple(n for n, letter in zip(shape, letters, strict=True) if letter == side)
+
+
+def possible_layouts(shape: Shape) -> tuple[str, ...]:
+    """The layouts that a leaf of unknown name may have, the usual ones first."""
+    rank = len(shape)
+    if rank == 2:
+        return ("io", "oi")
+    batch, more = "b" * (rank - 3), rank - 1
+    found = [batch + x for x in ("ioo", "iio", "bio")] + ["i" * more + "o", batch + "oii"]
+    found += ["o" + "i" * more, "i" + "o" * more, batch + "oio", batch + "boi", batch + "ooi"]
+    return tuple(dict.fromkeys([*found, "ib" + batch + "o", "io" + "b" + batch]))

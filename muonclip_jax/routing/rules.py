@@ -1,23 +1,29 @@
 """MatrixRules: one value that decides for every leaf how it becomes matrices and who trains it."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from muonclip_jax._specs import SpecLike, simplify_spec
-from muonclip_jax._tree import Tree, flatten_with_paths, is_masked, nothing_matched
+from muonclip_jax._specs import MatrixSpec, SpecLike, is_spec, simplify_spec
+from muonclip_jax._tree import (
+    Tree,
+    compile_pattern,
+    flatten_with_paths,
+    is_masked,
+    listed,
+    nothing_matched,
+)
 from muonclip_jax.heads.cuts import ATTENTION
 from muonclip_jax.heads.finding import Rule, block_rules, find_blocks, strip_outer
+from muonclip_jax.routing.decisions import Rules, decide
 from muonclip_jax.routing.inference import Decision
 from muonclip_jax.routing.leaves import read_tree
-from muonclip_jax.routing.plan import decide
-from muonclip_jax.routing.rule_pairs import check_rule, rule_pairs
-from muonclip_jax.routing.scan_axis import ScanAxis, check_scan_axis
+from muonclip_jax.routing.stacks import ScanAxis
 
-MUON = "muon"
-ADAMW = "adamw"
+MUON, ADAMW = "muon", "adamw"
 
 
 @dataclass(frozen=True, init=False)
@@ -76,7 +82,7 @@ class MatrixRules:
         GLM-5 Team 2026, arXiv 2602.15763, orthogonalises head by head.
     """
 
-    rules: tuple[tuple[str, SpecLike | None], ...] = ()
+    rules: Rules = ()
     scan_axis: ScanAxis = None
     attention: str = "merged"
     head_dim: int | None = None
@@ -84,15 +90,13 @@ class MatrixRules:
 
     def __init__(
         self,
-        rules: Any = (),
-        scan_axis: Any = None,
-        attention: Any = "merged",
+        rules: object = (),
+        scan_axis: object = None,
+        attention: object = "merged",
         *,
-        head_dim: Any = None,
-        blocks: Any = None,
+        head_dim: object = None,
+        blocks: object = None,
     ):
-        object.__setattr__(self, "rules", tuple(check_rule(rule) for rule in rule_pairs(rules)))
-        object.__setattr__(self, "scan_axis", check_scan_axis(scan_axis))
         if attention not in ATTENTION:
             raise ValueError(
                 f"attention must be one of {', '.join(map(repr, ATTENTION))}, got {attention!r}. "
@@ -104,9 +108,11 @@ class MatrixRules:
             given = "head_dim" if blocks is None else "blocks"
             raise ValueError(
                 f"{given}= says how attention kernels fall into parts or heads, and with "
-                f"attention='merged' they do not. Leave it out, or write attention='split' or "
+                "attention='merged' they do not. Leave it out, or write attention='split' or "
                 "attention='per_head'."
             )
+        object.__setattr__(self, "rules", _checked_rules(rules))
+        object.__setattr__(self, "scan_axis", _checked_scan_axis(scan_axis))
         object.__setattr__(self, "attention", attention)
         object.__setattr__(self, "head_dim", head_dim)
         object.__setattr__(self, "blocks", block_rules(blocks))
@@ -133,9 +139,7 @@ class MatrixRules:
     def resolve(self, params: Tree) -> "ResolvedRules":
         """The decisions for a whole tree, for parts that see less of it."""
         self.check_all_matched(params)
-        return ResolvedRules(
-            tuple((path, decision) for path, _, decision in self.decisions(params))
-        )
+        return ResolvedRules(tuple((path, found) for path, _, found in self.decisions(params)))
 
     def labels(self, params: Tree) -> Tree:
         """The same tree of "muon" and "adamw".
@@ -170,19 +174,19 @@ class MatrixRules:
         A masked tree is partial, and `optax.tree.map_params` calls `init` with an empty one: they
         are not asked.
         """
-        nodes = jax.tree.leaves(params, is_leaf=is_masked)
-        if not nodes or any(is_masked(node) for node in nodes):
+        nodes = flatten_with_paths(params, is_leaf=is_masked)[0]
+        if not nodes or any(is_masked(node) for _, node in nodes):
             return
-        paths = [path for path, _ in flatten_with_paths(params)[0]]
+        paths = [path for path, _ in nodes]
         for pattern, _ in self.rules:
             if not any(re.search(pattern, path) for path in paths):
                 raise nothing_matched("The rule", pattern, paths)
         if self.attention == "merged":
             return
-        leaves = {strip_outer(path): leaf for path, leaf in flatten_with_paths(params)[0]}
+        leaves = {strip_outer(path): leaf for path, leaf in nodes}
         if not any(block.selected for block in find_blocks(leaves, self.blocks)):
             raise ValueError(
-                f"attention={self.attention!r} found no attention block among {paths[:8]}. Say "
+                f"attention={self.attention!r} found no attention block among {listed(paths)}. Say "
                 "what its projections are called, by blocks=[(pattern, AttentionLayout(...))], or "
                 "leave attention out."
             )
@@ -192,7 +196,8 @@ class MatrixRules:
 class ResolvedRules(MatrixRules):
     """The decisions for the leaves of one tree, by path: what `MatrixRules` say of all of it.
 
-    Transformations that see a part of the tree take it in the place of the rules.
+    Transformations that see a part of the tree take it in the place of the rules: a masked tree has
+    no embeddings, no norms and no biases, so that less can be read from it than from the whole one.
     """
 
     by_path: tuple[tuple[str, Decision], ...] = ()
@@ -209,7 +214,7 @@ class ResolvedRules(MatrixRules):
         if strange:
             raise ValueError(
                 f"{strange[0]} is no parameter: the tree has leaves that the parameters do not "
-                f"have. Those are {list(found)[:8]}."
+                f"have. Those are {listed(found)}."
             )
         return [(path, leaf, found[path]) for path, leaf in leaves]
 
@@ -217,60 +222,7 @@ class ResolvedRules(MatrixRules):
         """The rules were asked on the whole tree."""
 
 
-def label_params(params: Tree, rules: MatrixRules | None = None) -> Tree:
-    """Labels every leaf "muon" or "adamw"; `optax.multi_transform` takes it as it is.
-
-    Args:
-        params: The tree of parameters; only shapes are looked at.
-        rules: A `MatrixRules`; None is `MatrixRules()`.
-
-    Returns:
-        The same tree of strings.
-
-    Raises:
-        ValueError: If a leaf of rank three or more is not known, or a rule matches nothing.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> label_params({"embed": jnp.ones((50, 8)), "dense": {"kernel": jnp.ones((8, 8))}})
-        {'dense': {'kernel': 'muon'}, 'embed': 'adamw'}
-
-    References:
-        Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982.
-    """
-    return as_rules(rules).labels(params)
-
-
-def infer_dimension_numbers(params: Tree, rules: MatrixRules | None = None) -> Tree:
-    """Says for every leaf which axes form its matrices; None is a leaf that AdamW trains.
-
-    Optax's own `optax.contrib.muon` takes it as `muon_weight_dimension_numbers` wherever no kernel
-    is split.
-
-    Args:
-        params: The tree of parameters, or a masked or partial one; only shapes are looked at.
-        rules: A `MatrixRules`; None is `MatrixRules()`.
-
-    Returns:
-        The same tree of `optax.contrib.MuonDimensionNumbers`, `MatrixSpec` (where a fused kernel
-        is split) or None.
-
-    Raises:
-        ValueError: If a leaf of rank three or more is not known.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> params = {"attention": {"query": {"kernel": jnp.ones((8, 2, 4))}}}
-        >>> infer_dimension_numbers(params)["attention"]["query"]["kernel"]
-        MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))
-
-    References:
-        Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982.
-    """
-    return as_rules(rules).dimension_numbers(params)
-
-
-def as_rules(rules: Any) -> MatrixRules:
+def as_rules(rules: object) -> MatrixRules:
     """The rules given, or the default ones for None.
 
     Raises:
@@ -283,3 +235,55 @@ def as_rules(rules: Any) -> MatrixRules:
             f"rules must be a MatrixRules, got {rules!r}. Write MatrixRules({rules!r})."
         )
     return rules
+
+
+def _checked_rules(rules: object) -> Rules:
+    """The rules in a form that can be hashed."""
+    if isinstance(rules, dict):
+        rules = rules.items()
+    if isinstance(rules, str) or not isinstance(rules, Iterable):
+        raise TypeError(
+            f"rules must be a list of (pattern, spec) pairs, got {rules!r}. Write, for example, "
+            'MatrixRules([("foo/w$", MatrixSpec((0, 1)))]).'
+        )
+    checked: list[tuple[str, SpecLike | None]] = []
+    for rule in rules:
+        if not isinstance(rule, tuple | list) or len(rule) != 2:
+            raise TypeError(
+                f"A rule must be a pair (pattern, spec), got {rule!r}. Write, for example, "
+                '("foo/w$", MatrixSpec((0, 1))), or ("foo/w$", None) for AdamW.'
+            )
+        pattern, spec = rule
+        if spec is not None and not is_spec(spec):
+            raise TypeError(
+                f"The rule for {pattern!r} must give a MatrixSpec, MuonDimensionNumbers or None, "
+                f"got {spec!r}. Write, for example, MatrixSpec((0, 1))."
+            )
+        compile_pattern(pattern)
+        # Optax allows lists of axes, which cannot be hashed.
+        keep = spec is None or isinstance(spec, MatrixSpec)
+        checked.append((pattern, spec if keep else MatrixSpec(spec).dims))
+    return tuple(checked)
+
+
+def _checked_scan_axis(scan_axis: object) -> ScanAxis:
+    """`scan_axis=` as pairs of a pattern and axes."""
+    pairs = scan_axis if isinstance(scan_axis, tuple | list) else [scan_axis]
+    if scan_axis is None:
+        return None
+    if not any(isinstance(pair, tuple | list) for pair in pairs):
+        pairs = [("", pairs)]
+    checked: list[tuple[str, tuple[int, ...]]] = []
+    for pair in pairs:
+        pattern, axes = pair if isinstance(pair, tuple | list) and len(pair) == 2 else ("", None)
+        axes = axes if isinstance(axes, tuple | list) else (axes,)
+        whole = tuple(x for x in axes if isinstance(x, int) and not isinstance(x, bool))
+        if not axes or len(whole) < len(axes):
+            raise TypeError(
+                "scan_axis must be an integer such as 0 or 1, a tuple of them for nested scans, or "
+                f"pairs (pattern, axes), got {scan_axis!r}: it is the parameter axis that holds "
+                "stacked layers. None reads it from the stack."
+            )
+        compile_pattern(pattern)
+        checked.append((pattern, whole))
+    return tuple(checked)

@@ -16,41 +16,41 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TypeAlias
 
-from muonclip_jax.heads.names import LeafName
-from muonclip_jax.routing import words
-from muonclip_jax.routing.layouts import without
-from muonclip_jax.routing.leaves import Leaf
-from muonclip_jax.routing.scan_axis import Axes, ScanAxis, allowed, given_axes
-from muonclip_jax.routing.table import look_up
+from muonclip_jax.heads.finding import Shape
+from muonclip_jax.routing.leaves import Leaf, LeafName, at, lengths, with_layers, without
+from muonclip_jax.routing.table import direction, fits, look_up
 
-#: Path -> axes of the kernels of one stack.
-Found = dict[str, Axes]
+#: Axes of stacked layers.
+Axes: TypeAlias = tuple[int, ...]
+#: `scan_axis=` as pairs of a pattern and axes; None reads them from the stacks.
+ScanAxis: TypeAlias = tuple[tuple[str, Axes], ...] | None
+
+_Group: TypeAlias = tuple[Sequence[Leaf], Sequence[Leaf], Sequence[Axes]]
+_STACK_AXIS = r"(?:.*_)?(?:layers?|stages?|repeats?|blocks?|periods?|scan)"
+WIDTH_AXIS = r"(?:embed|emb|embedding|hidden|model|d_model|model_dim)(?:_(?!vocab).*)?"
 
 
 @lru_cache(maxsize=65536)
-def extra_axes(name: LeafName, shape: tuple[int, ...]) -> frozenset[int] | None:
+def extra_axes(name: LeafName, shape: Shape) -> frozenset[int] | None:
     """How many axes more than its name asks for a leaf may have; None if it is no evidence.
 
     Leaves that AdamW trains are none, and neither are those whose names say nothing.
 
     Example:
-        >>> from muonclip_jax.heads.names import read_path
+        >>> from muonclip_jax.routing.leaves import read_path
         >>> extra_axes(read_path("layers/mlp/up_proj/kernel"), (3, 8, 32))
         frozenset({1})
     """
-    found = set()
+    found: set[int] = set()
     for extra in range(len(shape) - 1):
         for axes in itertools.combinations(range(len(shape)), extra):
             told = look_up(name, without(shape, axes))
-            if told is None:
-                continue
-            row, letters = told
-            if not letters:
+            if told is not None and not told[1]:
                 return None
-            if row.weak:
-                continue
-            found.add(extra)
+            if told is not None and not told[0].weak:
+                found.add(extra)
     return frozenset(found) or None
 
 
@@ -63,39 +63,43 @@ class Stacks:
         widths: Widths of the model's token embeddings.
         axes: Path -> axes of stacked layers; () for a leaf of no stack.
         open: Path -> the axes that are possible, for leaves where that is open.
+        groups: Leaves, the kernels among them, and options: what is settled at last.
     """
 
     scan_axis: ScanAxis
     widths: frozenset[int]
-    axes: dict[str, Axes] = field(default_factory=dict)
-    open: dict[str, tuple[Axes, ...]] = field(default_factory=dict)
+    axes: dict[str, Axes] = field(default_factory=dict[str, Axes])
+    open: dict[str, tuple[Axes, ...]] = field(default_factory=dict[str, tuple[Axes, ...]])
+    groups: list[_Group] = field(default_factory=list[_Group])
 
     def solve(self, module: str, leaves: Sequence[Leaf]) -> None:
         """Finds the axes of the leaves below a module together, or asks the modules in it."""
-        extras = {leaf.path: extra_axes(leaf.name, leaf.shape) for leaf in leaves}
-        kernels = [leaf for leaf in leaves if extras[leaf.path] is not None]
-        known = bool(kernels)
-        if known:
-            common = frozenset.intersection(*[extras[leaf.path] or frozenset() for leaf in kernels])
-        else:  # no name says how many axes a kernel has: a stack is what all leaves show alike
-            kernels = [leaf for leaf in leaves if _may_be_kernel(leaf)]
-            common = frozenset({1} if all(len(leaf.shape) > 2 for leaf in kernels) else ())
+        extras = {leaf: extra_axes(leaf.name, leaf.shape) for leaf in leaves}
+        known = {leaf: extra for leaf, extra in extras.items() if extra is not None}
+        kernels = list(known) or [leaf for leaf in leaves if _may_be_kernel(leaf)]
         if not kernels:
             return
-        contained = all(self._contained(leaf) for leaf in kernels)
-        for extra in sorted(common, key=lambda n: (n == 0, n) if contained else (False, n)):
+        contained = {self._contained(leaf) for leaf in kernels}
+        if known:
+            common = frozenset.intersection(*known.values())
+        else:  # no name says how many axes a kernel has: a stack is what all leaves show alike
+            common = frozenset({1} if all(len(leaf.shape) > 2 for leaf in kernels) else ())
+        if len(contained) > 1 or (contained == {False} and 0 not in common and _any_plain(known)):
+            common = frozenset[int]()  # layers beside a stack, or none
+        inside = contained == {True}
+        for extra in sorted(common, key=lambda n: (n == 0, n) if inside else (False, n)):
             if extra == 0:
-                if len(common) > 1 and not contained and not _repeats(kernels, {}):
+                if len(common) > 1 and not inside and not _repeats(kernels, ()):
                     continue
                 self.axes |= {leaf.path: () for leaf in kernels}
-                self.solve(module, [leaf for leaf in leaves if extras[leaf.path] is None])
+                self.solve(module, [leaf for leaf in leaves if leaf not in known])
                 return
             found = self._narrowed(kernels, self._candidates(kernels, extra))
-            if len(found) == 1 and (known or contained or _show(leaves, kernels, found[0])):
-                self._assign(leaves, kernels[0], found[0])
+            if len(found) == 1 and (known or inside or _show(leaves, kernels, found[0])):
+                self._assign(leaves, kernels, found[0])
                 return
-            if found and (known or contained):
-                self.open |= {k.path: tuple(axes[k.path] for axes in found) for k in kernels}
+            if found and (known or inside):
+                self.groups.append((leaves, kernels, found))
                 return
         if len(leaves) == 1:
             (self.open if known else self.axes)[leaves[0].path] = ()
@@ -109,105 +113,84 @@ class Stacks:
 
     def _contained(self, leaf: Leaf) -> bool:
         """Whether the path says that layers are stacked here."""
-        given = given_axes(self.scan_axis, leaf.path)
-        return leaf.name.stacked or (given not in (None, (0,)) and leaf.name.grouped)
+        given = self._given(leaf)
+        return leaf.name.stacked or (leaf.name.grouped and given not in (None, (0,)))
 
-    def _candidates(self, kernels: Sequence[Leaf], extra: int) -> list[Found]:
+    def _given(self, leaf: Leaf) -> Axes | None:
+        """The axes that the user names for a leaf."""
+        pairs = self.scan_axis or ()
+        return next((axes for pattern, axes in pairs if re.search(pattern, leaf.path)), None)
+
+    def _candidates(self, kernels: Sequence[Leaf], extra: int) -> list[Axes]:
         """The axes on which all kernels have the same lengths; those that say the same once."""
         fewest = min(len(leaf.shape) for leaf in kernels)
-        given = {given_axes(self.scan_axis, leaf.path) for leaf in kernels}
+        given = {self._given(leaf) for leaf in kernels}
         if len(given) > 1:
             return []
         front = itertools.combinations(range(fewest), extra)
-        choices = itertools.chain(front, itertools.combinations(range(-fewest, 0), extra))
-        found: dict[object, Found] = {}
-        for choice in allowed(given.pop(), list(choices), extra, fewest):
-            axes = {k.path: tuple(sorted(a % len(k.shape) for a in choice)) for k in kernels}
-            lengths = {tuple(leaf.shape[a] for a in axes[leaf.path]) for leaf in kernels}
-            read = tuple(_read(leaf, axes[leaf.path]) for leaf in kernels)
+        choices = [*front, *itertools.combinations(range(-fewest, 0), extra)]
+        found: dict[tuple[str | None, ...], Axes] = {}
+        for choice in _allowed(given.pop(), choices, extra, fewest):
+            lengths = {tuple(leaf.shape[a] for a in _axes(leaf, choice)) for leaf in kernels}
+            read = tuple(_read(leaf, _axes(leaf, choice)) for leaf in kernels)
             if len(lengths) == 1 and None not in read:
-                found.setdefault(read, axes)
+                found.setdefault(read, choice)
         return list(found.values())
 
-    def _narrowed(self, kernels: Sequence[Leaf], found: list[Found]) -> list[Found]:
+    def _narrowed(self, kernels: Sequence[Leaf], found: list[Axes]) -> list[Axes]:
         """Those of several choices with which a layer reads what it writes."""
+        first = kernels[0].shape
+        one_shape = all(leaf.shape == first for leaf in kernels)
 
-        def directed(axes: Found) -> bool:
-            sides = {direction(leaf.name) for leaf in kernels}
-            return {"i", "o"} <= sides and _repeats(kernels, axes)
+        def directed(choice: Axes) -> bool:
+            return {"i", "o"} <= {direction(x.name) for x in kernels} and _repeats(kernels, choice)
 
-        def closed(axes: Found) -> bool:
-            read, written = zip(*[_sizes(leaf, axes[leaf.path]) for leaf in kernels], strict=True)
-            return set(read) == set(written)
+        def closed(choice: Axes) -> bool:
+            # One shape is square by chance too: it only confirms layers in front of it.
+            read, written = zip(
+                *[_sizes(leaf, _axes(leaf, choice)) for leaf in kernels], strict=True
+            )
+            front = 0 in _axes(kernels[0], choice) and first.count(first[0]) == 1
+            return set(read) == set(written) and (front or not one_shape)
 
-        def wide(axes: Found) -> bool:
-            return all(map(reaches, kernels, axes.values()))
+        def wide(choice: Axes) -> bool:
+            return all(self.widths & _hidden(leaf, _axes(leaf, choice)) for leaf in kernels)
 
-        def reaches(leaf: Leaf, axes: Axes) -> bool:
-            sizes, side = _sizes(leaf, axes), direction(leaf.name)
-            return bool(self.widths & ({sizes[side == "o"]} if side else set(sizes)))
-
-        first = kernels[0]
-        one_shape = all(leaf.shape == first.shape for leaf in kernels)
         for test in (directed, closed, wide):
             if len(found) > 1:
-                kept = [axes for axes in found if test(axes)]
-                # One shape is square by chance too: alone it only confirms the usual axis.
-                if (
-                    test is closed
-                    and one_shape
-                    and not (len(kept) == 1 and 0 in kept[0][first.path])
-                ):
-                    continue
-                found = kept or found
+                found = [choice for choice in found if test(choice)] or found
         return found
 
-    def _assign(self, leaves: Sequence[Leaf], first: Leaf, found: Found) -> None:
+    def _assign(self, leaves: Sequence[Leaf], kernels: Sequence[Leaf], choice: Axes) -> None:
         """Gives the kernels their axes, and every other leaf beside them that has them too."""
-        self.axes |= found
-        place = found[first.path]
+        self.axes |= {leaf.path: _axes(leaf, choice) for leaf in kernels}
+        first = kernels[0]
         for leaf in leaves:
-            if leaf.path in found:
-                continue
-            # The same places from the front, or from the end; of nested stacks perhaps some.
-            shift = len(leaf.shape) - len(first.shape)
-            fitting = (
-                tuple(axis + by for axis in some)
-                for count in range(len(place), 0, -1)
-                for by in (0, shift)
-                for some in itertools.combinations(place, count)
-                if all(
-                    0 <= axis + by < len(leaf.shape) and leaf.shape[axis + by] == first.shape[axis]
-                    for axis in some
+            if leaf.path not in self.axes:
+                fitting = (
+                    _axes(leaf, some)
+                    for count in range(len(choice), 0, -1)  # of nested stacks perhaps some
+                    for some in itertools.combinations(choice, count)
+                    if _lengths(leaf, some) == _lengths(first, some)
                 )
-            )
-            self.axes[leaf.path] = next(fitting, ())
+                self.axes[leaf.path] = next(fitting, ())
 
-    def adopt(self, leaves: Sequence[Leaf]) -> None:
-        """Settles open leaves by those beside them.
-
-        That is by a stack whose axes have the same lengths, or by a matrix of the transposed shape:
-        one of the two leads to the hidden layer, the other back.
-        """
-        beside: dict[str, set[tuple[Axes, tuple[int, ...]]]] = {}
-        for leaf in leaves if self.open else ():
-            for module in leaf.modules if leaf.path in self.axes else ():
-                beside.setdefault(module, set()).add((self.axes[leaf.path], leaf.shape))
-        for leaf in leaves:
-            for module in leaf.modules[1:] if leaf.path in self.open else ():
-                near = beside.get(module, set())
-                fitting = {
-                    option
-                    for option in self.open[leaf.path]
-                    for axes, shape in near
-                    if (axes == option and all(shape[a] == leaf.shape[a] for a in axes))
-                    or without(shape, axes) == without(leaf.shape, option)[::-1]
-                }
+    def adopt(self) -> None:
+        """Settles open kernels by the nearest stack around them, if it fits one option alone."""
+        for leaves, kernels, options in self.groups:
+            first = kernels[0]
+            for module in first.modules[1:]:
+                near = {axes for path, axes in self.axes.items() if axes and _in(path, module)}
+                fitting = [x for x in options if _axes(first, x) in near]
                 if len(fitting) == 1:
-                    self.axes[leaf.path] = fitting.pop()
-                    del self.open[leaf.path]
-                if fitting or any(axes for axes, _ in near):
+                    self._assign(leaves, kernels, fitting[0])
+                if near:
                     break
+            self.open |= {
+                leaf.path: tuple(_axes(leaf, choice) for choice in options)
+                for leaf in kernels
+                if leaf.path not in self.axes
+            }
 
 
 def find_stacks(
@@ -222,25 +205,45 @@ def find_stacks(
         widths: Widths of the model's token embeddings.
     """
     stacks = Stacks(scan_axis, widths)
-    open_ = []
+    rest: list[Leaf] = []
     for leaf in leaves:
-        named = _named_axes(leaf)
-        if named is not None or leaf.path in plain:
-            stacks.axes[leaf.path] = named or ()
+        named = [i for i, name in enumerate(leaf.axes or ()) if fits(_STACK_AXIS, name)]
+        told = leaf.axes and all(leaf.axes) and any(fits(WIDTH_AXIS, x) for x in leaf.axes)
+        if named or told or leaf.path in plain:
+            stacks.axes[leaf.path] = tuple(named)
         elif len(leaf.shape) > 1:
-            open_.append(leaf)
-    stacks.solve("", open_)
-    stacks.adopt(open_)
+            rest.append(leaf)
+    stacks.solve("", rest)
+    stacks.adopt()
     return stacks
 
 
-def _named_axes(leaf: Leaf) -> Axes | None:
-    """The axes that the framework calls layers; None where its names leave that open."""
-    if leaf.axes is None:
-        return None
-    stacked = tuple(i for i, name in enumerate(leaf.axes) if re.fullmatch(words.STACK_AXIS, name))
-    told = all(leaf.axes) and any(re.fullmatch(words.WIDTH_AXIS, name) for name in leaf.axes)
-    return stacked if stacked or told else None
+def _axes(leaf: Leaf, choice: Axes) -> Axes:
+    """Axes of one leaf, counted from the front."""
+    return tuple(sorted(axis % len(leaf.shape) for axis in choice))
+
+
+def _lengths(leaf: Leaf, choice: Axes) -> tuple[int | None, ...]:
+    rank = len(leaf.shape)
+    return at(leaf.shape, (axis + rank if axis < 0 else axis for axis in choice))
+
+
+def _in(path: str, module: str) -> bool:
+    return not module or path.startswith(module + "/")
+
+
+def _allowed(given: Axes | None, choices: list[Axes], extra: int, rank: int) -> list[Axes]:
+    """Those choices that the user allows: the named axes, or more of them in nested stacks."""
+    if given is None:
+        return choices
+    if any(not -rank <= axis < rank for axis in given[:extra]):
+        return []
+    if len(given) >= extra:
+        return [given[:extra]]
+    if given == (0,):
+        return [tuple(range(extra))]
+    wanted = {axis % rank for axis in given}
+    return [axes for axes in choices if axes[0] >= 0 and wanted <= set(axes)]
 
 
 def _may_be_kernel(leaf: Leaf) -> bool:
@@ -248,11 +251,14 @@ def _may_be_kernel(leaf: Leaf) -> bool:
     return told is None or bool(told[1])
 
 
-def _show(leaves: Sequence[Leaf], kernels: Sequence[Leaf], found: Found) -> bool:
+def _any_plain(known: dict[Leaf, frozenset[int]]) -> bool:
+    return any(0 in extra for extra in known.values())
+
+
+def _show(leaves: Sequence[Leaf], kernels: Sequence[Leaf], choice: Axes) -> bool:
     """Whether kernels of several shapes and all vectors beside them have the axis of layers."""
-    (axis,) = found[kernels[0].path]
-    others = [leaf.shape for leaf in leaves if leaf.path not in found]
-    length = kernels[0].shape[axis]
+    length = kernels[0].shape[choice[0]]
+    others = [leaf.shape for leaf in leaves if leaf not in kernels]
     several = len({leaf.shape for leaf in kernels}) > 1
     return several and bool(others) and all(length in shape for shape in others)
 
@@ -264,34 +270,28 @@ def _read(leaf: Leaf, axes: Axes) -> str | None:
         return f"{axes}"
     if told is None or not told[1]:
         return None
-    letters = iter(told[1])
-    return "".join("b" if axis in axes else next(letters) for axis in range(len(leaf.shape)))
+    return with_layers(told[1], axes, len(leaf.shape))
 
 
 def _sizes(leaf: Leaf, axes: Axes) -> tuple[int, int]:
     """How many features one layer's kernel reads and makes."""
-    told = look_up(leaf.name, without(leaf.shape, axes))
-    pairs = list(zip(without(leaf.shape, axes), told[1], strict=True)) if told and told[1] else []
-    return (
-        math.prod(n for n, letter in pairs if letter == "i"),
-        math.prod(n for n, letter in pairs if letter == "o"),
-    )
+    shape = without(leaf.shape, axes)
+    told = look_up(leaf.name, shape)
+    letters = told[1] if told and told[1] else "b" * len(shape)
+    return math.prod(lengths(letters, shape, "i")), math.prod(lengths(letters, shape, "o"))
 
 
-@lru_cache(maxsize=8192)
-def direction(name: LeafName) -> str:
-    """Whether a kernel reads the hidden state ("i"), writes it ("o"), or its name is silent."""
-    if re.fullmatch(r".*_b(?:_proj)?", name.role):
-        return ""
-    if re.fullmatch(words.READS, name.role):
-        return "i"
-    return "o" if re.fullmatch(words.WRITES, name.role) else ""
+def _hidden(leaf: Leaf, axes: Axes) -> set[int]:
+    """The sizes that may be the hidden state's."""
+    sizes, side = _sizes(leaf, axes), direction(leaf.name)
+    return {sizes[side == "o"]} if side else set(sizes)
 
 
-def _repeats(kernels: Sequence[Leaf], axes: Found) -> bool:
+def _repeats(kernels: Sequence[Leaf], choice: Axes) -> bool:
     """Whether the kernels write something that they read, as far as their names tell."""
-    sizes = {"i": set[int](), "o": set[int](), "": set[int]()}
-    for leaf in kernels:
-        side = direction(leaf.name)
-        sizes[side].add(_sizes(leaf, axes.get(leaf.path, ()))[side == "o"])
-    return not sizes["i"] or not sizes["o"] or bool(sizes["i"] & sizes["o"])
+    sides = {side: [x for x in kernels if direction(x.name) == side] for side in "io"}
+    read, written = (
+        set[int]().union(*(_hidden(leaf, _axes(leaf, choice)) for leaf in sides[side]))
+        for side in "io"
+    )
+    return not read or not written or bool(read & written)

@@ -5,47 +5,41 @@ from collections.abc import Mapping, Sequence
 
 from muonclip_jax._specs import MatrixSpec, simplify_spec
 from muonclip_jax.routing.inference import Decision
-from muonclip_jax.routing.layouts import to_spec
-from muonclip_jax.routing.leaves import Leaf
+from muonclip_jax.routing.leaves import Leaf, lengths, to_spec
 
 _LEAVES_SHOWN = 8
 
 
-def unknown_leaves(leaves: Sequence[Leaf], decisions: Mapping[str, Decision]) -> ValueError:
-    """Builds the error for the leaves that are open.
-
-    Args:
-        leaves: All leaves of the tree.
-        decisions: The decision for each.
-    """
+def unknown_leaves(leaves: Sequence[Leaf], decided: Mapping[str, Decision]) -> ValueError:
+    """Builds the error for the leaves that are open, given the decision for each path."""
     groups: dict[tuple[str, tuple[int, ...], tuple[str, ...]], list[Leaf]] = {}
     for leaf in leaves:
-        decision = decisions[leaf.path]
-        if decision.unknown:
-            key = (_generalised(leaf.path), leaf.shape, decision.readings)
-            groups.setdefault(key, []).append(leaf)
+        if readings := decided[leaf.path].readings:
+            groups.setdefault((_generalised(leaf.path), leaf.shape, readings), []).append(leaf)
     count = sum(map(len, groups.values()))
-    lines = []
+    lines: list[str] = []
     for (_, _, readings), group in list(groups.items())[:_LEAVES_SHOWN]:
-        first = group[0]
-        pattern = pattern_for(group, leaves)
-        lines.append(f"  {first.path} of shape {first.shape} ({decisions[first.path].why}), one of")
+        first, pattern = group[0], pattern_for(group, leaves)
+        lines.append(f"  {first.path} of shape {first.shape} ({decided[first.path].why}), one of")
         for letters in readings:
-            lines.append(f"    rules={write_rule(pattern, letters)}  # {_meaning(letters, first)}")
+            batch, inputs, outputs = (
+                " x ".join(map(str, lengths(letters, first.shape, side))) for side in "bio"
+            )
+            meaning = f"{batch + ' matrices ' if batch else ''}{inputs} -> {outputs}"
+            lines.append(f"    rules={write_rule(pattern, letters)}  # {meaning}")
         lines.append(f"    rules={write_rule(pattern, None)}  # AdamW trains it")
-    stacked = any("stacked layers" in decisions[leaf.path].why for leaf in leaves)
+    if len(groups) > _LEAVES_SHOWN:
+        lines.append(f"  and {len(groups) - _LEAVES_SHOWN} more")
+    lines.append("The pair is (reduction axes, output axes), all others are batch axes.")
+    if any("stacked layers" in decided[leaf.path].why for leaf in leaves):
+        lines[-1] += (
+            " Where layers are stacked on one axis, MatrixRules(scan_axis=0), or "
+            "MatrixRules(scan_axis=[(pattern, axis)]), says which it is."
+        )
     return ValueError(
         f"{count} {'leaf' if count == 1 else 'leaves'} of rank three or more cannot be told by "
         "name or structure, so it is open which axes form matrices. Say it by rules:\n"
         + "\n".join(lines)
-        + (f"\n  and {len(groups) - _LEAVES_SHOWN} more" if len(groups) > _LEAVES_SHOWN else "")
-        + "\nThe pair is (reduction axes, output axes), all others are batch axes."
-        + (
-            " Where layers are stacked on one axis, MatrixRules(scan_axis=0), or "
-            "MatrixRules(scan_axis=[(pattern, axis)]), says which it is."
-            if stacked
-            else ""
-        )
     )
 
 
@@ -58,10 +52,9 @@ def pattern_for(group: Sequence[Leaf], leaves: Sequence[Leaf]) -> str:
         '^h/\\d+/w$'
     """
     pattern = f"^{_generalised(group[0].path)}$"
-    matched = {leaf.path for leaf in leaves if re.search(pattern, leaf.path)}
-    if matched == {leaf.path for leaf in group}:
+    if {leaf.path for leaf in leaves if re.search(pattern, leaf.path)} == {x.path for x in group}:
         return pattern
-    paths = [re.escape(leaf.path).replace(r"\-", "-") for leaf in group]
+    paths = [_escaped(leaf.path) for leaf in group]
     return f"^({'|'.join(paths)})$" if len(paths) > 1 else f"^{paths[0]}$"
 
 
@@ -72,27 +65,17 @@ def write_rule(pattern: str, letters: str | None) -> str:
         >>> write_rule("^decoder/foo/w$", "ioo")
         'MatrixRules([("^decoder/foo/w$", MatrixSpec((0, (1, 2))))])'
     """
-    if letters is None:
-        return f"MatrixRules([({_quoted(pattern)}, None)])"
-    dims = simplify_spec(MatrixSpec(to_spec(letters, ()).dims))
-    assert not isinstance(dims, MatrixSpec)
-    return f"MatrixRules([({_quoted(pattern)}, MatrixSpec(({dims[0]}, {dims[1]})))])"
+    spec = None
+    if letters is not None:
+        reduction, output = MatrixSpec(simplify_spec(to_spec(letters, ()))).dims
+        spec = f"MatrixSpec(({reduction}, {output}))"
+    raw = "r" if "\\" in pattern else ""
+    return f'MatrixRules([({raw}"{pattern}", {spec})])'
 
 
-def _quoted(pattern: str) -> str:
-    return ("r" if "\\" in pattern else "") + f'"{pattern}"'
+def _escaped(path: str) -> str:
+    return re.escape(path).replace(r"\-", "-")
 
 
 def _generalised(path: str) -> str:
-    return re.sub(r"(?<![A-Za-z\d])\d+", lambda _: r"\d+", re.escape(path).replace(r"\-", "-"))
-
-
-def _meaning(letters: str, leaf: Leaf) -> str:
-    """What a reading makes of the leaf: matrices from inputs to outputs."""
-
-    def side(letter: str) -> str:
-        lengths = [str(n) for n, of in zip(leaf.shape, letters, strict=True) if of == letter]
-        return " x ".join(lengths)
-
-    count = side("b")
-    return f"{count + ' matrices ' if count else ''}{side('i')} -> {side('o')}"
+    return re.sub(r"(?<![A-Za-z\d])\d+", lambda _: r"\d+", _escaped(path))

@@ -1,13 +1,10 @@
 """The table that says, by name, which leaves are matrices and which AdamW trains.
 
 The first row that fits a leaf decides. A row's names are regular expressions that must match a
-whole name in the one spelling of `_names.py` ("MoeBlock_0" is "moe_block").
-
-A layout writes one letter an axis: `i` is summed over (the kernel's input), `o` is produced (its
-output), `b` is a batch axis, a matrix for each of its entries. A query kernel
-`(d_model, heads, head_dim)` is "ioo". A star repeats the letter before it as often as the rank
-asks. Axes of stacked layers are no part of a layout: `stacks.py` takes them off first. Kernels are
-written with the input first; `orientation.py` turns those of libraries that have it last.
+whole name in one spelling (see `leaves.py`). A star in a layout repeats the letter before it as
+often as the rank asks. Axes of stacked layers are no part of a layout: `stacks.py` takes them off
+first. Kernels are written with the input first; `inference.py` turns those of libraries that have
+it last.
 
 What belongs to Muon follows Jordan et al. 2024 (kellerjordan.github.io/posts/muon) and Moonlight
 (arXiv 2502.16982): matrices that act on hidden states. Embedding tables, output heads, router
@@ -21,15 +18,22 @@ kernels, biases, gains and norms stay with AdamW, and so do three more kinds:
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any
 
-from muonclip_jax.heads.names import LeafName
-from muonclip_jax.routing import words
-from muonclip_jax.routing.words import word
+from muonclip_jax.heads.finding import Shape
+from muonclip_jax.heads.layouts import OUT_NAMES, QUERY_KEY_VALUE, spelling
+from muonclip_jax.routing.leaves import LeafName
+
+
+def _wide(shape: Shape) -> bool:
+    return shape[-1] >= shape[-2]
+
+
+def _even(shape: Shape) -> bool:
+    return shape[-1] % 2 == 0
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Row:
         without: What no name before the role may be.
         parent: What the name right before the role must be.
         stacked: Whether the path must show stacked layers.
-        shape: A name in `SHAPES`, asked of the shape without stacked layers.
+        shape: What must hold of the shape without stacked layers.
         ranks: The fewest and most axes without stacked layers.
         parts: Into how many equal parts the last output axis falls.
         decays: Whether weight decay applies where AdamW trains.
@@ -59,227 +63,256 @@ class Row:
     scope: str | None = None
     without: str | None = None
     parent: str | None = None
-    stacked: bool | None = None
-    shape: str | None = None
+    stacked: bool = False
+    shape: Callable[[Shape], bool] | None = None
     ranks: tuple[int, int] = (2, 99)
     parts: int = 1
     decays: bool = True
     weak: bool = False
 
 
-#: What a row may ask of a shape `s`, without the axes of stacked layers.
-SHAPES: Mapping[str, Callable[[tuple[int, ...]], bool]] = MappingProxyType(
-    {
-        "tall": lambda s: s[-2] > s[-1],
-        "wide": lambda s: s[-1] >= s[-2],
-        "wide by three": lambda s: s[-1] == 3 * s[-2],
-        "tall by three": lambda s: s[-2] == 3 * s[-1],
-        "even": lambda s: s[-1] % 2 == 0,
-        "half as wide": lambda s: 2 * s[-1] <= s[-2],
-        "one input channel": lambda s: s[-2] == 1,
-        "two in the middle": lambda s: s[1] == 2,
-        "three in the middle": lambda s: s[1] == 3,
-        "three in front": lambda s: s[0] == 3,
-    }
+def word(words: str) -> str:
+    """A name that has one of these words, between underscores, a number after it or not."""
+    return rf"(?:.*_)?(?:{words})\d*(?:_.*)?"
+
+
+DENSE = word("dense|linear|lin|fc|ff|ffn|ffw|mlp|proj|projection|project|mapping|projector")
+_EMBEDDING = word(
+    "emb|embs|embed|embeds|embedding|embeddings|embedder|embedders|wte|wpe|wtt|posemb|posembed|"
+    "tokemb|codebook|codebooks|vocab|vocabulary|vocabularies"
+)
+_TOKENS = (
+    r"(?:.*_)?(?:cls|class|mask|register|prompt|query|latent|learned|dist|sep|memory|soft)s?"
+    r"_(?:tokens?|queries|prompts?)|cls|probe|latents|queries|prompts?|tokens?|memory_tokens"
+)
+_RELATIVE = (
+    r".*(?:rel_?pos|relative_(?:position|attention)|position_bias|pos_bias|pos_enc|rel_embedding|"
+    r"freqs_ci?s|alibi).*"
+)
+MOE = r"(?!.*(?:layers|blocks)$)" + word("moe|experts?|mixture|mixtral|switch|sparse")
+_ONE_EXPERT = r"one_expert|.*shared.*"
+_GATE = r"gate|gating|wg|w_gate|gate_(?:kernel|weights?|w)"
+_ATTENTION = word("attention|attn|attentions|mha|mla|msa|gqa|mqa|selfattn|crossattn")
+_NORM = word("ln|norm|layernorm|rmsnorm|batchnorm|groupnorm|bn|gn|rms|lnx|lnf")
+_STATE_VECTOR = (
+    r"a_logs?|dt|dt_(?!proj).*|a_param|log_a|log_dt|time_(?:mix|decay|first|faaaa|maa)(?:_.*)?"
+)
+_HEAD = (
+    r"(?!(?:.*_)?(?:multi|single|attention|attn|self|cross|per|talking|kv|num|n)_head)"
+    r"(?:.*_)?(?:lm)?head\d*|(?:.*_)?(?:logits?|logitdense|unembed|unembedder|unembedding)(?:_.*)?|"
+    r"(?:.*_)?classifier|score|qa_outputs|readout|output_layer|to_logits"
+)
+# Kernels that Linen, NNX and MaxText build with the heads as an axis of their own ...
+_LINEN_QKV = "query|key|value"
+# ... and those that are a plain matrix in most libraries and have such an axis in some.
+_OTHER_QKV = "|".join(dict.fromkeys(spelling(x) for names in QUERY_KEY_VALUE[1:] for x in names))
+_ALL_QKV = rf"{_LINEN_QKV}|{_OTHER_QKV}|w(?:q|kv|k|v)_b|(?:q|k|v|kv)_b_proj"
+# Those that say so little, or lie so differently, have rows of their own.
+_OUT = "|".join(name for name in OUT_NAMES if name not in ("out", "dense", "attn_vec_einsum"))
+_CLEAR_OUT = r"o_proj|(?:attn|attention)_(?:out|output|o|proj|projection)"
+_QKV = r"qkv|qkv_proj|wqkv|w_qkv|to_qkv|c_attn|qkv_(?:dense|linear|projection)"
+_KV = "kv|kv_proj|to_kv"
+_FUSED = rf"{_QKV}|{_KV}|query_key_value|in_proj_\w+|wkv(?:_[ab])?|kv_[ab]_proj(?:_.*)?"
+_GATE_UP = r"(?:gate_up|up_gate)(?:_proj)?|gate_and_up(?:_proj)?|fused_gate_up(?:_proj)?"
+_MLP = (
+    r"wi|wo|w[1-3]|wi_?\d|w_(?:in|out|up|down|gate|\d)|(?:up|down|gate)(?:_proj|_dense|_linear)?|"
+    r"(?:fc|ff|ffn|ffw|linear|dense|mlp)\d*(?:_(?!general).*)?|c_fc|c_proj|intermediate"
+)
+# Matrices on hidden states in every library that uses the name: two axes, and layers before them.
+_MATRIX = (
+    rf"{_MLP}|{_GATE}|w(?:q|k|v|kv)_a|(?:q|k|v|kv)_a_proj(?:_.*)?|query_key_value|{_QKV}|"
+    rf"{_GATE_UP}|{_KV}|wkv|in_proj(?:_.*)?|[ih][fgornz]|[ih]i|if_?|in|i|h"
+)
+_CONV = (
+    r"(?:.*_)?(?:dw|pw|causal|short|depth)?conv(?:s|olution|\d+d?|nd|transpose|net)?\d*(?:_.*)?|"
+    r"depthwise(?:_.*)?|pointwise(?:_.*)?|dw|pw"
+)
+_DEPTHWISE = r".*depthwise.*|dw|(?:.*_)?(?:dw|short|causal|depth)_?conv.*|(?:.*_)?conv_?1d.*"
+_PATCH = r"patch_?(?:embed|emb|ify)\w*|patchify\w*|(?:conv_)?stem\w*"
+_STATE_SPACE = word("mamba|mamba2|ssm|s4|s4d|s5|s6|lru|mixer|delta|gdn|kda|mlstm|rwkv")
+_LORA = word("lora|lokr|loha|dora")
+_LORA_BASE = r"base(?:_(?:module|layer))?"
+_ROUTER = word("router|routers|routing")
+# What reads the hidden state of a block, and what writes it.
+_READS = (
+    rf"{_LINEN_QKV}|{_OTHER_QKV}|{_QKV}|{_KV}|{_GATE_UP}|[qkv]_einsum|q?kv_einsum|gating_einsum|"
+    r"wi|wi_?\d|w[13]|w_(?:in|up|gate)|(?:up|gate)(?:_proj|_dense|_linear)?|fc1|c_fc|intermediate|"
+    r"in_proj(?:_.*)?|query_key_value|w(?:q|kv)_a|(?:q|kv)_a_proj(?:_.*)?"
+)
+_WRITES = (
+    rf"(?!proj$)(?:out|{_OUT}|{_CLEAR_OUT}|attn_vec_einsum|w2|w_(?:out|down)|"
+    r"down(?:_proj|_dense|_linear)?|fc2)"
 )
 
-_MOE: Any = {"scope": words.MOE, "without": words.ONE_EXPERT}
-_QKV = rf"{words.LINEN_QKV}|{words.OTHER_QKV}"
-_VECTOR: Any = {"decays": False}
+EXPERT_STACK = "expert stack"
+EMBEDDING_TABLE = "embedding table"
+OUTPUT_HEAD = "output head"
+_LORA_FACTOR = "LoRA factor: only the product acts"
+_NO_CHANNELS = "depthwise filters: no channels are mixed"
+_KERNEL = "kernel|w|weight"
+_MOE: Any = {"scope": MOE, "without": _ONE_EXPERT}
 
 ROWS: tuple[Row, ...] = (
+    # Vectors, which heads and stacked layers give more axes.
     Row(
         "no trained parameter",
         scope="batch_stats|cache|intermediates|running_stats|buffers|rngs|non_trainable",
-        **_VECTOR,
+        decays=False,
     ),
-    Row("LoRA factor: only the product acts", role=word(words.LORA)),
-    Row("LoRA factor: only the product acts", leaf=word(words.LORA)),
-    Row(
-        "LoRA factor: only the product acts",
-        role=rf"(?!{words.LORA_BASE}$).*",
-        scope=word(words.LORA),
-        without=words.LORA_BASE,
-    ),
-    # Vectors, which heads and stacked layers give more axes.
-    Row("bias", leaf=word("bias|biases|offset"), **_VECTOR),
-    Row("bias", leaf=r"b\d+|b_(?:in|out|up|down|gate|[qkvo]|[ih][a-z]?)|b[qkvo]", **_VECTOR),
+    Row(_LORA_FACTOR, role=_LORA),
+    Row(_LORA_FACTOR, leaf=_LORA),
+    Row(_LORA_FACTOR, role=rf"(?!{_LORA_BASE}$).*", scope=_LORA, without=_LORA_BASE),
     Row(
         "bias",
-        leaf="b",
-        parent=rf"{word(words.DENSE)}|{words.CONV}|{words.LINEN_QKV}|{words.ATTENTION}",
-        **_VECTOR,
+        leaf=rf"{word('bias|biases|offset')}|b\d+|b_(?:in|out|up|down|gate|[qkvo]|[ih][a-z]?)|b[qkvo]",
+        decays=False,
     ),
-    Row("bias", leaf="b", stacked=True, **_VECTOR),
-    Row("gain or scale", leaf="g", stacked=True, **_VECTOR),
+    Row("bias", leaf="b", parent=rf"{DENSE}|{_CONV}|{_LINEN_QKV}|{_ATTENTION}", decays=False),
+    Row("bias", leaf="b", stacked=True, decays=False),
+    Row("gain or scale", leaf="g", stacked=True, decays=False),
     Row(
         "gain or scale",
         leaf=r"(?:.*_)?(?:scales?|gains?|gamma|beta|temperature|slope|multiplier|sinks?)|ls\d*",
-        **_VECTOR,
+        decays=False,
     ),
     Row(
         "running statistic",
         leaf="mean|var|variance|running_.*|moving_.*|sigma|ema_.*|count",
-        **_VECTOR,
+        decays=False,
     ),
-    Row("norm", role=rf"(?!ada|.*modulation){words.NORM}", leaf="(?!kernel$).*", **_VECTOR),
-    Row("norm", role=rf"(?!ada|.*modulation|{word(words.DENSE)}$){words.NORM}", **_VECTOR),
-    Row("state-space vector", role=words.STATE_VECTOR, **_VECTOR),
+    Row("norm", role=rf"(?!ada|.*modulation){_NORM}", leaf="(?!kernel$).*", decays=False),
+    Row("norm", role=rf"(?!ada|.*modulation|{DENSE}$){_NORM}", decays=False),
+    Row("state-space vector", role=_STATE_VECTOR, decays=False),
     Row(
         "state-space vector",
         role="d|a|lambda|nu|theta|nu_log|theta_log",
-        scope=words.STATE_SPACE,
-        **_VECTOR,
+        scope=_STATE_SPACE,
+        decays=False,
     ),
     # Tables that are looked up, and learned inputs.
-    Row("relative position table", role=words.RELATIVE, leaf="(?!kernel$).*"),
-    Row("relative position table", leaf="embedding|embeddings", parent=words.RELATIVE),
-    Row("learned input", role=words.TOKENS, leaf="(?!kernel$).*"),
-    Row("embedding table", leaf="embeddings?|embedding_table|table|.*_embeddings?"),
-    Row(
-        "patches as a convolution",
-        "i*o",
-        leaf="kernel|w|weight",
-        role=rf"{words.PATCH}|{word(words.EMBEDDING)}",
-        ranks=(4, 5),
-    ),
-    Row(
-        "patches as a convolution",
-        "i*o",
-        leaf="kernel|w|weight",
-        scope=rf".*{words.PATCH}",
-        ranks=(4, 5),
-    ),
-    Row(
-        "dense layer on embeddings",
-        "io",
-        role=rf"(?={word(words.EMBEDDING)}$)(?={word(words.DENSE)}$).*",
-        leaf="kernel|weight|w",
-    ),
-    Row("dense layer on patches", "io", role=words.PATCH, leaf="kernel|weight|w"),
-    Row("embedding table", role=word(words.EMBEDDING)),
+    Row("relative position table", role=_RELATIVE, leaf="(?!kernel$).*"),
+    Row("relative position table", leaf="embedding|embeddings", parent=_RELATIVE),
+    Row("learned input", role=_TOKENS, leaf="(?!kernel$).*"),
+    Row(EMBEDDING_TABLE, leaf="embeddings?|embedding_table|table|.*_embeddings?"),
+    Row("patches as a convolution", "i*o", rf"{_PATCH}|{_EMBEDDING}", _KERNEL, ranks=(4, 5)),
+    Row("patches as a convolution", "i*o", None, _KERNEL, rf".*{_PATCH}", ranks=(4, 5)),
+    Row("dense layer on embeddings", "io", rf"(?={_EMBEDDING}$)(?={DENSE}$).*", _KERNEL),
+    Row("dense layer on patches", "io", _PATCH, _KERNEL),
+    Row(EMBEDDING_TABLE, role=_EMBEDDING),
     # Routers. A gate is one where mixture-of-experts modules say so; gate_proj never is.
-    Row("router", role=word("router|routers|routing")),
-    Row("router", scope=word("router|routers|routing")),
-    Row("router", role=r".*experts?_gat(?:e|ing)|gating_network|gate_(?:logits?|network|fn)"),
-    Row("gate of one expert", "io", role=words.GATE, parent=words.ONE_EXPERT),
-    Row("expert stack", "bio", role=words.GATE, parent="experts"),
-    Row("router", role=words.GATE, leaf="kernel|weight|w", **_MOE),
-    Row("router", role=words.GATE, ranks=(2, 2), **_MOE),
-    Row("expert stack", "bio", role=words.GATE, **_MOE),
-    Row("narrow gate: a router", role="gate|gating|wg", ranks=(2, 2), shape="half as wide"),
+    Row(
+        "router",
+        role=rf"{_ROUTER}|.*experts?_gat(?:e|ing)|gating_network|gate_(?:logits?|network|fn)",
+    ),
+    Row("router", scope=_ROUTER),
+    Row("gate of one expert", "io", _GATE, parent=_ONE_EXPERT),
+    Row(EXPERT_STACK, "bio", _GATE, parent="experts"),
+    Row("router", "", _GATE, _KERNEL, **_MOE),
+    Row("router", "", _GATE, ranks=(2, 2), **_MOE),
+    Row(EXPERT_STACK, "bio", _GATE, **_MOE),
+    Row(
+        "narrow gate: a router",
+        "",
+        "gate|gating|wg",
+        ranks=(2, 2),
+        shape=lambda s: 2 * s[-1] <= s[-2],
+    ),
     # Attention projections.
-    Row("attention, fused", "iboo", role=words.QKV, shape="three in the middle", ranks=(4, 4)),
-    Row("attention, fused", "booi", role=words.QKV, shape="three in front", ranks=(4, 4)),
-    Row("attention, fused", "iboo", role=words.KV, shape="two in the middle", ranks=(4, 4)),
-    Row("attention, heads first", "oio", role="[qkv]_einsum"),
-    Row("attention, fused, heads first", "boio", role="qkv_einsum|kv_einsum"),
-    Row("attention output", "iio", role="attn_vec_einsum"),
+    Row("attention, fused", "iboo", _QKV, shape=lambda s: s[1] == 3, ranks=(4, 4)),
+    Row("attention, fused", "booi", _QKV, shape=lambda s: s[0] == 3, ranks=(4, 4)),
+    Row("attention, fused", "iboo", _KV, shape=lambda s: s[1] == 2, ranks=(4, 4)),
+    Row("attention, heads first", "oio", "[qkv]_einsum"),
+    Row("attention, fused, heads first", "boio", "qkv_einsum|kv_einsum"),
+    Row("attention output", "iio", "attn_vec_einsum"),
     # haliax counts query heads on two axes, and keeps kernels as "weight".
-    Row("attention, heads merged", "iooo", role=_QKV, leaf="weight"),
-    Row("attention, heads merged", "ioo", role=_QKV),
-    Row("attention projection", "io", role=_QKV),
-    Row("attention output, heads merged", "iio", role="out"),
-    Row("attention output", "io", role="out", scope=words.ATTENTION),
-    Row("attention output, heads merged", "iio", role=words.OTHER_OUT, scope=words.ATTENTION),
-    Row("attention output, heads merged", "iio", role=words.CLEAR_OUT),
-    Row("attention output", "io", role=words.OTHER_OUT, scope=words.ATTENTION),
-    Row("attention output", "io", role=words.CLEAR_OUT),
+    Row("attention, heads merged", "iooo", _ALL_QKV, "weight"),
+    Row("attention, heads merged", "ioo", _ALL_QKV),
+    Row("attention projection", "io", _ALL_QKV),
+    Row("attention output, heads merged", "iio", "out"),
+    Row("attention output", "io", "out", scope=_ATTENTION),
+    Row("attention output, heads merged", "iio", _OUT, scope=_ATTENTION),
+    Row("attention output, heads merged", "iio", _CLEAR_OUT),
+    Row("attention output", "io", _OUT, scope=_ATTENTION),
+    Row("attention output", "io", _CLEAR_OUT),
     # Convolutions.
-    Row(
-        "depthwise filters: no channels are mixed",
-        role=rf"{words.DEPTHWISE}",
-        shape="one input channel",
-    ),
-    Row(
-        "depthwise filters: no channels are mixed",
-        role=words.CONV,
-        scope=words.DEPTHWISE,
-        shape="one input channel",
-    ),
-    Row("depthwise filters: no channels are mixed", role=words.DEPTHWISE, ranks=(2, 2)),
-    Row("convolution, one kernel a position", "b*io", role=r"(?:.*_)?conv_?local.*", ranks=(3, 5)),
-    Row("convolution", "i*o", leaf=rf"kernel|w|weight|{words.CONV}", role=words.CONV, ranks=(3, 5)),
-    Row("convolution", "i*o", leaf="kernel", role="[ih]h", scope=".*conv.*", ranks=(3, 5)),
+    Row(_NO_CHANNELS, "", _DEPTHWISE, shape=lambda s: s[-2] == 1),
+    Row(_NO_CHANNELS, "", _CONV, scope=_DEPTHWISE, shape=lambda s: s[-2] == 1),
+    Row(_NO_CHANNELS, "", _DEPTHWISE, ranks=(2, 2)),
+    Row("convolution, one kernel a position", "b*io", r"(?:.*_)?conv_?local.*", ranks=(3, 5)),
+    Row("convolution", "i*o", _CONV, rf"{_KERNEL}|{_CONV}", ranks=(3, 5)),
+    Row("convolution", "i*o", "[ih]h", "kernel", ".*conv.*", ranks=(3, 5)),
     # Fused kernels whose parts can be told.
-    Row("fused query, key, value", "io", role=words.QKV, shape="wide by three", parts=3),
-    Row("fused query, key, value", "oi", role=words.QKV, shape="tall by three", parts=3),
-    Row("fused query, key, value", "ibo", role=words.QKV, shape="three in the middle"),
-    Row("fused query, key, value", "bio", role=words.QKV, shape="three in front"),
+    Row("fused query, key, value", "io", _QKV, shape=lambda s: s[-1] == 3 * s[-2], parts=3),
+    Row("fused query, key, value", "oi", _QKV, shape=lambda s: s[-2] == 3 * s[-1], parts=3),
+    Row("fused query, key, value", "ibo", _QKV, shape=lambda s: s[1] == 3),
+    Row("fused query, key, value", "bio", _QKV, shape=lambda s: s[0] == 3),
     # Gemma keeps it as (2, in, out) or (2, out, in): the hidden layer is the wider one.
-    Row("gate and up on one axis", "bio bbio", role="gating_einsum", shape="wide"),
-    Row("gate and up on one axis", "boi bboi", role="gating_einsum", shape="tall"),
+    Row("gate and up on one axis", "bio bbio", "gating_einsum", shape=_wide),
+    Row("gate and up on one axis", "boi bboi", "gating_einsum"),
     # Stacks of experts.
-    Row(
-        "expert stack, gate and up fused", "bio", role=words.GATE_UP, shape="even", parts=2, **_MOE
-    ),
-    Row("expert stack", "bio", role=words.MLP, **_MOE),
-    Row("expert stack", "bio", scope=words.EXPERTS, without=words.ONE_EXPERT),
-    Row("expert stack", "bio", role=words.EXPERTS),
-    Row("fused gate and up", "io", role=words.GATE_UP, shape="even", parts=2),
-    Row("gate and up on axis 1", "ibo", role="wi", shape="two in the middle"),
+    Row("expert stack, gate and up fused", "bio", _GATE_UP, shape=_even, parts=2, **_MOE),
+    Row(EXPERT_STACK, "bio", _MLP, **_MOE),
+    Row(EXPERT_STACK, "bio", scope=r"(?:.*_)?experts", without=_ONE_EXPERT),
+    Row(EXPERT_STACK, "bio", r"(?:.*_)?experts"),
+    Row("fused gate and up", "io", _GATE_UP, shape=_even, parts=2),
+    Row("gate and up on axis 1", "ibo", "wi", shape=lambda s: s[1] == 2),
     # Output heads.
-    Row("output head", role=words.HEAD),
-    Row("output head", role="decoder", scope=rf"cls|predictions|{words.HEAD}"),
-    Row(
-        "inside an output head",
-        parent=words.HEAD,
-        role=rf"{words.MATRIX}|{words.OTHER_OUT}|layers|out|output",
-    ),
+    Row(OUTPUT_HEAD, role=_HEAD),
+    Row(OUTPUT_HEAD, role="decoder", scope=rf"cls|predictions|{_HEAD}"),
+    Row("inside an output head", role=rf"{_MATRIX}|{_OUT}|layers|out|output", parent=_HEAD),
     # GPT-2 in Hugging Face Flax keeps kernels as (out, in): the longer axis tells.
-    Row("dense layer", "oi", role="c_fc", shape="tall"),
-    Row("dense layer", "oi", role="c_proj", scope="mlp", shape="wide"),
+    Row("dense layer", "oi", "c_fc", shape=lambda s: not _wide(s)),
+    Row("dense layer", "oi", "c_proj", scope="mlp", shape=_wide),
     # Plain matrices.
-    Row("fused projection, kept whole: a rule may split it", "io", role=words.FUSED),
-    Row("matrix", "io", role=rf"{words.MATRIX}"),
-    Row("matrix", "io", role=word(words.DENSE), stacked=True),
+    Row("fused projection, kept whole: a rule may split it", "io", _FUSED),
+    Row("matrix", "io", _MATRIX),
+    Row("matrix", "io", DENSE, stacked=True),
     Row("matrix", "io", weak=True),
 )
 
 _compiled = lru_cache(maxsize=None)(re.compile)
 
 
-def _fits(pattern: str | None, text: str) -> bool:
-    return pattern is None or _compiled(pattern).fullmatch(text) is not None
+def fits(pattern: str | None, *names: str) -> bool:
+    """Whether a pattern matches one of the names as a whole; None fits everything."""
+    return pattern is None or any(_compiled(pattern).fullmatch(name) for name in names)
 
 
 @lru_cache(maxsize=8192)
-def rows_of(name: LeafName) -> tuple[Row, ...]:
+def _rows_of(name: LeafName) -> tuple[Row, ...]:
     """The rows whose names fit, in their order."""
     scope = name.scope
     return tuple(
         row
         for row in ROWS
-        if (row.stacked is None or row.stacked == name.stacked)
-        and _fits(row.role, name.role)
-        and _fits(row.leaf, name.leaf)
-        and (row.scope is None or any(_fits(row.scope, outer) for outer in scope))
-        and (row.without is None or not any(_fits(row.without, outer) for outer in scope))
-        and (row.parent is None or (bool(scope) and _fits(row.parent, scope[-1])))
+        if fits(row.role, name.role)
+        and fits(row.leaf, name.leaf)
+        and fits(row.scope, *scope)
+        and fits(row.parent, *scope[-1:])
+        and not (row.without is not None and fits(row.without, *scope))
+        and (name.stacked or not row.stacked)
     )
 
 
 @lru_cache(maxsize=65536)
-def look_up(name: LeafName, shape: tuple[int, ...]) -> tuple[Row, str] | None:
+def look_up(name: LeafName, shape: Shape) -> tuple[Row, str] | None:
     """The first row that fits a leaf without stacked layers, and its layout on that shape."""
     rank = len(shape)
-    for row in rows_of(name):
-        if not row.ranks[0] <= rank <= row.ranks[1]:
-            continue
-        if not row.layouts:
-            if row.shape is None or SHAPES[row.shape](shape):
-                return row, ""
-            continue
-        for layout in row.layouts.split():
-            letters = _letters(layout, rank)
-            if len(letters) == rank and (row.shape is None or SHAPES[row.shape](shape)):
-                return row, letters
+    for row in _rows_of(name):
+        if row.ranks[0] <= rank <= row.ranks[1]:
+            for layout in row.layouts.split() or [""]:
+                if "*" in layout:  # "i*o" is "iiio" at rank 4
+                    at = layout.index("*")
+                    repeat = rank - len(layout) + 2
+                    layout = layout[: at - 1] + layout[at - 1] * repeat + layout[at + 1 :]
+                if len(layout) in (0, rank) and (row.shape is None or row.shape(shape)):
+                    return row, layout
     return None
 
 
-def _letters(layout: str, rank: int) -> str:
-    """Spells the star out: "i*o" is "iiio" at rank 4."""
-    if "*" not in layout:
-        return layout
-    before, after = layout.split("*")
-    return before[:-1] + before[-1] * (rank - len(before) - len(after) + 1) + after
+@lru_cache(maxsize=8192)
+def direction(name: LeafName) -> str:
+    """Whether a kernel reads the hidden state ("i"), writes it ("o"), or its name is silent."""
+    if fits(r".*_b(?:_proj)?", name.role):
+        return ""
+    return "i" if fits(_READS, name.role) else "o" if fits(_WRITES, name.role) else ""

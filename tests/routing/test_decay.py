@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from muonclip_jax.routing import MatrixRules
-from muonclip_jax.routing.decay import decay_mask
+from muonclip_jax.routing import MatrixRules, decay_mask
 
 SHAPES = {
     "layers": {

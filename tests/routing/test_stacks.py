@@ -10,7 +10,6 @@ import pytest
 
 import muonclip_jax as mc
 from muonclip_jax.routing import MatrixRules, infer_dimension_numbers
-from muonclip_jax.routing.scan_axis import check_scan_axis
 from tests.routing.test_trees import nest
 
 
@@ -134,7 +133,7 @@ def test_vectors_are_no_evidence():
 @pytest.mark.parametrize("bad", ["0", True, 1.5, (), [("a",)], [("a", None)], [("a", "b")]])
 def test_scan_axis_is_checked(bad):
     with pytest.raises(TypeError, match="scan_axis must be an integer"):
-        check_scan_axis(bad)
+        MatrixRules(scan_axis=bad)
 
 
 def test_muonclip_decides_on_the_whole_tree():

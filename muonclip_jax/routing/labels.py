@@ -1,0 +1,288 @@
+"""What rules say of a whole tree: labels, dimension numbers, decay, and a table to print."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import optax
+
+from muonclip_jax._specs import MatrixSpec, is_spec, matrix_shapes, normalize_spec
+from muonclip_jax._tree import (
+    Tree,
+    array_leaves,
+    flatten_with_paths,
+    is_masked,
+    listed,
+    nothing_matched,
+    tree_from,
+)
+from muonclip_jax.routing.leaves import Leaf, possible_layouts
+from muonclip_jax.routing.rules import ADAMW, MUON, MatrixRules, as_rules
+from muonclip_jax.routing.suggestions import pattern_for, write_rule
+
+_Decided = TypeVar("_Decided")
+
+
+def label_params(params: Tree, rules: MatrixRules | None = None) -> Tree:
+    """Labels every leaf "muon" or "adamw"; `optax.multi_transform` takes it as it is.
+
+    Args:
+        params: The tree of parameters; only shapes are looked at.
+        rules: A `MatrixRules`; None is `MatrixRules()`.
+
+    Returns:
+        The same tree of strings.
+
+    Raises:
+        ValueError: If a leaf of rank three or more is not known, or a rule matches nothing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> label_params({"embed": jnp.ones((50, 8)), "dense": {"kernel": jnp.ones((8, 8))}})
+        {'dense': {'kernel': 'muon'}, 'embed': 'adamw'}
+
+    References:
+        Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982.
+    """
+    return as_rules(rules).labels(params)
+
+
+def infer_dimension_numbers(params: Tree, rules: MatrixRules | None = None) -> Tree:
+    """Says for every leaf which axes form its matrices; None is a leaf that AdamW trains.
+
+    Optax's own `optax.contrib.muon` takes it as `muon_weight_dimension_numbers` wherever no kernel
+    is split.
+
+    Args:
+        params: The tree of parameters, or a masked or partial one; only shapes are looked at.
+        rules: A `MatrixRules`; None is `MatrixRules()`.
+
+    Returns:
+        The same tree of `optax.contrib.MuonDimensionNumbers`, `MatrixSpec` (where a fused kernel
+        is split) or None.
+
+    Raises:
+        ValueError: If a leaf of rank three or more is not known.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"attention": {"query": {"kernel": jnp.ones((8, 2, 4))}}}
+        >>> infer_dimension_numbers(params)["attention"]["query"]["kernel"]
+        MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))
+
+    References:
+        Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982.
+    """
+    return as_rules(rules).dimension_numbers(params)
+
+
+def describe_labels(params: Tree, rules: MatrixRules | None = None) -> str:
+    """Prints path, shape, label, matrices and the reason of every leaf.
+
+    Args:
+        params: The tree of parameters; only shapes are looked at.
+        rules: A `MatrixRules`; None is `MatrixRules()`.
+
+    Returns:
+        The table, with a line that counts leaves and numbers below it, and a line for each leaf
+        that Muon trains and that may be an output layer or a table of embeddings.
+
+    Raises:
+        ValueError: If a leaf of rank three or more is not known, or a rule matches nothing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> up, down = jnp.ones((8, 6, 32)), jnp.ones((32, 6, 8))
+        >>> layers = {"wi": {"kernel": up}, "wo": {"kernel": down}}
+        >>> params = {"layers": layers, "fc": jnp.ones((8, 2))}
+        >>> print(describe_labels(params))
+        path              shape       label  matrices     why
+        fc                (8, 2)      muon   (8, 2)       matrix
+        layers/wi/kernel  (8, 6, 32)  muon   6 x (8, 32)  stacked matrices
+        layers/wo/kernel  (32, 6, 8)  muon   6 x (32, 8)  stacked matrices
+        <BLANKLINE>
+        muon: 3 leaves, 3,088 numbers (100.0 %); adamw: 0 leaves, 0 numbers (0.0 %)
+        check: fc may be the output layer; MatrixRules([("^fc$", None)]) leaves it to AdamW
+
+    References:
+        Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982.
+    """
+    rules = as_rules(rules)
+    decided = rules.decisions(params)
+    rules.check_all_matched(params)
+    checks: list[str] = []
+    rows = [("path", "shape", "label", "matrices", "why")]
+    sizes: dict[str, list[int]] = {MUON: [], ADAMW: []}
+    for path, leaf, decision in decided:
+        shape, spec = tuple(leaf.shape), decision.spec
+        parts = () if spec is None else matrix_shapes(spec, shape)
+        matrices = " + ".join(f"{n} x ({m}, {k})".removeprefix("1 x ") for n, m, k in parts)
+        label = ADAMW if spec is None else MUON
+        sizes[label].append(math.prod(shape))
+        rows.append((path, str(shape), label, matrices, decision.why))
+        if decision.flag:
+            rule = write_rule(pattern_for([Leaf(path, shape)], ()), None)
+            checks.append(f"check: {path} may be {decision.flag}; {rule} leaves it to AdamW")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    total = max(1, sum(map(sum, sizes.values())))
+    counts = "; ".join(
+        f"{label}: {len(found)} {'leaf' if len(found) == 1 else 'leaves'}, {sum(found):,} numbers "
+        f"({100 * sum(found) / total:.1f} %)"
+        for label, found in sizes.items()
+    )
+    return "\n".join([*lines, "", counts, *checks])
+
+
+def decay_mask(params: Tree, rules: MatrixRules | None = None) -> Tree:
+    """Returns the same tree of bools: True where weight decay applies.
+
+    A leaf that Muon trains decays. Of the others, norms, gains, biases and all vectors do not,
+    stacked over layers or not; embeddings, heads and routers do. Kimi K2 (arXiv 2507.20534) decays
+    by 0.1 and leaves norms and biases out, as is usual.
+    """
+    decided = as_rules(rules).decisions(params)
+    decays = [decision.spec is not None or decision.decays for _, _, decision in decided]
+    return jax.tree.unflatten(jax.tree.structure(params), decays)
+
+
+def route_once(
+    decide: Callable[[optax.Params], _Decided],
+    build: Callable[[_Decided], optax.GradientTransformationExtraArgs],
+) -> optax.GradientTransformationExtraArgs:
+    """Builds a transformation with decisions made on the whole tree, whenever it is given one.
+
+    `optax.multi_transform` masks what belongs to another part, and less can be read from a masked
+    tree. The state must depend on the decisions by the tree alone.
+    """
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        tx = optax.with_extra_args_support(build(decide(updates if params is None else params)))
+        return tx.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: build(decide(params)).init(params), update_fn
+    )
+
+
+def spec_tree(given: Tree, params: Tree) -> Tree:
+    """The tree of specs that is given as it is or as a function of the parameters."""
+    return tree_from(given, params, _is_entry)
+
+
+def resolve_specs(
+    params: Tree, weight_dimension_numbers: Tree = None, rules: MatrixRules | None = None
+) -> list[tuple[str, Any, MatrixSpec | None]]:
+    """Finds the spec of every leaf of `params`.
+
+    The tree of specs may be a prefix ("all of `decoder` like this"), may have None ("not this
+    one"), and may have masked nodes where `optax.masked` or `optax.multi_transform` cut leaves out
+    of either tree. Paths decide what belongs together, so boxes and containers need not agree.
+
+    Args:
+        params: The tree of parameters, or a masked one; only shapes are looked at.
+        weight_dimension_numbers: None (the rules decide); one `MatrixSpec` or
+            `MuonDimensionNumbers` for all leaves; a tree of them; or a function from `params` to
+            one of these.
+        rules: A `MatrixRules`; None is `MatrixRules()`.
+
+    Returns:
+        `(path, leaf, spec)` of every leaf, in the order in which `params` flattens. The specs are
+        normalised; None is a leaf that AdamW trains.
+
+    Raises:
+        TypeError: If an entry of the tree is no spec.
+        ValueError: If a leaf has no entry, an entry has no leaf, or a spec does not fit its leaf.
+    """
+    given = spec_tree(weight_dimension_numbers, params)
+    if given is None:
+        decided = as_rules(rules).decisions(params)
+        return [(path, leaf, decision.spec) for path, leaf, decision in decided]
+    entries = dict(flatten_with_paths(given, is_leaf=_is_entry)[0])
+    for path, entry in entries.items():
+        if not _is_entry(entry):
+            raise TypeError(
+                f"weight_dimension_numbers has {entry!r} at {path or 'its root'!r}; entries must "
+                "be MatrixSpec, MuonDimensionNumbers or None. Write MatrixSpec((0, 1)) for a pair "
+                "of axes."
+            )
+    used = {""} if is_spec(given) else set[str]()
+    resolved: list[tuple[str, Any, MatrixSpec | None]] = []
+    for path, leaf in array_leaves(params):
+        owner = _covering(path, entries)
+        if owner is None or is_masked(entries[owner]):
+            raise ValueError(
+                f"{path} of shape {tuple(leaf.shape)} has no entry in weight_dimension_numbers"
+                f"{' (it is masked there)' if owner is not None else ''}, whose entries are "
+                f"{listed(entries)}. Give it, or a subtree that holds it, a MatrixSpec or "
+                "MuonDimensionNumbers, or None where AdamW trains it."
+            )
+        used.add(owner)
+        spec = entries[owner]
+        resolved.append((path, leaf, spec and normalize_spec(spec, leaf.shape, path)))
+    # An entry belongs to no leaf where the leaf is masked or None here.
+    nodes = flatten_with_paths(params, is_leaf=lambda x: x is None or is_masked(x))[0]
+    absent = [path for path, node in nodes if node is None or is_masked(node)]
+    for path, entry in entries.items():
+        hidden = _covering(path, absent) is not None or any(
+            _covering(hole, (path,)) is not None for hole in absent
+        )
+        if path not in used and not is_masked(entry) and not hidden:
+            paths = [path for path, _, _ in resolved]
+            raise nothing_matched("The entry of weight_dimension_numbers at", path, paths)
+    return resolved
+
+
+def resolve_muon_specs(
+    params: Tree, weight_dimension_numbers: Tree = None, rules: MatrixRules | None = None
+) -> list[tuple[str, Any, MatrixSpec]]:
+    """Finds the matrices of every leaf of a tree that Muon trains as a whole, as `resolve_specs`.
+
+    Where nothing says otherwise, a leaf of two axes is a matrix.
+
+    Raises:
+        ValueError: If a leaf has fewer than two axes, or more and no spec.
+    """
+    found: list[tuple[str, Any, MatrixSpec]] = []
+    for path, leaf, spec in resolve_specs(params, weight_dimension_numbers, rules):
+        shape = tuple(leaf.shape)
+        if len(shape) < 2:
+            raise ValueError(
+                f"{path or 'The leaf'} of shape {shape} is a rank-{len(shape)} leaf under Muon, "
+                "which needs matrices. Route it to AdamW, for example by optax.multi_transform "
+                "with label_params, or use muonclip(...), which routes by itself."
+            )
+        if spec is None and len(shape) > 2:
+            pattern = f"^{re.escape(path)}$"
+            rules_ = (write_rule(pattern, letters) for letters in possible_layouts(shape))
+            choices = "\n".join(f"  rules={rule}" for rule in rules_)
+            raise ValueError(
+                f"{path or 'The leaf'} of shape {shape} reached Muon, and nothing says which of "
+                "its axes form matrices. Route it to AdamW by label_params, or pass one of\n"
+                f"{choices}"
+            )
+        found.append((path, leaf, spec or normalize_spec(MatrixSpec(), shape, path)))
+    return found
+
+
+def _is_entry(x: object) -> bool:
+    return x is None or is_spec(x) or is_masked(x)
+
+
+def _covering(path: str, paths: Any) -> str | None:
+    """The longest of `paths` that is `path` or a container of it."""
+    while path not in paths:
+        if not path:
+            return None
+        path = path.rpartition("/")[0]
+    return path
