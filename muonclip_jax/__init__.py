@@ -2,8 +2,7 @@
 
 from optax.contrib import MuonDimensionNumbers as MuonDimensionNumbers
 
-from muonclip_jax._muon import muon as muon
-from muonclip_jax._muonclip import MuonClipConfig as MuonClipConfig, muonclip as muonclip
+from muonclip_jax._config import MuonClipConfig as MuonClipConfig
 from muonclip_jax.attention import (
     attention_max_logits as attention_max_logits,
     dot_product_attention as dot_product_attention,
@@ -18,6 +17,7 @@ from muonclip_jax.clipping import (
 )
 from muonclip_jax.matrices import describe_cost as describe_cost
 from muonclip_jax.newton_schulz import orthogonalize as orthogonalize
+from muonclip_jax.optimizers import muon as muon, muonclip as muonclip
 from muonclip_jax.routing import (
     AttentionLayout as AttentionLayout,
     MatrixRules as MatrixRules,
