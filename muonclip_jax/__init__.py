@@ -33,7 +33,6 @@ from muonclip_jax.transforms import (
     AccumulateState as AccumulateState,
     HyperballState as HyperballState,
     MatrixAxes as MatrixAxes,
-    MetricsSample as MetricsSample,
     MetricsState as MetricsState,
     MuonMetrics as MuonMetrics,
     MuonState as MuonState,

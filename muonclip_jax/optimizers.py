@@ -29,11 +29,12 @@ from muonclip_jax.transforms._checks import (
     check_adam_rate,
     check_fraction,
     check_mask,
+    check_moment_dtype,
+    check_moments,
     check_non_negative,
     check_rate,
 )
 from muonclip_jax.transforms._inputs import transformation
-from muonclip_jax.transforms._moments import check_moment_dtype, with_checked_moments
 from muonclip_jax.transforms._orthogonalize_updates import WeightDimNumOrFn
 from muonclip_jax.transforms._placing import on_mesh
 
@@ -90,13 +91,11 @@ def muonclip(
         qk_clip_shared_keys: Rule for keys that several heads share (see `qk_clip`).
         qk_clip_blocks: Which attention blocks to clip (see `qk_clip`); None is all of them.
         weight_decay: Decoupled decay of the matrices, multiplied by the learning rate.
-        weight_decay_mask: Tree of bools, or a function from parameters to it; None is everything
-            but norms, gains and biases.
+        weight_decay_mask: Tree of bools or a function to one; None is all but norms and biases.
         beta: Decay of Muon's momentum.
         nesterov: Whether Muon's momentum is Nesterov's.
         consistent_rms: RMS of Muon's updates (see `scale_by_shape`); None scales by width.
-        ns_coeffs: Newton-Schulz coefficients (see `orthogonalize`). "keller_jordan" gives the five
-            steps of Kimi K2; the default costs a fifth less and is more accurate.
+        ns_coeffs: Newton-Schulz coefficients; "keller_jordan" gives the five steps of Kimi K2.
         ns_steps: Number of Newton-Schulz steps (see `orthogonalize`).
         ns_method: Form of the iteration (see `orthogonalize`).
         ns_dtype: Dtype of the products (see `orthogonalize`).
@@ -239,15 +238,13 @@ def muon(
         mu_dtype: Dtype of the first moments of both groups.
         nesterov: Whether the momentum of both groups is Nesterov's.
         adaptive: Whether to multiply by the dual norm.
-        preconditioning: "frobenius", "spectral", "aol", "schatten" or "schatten8"; None is the one
-            of the coefficient set.
+        preconditioning: The first rescaling (see `orthogonalize`).
         adam_b1: Decay of Adam's first moment.
         adam_b2: Decay of Adam's second moment.
         adam_eps_root: Adam's epsilon inside the root.
         adam_weight_decay: Decoupled decay of the Adam group.
         adam_learning_rate: Learning rate of the Adam group; None is `learning_rate`.
-        muon_weight_dimension_numbers: Where the matrices are (see `scale_by_muon`); None in a
-            tree sends the leaf to Adam.
+        muon_weight_dimension_numbers: Where the matrices are; None in a tree is for Adam.
         consistent_rms: RMS of Muon's updates (see `scale_by_shape`); None scales by width.
         ns_method: Form of the iteration (see `orthogonalize`).
         ns_dtype: Dtype of the products (see `orthogonalize`).
@@ -363,7 +360,14 @@ def _adam(
     check_non_negative("adam_eps", eps)
     check_moment_dtype(mu_dtype, "adam_b1", b1)
     adam = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
-    return with_checked_moments(on_mesh(adam, param_shardings), mu_dtype)
+    placed = on_mesh(adam, param_shardings)
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        if mu_dtype is not None:
+            check_moments(params, mu_dtype)
+        return placed.init(params)
+
+    return optax.GradientTransformationExtraArgs(init_fn, placed.update)
 
 
 def _step(

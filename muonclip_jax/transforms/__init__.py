@@ -1,4 +1,4 @@
-"""Floor 4: the Optax transformations."""
+"""The Optax transformations."""
 
 from muonclip_jax.transforms._accumulate import (
     AccumulateState as AccumulateState,
@@ -9,11 +9,8 @@ from muonclip_jax.transforms._matrix_axes import (
     matrix_axes as matrix_axes,
 )
 from muonclip_jax.transforms._metrics import (
-    MetricsSample as MetricsSample,
     MetricsState as MetricsState,
-    MuonMetrics as MuonMetrics,
     metrics as metrics,
-    read_metrics as read_metrics,
 )
 from muonclip_jax.transforms._orthogonalize_updates import (
     orthogonalize_updates as orthogonalize_updates,
@@ -22,6 +19,10 @@ from muonclip_jax.transforms._qk_clip import (
     QKClipState as QKClipState,
     clip_until as clip_until,
     qk_clip as qk_clip,
+)
+from muonclip_jax.transforms._read_metrics import (
+    MuonMetrics as MuonMetrics,
+    read_metrics as read_metrics,
 )
 from muonclip_jax.transforms._scale_by_muon import (
     MuonState as MuonState,

@@ -1,14 +1,9 @@
-"""Gradient accumulation that pays for one update a step, and for the right maxima.
+"""Gradient accumulation with one update a step and the maxima of all micro-batches.
 
-A large batch is seen as micro-batches one after another. Three things must not depend on how it
-was cut: the gradient is the mean over the pieces, a head's largest logit is the maximum over them,
-and the expensive part, Newton-Schulz, belongs to the batch and not to the piece. So each call adds
-to a mean and to maxima, and a branch that only the last call of a batch takes runs the inner
-transformation.
-
-Nothing is reset after that: the first micro-batch of a batch overwrites what the last one left.
-So a reset costs no pass over memory, the branch carries the inner state alone, and after a step
-the state still shows what it was made of.
+Each call adds to a mean and to maxima, and a branch that only the last call of a batch takes runs
+the inner transformation, with Newton-Schulz in it. Nothing is reset after that: the first
+micro-batch of a batch overwrites what the last one left, so a reset costs no pass over memory, and
+after a step the state still shows what it was made of.
 """
 
 from collections.abc import Callable
@@ -18,27 +13,31 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
 
 from muonclip_jax._arguments import names_known
-from muonclip_jax._tree import ScalarOrSchedule, Shaped, Tree, tree_from
+from muonclip_jax._tree import (
+    MAX_LOGITS,
+    ScalarOrSchedule,
+    Shaped,
+    Tree,
+    flatten_with_paths,
+    tree_from,
+)
 from muonclip_jax.attention.maxima import merge_max_logits
-from muonclip_jax.sharding import MeshShardings, place, read_shardings
 from muonclip_jax.transforms._checks import check_every, value_at
 from muonclip_jax.transforms._inputs import transformation
-from muonclip_jax.transforms._placing import place_tree
-from muonclip_jax.transforms._recorded import forms_of, read_recorded
+from muonclip_jax.transforms._placing import mesh_shardings, place_tree, replicate
 
-#: What `optax.MultiSteps` takes by this name: of the gradients, the number of steps so far and the
-#: parameters, whether to skip this micro-batch, and anything to show in the state.
-ShouldSkip = Callable[[Any, Any, Any], tuple[Any, Any]]
+#: As in `optax.MultiSteps`: of the gradients, the number of steps so far and the parameters,
+#: whether to skip this micro-batch, and a tree for the state.
+ShouldSkip = Callable[[Tree, jax.Array, Tree], tuple[jax.Array, Tree]]
 
 
 class AccumulateState(NamedTuple):
     """State of `accumulate`.
 
     Attributes:
-        mini_step: Micro-batches that the present mean is made of, int32, `()`; zero after a step.
+        mini_step: Micro-batches in the present mean, int32, `()`; zero after a step.
         gradient_step: Steps so far, int32, `()`.
         gradients: Mean over the micro-batches of this step, or of the last one where `mini_step`
             is zero; tree of the parameters in float32 or wider.
@@ -48,10 +47,10 @@ class AccumulateState(NamedTuple):
         skip_state: The second value of the last `should_skip_update_fn`; zeros before.
     """
 
-    mini_step: Any
-    gradient_step: Any
-    gradients: Any
-    max_logits: Any
+    mini_step: jax.Array
+    gradient_step: jax.Array
+    gradients: Tree
+    max_logits: dict[str, jax.Array]
     inner_state: Any
     skip_state: Any
 
@@ -61,9 +60,9 @@ def accumulate(
     tx: optax.GradientTransformation,
     every: ScalarOrSchedule,
     *,
-    max_logits: Any = None,
+    max_logits: Tree = None,
     should_skip_update_fn: ShouldSkip | None = None,
-    param_shardings: Any = None,
+    param_shardings: Tree = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Accumulates gradients and maxima over micro-batches and runs `tx` once for all of them.
 
@@ -71,21 +70,17 @@ def accumulate(
 
     .. math:: G = \frac1k \sum_i G_i, \qquad S_h = \max_i S_{i,h}
 
-    and the others return zeros. It means what `optax.MultiSteps` means, and differs in this:
+    and the others return zeros. It differs from `optax.MultiSteps` in this:
 
     1. `tx` runs on the last call only, inside `lax.cond`; under MultiSteps it runs on every call.
     2. `tx` gets the maxima of all micro-batches, by the rule of `merge_max_logits` (finite ones
-       first); under MultiSteps it gets those of the last.
-    3. A skipped micro-batch leaves no trace in the maxima either.
+       first); under MultiSteps it gets those of the last. A skipped micro-batch is not in them.
 
     Other extra arguments reach `tx` as the last micro-batch gave them, and so do leaves of
-    `max_logits` that are no maxima. `tx` sees the mean in the dtype of the gradients.
-
-    Under `jax.vmap` over states every state has its own counter, and JAX turns the branch into a
-    selection: results are right, but Newton-Schulz runs on every call. To keep the branch, train
-    stacked models with one state, as one tree of stacked parameters. Inside `jax.shard_map` or
-    `jax.pmap` all devices must agree on the branch where `tx` communicates, so let
-    `should_skip_update_fn` look at gradients that are reduced by then.
+    `max_logits` that are not maxima. `tx` sees the mean in the dtype of the gradients. Under
+    `jax.vmap` over states the branch becomes a selection, and Newton-Schulz runs on every call.
+    Inside `jax.shard_map` or `jax.pmap` all devices must agree on the branch, so
+    `should_skip_update_fn` must look at gradients that are reduced by then.
 
     Args:
         tx: The transformation to run once a step, `muonclip(...)` for example.
@@ -93,15 +88,12 @@ def accumulate(
             number of steps so far.
         max_logits: What the maxima that `update` gets look like: a tree of arrays or
             `jax.ShapeDtypeStruct`, as from `jax.eval_shape` of the forward pass, or a function
-            from the parameters to one (`optax.tree.map_params` needs the tree). The state has its
-            final form from `init` on, so it has to be known then. None: `update` gets none.
-        should_skip_update_fn: As for `optax.MultiSteps`, `optax.skip_not_finite` for example: of
-            the micro-batch's gradients, the number of steps so far and the parameters, a boolean
-            `()` and a tree for `skip_state`. Where it is True, it is as if there had been no such
-            micro-batch.
-        param_shardings: As for `scale_by_muon`: how the parameters and with them the mean lie on
-            a mesh. Needed where the mesh has Auto axes and `init` runs inside `jit` or there are
-            maxima. Static.
+            from the parameters to one (`optax.tree.map_params` needs the tree). None: `update` gets
+            none.
+        should_skip_update_fn: As for `optax.MultiSteps`, `optax.skip_not_finite` for example. A
+            skipped micro-batch changes neither the mean nor the maxima.
+        param_shardings: As for `scale_by_muon`. Needed where the mesh has Auto axes and `init` runs
+            inside `jit` or there are maxima. Static.
 
     Returns:
         A transformation with state `AccumulateState`.
@@ -115,7 +107,7 @@ def accumulate(
         >>> import jax.numpy as jnp, optax
         >>> params = {"attn": {n: {"kernel": jnp.ones((6, 2, 4))} for n in ("query", "key")}}
         >>> maxima = [{"attn": jnp.asarray([400.0, 9.0])}, {"attn": jnp.asarray([50.0, 20.0])}]
-        >>> from muonclip_jax.transforms._qk_clip import qk_clip
+        >>> from muonclip_jax.transforms import qk_clip
         >>> tx = accumulate(optax.chain(optax.sgd(1.0), qk_clip()), 2, max_logits=maxima[0])
         >>> state = tx.init(params)
         >>> for scale, max_logits in zip([-2.0, -4.0], maxima):
@@ -134,100 +126,80 @@ def accumulate(
             f"{type(tx).__name__}. Of an optax.MultiSteps, give the transformation inside."
         )
     check_every(every, "the number of micro-batches of a step, or a schedule", schedule=True)
-    if should_skip_update_fn is not None and not callable(should_skip_update_fn):
-        raise TypeError(
-            "should_skip_update_fn must be a function such as optax.skip_not_finite, got "
-            f"{should_skip_update_fn!r}."
-        )
     inner = optax.with_extra_args_support(tx)
-    if not callable(max_logits):
-        forms_of(max_logits)  # An example that shows no maxima is an error here already.
+    if max_logits is not None and not callable(max_logits):
+        _forms(max_logits)  # refuses a bad example now
 
     def init_fn(params: optax.Params) -> AccumulateState:
-        count = jnp.zeros([], jnp.int32)
-        forms = forms_of(tree_from(max_logits, params, lambda x: isinstance(x, Shaped)))
-        skip_state: Any = ()
+        forms = _forms(tree_from(max_logits, params, lambda x: isinstance(x, Shaped)))
+        count, skip_state = jnp.zeros([], jnp.int32), ()
         if should_skip_update_fn is not None:
             zeros = optax.tree.zeros_like(params)
-            _, forms_of_skip = jax.eval_shape(should_skip_update_fn, zeros, count, params)
+            _, skip_forms = jax.eval_shape(should_skip_update_fn, zeros, count, params)
             # Without the mesh of `params`, whose devices a traced shape does not know.
-            skip_state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), forms_of_skip)
+            skip_state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), skip_forms)
+        shardings = mesh_shardings(params, param_shardings)
         mean = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_wide(p)), params)
-        maxima = jax.tree.map(jnp.zeros_like, forms)
-        shardings = _mesh_shardings(params, param_shardings)
-        # Two arrays, for a state whose leaves share memory cannot be donated.
-        counts = (count, jnp.copy(count))
+        # Two counts, because a state whose leaves share memory cannot be donated.
+        small = (count, jnp.copy(count), jax.tree.map(jnp.zeros_like, forms), skip_state)
+        mini_step, gradient_step, maxima, skip_state = replicate(small, shardings)
         mean = place_tree(mean, shardings)
-        maxima, counts, skip_state = _everywhere((maxima, counts, skip_state), shardings)
-        return AccumulateState(
-            mini_step=counts[0],
-            gradient_step=counts[1],
-            gradients=mean,
-            max_logits=maxima,
-            inner_state=inner.init(params),
-            skip_state=skip_state,
-        )
+        inner_state = inner.init(params)
+        return AccumulateState(mini_step, gradient_step, mean, maxima, inner_state, skip_state)
 
     def update_fn(
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None = None,
         *,
-        max_logits: Any = None,
+        max_logits: Tree = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, AccumulateState]:
-        shardings = _mesh_shardings(updates, param_shardings)
-        recorded, rebuild = read_recorded(max_logits, state.max_logits)
-        recorded = _everywhere(recorded, shardings)
+        shardings = mesh_shardings(updates, param_shardings)
         first = state.mini_step == 0
+        recorded, rebuild = _recorded(max_logits, state.max_logits)
+        recorded = _in_dtypes_of(state.max_logits, replicate(recorded, shardings))
+        merged = merge_max_logits(state.max_logits, recorded)
+        maxima = jax.tree.map(lambda new, old: jnp.where(first, new, old), recorded, merged)
         mean = jax.tree.map(
             lambda g, m: _mean(g, m, first, state.mini_step), updates, state.gradients
         )
-        recorded = _as_before(recorded, state.max_logits)
-        maxima = jax.tree.map(
-            lambda new, merged: jnp.where(first, new, merged),
-            recorded,
-            merge_max_logits(state.max_logits, recorded),
-        )
-        mini_step = state.mini_step + 1
-        skip_state = state.skip_state
+        mini_step, skip_state = state.mini_step + 1, state.skip_state
         if should_skip_update_fn is not None:
             skip, skip_state = should_skip_update_fn(updates, state.gradient_step, params)
-            skip, skip_state = _boolean(skip), _as_before(skip_state, state.skip_state)
+            skip, skip_state = _boolean(skip), _in_dtypes_of(state.skip_state, skip_state)
             mean, maxima, mini_step = jax.tree.map(
                 lambda new, old: jnp.where(skip, old, new),
                 (mean, maxima, mini_step),
                 (state.gradients, state.max_logits, state.mini_step),
             )
         mean = place_tree(mean, shardings)
-        maxima, mini_step = _everywhere((maxima, mini_step), shardings)
+        maxima, mini_step = replicate((maxima, mini_step), shardings)
         complete = mini_step >= value_at(every, state.gradient_step)
 
-        def act(mean: Any, maxima: Any, inner_state: Any, params: Any) -> tuple[Any, Any]:
+        def act(mean: Tree, maxima: Tree, inner_state: Any, params: Tree) -> tuple[Tree, Any]:
             gradients = jax.tree.map(lambda m, g: m.astype(g.dtype), mean, updates)
             known = {} if max_logits is None else {"max_logits": rebuild(maxima)}
             new, new_state = inner.update(gradients, inner_state, params, **known, **extra_args)
-            return new, _as_before(new_state, inner_state)
+            return new, _in_dtypes_of(inner_state, new_state)
 
-        # A step taken and a step not taken have to look alike, down to the sharding, and what
-        # `tx` returns is only known by tracing it; jit keeps the trace for the branch.
+        # A step taken and a step not taken must look alike, down to the sharding, and what `tx`
+        # returns is only known by tracing it; jit keeps the trace for the branch.
         traced = jax.jit(act)
 
-        def wait(mean: Any, maxima: Any, inner_state: Any, params: Any) -> tuple[Any, Any]:
+        def wait(mean: Tree, maxima: Tree, inner_state: Any, params: Tree) -> tuple[Tree, Any]:
             new, _ = jax.eval_shape(traced, mean, maxima, inner_state, params)
             return jax.tree.map(jnp.zeros_like, new), inner_state
 
         operands = (mean, maxima, state.inner_state, params)
         if isinstance(complete, Tracer):
             updates, inner_state = jax.lax.cond(complete, traced, wait, *operands)
-        else:
-            # Outside of jit, a cond would be compiled anew on every call.
+        else:  # outside of jit, a cond would be compiled anew on every call
             updates, inner_state = (act if complete else wait)(*operands)
+        steps = optax.safe_increment(state.gradient_step)
         return updates, AccumulateState(
             mini_step=jnp.where(complete, 0, mini_step),
-            gradient_step=jnp.where(
-                complete, optax.safe_increment(state.gradient_step), state.gradient_step
-            ),
+            gradient_step=jnp.where(complete, steps, state.gradient_step),
             gradients=mean,
             max_logits=maxima,
             inner_state=inner_state,
@@ -237,22 +209,21 @@ def accumulate(
     return transformation("accumulate", init_fn, update_fn, one_tree=True)
 
 
-def _wide(x: Any) -> Any:
+def _wide(x: jax.Array) -> jax.typing.DTypeLike:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _mean(g: jax.Array, mean: jax.Array, first: jax.Array, count: jax.Array) -> jax.Array:
-    """Welford's mean of `count` values and one more; what `mean` holds before the first is void."""
+    """Welford's mean of `count` values and one more; before the first, `mean` is not used."""
     g = g.astype(mean.dtype)
     return jnp.where(first, g, mean + (g - mean) / (count + 1).astype(mean.dtype))
 
 
-def _as_before(new: Tree, old: Tree) -> Tree:
-    """Returns `new` in the dtypes of `old`."""
+def _in_dtypes_of(old: Tree, new: Tree) -> Tree:
     return jax.tree.map(lambda x, y: jnp.asarray(x).astype(jnp.asarray(y).dtype), new, old)
 
 
-def _boolean(skip: Any) -> jax.Array:
+def _boolean(skip: jax.Array) -> jax.Array:
     skip = jnp.asarray(skip)
     if skip.dtype != jnp.bool_ or skip.shape != ():
         raise ValueError(
@@ -262,15 +233,54 @@ def _boolean(skip: Any) -> jax.Array:
     return skip
 
 
-def _mesh_shardings(tree: Tree, param_shardings: Tree | None) -> MeshShardings | None:
-    """Returns the shardings of `tree`, None inside of `shard_map`, where arrays are local."""
-    shardings = read_shardings(tree, param_shardings, warn=False)
-    return None if shardings is None or shardings.inside_manual else shardings
+def _positions(leaves: list[tuple[str, Any]]) -> list[int]:
+    """Which leaves are maxima: those called `max_logits`, or all where none is."""
+    named = [i for i, (path, _) in enumerate(leaves) if MAX_LOGITS in path.split("/")]
+    return named or list(range(len(leaves)))
 
 
-def _everywhere(tree: Tree, shardings: MeshShardings | None) -> Tree:
-    """Returns small arrays replicated over the mesh."""
-    if shardings is None:
-        return tree
-    everywhere = NamedSharding(shardings.mesh, PartitionSpec())
-    return jax.tree.map(lambda x: place(x, everywhere), tree)
+def _forms(example: Tree) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape of each maximum, in float32 or wider."""
+    leaves, _ = flatten_with_paths(example)
+    forms: dict[str, jax.ShapeDtypeStruct] = {}
+    for path, leaf in (leaves[i] for i in _positions(leaves)):
+        if not isinstance(leaf, Shaped):
+            raise ValueError(
+                f"max_logits shows accumulate what the maxima look like; at {path!r} it has "
+                f"{leaf!r}. Expected an array or jax.ShapeDtypeStruct((heads,), jnp.float32)."
+            )
+        forms[path] = jax.ShapeDtypeStruct(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
+    return forms
+
+
+def _recorded(
+    max_logits: Tree, known: dict[str, jax.Array]
+) -> tuple[dict[str, jax.Array], Callable[[dict[str, jax.Array]], Tree]]:
+    """A micro-batch's maxima by path, and a function that puts others in their places."""
+    leaves, structure = flatten_with_paths(max_logits)
+    positions = _positions(leaves)
+    recorded = {leaves[i][0]: leaves[i][1] for i in positions}
+    found = {path: jnp.shape(x) for path, x in recorded.items()}
+    expected = {path: jnp.shape(x) for path, x in known.items()}
+    if found != expected:
+        differing = {path: x for path, x in found.items() if expected.get(path) != x}
+        forms = [
+            f"{path!r}: jax.ShapeDtypeStruct({shape}, jnp.float32)"
+            for path, shape in list(found.items())[:4]
+        ]
+        raise ValueError(
+            f"accumulate was told to expect the maxima {expected or 'of no block'}, and this "
+            f"update brings {differing or 'none'}. Its state has room for what max_logits= "
+            "announced: write accumulate(tx, every, max_logits=example) with a tree like those "
+            "that update gets, of arrays or shapes, for example from jax.eval_shape of the forward "
+            f"pass{': {' + ', '.join(forms) + '}' if forms else ''}; without maxima, leave "
+            "max_logits out of it."
+        )
+
+    def rebuild(maxima: dict[str, jax.Array]) -> Tree:
+        rebuilt = [leaf for _, leaf in leaves]
+        for i in positions:
+            rebuilt[i] = maxima[leaves[i][0]]
+        return jax.tree.unflatten(structure, rebuilt)
+
+    return recorded, rebuild

@@ -1,14 +1,21 @@
-"""Hyperparameters: checks at construction, which let traced values and schedules pass."""
+"""Checks of hyperparameters at construction, which let traced values and schedules pass."""
 
 import math
 import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
 from muonclip_jax._arguments import check_scalar, is_concrete
+from muonclip_jax._tree import ScalarOrSchedule, Tree, array_leaves
+
+_REAL = ("float32", "bfloat16", "float16", "float64")
+_COMPLEX = ("complex64", "complex128")
 
 
 def value_at(value: Any, count: Any) -> Any:
@@ -21,52 +28,51 @@ def value_at(value: Any, count: Any) -> Any:
     return value(count) if callable(value) else value
 
 
-def check_rate(name: str, value: Any) -> None:
-    """Raises where a learning rate is neither a positive number nor a schedule.
-
-    Raises:
-        TypeError: If it is neither a scalar nor a function.
-        ValueError: If it is a number that is not positive.
-    """
+def check_rate(name: str, value: ScalarOrSchedule) -> None:
+    """Raises where a learning rate is neither a positive number nor traced nor a schedule."""
     check_scalar(name, value, "a positive number", schedule=True)
-    check_positive(name, value, "Write a positive number or a schedule.", schedule=True)
+    check_positive(name, value, " Write a positive number or a schedule.", schedule=True)
 
 
-def check_adam_rate(learning_rate: Any, adam_learning_rate: Any) -> None:
+def check_adam_rate(learning_rate: ScalarOrSchedule, adam_rate: ScalarOrSchedule | None) -> None:
     """Checks Adam's rate, and warns of a constant one beside a schedule for the other group."""
-    if adam_learning_rate is None:
+    if adam_rate is None:
         return
-    check_rate("adam_learning_rate", adam_learning_rate)
-    if callable(learning_rate) and not callable(adam_learning_rate):
+    check_rate("adam_learning_rate", adam_rate)
+    if callable(learning_rate) and not callable(adam_rate):
         warnings.warn(
-            f"learning_rate is a schedule and adam_learning_rate={adam_learning_rate} is not: "
-            "Adam's rate stays the same while the other one warms up and decays. Write "
+            f"learning_rate is a schedule and adam_learning_rate={adam_rate} is not: Adam's rate "
+            "stays the same while the other one warms up and decays. Write "
             "adam_learning_rate=lambda count: ratio * schedule(count), or "
             "optax.constant_schedule(...) if a constant is meant.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
-def check_positive(name: str, value: Any, instead: str = "", *, schedule: bool = False) -> None:
+def check_positive(
+    name: str, value: ScalarOrSchedule, instead: str = "", *, schedule: bool = False
+) -> None:
     """Raises where an argument is no scalar, or a number that is not positive and finite."""
     check_scalar(name, value, schedule=schedule)
     if is_concrete(value) and not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive, got {value}.{_instead(instead)}")
+        raise ValueError(f"{name} must be positive, got {value}.{instead}")
 
 
-def check_non_negative(name: str, value: Any, *, schedule: bool = False) -> None:
+def check_non_negative(name: str, value: ScalarOrSchedule, *, schedule: bool = False) -> None:
     """Raises where an argument is no scalar, or a number that is negative or not finite."""
     check_scalar(name, value, schedule=schedule)
     if is_concrete(value) and not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must not be negative, got {value}.")
 
 
-def check_fraction(name: str, value: Any, meaning: str, *, schedule: bool = False) -> None:
+def check_fraction(
+    name: str, value: ScalarOrSchedule, meaning: str, *, schedule: bool = False
+) -> None:
     """Raises where an argument is no scalar, or a number outside [0, 1).
 
     `optax.inject_hyperparams` brings numbers to the dtype of the parameters, and bfloat16 has no
-    number between 0.996 and 1: a decay of 0.999 becomes 1, and Adam divides by 1 - 1. Where the
-    value is known that is an error; of a traced one in 16 bits only the dtype is, and it warns.
+    number between 0.996 and 1: a decay of 0.999 becomes 1, and Adam divides by 1 - 1. A known
+    value raises; of a traced one in 16 bits only the dtype is known, and it warns.
     """
     check_scalar(name, value, schedule=schedule)
     dtype = getattr(value, "dtype", np.dtype(float))
@@ -78,11 +84,11 @@ def check_fraction(name: str, value: Any, meaning: str, *, schedule: bool = Fals
         )
     if cure and isinstance(value, Tracer):
         warnings.warn(f"{name} is {meaning}.{cure}", stacklevel=4)
-    elif (cure or is_concrete(value)) and not 0 <= value < 1:
+    elif (cure or is_concrete(value)) and not 0 <= value < 1:  # pyright: ignore[reportOperatorIssue]
         raise ValueError(f"{name} must lie in [0, 1), got {value}. It is {meaning}.{cure}")
 
 
-def check_mask(name: str, mask: Any) -> None:
+def check_mask(name: str, mask: Tree) -> None:
     """Raises where a mask is one value and neither a tree nor a function."""
     if isinstance(mask, str | bool | int | float | np.generic | np.ndarray | jax.Array):
         raise TypeError(
@@ -92,12 +98,58 @@ def check_mask(name: str, mask: Any) -> None:
         )
 
 
-def check_every(every: Any, what: str, *, schedule: bool = False) -> None:
+def check_every(every: ScalarOrSchedule, what: str, *, schedule: bool = False) -> None:
     """Raises where `every` is no integer from 1 and no traced scalar."""
     check_scalar("every", every, "an integer from 1", schedule=schedule)
     if is_concrete(every) and not (every >= 1 and every == every // 1):
         raise ValueError(f"every must be an integer from 1, got {every}. It is {what}.")
 
 
-def _instead(text: str) -> str:
-    return f" {text}" if text else ""
+def check_moment_dtype(mu_dtype: DTypeLike | None, name: str, decay: ScalarOrSchedule) -> None:
+    """Refuses a dtype in which a first moment with this decay would stand still.
+
+    A step moves the moment by `1 - decay` of its distance to the gradient. Integers round that to
+    nothing, floats of 8 bits nearly all of it, and any float whose spacing is wider than that.
+    """
+    if mu_dtype is None:
+        return
+    try:
+        dtype = jnp.dtype(mu_dtype)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in (*_REAL, *_COMPLEX):
+        what = "is no dtype" if dtype is None else "cannot hold a moving average"
+        expected = f"one of {', '.join(map(repr, _REAL))}, or None for the parameter's dtype"
+        raise ValueError(f"mu_dtype={mu_dtype!r} {what}. Pass {expected}.")
+    if is_concrete(decay) and 1 - decay < jnp.finfo(dtype).eps / 2:
+        raise ValueError(
+            f"mu_dtype={dtype.name!r} cannot hold a moving average with {name}={decay}: a step "
+            f"moves it by {1 - decay:.2g} of its distance to the gradient, and its numbers are "
+            f"{float(jnp.finfo(dtype).eps):.2g} apart. Pass mu_dtype='float32' or a smaller {name}."
+        )
+
+
+def check_moments(params: optax.Params, mu_dtype: DTypeLike | None) -> None:
+    """Refuses leaves whose moment `mu_dtype` cannot hold, at `init`."""
+    for path, leaf in array_leaves(params):
+        dtype, where = jnp.dtype(leaf.dtype), path or "The leaf"
+        if dtype.name not in (*_REAL, *_COMPLEX):
+            raise TypeError(
+                f"{where} has dtype {dtype.name}; an optimizer's moments need parameters of dtype "
+                f"{', '.join((*_REAL, *_COMPLEX))}. Convert it, or keep it out of the optimizer, "
+                "for example by optax.masked."
+            )
+        if mu_dtype is None:
+            continue
+        stored = jnp.dtype(mu_dtype)
+        if (stored.name in _COMPLEX) != (dtype.name in _COMPLEX):
+            kind = "complex" if stored.name in _COMPLEX else "real"
+            raise ValueError(
+                f"{where} has dtype {dtype.name}, and mu_dtype={stored.name!r} is {kind}. Pass "
+                "mu_dtype=None, which keeps each leaf's own dtype."
+            )
+        if mu_dtype not in (float, complex) and jax.dtypes.canonicalize_dtype(stored) != stored:
+            raise ValueError(
+                f"mu_dtype={stored.name!r} needs 64-bit types, which JAX has switched off. Set "
+                "jax.config.update('jax_enable_x64', True), or pass mu_dtype='float32'."
+            )

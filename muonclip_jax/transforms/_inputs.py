@@ -14,26 +14,20 @@ _FOREIGN = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 def check_gradients(updates: Tree, params: Tree) -> None:
-    """Raises where gradients and parameters are not one tree, with the path.
-
-    Raises:
-        TypeError: For a leaf that is no array.
-        ValueError: For a leaf that only one of them has, or of another shape.
-    """
-    leaves, structure = jax.tree.flatten(updates)
-    others, other_structure = jax.tree.flatten(params)
+    """Raises where gradients and parameters are not one tree of one shape, with the path."""
     if params is None or (
-        structure == other_structure
-        and [getattr(x, "shape", None) for x in leaves]
-        == [getattr(x, "shape", None) for x in others]
+        jax.tree.structure(updates) == jax.tree.structure(params)
+        and all(
+            getattr(x, "shape", None) == getattr(y, "shape", None)
+            for x, y in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True)
+        )
     ):
         return
     gradients, parameters = dict(array_leaves(updates)), dict(array_leaves(params))
-    missing = [path for path in parameters if path not in gradients]
-    unknown = [path for path in gradients if path not in parameters]
-    if missing or unknown:
-        only = [f"no leaf {path!r}, which the parameters have" for path in missing[:4]]
-        only += [f"{path!r}, which the parameters do not have" for path in unknown[:4]]
+    missing, unknown = parameters.keys() - gradients.keys(), gradients.keys() - parameters.keys()
+    only = [f"no leaf {path!r}, which the parameters have" for path in sorted(missing)[:4]]
+    only += [f"{path!r}, which the parameters do not have" for path in sorted(unknown)[:4]]
+    if only:
         raise ValueError(
             f"The gradients have {'; '.join(only)}. Both must be one tree: differentiate with "
             "respect to the parameters that update gets, and give zeros where nothing flows."

@@ -1,4 +1,4 @@
-"""States and updates on a mesh: zeros made where they are to lie, and trees brought there."""
+"""States and updates placed on a mesh."""
 
 from typing import Any, TypeVar
 
@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
+from muonclip_jax._tree import Tree
 from muonclip_jax.sharding import MeshShardings, on_devices, place, read_shardings
 
 T = TypeVar("T")
@@ -22,8 +24,14 @@ def place_tree(tree: T, shardings: MeshShardings | None) -> T:
     )
 
 
+def mesh_shardings(tree: Tree, param_shardings: Tree) -> MeshShardings | None:
+    """The shardings of a tree; None inside of `shard_map`, where arrays are local."""
+    shardings = read_shardings(tree, param_shardings, warn=False)
+    return None if shardings is None or shardings.inside_manual else shardings
+
+
 def replicate(tree: T, shardings: MeshShardings | None) -> T:
-    """Places small arrays on every device of a mesh; inside of `shard_map` they are there."""
+    """Places small arrays on every device of a mesh."""
     if shardings is None or shardings.inside_manual:
         return tree
     everywhere = NamedSharding(shardings.mesh, PartitionSpec())
@@ -31,52 +39,43 @@ def replicate(tree: T, shardings: MeshShardings | None) -> T:
 
 
 def zeros_on_mesh(
-    params: optax.Params, dtype: Any, shardings: MeshShardings | None
+    params: optax.Params, dtype: DTypeLike | None, shardings: MeshShardings | None
 ) -> optax.Updates:
     """Zeros made from shapes alone, so that a traced `init` needs nothing from its arguments.
 
     Outside of a trace every device makes its own part, and no device ever has the whole.
     """
-    leaves, treedef = jax.tree.flatten(params)
-    dtypes = [x.dtype if dtype is None else dtype for x in leaves]
     if shardings is None or isinstance(jnp.zeros(()), Tracer):
-        zeros = [jnp.zeros(x.shape, kind) for x, kind in zip(leaves, dtypes, strict=True)]
-        return place_tree(jax.tree.unflatten(treedef, zeros), shardings)
+        return place_tree(
+            jax.tree.map(lambda x: jnp.zeros(x.shape, dtype or x.dtype), params), shardings
+        )
+    leaves, treedef = jax.tree.flatten(params)
     zeros = [
-        jnp.zeros(x.shape, kind, device=on_devices(home))
-        for x, kind, home in zip(leaves, dtypes, shardings.shardings(), strict=True)
+        jnp.zeros(x.shape, dtype or x.dtype, device=on_devices(sharding))
+        for x, sharding in zip(leaves, shardings.shardings(), strict=True)
     ]
     return jax.tree.unflatten(treedef, zeros)
 
 
 def on_mesh(
-    tx: optax.GradientTransformation, param_shardings: Any, *, moments: bool = True
+    tx: optax.GradientTransformation, param_shardings: Tree, *, moments: bool = True
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns `tx` with updates and state that are sharded as `param_shardings` says.
+    """Returns `tx` with updates, and with `moments` its state, sharded as `param_shardings` says.
 
     Where the axes of a mesh are Auto, Optax's zeros under jit do not say how they are sharded and
-    are replicated, and the compiler chooses how an update leaves them.
-
-    Args:
-        tx: The transformation; its state holds trees of parameters, and counts.
-        param_shardings: As for `scale_by_muon`.
-        moments: Whether the state is placed too; its counts are replicated.
+    are replicated, and the compiler chooses how an update leaves them. Counts are replicated.
     """
     tx = optax.with_extra_args_support(tx)
     if param_shardings is None:
         return tx
 
-    def placed(tree: Any, like: optax.Params) -> Any:
-        shardings = read_shardings(like, param_shardings, warn=False)
-        if shardings is None or shardings.inside_manual or not moments:
-            return tree
-        everywhere = NamedSharding(shardings.mesh, PartitionSpec())
+    def placed(state: Any, like: Tree) -> Any:
+        shardings = mesh_shardings(like, param_shardings)
+        if shardings is None or not moments:
+            return state
+        by_leaf = jax.tree.unflatten(jax.tree.structure(like), shardings.shardings())
         return optax.tree.map_params(
-            tx,
-            place,
-            tree,
-            jax.tree.unflatten(jax.tree.structure(like), shardings.shardings()),
-            transform_non_params=lambda x: place(x, everywhere),
+            tx, place, state, by_leaf, transform_non_params=lambda x: replicate(x, shardings)
         )
 
     def init_fn(params: optax.Params) -> Any:
@@ -85,10 +84,7 @@ def on_mesh(
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        shardings = read_shardings(updates, param_shardings, warn=False)
         new, after = tx.update(updates, state, params, **extra_args)
-        if shardings is None or shardings.inside_manual:
-            return new, after
-        return place_tree(new, shardings), placed(after, updates)
+        return place_tree(new, mesh_shardings(updates, param_shardings)), placed(after, updates)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -8,13 +8,17 @@ import jax.numpy as jnp
 import optax
 
 from muonclip_jax._arguments import check_flag, names_known
-from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, array_leaves
+from muonclip_jax._tree import ScalarLike, ScalarOrSchedule
 from muonclip_jax.newton_schulz import DEFAULT_DTYPE, DEFAULT_EPS, DEFAULT_METHOD, DEFAULT_SET
 from muonclip_jax.routing import MatrixRules, resolve_muon_specs
 from muonclip_jax.sharding import Distribution, MeshShardings, check_momentum, read_shardings
-from muonclip_jax.transforms._checks import check_fraction, value_at
+from muonclip_jax.transforms._checks import (
+    check_fraction,
+    check_moment_dtype,
+    check_moments,
+    value_at,
+)
 from muonclip_jax.transforms._inputs import transformation
-from muonclip_jax.transforms._moments import check_moment_dtype, check_moment_leaf
 from muonclip_jax.transforms._orthogonalize_updates import (
     WeightDimNumOrFn as WeightDimNumOrFn,
     direction_shardings,
@@ -173,8 +177,7 @@ def scale_by_muon(
         )
 
     def init_fn(params: optax.Params) -> MuonState:
-        for path, leaf in array_leaves(params):
-            check_moment_leaf(path, leaf.dtype, mu_dtype)
+        check_moments(params, mu_dtype)
         polar.init(params)
         shardings = shardings_of(params)
         if param_shardings is None and not shard_momentum:

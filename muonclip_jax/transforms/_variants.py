@@ -11,7 +11,7 @@ import optax
 from muonclip_jax._arguments import check_flag, names_known
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree
 from muonclip_jax.routing import MatrixRules
-from muonclip_jax.sharding import MeshShardings, read_shardings
+from muonclip_jax.sharding import MeshShardings
 from muonclip_jax.transforms._checks import (
     check_fraction,
     check_mask,
@@ -22,7 +22,7 @@ from muonclip_jax.transforms._checks import (
 )
 from muonclip_jax.transforms._matrix_axes import Over, matrix_axes
 from muonclip_jax.transforms._orthogonalize_updates import WeightDimNumOrFn
-from muonclip_jax.transforms._placing import place_tree, replicate, zeros_on_mesh
+from muonclip_jax.transforms._placing import mesh_shardings, place_tree, replicate, zeros_on_mesh
 
 
 class NeuronRmsState(NamedTuple):
@@ -181,9 +181,9 @@ def hyperball(
         return matrix_axes(tree, rules, weight_dimension_numbers=weight_dimension_numbers)
 
     def init_fn(params: optax.Params) -> HyperballState:
-        shardings = read_shardings(params, param_shardings, warn=False)
+        count = jnp.zeros([], jnp.int32)
         return HyperballState(
-            count=replicate(jnp.zeros([], jnp.int32), shardings),
+            count=replicate(count, mesh_shardings(params, param_shardings)),
             norm=_zeros_beside(params, axes_of(params), "matrix", param_shardings),
         )
 
@@ -271,7 +271,7 @@ def add_weight_decay(
     check_mask("mask", mask)
     check_flag("cautious", cautious)
     if base_width is not None:
-        check_positive("base_width", base_width, "Write the fan-in at which weight_decay holds.")
+        check_positive("base_width", base_width, " Write the fan-in at which weight_decay holds.")
     decay = optax.add_decayed_weights(weight_decay, mask)
 
     def update_fn(
@@ -316,8 +316,8 @@ def _shardings_beside(
     tree: Tree, axes: Any, over: Over, param_shardings: Any
 ) -> MeshShardings | None:
     """The shardings of reductions of the leaves, which are replicated along the reduced axes."""
-    shardings = read_shardings(tree, param_shardings, warn=False)
-    if shardings is None or shardings.inside_manual:
+    shardings = mesh_shardings(tree, param_shardings)
+    if shardings is None:
         return None
     leaves = tuple(
         tuple(() if axis in a.over(over) else names for axis, names in enumerate(leaf))

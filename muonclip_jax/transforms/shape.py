@@ -65,7 +65,7 @@ def scale_by_shape(
         1.0
     """
     if consistent_rms is not None:
-        instead = "Write 0.2 for AdamW's RMS, None for none."
+        instead = " Write 0.2 for AdamW's RMS, None for none."
         check_positive("consistent_rms", consistent_rms, instead)
     if rule is not None and consistent_rms is not None:
         raise ValueError(

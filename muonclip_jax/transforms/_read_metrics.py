@@ -1,18 +1,17 @@
-"""`read_metrics`: the latest sample in an optimizer's state, by the names of the parameters."""
+"""`read_metrics` returns what `metrics` measured under the names of the parameters."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
 from muonclip_jax._tree import Tree
-from muonclip_jax.heads.finding import block_rules
+from muonclip_jax.heads.finding import Blocks, block_rules
 from muonclip_jax.routing import MatrixRules
-from muonclip_jax.transforms._metrics.plan import blocks_of, plan_matrices
-from muonclip_jax.transforms._metrics.sample import MetricsSample
-from muonclip_jax.transforms._metrics.transformation import MetricsState
+from muonclip_jax.transforms._figures import matrices_of
+from muonclip_jax.transforms._metrics import OF_MATRICES, MetricsState, blocks_of
 
 
 class MuonMetrics(NamedTuple):
@@ -22,37 +21,38 @@ class MuonMetrics(NamedTuple):
         step: Number of the measured update, from 0; -1 where there was none yet.
         update_rms: Path of each leaf that Muon trains -> root mean square of the update's entries,
             one number for every matrix of the leaf, `(matrices,)`, float32.
-        spectral_norm: Path -> largest singular value of each matrix of the update.
+        spectral_norm: Path -> largest singular value of each matrix of the update, by 64 steps of
+            the power iteration.
         orthogonality_error: Path -> distance of each matrix of the update from a multiple of an
-            orthogonal one: with singular values `s`, the standard deviation of `s^2 / mean(s^2)`.
+            orthogonal one: with singular values `s`, the standard deviation of `s^2 / mean(s^2)`;
+            1 for the zero matrix.
         effective_rank: Path -> number of directions in each matrix of the momentum,
             `(sum s^2)^2 / sum s^4`; 0 where there is no momentum.
-        max_logit: Attention block -> largest logit of its heads and stacked layers, `()`; no
+        max_logit: Attention block -> maximum logit of its heads and stacked layers, `()`; no
             blocks where `metrics` got no threshold.
         min_gamma: Block -> smallest of QK-Clip's factors; 1 where nothing was clipped.
         clipped_heads: Block -> number of heads that were clipped, over all its layers.
         clips_without_effect: Block -> updates in a row, up to the latest one, in which it was
-            clipped and its maximum did not fall; more than some tens mean that the clip does
-            nothing there.
+            clipped and its maximum did not fall; more than some tens mean that the clip has no
+            effect there.
     """
 
-    step: Int[Array, ""]
-    update_rms: dict[str, Float[Array, " matrices"]]
-    spectral_norm: dict[str, Float[Array, " matrices"]]
-    orthogonality_error: dict[str, Float[Array, " matrices"]]
-    effective_rank: dict[str, Float[Array, " matrices"]]
-    max_logit: dict[str, Float[Array, ""]]
-    min_gamma: dict[str, Float[Array, ""]]
-    clipped_heads: dict[str, Int[Array, ""]]
-    clips_without_effect: dict[str, Int[Array, ""]]
+    step: jax.Array
+    update_rms: dict[str, jax.Array]
+    spectral_norm: dict[str, jax.Array]
+    orthogonality_error: dict[str, jax.Array]
+    effective_rank: dict[str, jax.Array]
+    max_logit: dict[str, jax.Array]
+    min_gamma: dict[str, jax.Array]
+    clipped_heads: dict[str, jax.Array]
+    clips_without_effect: dict[str, jax.Array]
 
     def scalars(self, prefix: str = "muon", *, leaves: bool = True) -> dict[str, jax.Array]:
         """Returns flat scalars for TensorBoard, Weights & Biases or a JSON line.
 
         Of several matrices, or blocks, it gives the root of the mean square (`update_rms`), the
         largest (`spectral_norm`, `orthogonality_error`, `max_logit`, `clips_without_effect`), the
-        mean (`effective_rank`), the smallest (`min_gamma`) or the sum (`clipped_heads`). Nothing is
-        copied to the host here.
+        mean (`effective_rank`), the smallest (`min_gamma`) or the sum (`clipped_heads`).
 
         Args:
             prefix: First part of every name.
@@ -60,11 +60,9 @@ class MuonMetrics(NamedTuple):
 
         Returns:
             "prefix/update_rms" and so on over the whole model, and with `leaves`
-            "prefix/update_rms/path/of/leaf". Figures of which there are none, such as maxima of a
-            model without attention, have no name.
+            "prefix/update_rms/path/of/leaf". Figures without entries have no name.
 
         Example:
-            >>> import jax.numpy as jnp
             >>> none = {}
             >>> figures = MuonMetrics(jnp.asarray(7), {"w": jnp.ones(2)}, {"w": jnp.arange(2.0)},
             ...     none, none, none, none, none, none)
@@ -80,7 +78,7 @@ class MuonMetrics(NamedTuple):
                 continue
             flat[f"{prefix}/{name}"] = reduce(jnp.concatenate(list(arrays.values())))
             for path, x in arrays.items() if leaves else ():
-                flat[f"{prefix}/{name}/{path}" if path else f"{prefix}/{name}/root"] = reduce(x)
+                flat[f"{prefix}/{name}/{path or 'root'}"] = reduce(x)
         return flat
 
 
@@ -88,8 +86,8 @@ def _root_mean_square(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.mean(x**2))
 
 
-#: Field -> what stands for several matrices or blocks.
-_REDUCTIONS = {
+#: Figures of matrices, then those of blocks -> what stands for several of them.
+_REDUCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "update_rms": _root_mean_square,
     "spectral_norm": jnp.max,
     "orthogonality_error": jnp.max,
@@ -106,7 +104,7 @@ def read_metrics(
     params: Tree,
     *,
     rules: MatrixRules | None = None,
-    qk_clip_blocks: Any = None,
+    qk_clip_blocks: Blocks = None,
 ) -> MuonMetrics:
     """Finds the latest sample of `metrics` in an optimizer's state and names its entries.
 
@@ -127,15 +125,15 @@ def read_metrics(
 
     Example:
         >>> import optax
-        >>> from muonclip_jax.transforms._metrics import metrics
+        >>> from muonclip_jax.transforms import metrics
         >>> params = {"dense": {"kernel": jnp.eye(4, 16)}, "bias": jnp.ones(16)}
         >>> tx = metrics(optax.sgd(0.1), every=1)
         >>> _, state = tx.update(params, tx.init(params), params)
         >>> float(read_metrics(state, params).spectral_norm["dense/kernel"][0])
         0.10000000149011612
     """
-    nodes = jax.tree.leaves(state, is_leaf=_is_metrics)
-    found = [node for node in nodes if _is_metrics(node)]
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, MetricsState))
+    found = [node for node in nodes if isinstance(node, MetricsState)]
     if len(found) != 1:
         raise ValueError(
             f"The optimizer's state has {len(found)} states of metrics, expected one. Write "
@@ -143,42 +141,29 @@ def read_metrics(
             "of one of them."
         )
     # As arrays, where a library has boxed them.
-    sample = MetricsSample(*map(jnp.asarray, found[0].sample))
-    plan = plan_matrices(params, rules)
+    sample = {name: jnp.asarray(x) for name, x in found[0].sample.items()}
+    matrices = matrices_of(params, rules)
     blocks: list[str] = []
-    if sample.max_logit.size:
-        _, known = blocks_of(params, block_rules(qk_clip_blocks, "qk_clip_blocks"))
+    if sample["max_logit"].size:
+        known, _ = blocks_of(params, block_rules(qk_clip_blocks, "qk_clip_blocks"))
         blocks = [block.path for block in known if block.selected]
-    have = (sample.update_rms.size, sample.max_logit.size)
-    if have != (plan.total, len(blocks)):
+    have = (sample["update_rms"].size, sample["max_logit"].size)
+    counts = matrices.counts
+    if have != (sum(counts), len(blocks)):
         raise ValueError(
             f"The state has figures of {have[0]} matrices and {have[1]} attention blocks, and "
-            f"params have {plan.total} and {len(blocks)} by these rules. Give read_metrics the "
+            f"params have {sum(counts)} and {len(blocks)} by these rules. Give read_metrics the "
             "parameters that the optimizer was made for, and rules= and qk_clip_blocks= as metrics "
             "got them."
         )
-    bounds = np.cumsum(plan.counts)[:-1]
-
-    def by_leaf(x: jax.Array) -> dict[str, jax.Array]:
-        if not plan.paths:
-            return {}
-        return dict(zip(plan.paths, jnp.split(x, bounds), strict=True))
-
-    def by_block(x: jax.Array) -> dict[str, jax.Array]:
-        return {path: x[i] for i, path in enumerate(blocks)}
-
-    return MuonMetrics(
-        step=sample.step,
-        update_rms=by_leaf(sample.update_rms),
-        spectral_norm=by_leaf(sample.spectral_norm),
-        orthogonality_error=by_leaf(sample.orthogonality_error),
-        effective_rank=by_leaf(sample.effective_rank),
-        max_logit=by_block(sample.max_logit),
-        min_gamma=by_block(sample.min_gamma),
-        clipped_heads=by_block(sample.clipped_heads),
-        clips_without_effect=by_block(jnp.asarray(found[0].clip_effect.steps)),
-    )
-
-
-def _is_metrics(node: Any) -> bool:
-    return isinstance(node, MetricsState)
+    step = sample.pop("step")
+    bounds = np.cumsum(counts)[:-1]
+    figures = {
+        name: {
+            path: x for (path, _), x in zip(matrices.positions, jnp.split(x, bounds), strict=False)
+        }
+        if name in OF_MATRICES
+        else {path: x[i] for i, path in enumerate(blocks)}
+        for name, x in sample.items()
+    }
+    return MuonMetrics(step, **figures)

@@ -1,0 +1,146 @@
+"""Figures of matrices from their Gram matrix, without an SVD.
+
+Let `G = X X^H` for a wide `X` of `m` rows, with eigenvalues `sigma_i^2`. Two sums over them are
+read off the entries of `G`: `tr G = sum sigma_i^2` and `||G||_F^2 = sum sigma_i^4`. Their ratio
+`(tr G)^2 / ||G||_F^2` is the number of directions in `X`, weighted by energy: `k` where `k`
+singular values are equal and the others zero. Only the largest singular value needs an iteration.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Inexact
+
+from muonclip_jax._tree import Tree
+from muonclip_jax.matrices import StackPlan, plan_leaf, plan_stacks, to_matrices
+from muonclip_jax.newton_schulz.products import gram, matmul
+from muonclip_jax.routing import MatrixRules, resolve_specs
+
+#: Steps of the power iteration. Whatever the spectrum, the relative error of the eigenvalue after
+#: `k` steps from a random start is like `log(m) / k` in the mean (Kuczynski and Wozniakowski 1992,
+#: SIAM J. Matrix Anal. Appl. 13), and that of its root half as large. A step costs two operations
+#: an entry of `G`; making `G` costs `2 n`.
+POWER_STEPS = 64
+# A stack is copied and scaled in float32, so it is the unit of temporary memory: a share of the
+# tree, which keeps the program short however deep the tree, and at least this many bytes.
+_STACK_SHARE = 12
+_STACK_BYTES = 64 * 2**20
+
+
+class Matrices(NamedTuple):
+    """The matrices of a tree that Muon trains: leaf after leaf, part after part.
+
+    Attributes:
+        positions: Where each leaf that has some is among all leaves of the tree, by its path.
+        stacks: How they are split, and which matrices share a stack.
+    """
+
+    positions: tuple[tuple[str, int], ...]
+    stacks: StackPlan
+
+    @property
+    def counts(self) -> list[int]:
+        """How many matrices each leaf has."""
+        return [sum(part.count for part in leaf.parts) for leaf in self.stacks.leaves]
+
+
+def matrices_of(tree: Tree, rules: MatrixRules | None) -> Matrices:
+    """Plans the measurement of a tree of parameters or updates."""
+    specs = enumerate(resolve_specs(tree, rules=rules))
+    found = [(path, i, plan_leaf(x.shape, spec)) for i, (path, x, spec) in specs if spec]
+    leaves = [plan for *_, plan in found]
+    entries = sum(part.count * part.fan_in * part.fan_out for x in leaves for part in x.parts)
+    max_bytes = max(_STACK_BYTES, 4 * entries // _STACK_SHARE)
+    stacks = plan_stacks(leaves, ["float32"] * len(leaves), max_bytes)
+    return Matrices(tuple((path, i) for path, i, _ in found), stacks)
+
+
+def measure(
+    function: Callable[[jax.Array], jax.Array], leaves: Sequence[jax.Array], matrices: Matrices
+) -> jax.Array:
+    """`function` of every stack `(count, rows, columns)`, as `(figures, matrices)` in float32."""
+    plan = matrices.stacks
+    parts = [to_matrices(x, leaf) for x, leaf in zip(leaves, plan.leaves, strict=True)]
+    sizes = [(i, j, p.count) for i, x in enumerate(plan.leaves) for j, p in enumerate(x.parts)]
+    starts = itertools.accumulate((count for *_, count in sizes), initial=0)
+    first = {(i, j): start for (i, j, _), start in zip(sizes, starts, strict=False)}
+    order, measured = [], []
+    for stack in plan.stacks:
+        pieces = []
+        for run in stack.runs:
+            piece = parts[run.leaf][run.part][run.start : run.stop]
+            piece = piece.astype(jnp.promote_types(piece.dtype, jnp.float32))
+            pieces.append(piece.mT if run.transposed else piece)
+            order.append(first[run.leaf, run.part] + np.arange(run.start, run.stop))
+        measured.append(function(jnp.concatenate(pieces)))
+    total = sum(matrices.counts)
+    if not measured:
+        return jnp.zeros((3, total), jnp.float32)
+    values = jnp.concatenate(measured, axis=1)
+    # Matrices without entries are in no stack and keep zeros.
+    return jnp.zeros((len(values), total), jnp.float32).at[:, np.concatenate(order)].set(values)
+
+
+def update_figures(x: Inexact[Array, "count m n"]) -> Float[Array, "3 count"]:
+    """Returns RMS, spectral norm and orthogonality error of wide matrices (see `MuonMetrics`)."""
+    size, y = _scaled(x)
+    product = gram(y)
+    mean = _trace(product) / (x.shape[-2] * x.shape[-1])
+    norm = jnp.sqrt(_largest_eigenvalue(product))
+    return jnp.stack([size * jnp.sqrt(mean), size * norm, _distance_from_identity(product)])
+
+
+def effective_rank(x: Inexact[Array, "count m n"]) -> Float[Array, "1 count"]:
+    r"""Returns `(sum sigma_i^2)^2 / sum sigma_i^4` of wide matrices, 0 for the zero matrix.
+
+    At least the stable rank `||X||_F^2 / ||X||_2^2` and at most the rank: `R_0` of Bartlett, Long,
+    Lugosi and Tsigler 2020, arXiv 1906.11300, Definition 3.
+    """
+    product = gram(_scaled(x)[1])
+    squares = jnp.sum(jnp.abs(product) ** 2, axis=(-2, -1))
+    return (_trace(product) ** 2 / jnp.where(squares == 0, 1, squares))[None]
+
+
+def _trace(product: jax.Array) -> jax.Array:
+    return jnp.trace(jnp.real(product), axis1=-2, axis2=-1)
+
+
+def _scaled(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest entry of each matrix, and the matrix divided by it, in float32 or complex64.
+
+    Squares and fourth powers then neither overflow nor vanish, whatever the learning rate.
+    """
+    y = x.astype(jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32)
+    size = jnp.max(jnp.abs(y), axis=(-2, -1))
+    return size, y / jnp.where(size == 0, 1, size)[:, None, None].astype(y.dtype)
+
+
+def _distance_from_identity(product: jax.Array) -> jax.Array:
+    rows = product.shape[-1]
+    mean = _trace(product)[:, None, None] / rows
+    # Not sqrt(m / rank - 1), in which all digits of a small distance cancel.
+    identity = jnp.broadcast_to(jnp.eye(rows, dtype=product.dtype), product.shape)
+    difference = product / jnp.where(mean == 0, 1, mean) - identity
+    return jnp.sqrt(jnp.sum(jnp.abs(difference) ** 2, axis=(-2, -1)) / rows)
+
+
+def _largest_eigenvalue(product: jax.Array) -> jax.Array:
+    """The power iteration on positive semi-definite matrices."""
+    rows = product.shape[-1]
+    # Random, so that no structure of a network is orthogonal to it.
+    start = np.random.default_rng(0).standard_normal((rows, 1))
+
+    def step(vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
+        moved = matmul(product, vectors)
+        length = jnp.sqrt(jnp.sum(jnp.abs(moved) ** 2, axis=(-2, -1), keepdims=True))
+        return moved / jnp.where(length == 0, 1, length).astype(moved.dtype), length
+
+    # The first step is outside of the loop: inside `shard_map` its result varies over devices as
+    # the matrices do, which a constant does not.
+    first, length = step(jnp.asarray(start / np.linalg.norm(start), product.dtype))
+    _, length = jax.lax.fori_loop(1, POWER_STEPS, lambda _, carry: step(carry[0]), (first, length))
+    return length[:, 0, 0]
