@@ -21,13 +21,16 @@ def _separate(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array,
 
     Both are reduced by a plain maximum, also across devices, and combined by `_join`.
     """
-    rank = jnp.where(jnp.isnan(x), 2, jnp.where(jnp.isposinf(x), 1, 0))
-    return jnp.where(jnp.isfinite(x), x, -jnp.inf), rank.astype(x.dtype)
+    finite = jnp.isfinite(x)
+    rank = jnp.where(jnp.isnan(x), 2, jnp.where(~finite & (x > 0), 1, 0))
+    return jnp.where(finite, x, -jnp.inf), rank.astype(x.dtype)
 
 
 def _join(values: Float[Array, "..."], rank: Float[Array, "..."]) -> Float[Array, "..."]:
-    bad = jnp.where(rank == 2, jnp.nan, jnp.where(rank == 1, jnp.inf, -jnp.inf))
-    return jnp.where(jnp.isfinite(values), values, bad.astype(values.dtype))
+    # No intermediate array holds an infinity that the result does not: jax.debug_infs sees them.
+    missing = ~jnp.isfinite(values)
+    values = jnp.where(missing & (rank == 1), jnp.inf, values)
+    return jnp.where(missing & (rank == 2), jnp.nan, values)
 
 
 def finite_max(x: Float[Array, "..."], axes: Sequence[int]) -> Float[Array, "..."]:
