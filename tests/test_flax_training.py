@@ -135,23 +135,6 @@ def test_under_jit_a_sharded_batch_has_the_maxima_of_the_whole(kind):
     same(maxima, linen_maxima(params, X))
 
 
-def test_under_shard_map_one_collective_reduces_all_blocks():
-    params = linen_params()
-
-    def maxima(params, x):
-        return mc.reduce_max_logits(linen_maxima(params, x), "batch")
-
-    mapped = jax.jit(
-        jax.shard_map(maxima, mesh=mesh(AxisType.Auto), in_specs=(P(), P("batch")), out_specs=P())
-    )
-    same(mapped(params, X), linen_maxima(params, X))
-    text = mapped.lower(params, X).compile().as_text() or ""
-    assert text.count("all-reduce(") + text.count("all-reduce-start(") == 1
-    # Without the reduction every device knows its own part only.
-    alone = linen_maxima(params, X[:1])
-    assert np.abs(flat(alone) - flat(linen_maxima(params, X))).max() > 0.1
-
-
 def test_under_pmap_every_device_clips_alike():
     params = linen_params()
     tx = mc.muonclip(0.02, qk_clip_threshold=1.0, axis_name="batch")
@@ -182,18 +165,25 @@ def test_under_pmap_every_device_clips_alike():
 def test_nnx_under_shard_map_and_vmap():
     model = Nnx(2, nnx.Rngs(0))
     graph, state = nnx.split(model)
+    params = linen_params()
 
     def maxima(state, x):
         return muonclip_jax.nnx.capture_max_logits(nnx.merge(graph, state))(x)[1]
 
-    whole = maxima(state, X)
-    mapped = jax.shard_map(
-        lambda state, x: mc.reduce_max_logits(maxima(state, x), "batch"),
-        mesh=mesh(AxisType.Auto),
-        in_specs=(P(), P("batch")),
-        out_specs=P(),
-    )
-    same(jax.jit(mapped)(state, X), whole)
+    for function, weights in ((maxima, state), (linen_maxima, params)):
+        mapped = jax.jit(
+            jax.shard_map(
+                lambda w, x, f=function: mc.reduce_max_logits(f(w, x), "batch"),
+                mesh=mesh(AxisType.Auto),
+                in_specs=(P(), P("batch")),
+                out_specs=P(),
+            )
+        )
+        same(mapped(weights, X), function(weights, X))
+    # All blocks together; without the reduction every device knows its own part only.
+    text = mapped.lower(params, X).compile().as_text() or ""
+    assert text.count("all-reduce(") + text.count("all-reduce-start(") == 1
+    assert np.abs(flat(linen_maxima(params, X[:1])) - flat(linen_maxima(params, X))).max() > 0.1
 
     # Models of an ensemble: a row of maxima each, stacked as their kernels are.
     @nnx.vmap(in_axes=0, out_axes=0)

@@ -30,17 +30,22 @@ def _separate(query: str, key: str, merged: bool, bias: bool):
     return {"params": params, "heads_of": heads_of}
 
 
-def _torch_params(rng, s):
-    return {
-        "query_proj": {"weight": normal(rng, s.heads * s.head, s.model)},
-        "key_proj": {"weight": normal(rng, s.kv_heads * s.head, s.model)},
-    }
+def _torch(merged: bool):
+    def params(rng, s):
+        sizes = {"query_proj": s.heads, "key_proj": s.kv_heads}
+        shapes = {
+            n: (h * s.head, s.model) if merged else (h, s.head, s.model) for n, h in sizes.items()
+        }
+        return {name: {"weight": normal(rng, *shape)} for name, shape in shapes.items()}
 
+    def heads_of(p, x, s):
+        q, k = (
+            _heads(x @ wide(p[name]["weight"]).reshape(-1, s.model).T, heads)
+            for name, heads in (("query_proj", s.heads), ("key_proj", s.kv_heads))
+        )
+        return q, per_query(k, s.heads)
 
-def _torch_heads(p, x, s):
-    q = _heads(x @ wide(p["query_proj"]["weight"]).T, s.heads)
-    k = _heads(x @ wide(p["key_proj"]["weight"]).T, s.kv_heads)
-    return q, per_query(k, s.heads)
+    return {"params": params, "heads_of": heads_of}
 
 
 def _fused(name: str, order: str, split_axes: bool = False, transposed: bool = False):
@@ -73,7 +78,7 @@ def _fused(name: str, order: str, split_axes: bool = False, transposed: bool = F
     return {"params": params, "heads_of": heads_of}
 
 
-def _fused_kv(query: str, key_value: str):
+def _fused_kv(query: str, key_value: str, interleaved: bool = False):
     def params(rng, s):
         return {
             query: {"kernel": normal(rng, s.model, s.heads * s.head)},
@@ -81,8 +86,9 @@ def _fused_kv(query: str, key_value: str):
         }
 
     def heads_of(p, x, s):
-        k = linear(x, p[key_value])[:, : s.kv_heads * s.head]
-        return _heads(linear(x, p[query]), s.heads), per_query(_heads(k, s.kv_heads), s.heads)
+        k = _heads(linear(x, p[key_value]), s.kv_heads if interleaved else 2 * s.kv_heads)
+        k = k[..., : s.head] if interleaved else k[:, : s.kv_heads]
+        return _heads(linear(x, p[query]), s.heads), per_query(k, s.heads)
 
     return {"params": params, "heads_of": heads_of}
 
@@ -216,10 +222,12 @@ CASES = (
         blocks=AttentionLayout((Projection("ask", ("query",)), Projection("answer", ("key",)))),
         own_keys=False,
     ),
-    Case("transposed", _torch_params, _torch_heads, own_keys=False),
+    Case("transposed", **_torch(merged=True), own_keys=False),
+    Case("transposed, an axis for heads", **_torch(merged=False)),
     Case("gpt2, transposed", **_fused("c_attn", "concatenated", transposed=True)),
     Case("gpt2", **_fused("c_attn", "concatenated")),
     Case("phi3", **_fused("qkv_proj", "concatenated"), own_keys=False),
+    Case("timm", **_fused("qkv", "concatenated")),
     Case("maxtext fused", **_fused("qkv_proj", "concatenated", split_axes=True)),
     Case("bloom", **_fused("query_key_value", "interleaved")),
     Case("falcon", **_fused("query_key_value", "interleaved"), own_keys=False),
@@ -227,6 +235,16 @@ CASES = (
     *POSITIONS,
     *LIBRARIES,
     Case("fused kv", **_fused_kv("to_q", "to_kv"), own_keys=False),
+    Case(
+        "fused kv, head by head",
+        **_fused_kv("my_q", "my_kv", interleaved=True),
+        blocks=AttentionLayout(
+            (
+                Projection("my_q", ("query",)),
+                Projection("my_kv", ("key", "value"), interleaved=True),
+            )
+        ),
+    ),
     Case("gemma", _gemma_params, _gemma_heads, own_keys=False),
     Case("maxtext latent", **_latent("wq_b", "wkv_a", "wkv_b", False, low_rank="wq_a")),
     Case("maxtext latent, full query", **_latent("query", "wkv_a", "wkv_b", False)),

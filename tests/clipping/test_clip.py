@@ -1,7 +1,5 @@
 """Exact values of the clip, and the traps that other implementations fell into."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,6 @@ import optax
 import pytest
 
 from muonclip_jax.clipping import apply_qk_clip, qk_clip_info
-from muonclip_jax.clipping.clip import _clip_leaves
 from tests.clipping.models import attention, normal
 
 
@@ -83,15 +80,10 @@ def test_weights_keep_their_dtype_and_round_once(dtype):
     )
 
 
-@pytest.mark.parametrize("bad", [-300.0, 0.0, np.nan, np.inf, -np.inf])
-def test_maxima_that_are_no_positive_numbers_leave_every_bit(bad):
-    params = {"attn": attention()}
-    new, info = apply_qk_clip(params, {"attn": jnp.full(4, bad)})
-    same_bits(new, params)
-    assert int(info.total_clipped) == 0
-
-
 def test_odd_weights_keep_their_bits_too():
+    params = {"attn": attention()}
+    for bad in (-300.0, 0.0, np.nan, np.inf, -np.inf):
+        same_bits(apply_qk_clip(params, {"attn": jnp.full(4, bad)})[0], params)
     odd = jnp.asarray([-0.0, 1e-42, np.inf, np.nan, -np.nan, np.finfo("f4").max] * 8)
     params = {"attn": attention(d=6, heads=1, bias=False)}
     params["attn"]["query"]["kernel"] = odd.reshape(6, 1, 8)
@@ -134,28 +126,11 @@ def test_published_latent_attention_numbers():
     assert int(info.clipped_heads["decoder/self_attention"]) == 1
 
 
-def test_the_outer_params_level_hides_nothing():
-    attn = attention()
-    maxima = {"intermediates": {"attn": {"max_logits": (jnp.full(4, 400.0),)}}}
-    new, _ = apply_qk_clip({"params": {"attn": attn}}, maxima)
-    expected, _ = apply_qk_clip({"attn": attn}, maxima)
-    same_bits(new["params"], expected)
-    assert (new["params"]["attn"]["query"]["kernel"] != attn["query"]["kernel"]).all()
-
-
 def test_a_model_that_is_the_attention():
     attn = attention()
     new, info = apply_qk_clip(attn, {"max_logits": (jnp.full(4, 400.0),)})
     np.testing.assert_allclose(new["key"]["bias"], attn["key"]["bias"] * 0.5, rtol=1e-6)
     assert list(info.gamma) == [""]
-
-
-def test_a_maximum_from_inside_the_attention_belongs_to_it():
-    params = {"layer": {"self_attention": attention()}}
-    recorded = {"layer": {"self_attention": {"attention_op": {"max_logits": jnp.full(4, 400.0)}}}}
-    new, _ = apply_qk_clip(params, recorded)
-    old = params["layer"]["self_attention"]["query"]["bias"]
-    np.testing.assert_allclose(new["layer"]["self_attention"]["query"]["bias"], old / 2, rtol=1e-6)
 
 
 def test_several_maxima_from_inside_the_attention_are_maxed():
@@ -164,8 +139,10 @@ def test_several_maxima_from_inside_the_attention_are_maxed():
         "prefill": {"max_logits": jnp.asarray([400.0, 1.0])},
         "train": {"max_logits": jnp.asarray([1.0, 200.0])},
     }
-    _, info = apply_qk_clip(params, {"self_attention": ops})
+    new, info = apply_qk_clip(params, {"self_attention": ops})
     assert info.max_logits["self_attention"].tolist() == [400.0, 200.0]
+    old = params["self_attention"]["query"]["bias"]
+    np.testing.assert_allclose(new["self_attention"]["query"]["bias"][0], old[0] / 2, rtol=1e-6)
     # What the block itself recorded comes before what its submodules did.
     _, info = apply_qk_clip(params, {"self_attention": ops | {"max_logits": jnp.ones(2)}})
     assert info.max_logits["self_attention"].tolist() == [1.0, 1.0]
@@ -235,13 +212,14 @@ def test_a_step_that_the_optimizer_skips_is_not_clipped(name):
     assert int(info.total_clipped) == 4
 
 
-def test_a_clip_compiles_once_when_it_is_not_jitted():
+def test_a_clip_compiles_once_when_it_is_not_jitted(caplog):
     params, maxima = {"attn": attention(hd=10)}, {"attn": jnp.full(4, 400.0)}
-    clip: Any = _clip_leaves
     apply_qk_clip(params, maxima)
-    size = clip._cache_size()
-    apply_qk_clip(params, maxima, threshold=7.0)
-    assert clip._cache_size() == size
+    with jax.log_compiles():
+        apply_qk_clip(params, maxima, threshold=7.0)
+        assert not [record for record in caplog.records if "ompil" in record.getMessage()]
+        apply_qk_clip({"attn": attention(hd=12)}, maxima)  # it would be seen
+    assert [record for record in caplog.records if "ompil" in record.getMessage()]
 
 
 def test_it_runs_in_scan_and_keeps_structure():
@@ -278,10 +256,9 @@ def test_under_vmap_every_model_has_its_own_clip():
 def test_info_alone_is_the_info_of_the_clip():
     params = {"attn": attention()}
     maxima = {"attn": jnp.asarray([1.0, 150.0, 90.0, 7.0])}
-    _, info = apply_qk_clip(params, maxima)
-    jax.tree.map(np.testing.assert_array_equal, info, qk_clip_info(params, maxima))
-    shapes = jax.eval_shape(lambda: params)
-    jax.tree.map(np.testing.assert_array_equal, info, qk_clip_info(shapes, maxima))
+    _, info = apply_qk_clip({"params": params}, maxima)
+    for tree in (params, jax.eval_shape(lambda: params)):
+        jax.tree.map(np.testing.assert_array_equal, info, qk_clip_info(tree, maxima))
 
 
 def test_an_empty_tree_stays_empty():
