@@ -84,9 +84,10 @@ class Stacks:
             common = frozenset.intersection(*known.values())
         else:  # no name says how many axes a kernel has: a stack is what all leaves show alike
             common = frozenset({1} if all(len(leaf.shape) > 2 for leaf in kernels) else ())
-        if len(contained) > 1 or (contained == {False} and 0 not in common and _any_plain(known)):
-            common = frozenset[int]()  # layers beside a stack, or none
         inside = contained == {True}
+        plain = any(0 in extra for extra in known.values()) and 0 not in common
+        if len(contained) > 1 or (plain and not inside and not module):
+            common = frozenset[int]()  # layers beside a stack
         for extra in sorted(common, key=lambda n: (n == 0, n) if inside else (False, n)):
             if extra == 0:
                 if len(common) > 1 and not inside and not _repeats(kernels, ()):
@@ -94,7 +95,7 @@ class Stacks:
                 self.axes |= {leaf.path: () for leaf in kernels}
                 self.solve(module, [leaf for leaf in leaves if leaf not in known])
                 return
-            found = self._narrowed(kernels, self._candidates(kernels, extra))
+            found = self._narrowed(kernels, self._candidates(kernels, extra), inside or not known)
             if len(found) == 1 and (known or inside or _show(leaves, kernels, found[0])):
                 self._assign(leaves, kernels, found[0])
                 return
@@ -137,8 +138,11 @@ class Stacks:
                 found.setdefault(read, choice)
         return list(found.values())
 
-    def _narrowed(self, kernels: Sequence[Leaf], found: list[Axes]) -> list[Axes]:
-        """Those of several choices with which a layer reads what it writes."""
+    def _narrowed(self, kernels: Sequence[Leaf], found: list[Axes], shown: bool) -> list[Axes]:
+        """Those of several choices with which a layer reads what it writes.
+
+        Where no path shows a stack, lengths agree by chance too, and a single choice is tested.
+        """
         first = kernels[0].shape
         one_shape = all(leaf.shape == first for leaf in kernels)
 
@@ -156,7 +160,10 @@ class Stacks:
         def wide(choice: Axes) -> bool:
             return all(self.widths & _hidden(leaf, _axes(leaf, choice)) for leaf in kernels)
 
-        for test in (directed, closed, wide):
+        tests = (directed, closed, wide)
+        if not shown and self._given(kernels[0]) is None:
+            found = [choice for choice in found if any(test(choice) for test in tests)]
+        for test in tests:
             if len(found) > 1:
                 found = [choice for choice in found if test(choice)] or found
         return found
@@ -249,10 +256,6 @@ def _allowed(given: Axes | None, choices: list[Axes], extra: int, rank: int) -> 
 def _may_be_kernel(leaf: Leaf) -> bool:
     told = look_up(leaf.name, leaf.shape)
     return told is None or bool(told[1])
-
-
-def _any_plain(known: dict[Leaf, frozenset[int]]) -> bool:
-    return any(0 in extra for extra in known.values())
 
 
 def _show(leaves: Sequence[Leaf], kernels: Sequence[Leaf], choice: Axes) -> bool:

@@ -76,6 +76,29 @@ def test_nested_scans(axes):
         assert batch == (axes if "local" in path else axes[:1]), path
 
 
+@pytest.mark.parametrize(
+    ("shapes", "batch"),
+    [
+        # A length of one kernel is by chance the number of layers of another.
+        ({"conv_0/kernel": (3, 2, 8, 2), "layers/w1/kernel": (6, 8, 8)}, {"conv_0/kernel": ()}),
+        ({"a/query/kernel": (8, 8, 4), "layers/w1/kernel": (6, 8, 8)}, {"a/query/kernel": ()}),
+        # A layer without a number, whose projections might have heads by their rank alone.
+        (
+            {
+                "layer/query/kernel": (5, 48, 48),
+                "layer/up/kernel": (5, 48, 80),
+                "layer/down/kernel": (5, 80, 48),
+            },
+            {"layer/query/kernel": (0,), "layer/up/kernel": (0,)},
+        ),
+    ],
+)
+def test_lengths_that_agree_by_chance_make_no_stack(shapes, batch):
+    assert batch.items() <= batch_axes(shapes).items()
+    with pytest.raises(ValueError, match="scan_axis="):
+        batch_axes({"layers_0/dense/kernel": (8, 8, 4), "layers_2/dense/kernel": (3, 8, 8)})
+
+
 def test_containers_without_a_telling_name_are_stacks_too():
     assert set(batch_axes(under("Transformer/encoderblock", stack(0))).values()) == {(0,)}
 
