@@ -1,19 +1,21 @@
 """`orthogonalize_updates`: the polar factor of every matrix, without momentum."""
 
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from muonclip_jax._arguments import check_flag, check_type, names_known
 from muonclip_jax._devices import varying_axes
-from muonclip_jax._tree import ScalarLike
+from muonclip_jax._tree import ScalarLike, Tree
 from muonclip_jax.newton_schulz import (
     DEFAULT_DTYPE,
     DEFAULT_EPS,
     DEFAULT_METHOD,
     DEFAULT_SET,
+    PolarPlan,
     plan_polar,
 )
 from muonclip_jax.routing import MatrixRules, MatrixSpec, as_rules, resolve_muon_specs
@@ -29,8 +31,6 @@ from muonclip_jax.transforms._placing import place_tree
 
 #: One spec for all leaves, a tree of them (full, prefix or masked), or a function of the tree.
 WeightDimNumOrFn: TypeAlias = Any
-#: Path, leaf and normalised spec of every leaf.
-Specs: TypeAlias = list[tuple[str, Any, MatrixSpec]]
 
 
 @names_known
@@ -41,13 +41,13 @@ def orthogonalize_updates(
     ns_coeffs: Any = DEFAULT_SET,
     ns_steps: int | None = None,
     ns_method: str = DEFAULT_METHOD,
-    ns_dtype: Any = DEFAULT_DTYPE,
+    ns_dtype: DTypeLike | None = DEFAULT_DTYPE,
     ns_implementation: str = "xla",
     preconditioning: str | None = None,
     eps: ScalarLike = DEFAULT_EPS,
     relative_eps: bool = True,
     adaptive: bool = False,
-    param_shardings: Any = None,
+    param_shardings: Tree = None,
     axis_name: str | tuple[str, ...] | None = None,
     distribution: Distribution | None = None,
     platform: str | None = None,
@@ -94,30 +94,26 @@ def orthogonalize_updates(
         Jordan et al. 2024, kellerjordan.github.io/posts/muon; Bernstein and Newhouse 2024,
         arXiv 2409.20325.
     """
-    check_non_negative("eps", eps)
-    check_flag("adaptive", adaptive)
-    as_rules(rules)
-    check_type("distribution", distribution, Distribution | None, "Distribution(...)")
-    check_type("axis_name", axis_name, str | tuple | None, "'data' or ('data', 'fsdp')")
-    polar = plan_polar(
+    orthogonalizer = Orthogonalizer.of(
+        rules,
+        weight_dimension_numbers,
         ns_coeffs,
         ns_steps,
         ns_method,
         ns_dtype,
-        preconditioning,
-        relative_eps,
         ns_implementation,
+        preconditioning,
+        eps,
+        relative_eps,
+        adaptive,
+        param_shardings,
+        axis_name,
+        distribution,
         platform,
     )
-    options = Distribution() if distribution is None else distribution
-    mapped_axes = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
 
     def init_fn(params: optax.Params) -> optax.EmptyState:
-        for path, leaf, _ in resolve_muon_specs(params, weight_dimension_numbers, rules):
-            try:
-                polar.check_input(leaf.dtype)
-            except ValueError as error:
-                raise ValueError(f"{path or 'The leaf'}: {error}") from None
+        orthogonalizer.read(params, init=True)
         return optax.EmptyState()
 
     def update_fn(
@@ -127,48 +123,120 @@ def orthogonalize_updates(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del params, extra_args
-        specs = resolve_muon_specs(updates, weight_dimension_numbers, rules)
-        _check_equal_along(mapped_axes, specs)
-        required_by = "Distribution(shard_momentum=True)" * options.shard_momentum
-        shardings = read_shardings(updates, param_shardings, required_by=required_by)
-        sharded = shardings
-        if shardings is not None and options.shard_momentum:
-            sharded = direction_shardings(shardings, specs)
-        if param_shardings is not None or options.shard_momentum:
-            updates = place_tree(updates, sharded)
-        directions, treedef = jax.tree.flatten(updates)
-        polars = orthogonalize_leaves(
-            polar,
-            eps,
-            directions,
-            [spec for _, _, spec in specs],
-            sharded,
-            shardings,
-            mapped_axes,
-            options,
-        )
-        if adaptive:
-            beside = polars
-            if sharded is not shardings:
-                beside = place_tree(polars, sharded)
-            # <U, O> is the sum of U's singular values where O is its polar factor.
-            polars = [
-                jnp.sum(u.conj() * b) * o
-                for u, b, o in zip(directions, beside, polars, strict=True)
-            ]
-        return jax.tree.unflatten(treedef, polars), state
+        leaves = orthogonalizer.read(updates)
+        if param_shardings is not None or orthogonalizer.distribution.shard_momentum:
+            updates = place_tree(updates, leaves.sharded)
+        return orthogonalizer.polar_factors(updates, leaves), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def direction_shardings(shardings: MeshShardings, specs: Specs) -> MeshShardings:
-    """Shards momentum and directions over the axes that replicate the parameters too (ZeRO-1)."""
-    return zero1_shardings(
-        shardings, [tuple(leaf.shape) for _, leaf, _ in specs], [spec for _, _, spec in specs]
-    )
+class Leaves(NamedTuple):
+    """What is decided about the leaves of a tree, once an update.
+
+    Attributes:
+        specs: Path, leaf and normalised spec of each.
+        shardings: How the parameters and the results are sharded, where there is a mesh.
+        sharded: How momentum and directions are: as the parameters, or further (ZeRO stage 1).
+    """
+
+    specs: list[tuple[str, Any, MatrixSpec]]
+    shardings: MeshShardings | None
+    sharded: MeshShardings | None
 
 
-def _check_equal_along(axes: tuple[str, ...], specs: Specs) -> None:
+class Orthogonalizer(NamedTuple):
+    """The checked settings of the polar factor: `orthogonalize_updates` without Optax around it."""
+
+    polar: PolarPlan
+    eps: ScalarLike
+    adaptive: bool
+    rules: MatrixRules | None
+    weight_dimension_numbers: WeightDimNumOrFn | None
+    param_shardings: Tree
+    mapped_axes: tuple[str, ...]
+    distribution: Distribution
+
+    @staticmethod
+    def of(
+        rules: MatrixRules | None,
+        weight_dimension_numbers: WeightDimNumOrFn | None,
+        ns_coeffs: Any,
+        ns_steps: int | None,
+        ns_method: str,
+        ns_dtype: DTypeLike | None,
+        ns_implementation: str,
+        preconditioning: str | None,
+        eps: ScalarLike,
+        relative_eps: bool,
+        adaptive: bool,
+        param_shardings: Tree,
+        axis_name: str | tuple[str, ...] | None,
+        distribution: Distribution | None,
+        platform: str | None,
+    ) -> "Orthogonalizer":
+        """Checks the settings."""
+        check_non_negative("eps", eps)
+        check_flag("adaptive", adaptive)
+        as_rules(rules)
+        check_type("distribution", distribution, Distribution | None, "Distribution(...)")
+        check_type("axis_name", axis_name, str | tuple | None, "'data' or ('data', 'fsdp')")
+        polar = plan_polar(
+            ns_coeffs,
+            ns_steps,
+            ns_method,
+            ns_dtype,
+            preconditioning,
+            relative_eps,
+            ns_implementation,
+            platform,
+        )
+        mapped_axes = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+        distribution = Distribution() if distribution is None else distribution
+        given = (rules, weight_dimension_numbers, param_shardings, mapped_axes, distribution)
+        return Orthogonalizer(polar, eps, adaptive, *given)
+
+    def read(self, tree: optax.Updates, init: bool = False) -> Leaves:
+        """Decides what the matrices are and how they are sharded; at `init` checks dtypes too."""
+        specs = resolve_muon_specs(tree, self.weight_dimension_numbers, self.rules)
+        for path, leaf, _ in specs if init else ():
+            try:
+                self.polar.check_input(leaf.dtype)
+            except ValueError as error:
+                raise ValueError(f"{path or 'The leaf'}: {error}") from None
+        zero1 = self.distribution.shard_momentum
+        required_by = "Distribution(shard_momentum=True)" * (zero1 and not init)
+        shardings = read_shardings(tree, self.param_shardings, not init, required_by)
+        if shardings is None or not zero1:
+            return Leaves(specs, shardings, shardings)
+        shapes = [tuple(leaf.shape) for _, leaf, _ in specs]
+        sharded = zero1_shardings(shardings, shapes, [spec for _, _, spec in specs])
+        return Leaves(specs, shardings, sharded)
+
+    def polar_factors(self, directions: optax.Updates, leaves: Leaves) -> optax.Updates:
+        """Replaces each matrix of the directions, sharded as `leaves.sharded`."""
+        _check_equal_along(self.mapped_axes, leaves.specs)
+        xs, treedef = jax.tree.flatten(directions)
+        polars = orthogonalize_leaves(
+            self.polar,
+            self.eps,
+            xs,
+            [spec for _, _, spec in leaves.specs],
+            leaves.sharded,
+            leaves.shardings,
+            self.mapped_axes,
+            self.distribution,
+        )
+        if self.adaptive:
+            beside = polars
+            if leaves.sharded is not leaves.shardings:
+                beside = place_tree(polars, leaves.sharded)
+            # <U, O> is the sum of U's singular values where O is its polar factor.
+            polars = [jnp.sum(u.conj() * b) * o for u, b, o in zip(xs, beside, polars, strict=True)]
+        return jax.tree.unflatten(treedef, polars)
+
+
+def _check_equal_along(axes: tuple[str, ...], specs: list[tuple[str, Any, MatrixSpec]]) -> None:
     """Raises where JAX knows that gradients differ along axes whose devices share the work."""
     for path, leaf, _ in specs:
         if differing := sorted(varying_axes(leaf).intersection(axes)):

@@ -10,8 +10,8 @@ import optax
 from muonclip_jax._arguments import check_flag, names_known
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule
 from muonclip_jax.newton_schulz import DEFAULT_DTYPE, DEFAULT_EPS, DEFAULT_METHOD, DEFAULT_SET
-from muonclip_jax.routing import MatrixRules, resolve_muon_specs
-from muonclip_jax.sharding import Distribution, MeshShardings, check_momentum, read_shardings
+from muonclip_jax.routing import MatrixRules
+from muonclip_jax.sharding import Distribution, check_momentum
 from muonclip_jax.transforms._checks import (
     check_fraction,
     check_moment_dtype,
@@ -20,9 +20,8 @@ from muonclip_jax.transforms._checks import (
 )
 from muonclip_jax.transforms._inputs import transformation
 from muonclip_jax.transforms._orthogonalize_updates import (
-    WeightDimNumOrFn as WeightDimNumOrFn,
-    direction_shardings,
-    orthogonalize_updates,
+    Orthogonalizer,
+    WeightDimNumOrFn,
 )
 from muonclip_jax.transforms._placing import place_tree, replicate, zeros_on_mesh
 
@@ -148,44 +147,34 @@ def scale_by_muon(
     check_flag("nesterov", nesterov)
     check_flag("bias_correction", bias_correction)
     check_moment_dtype(mu_dtype, "beta", beta)
-    polar = orthogonalize_updates(
+    orthogonalizer = Orthogonalizer.of(
         rules,
-        weight_dimension_numbers=weight_dimension_numbers,
-        ns_coeffs=ns_coeffs,
-        ns_steps=ns_steps,
-        ns_method=ns_method,
-        ns_dtype=ns_dtype,
-        ns_implementation=ns_implementation,
-        preconditioning=preconditioning,
-        eps=eps,
-        relative_eps=relative_eps,
-        adaptive=adaptive,
-        param_shardings=param_shardings,
-        axis_name=axis_name,
-        distribution=distribution,
-        platform=platform,
+        weight_dimension_numbers,
+        ns_coeffs,
+        ns_steps,
+        ns_method,
+        ns_dtype,
+        ns_implementation,
+        preconditioning,
+        eps,
+        relative_eps,
+        adaptive,
+        param_shardings,
+        axis_name,
+        distribution,
+        platform,
     )
-    shard_momentum = distribution is not None and distribution.shard_momentum
-
-    def shardings_of(tree: optax.Updates) -> MeshShardings | None:
-        """How momentum and directions of this tree are sharded."""
-        shardings = read_shardings(tree, param_shardings, warn=False)
-        if shardings is None or not shard_momentum:
-            return shardings
-        return direction_shardings(
-            shardings, resolve_muon_specs(tree, weight_dimension_numbers, rules)
-        )
+    shard_momentum = orthogonalizer.distribution.shard_momentum
 
     def init_fn(params: optax.Params) -> MuonState:
         check_moments(params, mu_dtype)
-        polar.init(params)
-        shardings = shardings_of(params)
+        leaves = orthogonalizer.read(params, init=True)
         if param_shardings is None and not shard_momentum:
             mu = optax.tree.zeros_like(params, dtype=mu_dtype)
         else:
-            mu = zeros_on_mesh(params, mu_dtype, shardings)
+            mu = zeros_on_mesh(params, mu_dtype, leaves.sharded)
         # Where an update leaves it, so that the second step has the types of the first.
-        return MuonState(count=replicate(jnp.zeros([], jnp.int32), shardings), mu=mu)
+        return MuonState(count=replicate(jnp.zeros([], jnp.int32), leaves.shardings), mu=mu)
 
     def update_fn(
         updates: optax.Updates,
@@ -194,13 +183,13 @@ def scale_by_muon(
         **extra_args: Any,
     ) -> tuple[optax.Updates, MuonState]:
         del params, extra_args
-        before, shardings = state.mu, shardings_of(updates)
+        before, leaves = state.mu, orthogonalizer.read(updates)
         if param_shardings is not None:
-            before = place_tree(before, shardings)
-        elif shardings is not None:
-            check_momentum(before, shardings)
+            before = place_tree(before, leaves.sharded)
+        elif leaves.sharded is not None:
+            check_momentum(before, leaves.sharded)
         if param_shardings is not None or shard_momentum:
-            updates = place_tree(updates, shardings)
+            updates = place_tree(updates, leaves.sharded)
         count = jnp.asarray(optax.safe_increment(jnp.asarray(state.count)))
         decay = value_at(beta, state.count)
         averaging = (decay, 1 - decay)
@@ -217,10 +206,10 @@ def scale_by_muon(
             )
         # U <- beta M + (1 - beta) G  (Nesterov), or M
         directions = jax.tree.map(functools.partial(_direction, weights), mu, updates)
-        polars, _ = polar.update(directions, optax.EmptyState())
+        polars = orthogonalizer.polar_factors(directions, leaves)
         mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
         if shard_momentum:
-            mu = place_tree(mu, shardings)
+            mu = place_tree(mu, leaves.sharded)
         return polars, MuonState(count=count, mu=mu)
 
     return transformation("scale_by_muon", init_fn, update_fn)

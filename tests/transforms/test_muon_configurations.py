@@ -72,7 +72,7 @@ def assert_close(actual: Any, expected: Any, tolerance: float = TOLERANCE["float
 
 @pytest.mark.parametrize(
     ("dtype", "platform"),
-    [("float64", "cpu"), ("float32", "gpu"), ("bfloat16", "cpu"), ("complex128", "gpu")],
+    [("float64", "cpu"), ("complex128", "gpu")],
 )
 def test_64_bit_mode(dtype: str, platform: str):
     with jax.enable_x64(True):
@@ -119,15 +119,6 @@ def test_an_explicit_mesh_of_one_device(at: P, platform: str):
             lambda x, y: x.sharding.is_equivalent_to(y.sharding, 3), new_state, state
         )
         assert all(jax.tree.leaves(same))
-
-
-@pytest.mark.parametrize("types", [(EXPLICIT, AUTO), (AUTO, EXPLICIT)], ids=["first", "second"])
-@pytest.mark.parametrize("sizes", [(1, 8), (8, 1)], ids=str)
-def test_mixed_axes_one_of_them_of_size_one(sizes: tuple[int, int], types: Any):
-    gradients, shardings = on_mesh(tree(), mesh_of(sizes, types), P("fsdp", "tp"))
-    tx = muon(param_shardings=shardings)
-    updates = jitted(functools.partial(step, tx))(gradients, tx.init(gradients))
-    assert_close(updates, alone())
 
 
 @pytest.mark.parametrize("at", [P(), P(None, "tp")], ids=str)
@@ -198,13 +189,6 @@ def test_moments_of_adam_follow_the_shardings_that_are_given(make: Any, shapes_a
         )
 
 
-@pytest.mark.parametrize("count", [-1, -7, np.iinfo(np.int32).min])
-def test_a_negative_count_changes_nothing(count: int):
-    tx = muon()
-    state = tx.init(tree())._replace(count=jnp.int32(count))
-    assert_close(jitted(functools.partial(step, tx))(tree(), state), alone(), 0)
-
-
 @pytest.mark.parametrize("at", [P(), P("fsdp"), P(None, "fsdp")], ids=str)
 def test_the_dual_norm_with_a_momentum_that_is_sharded_further(at: P):
     gradients, shardings = on_mesh(tree(), mesh_of((4, 2), (EXPLICIT,) * 2), at)
@@ -246,9 +230,7 @@ DISTRIBUTIONS = {
     [
         (P(), "whole", AUTO),
         (P(), "split", EXPLICIT),
-        (P(), "one axis", AUTO),
         (P("tp"), "zero", EXPLICIT),
-        (P("fsdp", "tp"), "split", AUTO),
         (P(None, ("tp", "fsdp")), "one axis", EXPLICIT),
     ],
 )
