@@ -12,7 +12,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train sweep compare bench bench-attention settings kernels notebooks docs package test test-all fuzz test-newest test-oldest quick \
-	format lint types floors clean
+	format lint types imports clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -90,7 +90,7 @@ package: $(READY)  ## build wheel and sdist in dist, and check what is in them
 	$(BIN)/python -m build --no-isolation --outdir dist
 	$(BIN)/python tools/check_package.py dist
 
-test: lint types floors  ## what every change must pass: format, lint, types, floors, tests
+test: lint types imports  ## what every change must pass: format, lint, types, imports, tests
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 fuzz: $(READY)  ## random configurations against one device and NumPy (ARGS="--seconds 600 --seed 0")
@@ -99,7 +99,7 @@ fuzz: $(READY)  ## random configurations against one device and NumPy (ARGS="--s
 # The annotations of shapes and types are checked at run time here alone: it costs a quarter more.
 CHECKED := --jaxtyping-packages=muonclip_jax,beartype.beartype
 
-test-all: lint types floors  ## also what is slow: examples, notebooks, site, package, long fuzz
+test-all: lint types imports  ## also what is slow: examples, notebooks, site, package, long fuzz
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(CHECKED) $(ARGS)
 	$(BIN)/python -m tests.fuzz --seconds 600
 
@@ -128,7 +128,7 @@ QUICK := tests/routing tests/matrices/test_parts.py tests/matrices/test_stacks.p
 	tests/transforms/test_muon.py tests/transforms/test_shape.py tests/test_muonclip.py \
 	tests/test_imports.py tests/test_commands.py
 
-quick: lint floors  ## the inner loop, under two minutes: the tests that compile little
+quick: lint imports  ## the inner loop, under two minutes: the tests that compile little
 	$(BIN)/basedpyright muonclip_jax
 	$(BIN)/python -m pytest -q -n 2 -m "not slow" $(QUICK) $(ARGS)
 
@@ -139,7 +139,7 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/basedpyright
 
-floors: $(READY)
+imports: $(READY)
 	$(BIN)/lint-imports
 
 format: $(READY)  ## format, and repair what the linter can

@@ -1,4 +1,4 @@
-"""Floor 8: the command line, `python -m muonclip_jax describe` and `doctor`."""
+"""The command line, `python -m muonclip_jax describe` and `doctor`."""
 
 import argparse
 import sys

@@ -1,1 +1,1 @@
-"""Floor 7: what `python -m muonclip_jax` does."""
+"""The commands of `python -m muonclip_jax`."""
