@@ -9,7 +9,6 @@ import pytest
 from optax.contrib import MuonDimensionNumbers as Dims
 
 import muonclip_jax as mc
-from muonclip_jax.heads.cuts import ATTENTION
 
 
 def leaf(*shape: int) -> jax.ShapeDtypeStruct:
@@ -24,24 +23,17 @@ LATENT = kernels(wq_b=(7, 4, 5), wkv_a=(12, 7), wkv_b=(5, 4, 7), out=(4, 4, 12))
 MERGED = kernels(q_proj=(12, 16), k_proj=(12, 8), v_proj=(12, 8), o_proj=(16, 12))
 
 
-def test_the_values_come_from_one_table():
-    assert list(ATTENTION) == ["merged", "split", "per_head"]
-    with pytest.raises(ValueError, match="one of 'merged', 'split', 'per_head', got 'heads'"):
-        mc.MatrixRules(attention="heads")
-
-
-def test_merged_is_the_default_and_takes_nothing_else():
+def test_arguments_are_checked_and_hashable():
     assert mc.MatrixRules() == mc.MatrixRules(attention="merged")
-    for given in ({"head_dim": 4}, {"blocks": "attn"}):
-        with pytest.raises(ValueError, match=f"{next(iter(given))}= says how .* fall into parts"):
+    for error, message, given in (
+        (ValueError, "one of 'merged', 'split', 'per_head', got 'he", {"attention": "heads"}),
+        (ValueError, "head_dim= says how .* fall into parts", {"head_dim": 4}),
+        (ValueError, "blocks= says how .* fall into parts", {"blocks": "attn"}),
+        (TypeError, "head_dim must be an in", {"attention": "per_head", "head_dim": 4.0}),
+        (TypeError, "blocks= got 3", {"attention": "per_head", "blocks": 3}),
+    ):
+        with pytest.raises(error, match=message):
             mc.MatrixRules(**given)
-    with pytest.raises(TypeError, match="head_dim must be an integer"):
-        mc.MatrixRules(attention="per_head", head_dim=4.0)
-    with pytest.raises(TypeError, match="blocks= got 3"):
-        mc.MatrixRules(attention="per_head", blocks=3)
-
-
-def test_rules_stay_hashable_with_blocks():
     layout = mc.AttentionLayout((mc.Projection("ask", ("query",)),), head_dim=4)
     rules = mc.MatrixRules(attention="split", blocks=[("attn", layout)])
     assert hash(rules) == hash(mc.MatrixRules(attention="split", blocks=("attn", layout)))
@@ -87,13 +79,6 @@ def test_an_embedding_and_an_optimizer_rule_stay_with_adamw():
     assert labels["attn"]["key"]["kernel"] == labels["embed"] == "adamw"
 
 
-def test_biases_masked_by_the_router_do_not_matter():
-    tree = {"attn": {**LATENT, "wq_b": {"kernel": leaf(7, 4, 5), "bias": optax.MaskedNode()}}}
-    rules = mc.MatrixRules(attention="per_head")
-    full = rules.dimension_numbers({"attn": LATENT})["attn"]["wq_b"]["kernel"]
-    assert rules.dimension_numbers(tree)["attn"]["wq_b"]["kernel"] == full
-
-
 def test_a_masked_sibling_is_an_error_that_says_how_the_whole_tree_gets_there():
     params = {"attn": jax.tree.map(lambda x: jnp.ones(x.shape), LATENT)}
     masked = {"attn": {**params["attn"], "wkv_b": {"kernel": optax.MaskedNode()}}}
@@ -107,17 +92,15 @@ def test_a_masked_sibling_is_an_error_that_says_how_the_whole_tree_gets_there():
     assert jax.tree.structure(updates) == jax.tree.structure(masked)
 
 
-def test_the_group_that_adamw_trains_is_not_asked():
-    params = {"attn": {**LATENT, "wq_b": {"kernel": leaf(7, 4, 5), "bias": leaf(4, 5)}}}
-    hidden = {
-        "attn": {
-            name: {k: x if k == "bias" else optax.MaskedNode() for k, x in module.items()}
-            for name, module in params["attn"].items()
-        }
-    }
-    assert (
-        mc.MatrixRules(attention="split").dimension_numbers(hidden)["attn"]["wq_b"]["bias"] is None
-    )
+def test_masked_biases_do_not_matter_and_the_group_that_adamw_trains_is_not_asked():
+    rules, masked = mc.MatrixRules(attention="per_head"), optax.MaskedNode()
+    query = {"kernel": leaf(7, 4, 5), "bias": masked}
+    full = rules.dimension_numbers({"attn": LATENT})["attn"]["wq_b"]["kernel"]
+    dims = rules.dimension_numbers({"attn": {**LATENT, "wq_b": query}})
+    assert dims["attn"]["wq_b"]["kernel"] == full
+    hidden = {name: {"kernel": masked} for name in LATENT}
+    hidden["wq_b"] = {"kernel": masked, "bias": leaf(4, 5)}
+    assert rules.dimension_numbers({"attn": hidden})["attn"]["wq_b"]["bias"] is None
 
 
 def test_a_tree_without_attention_is_an_error_only_when_it_is_whole():

@@ -151,7 +151,3 @@ def test_latent_sizes_come_from_the_down_projection():
     assert plan.leaves[1].segments == (Segment("key", 1, 16), Segment("value", 1, 12))
     with pytest.raises(ValueError, match="down makes 32 features and up takes 32"):
         read((4,), layout, **shapes | {"down__kernel": (64, 32)})
-
-
-def test_plans_are_hashable():
-    assert len({read((4,), **pair((64, 4, 16))), read((4,), **pair((64, 4, 16)))}) == 1

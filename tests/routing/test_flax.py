@@ -8,13 +8,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from optax.contrib import MuonDimensionNumbers
+from optax.contrib import MuonDimensionNumbers as Dims
 
 from muonclip_jax._tree import flatten_with_paths
 from muonclip_jax.routing import MatrixRules, infer_dimension_numbers, label_params
 
-DIMS = MuonDimensionNumbers
 X = jax.ShapeDtypeStruct((2, 4, 8), "float32")
+ATTENTION = {
+    "query": Dims(0, (1, 2)),
+    "key": Dims(0, (1, 2)),
+    "value": Dims(0, (1, 2)),
+    "out": Dims((0, 1), 2),
+}
 
 
 class Attention(nn.Module):
@@ -30,12 +35,8 @@ class Scanned(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        stack = nn.scan(
-            Attention,
-            variable_axes={"params": self.axis},
-            split_rngs={"params": True},
-            length=3,
-        )
+        axes, split = {"params": self.axis}, {"params": True}
+        stack = nn.scan(Attention, variable_axes=axes, split_rngs=split, length=3)
         return stack(name="layers")(x)[0]
 
 
@@ -48,90 +49,55 @@ class Zoo(nn.Module):
         x = nn.MultiHeadDotProductAttention(num_heads=2)(x, x)
         x = nn.DenseGeneral((2, 4), name="query")(x)
         x = nn.DenseGeneral(8, axis=(-2, -1), name="out")(x)
-        x = nn.Conv(6, (3,))(x)
-        x = nn.ConvTranspose(6, (3,))(x)
-        x = nn.ConvLocal(6, (3,))(x)
-        x = jnp.asarray(nn.RNN(nn.LSTMCell(5))(x))
-        x = nn.RNN(nn.GRUCell(5))(x)
+        x = nn.ConvLocal(6, (3,))(nn.ConvTranspose(6, (3,))(nn.Conv(6, (3,))(x)))
+        x = nn.RNN(nn.GRUCell(5))(jnp.asarray(nn.RNN(nn.LSTMCell(5))(x)))
         x = nn.BatchNorm(use_running_average=False)(jnp.asarray(x))
-        x = nn.GroupNorm(5)(x)
-        x = nn.WeightNorm(nn.Dense(6))(x)
+        x = nn.WeightNorm(nn.Dense(6))(nn.GroupNorm(5)(x))
         x = nn.SpectralNorm(nn.Dense(6))(x, update_stats=True)
         return nn.Dense(10, name="lm_head")(x)
 
 
-def _init(module, *args):
-    return jax.eval_shape(module.init, jax.random.key(0), *args)
+def init(module):
+    return jax.eval_shape(module.init, jax.random.key(0), X)
 
 
-def _muon(tree, rules=None):
+def muon(tree, rules=None):
+    """Path of each kernel that Muon trains, without "/kernel" -> its axes."""
     dims = infer_dimension_numbers(tree, rules)
-    pairs, _ = flatten_with_paths(
-        dims, is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers)
-    )
-    return {path: dim for path, dim in pairs if isinstance(dim, MuonDimensionNumbers)}
+    pairs, _ = flatten_with_paths(dims, is_leaf=lambda x: x is None or isinstance(x, Dims))
+    return {path.removesuffix("/kernel"): dim for path, dim in pairs if isinstance(dim, Dims)}
 
 
-@pytest.fixture(scope="module")
-def zoo():
-    return _init(Zoo(), X)
-
-
-@pytest.mark.parametrize("outer", [True, False])
-def test_zoo(zoo, outer):
-    tree = zoo if outer else zoo["params"]
-    prefix = "params/" if outer else ""
-    attention = "MultiHeadDotProductAttention_0"
-    expected = {
-        f"{attention}/query/kernel": DIMS(0, (1, 2)),
-        f"{attention}/key/kernel": DIMS(0, (1, 2)),
-        f"{attention}/value/kernel": DIMS(0, (1, 2)),
-        f"{attention}/out/kernel": DIMS((0, 1), 2),
-        "query/kernel": DIMS(0, (1, 2)),
-        "out/kernel": DIMS((0, 1), 2),
-        "Conv_0/kernel": DIMS((0, 1), 2),
-        "ConvTranspose_0/kernel": DIMS((0, 1), 2),
-        "ConvLocal_0/kernel": DIMS(1, 2),
-        "Dense_0/kernel": DIMS(0, 1),
-        "Dense_1/kernel": DIMS(0, 1),
-        **{f"LSTMCell_0/{a}{b}/kernel": DIMS(0, 1) for a in "ih" for b in "figo"},
-        **{f"GRUCell_0/{a}{b}/kernel": DIMS(0, 1) for a in "ih" for b in "nrz"},
-    }
-    assert _muon(tree) == {prefix + path: dims for path, dims in expected.items()}
+def test_linen_zoo_with_and_without_the_outer_level():
+    tree = init(Zoo())
+    expected = {f"MultiHeadDotProductAttention_0/{name}": dims for name, dims in ATTENTION.items()}
+    expected |= {"query": Dims(0, (1, 2)), "out": Dims((0, 1), 2), "ConvLocal_0": Dims(1, 2)}
+    expected |= {"Conv_0": Dims((0, 1), 2), "ConvTranspose_0": Dims((0, 1), 2)}
+    cells = [f"LSTMCell_0/{a}{b}" for a in "ih" for b in "figo"]
+    cells += [f"GRUCell_0/{a}{b}" for a in "ih" for b in "nrz"]
+    expected |= dict.fromkeys(["Dense_0", "Dense_1", *cells], Dims(0, 1))
+    assert muon(tree["params"]) == expected
+    assert muon(tree) == {f"params/{path}": dims for path, dims in expected.items()}
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_scanned_layers(axis):
-    params = _init(Scanned(axis), X)
-    stack = (lambda i: i + 1) if axis == 0 else (lambda i: i + (i > 0))
-    assert _muon(params, MatrixRules(scan_axis=axis)) == {
-        "params/layers/attention/query/kernel": DIMS(stack(0), (stack(1), stack(2))),
-        "params/layers/attention/key/kernel": DIMS(stack(0), (stack(1), stack(2))),
-        "params/layers/attention/value/kernel": DIMS(stack(0), (stack(1), stack(2))),
-        "params/layers/attention/out/kernel": DIMS((0 if axis else 1, 2), 3),
-        "params/layers/Dense_0/kernel": DIMS(stack(0), 2),
-    }
-
-
-def test_scanned_and_single_layers_agree():
+@pytest.mark.parametrize("told", [True, False])
+def test_scanned_layers(axis, told):
     """Without its axis of layers, a stacked leaf is read as the single one is."""
-    single = _muon({"params": {"layers_0": _init(Attention(), X)["params"]}})
-    stacked = _muon(_init(Scanned(0), X))
-    assert {path.replace("layers_0", "layers"): _flat(d) for path, d in single.items()} == {
-        path: [[i - 1 for i in axes] for axes in _flat(d)] for path, d in stacked.items()
-    }
-
-
-def _flat(dims):
-    return [[axes] if isinstance(axes, int) else list(axes) for axes in dims]
+    stack = (lambda i: i + 1) if axis == 0 else (lambda i: i + (i > 0))
+    into = Dims(stack(0), (stack(1), stack(2)))
+    expected = {f"params/layers/attention/{name}": into for name in ("query", "key", "value")}
+    expected["params/layers/attention/out"] = Dims((0 if axis else 1, 2), 3)
+    expected["params/layers/Dense_0"] = Dims(stack(0), 2)
+    assert muon(init(Scanned(axis)), MatrixRules(scan_axis=axis if told else None)) == expected
 
 
 @pytest.mark.parametrize("box", [nn.with_partitioning, nn.with_logical_partitioning])
 def test_boxed_leaves(box):
-    init = box(nn.initializers.lecun_normal(), ("embed", "heads", "kv"))
-    params = _init(nn.DenseGeneral((2, 4), kernel_init=init, name="query"), X)["params"]
+    kernel_init = box(nn.initializers.lecun_normal(), ("embed", "heads", "kv"))
+    params = init(nn.DenseGeneral((2, 4), kernel_init=kernel_init, name="query"))["params"]
     boxed = {"attention": {"query": params}}
-    assert _muon(boxed) == {"attention/query/kernel": DIMS(0, (1, 2))}
+    assert muon(boxed) == {"attention/query": Dims(0, (1, 2))}
     labels = label_params(boxed)
     assert jax.tree.structure(labels) == jax.tree.structure(boxed)
     assert labels["attention"]["query"]["kernel"].value == "muon"
@@ -149,30 +115,16 @@ class Model(nnx.Module):
         self.head = nnx.Linear(6, 10, rngs=rngs)
 
 
-NNX_EXPECTED = {
-    "attention/query/kernel": DIMS(0, (1, 2)),
-    "attention/key/kernel": DIMS(0, (1, 2)),
-    "attention/value/kernel": DIMS(0, (1, 2)),
-    "attention/out/kernel": DIMS((0, 1), 2),
-    "conv/kernel": DIMS((0, 1), 2),
-    "layers/0/kernel": DIMS(0, 1),
-    **{f"cell/{a}{b}/kernel": DIMS(0, 1) for a in "ih" for b in ["f", "g", "i", "o"]},
-}
-NNX_EXPECTED["cell/if_/kernel"] = NNX_EXPECTED.pop("cell/if/kernel")
-
-
-def test_nnx_states_boxed_and_pure():
-    state = nnx.state(nnx.eval_shape(lambda: Model(nnx.Rngs(0))), nnx.Param)
-    assert _muon(state) == NNX_EXPECTED
-    pure = nnx.to_pure_dict(state)
-    assert _muon(pure) == NNX_EXPECTED
-    labels = label_params(state)
-    assert jax.tree.structure(labels) == jax.tree.structure(state)
-
-
-def test_nnx_model_with_all_its_variables():
+def test_nnx_states_boxed_and_pure_with_all_their_variables():
+    cells = [f"cell/{a}{b}" for a in "ih" for b in ("f", "g", "i", "o") if a + b != "if"]
+    expected = dict.fromkeys([*cells, "cell/if_", "layers/0"], Dims(0, 1))
+    expected |= {f"attention/{name}": dims for name, dims in ATTENTION.items()}
+    expected["conv"] = Dims((0, 1), 2)
     model = nnx.eval_shape(lambda: Model(nnx.Rngs(0)))
-    assert _muon(nnx.state(model)) == NNX_EXPECTED
+    state = nnx.state(model, nnx.Param)
+    for tree in (state, nnx.to_pure_dict(state), nnx.state(model)):
+        assert muon(tree) == expected
+    assert jax.tree.structure(label_params(state)) == jax.tree.structure(state)
 
 
 def test_nnx_vmapped_layers():
@@ -182,11 +134,9 @@ def test_nnx_vmapped_layers():
         return nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
 
     state = nnx.state(nnx.eval_shape(lambda: layers(nnx.Rngs(0))), nnx.Param)
-    assert _muon({"attention": nnx.to_pure_dict(state)}) == {
-        "attention/query/kernel": DIMS(1, (2, 3)),
-        "attention/key/kernel": DIMS(1, (2, 3)),
-        "attention/value/kernel": DIMS(1, (2, 3)),
-        "attention/out/kernel": DIMS((1, 2), 3),
+    expected = dict.fromkeys(("query", "key", "value"), Dims(1, (2, 3))) | {"out": Dims((1, 2), 3)}
+    assert muon({"attention": nnx.to_pure_dict(state)}) == {
+        f"attention/{name}": dims for name, dims in expected.items()
     }
 
 

@@ -1,4 +1,4 @@
-"""MatrixRules: order, locality, staticness, errors, and the two functions around them."""
+"""MatrixRules: order, locality, staticness, errors, and the functions around them."""
 
 import functools
 
@@ -6,82 +6,80 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from optax.contrib import MuonDimensionNumbers
+from optax.contrib import MuonDimensionNumbers as Dims
 
 from muonclip_jax.routing import (
     MatrixRules,
     MatrixSpec,
     Split,
+    as_rules,
+    decay_mask,
+    describe_labels,
     infer_dimension_numbers,
     label_params,
 )
-from muonclip_jax.routing.rules import as_rules
 
-DIMS = MuonDimensionNumbers
-
-
-def _params():
-    return {
-        "embed": {"embedding": jnp.ones((9, 8))},
-        "layers_0": {
-            "attention": {
-                "query": {"kernel": jnp.ones((8, 2, 4)), "bias": jnp.ones((2, 4))},
-                "out": {"kernel": jnp.ones((2, 4, 8)), "bias": jnp.ones(8)},
-            },
-            "mlp": [jnp.ones((8, 16)), jnp.ones((16, 8))],
-            "norm": {"scale": jnp.ones(8)},
+MASKED = optax.MaskedNode()
+PARAMS = {
+    "embed": {"embedding": jnp.ones((9, 8))},
+    "layers_0": {
+        "attention": {
+            "query": {"kernel": jnp.ones((8, 2, 4)), "bias": jnp.ones((2, 4))},
+            "out": {"kernel": jnp.ones((2, 4, 8)), "bias": jnp.ones(8)},
         },
-        "lm_head": {"kernel": jnp.ones((8, 9))},
-    }
+        "mlp": [jnp.ones((8, 16)), jnp.ones((16, 8))],
+        "norm": {"scale": jnp.ones(8)},
+    },
+    "lm_head": {"kernel": jnp.ones((8, 9))},
+}
 
 
 def test_labels_and_dimension_numbers_have_the_tree_of_the_parameters():
-    params = _params()
-    labels = label_params(params)
-    assert jax.tree.structure(labels) == jax.tree.structure(params)
-    assert labels["layers_0"]["attention"] == {
-        "query": {"kernel": "muon", "bias": "adamw"},
-        "out": {"kernel": "muon", "bias": "adamw"},
+    labels, dims = label_params(PARAMS), infer_dimension_numbers(PARAMS)
+    half = {"kernel": "muon", "bias": "adamw"}
+    assert labels == {
+        "embed": {"embedding": "adamw"},
+        "layers_0": {
+            "attention": {"query": half, "out": half},
+            "mlp": ["muon", "muon"],
+            "norm": {"scale": "adamw"},
+        },
+        "lm_head": {"kernel": "adamw"},
     }
-    assert labels["layers_0"]["mlp"] == ["muon", "muon"]
-    assert labels["embed"] == {"embedding": "adamw"}
-    dims = infer_dimension_numbers(params)
-    assert dims["layers_0"]["attention"]["query"] == {"kernel": DIMS(0, (1, 2)), "bias": None}
-    assert dims["layers_0"]["attention"]["out"]["kernel"] == DIMS((0, 1), 2)
-    assert dims["layers_0"]["mlp"] == [DIMS(0, 1), DIMS(0, 1)]
-    assert dims["lm_head"]["kernel"] is None
+    assert dims["layers_0"]["attention"]["query"] == {"kernel": Dims(0, (1, 2)), "bias": None}
+    assert dims["layers_0"]["attention"]["out"]["kernel"] == Dims((0, 1), 2)
+    assert dims["layers_0"]["mlp"] == [Dims(0, 1), Dims(0, 1)]
+    shapes = jax.eval_shape(lambda: PARAMS)
+    seen = []
+    jax.eval_shape(lambda p: seen.append(label_params(p)) or p, shapes)
+    assert seen == [label_params(shapes)] == [labels]
+    assert label_params({}) == {}
+    assert infer_dimension_numbers({"a": {}}) == {"a": {}}
+    assert label_params(jnp.ones((2, 3))) == "muon"
 
 
 def test_user_rules_come_first_and_the_first_match_wins():
-    rules = MatrixRules(
-        [
-            ("embedding$", MatrixSpec()),
-            ("mlp/0$", None),
-            ("mlp", DIMS(-1, -2)),
-            ("query/kernel$", MatrixSpec((0, (1, 2)), Split(2, (3, 1)))),
-        ]
-    )
-    dims = rules.dimension_numbers(_params())
-    assert dims["embed"]["embedding"] == DIMS(0, 1)
-    assert dims["layers_0"]["mlp"] == [None, DIMS(1, 0)]
-    assert dims["layers_0"]["attention"]["query"]["kernel"] == MatrixSpec(
-        (0, (1, 2)), Split(2, (3, 1))
-    )
-    assert rules.labels(_params())["layers_0"]["mlp"] == ["adamw", "muon"]
+    split = MatrixSpec((0, (1, 2)), Split(2, (3, 1)))
+    pairs = {"embedding$": MatrixSpec(), "mlp/0$": None, "mlp": Dims(-1, -2), "query/ker": split}
+    rules = MatrixRules(pairs)
+    assert rules == MatrixRules(list(pairs.items()))
+    dims = rules.dimension_numbers(PARAMS)
+    assert dims["embed"]["embedding"] == Dims(0, 1)
+    assert dims["layers_0"]["mlp"] == [None, Dims(1, 0)]
+    assert dims["layers_0"]["attention"]["query"]["kernel"] == split
+    assert rules.labels(PARAMS)["layers_0"]["mlp"] == ["adamw", "muon"]
 
 
 def test_equal_rules_are_equal_hashable_and_static():
-    a = MatrixRules([["w$", DIMS(0, [1, 2])]], scan_axis=1)
-    b = MatrixRules((("w$", DIMS(0, (1, 2))),), scan_axis=1)
+    a = MatrixRules([["w$", Dims(0, [1, 2])]], scan_axis=1)
+    b = MatrixRules((("w$", Dims(0, (1, 2))),), scan_axis=1)
     assert a == b
-    assert hash(a) == hash(b)
     traces = []
 
     @functools.partial(jax.jit, static_argnames="rules")
     def count(params, rules):
         traces.append(1)
-        labels = jax.tree.leaves(rules.labels(params))
-        return jax.tree.map(lambda x: x * len(labels), params)
+        return jax.tree.map(lambda x: x * len(rules.labels(params)), params)
 
     count({"w": jnp.ones((2, 3, 4))}, rules=a)
     count({"w": jnp.ones((2, 3, 4))}, rules=b)
@@ -89,64 +87,41 @@ def test_equal_rules_are_equal_hashable_and_static():
 
 
 def test_partial_and_masked_trees_route_as_the_full_one():
-    params = _params()
     rules = MatrixRules([("mlp/0$", None), ("embedding$", MatrixSpec())])
-    full = {path: spec for path, _, spec in rules.decisions(params)}
-
-    masked = jax.tree.map(lambda x: x if x.ndim > 1 else optax.MaskedNode(), params)
-    assert all(full[path] == spec for path, _, spec in rules.decisions(masked))
+    full = {path: spec for path, _, spec in rules.decisions(PARAMS)}
+    masked = jax.tree.map(lambda x: x if x.ndim > 1 else MASKED, PARAMS)
+    partial = {"layers_0": {"mlp": PARAMS["layers_0"]["mlp"]}}
+    for tree in (masked, partial):
+        assert all(full[path] == spec for path, _, spec in rules.decisions(tree))
     labels = rules.labels(masked)
     assert jax.tree.structure(labels) == jax.tree.structure(masked)
-    assert labels["layers_0"]["norm"]["scale"] == optax.MaskedNode()
-
-    partial = {"layers_0": {"mlp": params["layers_0"]["mlp"]}}
-    assert all(full[path] == spec for path, _, spec in rules.decisions(partial))
-    assert rules.dimension_numbers(partial) == {"layers_0": {"mlp": [None, DIMS(0, 1)]}}
+    assert labels["layers_0"]["norm"]["scale"] == MASKED
+    assert rules.dimension_numbers(partial) == {"layers_0": {"mlp": [None, Dims(0, 1)]}}
 
 
 def test_rule_that_matches_nothing_is_an_error_on_a_full_tree_only():
     rules = MatrixRules([("decoder/kernel$", None)])
-    with pytest.raises(ValueError, match=r"'decoder/kernel\$' matches no path.*layers_0/mlp/0"):
-        rules.labels({"layers_0": {"mlp": [jnp.ones((2, 2))]}})
-    rules.dimension_numbers({"layers_0": {"mlp": [jnp.ones((2, 2))]}})
-    rules.labels({"a": jnp.ones((2, 2)), "b": optax.MaskedNode()})
+    tree = {"layers_0": {"mlp": [jnp.ones((2, 2))]}}
+    for ask in (rules.labels, functools.partial(describe_labels, rules=rules)):
+        with pytest.raises(ValueError, match=r"'decoder/kernel\$' matches no path.*layers_0/mlp/0"):
+            ask(tree)
+    rules.dimension_numbers(tree)
+    rules.labels({"a": jnp.ones((2, 2)), "b": MASKED})
 
 
-def test_map_params_calls_init_with_an_empty_tree():
-    params = _params()
-    rules = MatrixRules([("mlp/0$", None)])
-    tx = optax.multi_transform({"muon": optax.trace(0.9), "adamw": optax.adam(0.1)}, rules.labels)
-    state = tx.init(params)
-    doubled = optax.tree.map_params(tx, lambda x: x + 1, state)
-    assert jax.tree.structure(doubled) == jax.tree.structure(state)
-
-
-def test_works_as_multi_transform_labels():
-    params = _params()
+def test_labels_and_dimension_numbers_are_what_optax_takes():
     tx = optax.multi_transform(
-        {"muon": optax.scale(-1.0), "adamw": optax.set_to_zero()}, label_params
+        {"muon": optax.trace(0.9), "adamw": optax.set_to_zero()}, MatrixRules([("0$", None)]).labels
     )
-    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
-    assert float(updates["lm_head"]["kernel"].sum()) == 0
-    assert float(updates["layers_0"]["mlp"][0].sum()) == -8 * 16
-
-
-def test_optax_muon_takes_the_inferred_dimension_numbers():
-    params = _params()
+    updates, state = jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS)
+    assert float(updates["lm_head"]["kernel"].sum()) == updates["layers_0"]["mlp"][0].sum() == 0
+    assert float(updates["layers_0"]["mlp"][1].sum()) == 16 * 8
+    # `map_params` calls `init` with an empty tree.
+    mapped = optax.tree.map_params(tx, lambda x: x + 1, state)
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
     tx = optax.contrib.muon(0.1, muon_weight_dimension_numbers=infer_dimension_numbers)
-    updates = jax.eval_shape(lambda p: tx.update(p, tx.init(p), p)[0], params)
-    assert jax.tree.structure(updates) == jax.tree.structure(params)
-
-
-def test_shape_structs_tracers_and_empty_trees():
-    shapes = jax.eval_shape(_params)
-    assert label_params(shapes) == label_params(_params())
-    seen = []
-    jax.eval_shape(lambda p: seen.append(label_params(p)) or p, shapes)
-    assert seen == [label_params(shapes)]
-    assert label_params({}) == {}
-    assert infer_dimension_numbers({"a": {}}) == {"a": {}}
-    assert label_params(jnp.ones((2, 3))) == "muon"
+    updates = jax.eval_shape(lambda p: tx.update(p, tx.init(p), p)[0], PARAMS)
+    assert jax.tree.structure(updates) == jax.tree.structure(PARAMS)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +132,10 @@ def test_shape_structs_tracers_and_empty_trees():
         (([("w", (0, 1))],), TypeError, r"'w' must give a MatrixSpec.*got \(0, 1\)"),
         (("w$",), TypeError, "list of .pattern, spec. pairs"),
         ((["w$"],), TypeError, "pair .pattern, spec."),
-        (((), "0"), TypeError, "scan_axis must be an integer"),
+        *(
+            (((), bad), TypeError, "scan_axis must be an integer")
+            for bad in ("0", True, 1.5, (), [("a",)], [("a", None)], [("a", "b")], [("a", 0), 1])
+        ),
     ],
 )
 def test_construction_refuses(arguments, error, message):
@@ -165,11 +143,39 @@ def test_construction_refuses(arguments, error, message):
         MatrixRules(*arguments)
 
 
-def test_rules_are_matrix_rules():
+def test_what_is_no_rules_or_does_not_fit_is_an_error():
     with pytest.raises(TypeError, match="must be a MatrixRules"):
         as_rules([("w", None)])
-
-
-def test_spec_that_does_not_fit_names_the_leaf():
     with pytest.raises(ValueError, match="layers_0/attention/query/bias: output axis 2"):
-        MatrixRules([("query", MatrixSpec((0, (1, 2))))]).labels(_params())
+        MatrixRules([("query", MatrixSpec((0, (1, 2))))]).labels(PARAMS)
+
+
+def test_the_table_and_the_decay_mask():
+    params = {
+        "layers": {
+            "mlp": {"up_proj": {"kernel": jnp.ones((24, 4, 8))}},
+            "attn": {"c_attn": {"kernel": jnp.ones((24, 4, 12))}},
+            "norm": {"scale": jnp.ones((24, 4))},
+        },
+        "mla": {"wkv_b": jnp.ones((4, 2, 5))},
+        "embed": jnp.ones((50, 4)),
+        "stem": jnp.ones((7, 8, 9)),
+    }
+    spec = MatrixSpec((0, (1, 2)), Split(2, (3, 2)))
+    rules = MatrixRules([("wkv_b$", spec), ("stem", None)])
+    assert describe_labels(params, rules).splitlines() == [
+        "path                       shape        label  matrices         why",
+        "embed                      (50, 4)      adamw                   embedding table",
+        "layers/attn/c_attn/kernel  (24, 4, 12)  muon   72 x (4, 4)      fused query, key, value",
+        "layers/mlp/up_proj/kernel  (24, 4, 8)   muon   24 x (4, 8)      stacked matrices",
+        "layers/norm/scale          (24, 4)      adamw                   gain or scale",
+        "mla/wkv_b                  (4, 2, 5)    muon   (4, 6) + (4, 4)  rule 'wkv_b$'",
+        "stem                       (7, 8, 9)    adamw                   rule 'stem'",
+        "",
+        "muon: 3 leaves, 1,960 numbers (71.0 %); adamw: 3 leaves, 800 numbers (29.0 %)",
+    ]
+    decays = dict.fromkeys(("embed", "stem"), True)
+    layers = {"mlp": {"up_proj": {"kernel": True}}, "attn": {"c_attn": {"kernel": True}}}
+    expected = {"layers": layers | {"norm": {"scale": False}}, "mla": {"wkv_b": True}, **decays}
+    assert decay_mask(params, rules) == expected
+    assert "muon: 0 leaves, 0 numbers (0.0 %)" in describe_labels({})

@@ -1,44 +1,48 @@
-"""Specs: what they accept, how they are normalised, what they refuse."""
+"""Specs, and trees of them beside parameters: prefix, masked, None, one for all, a function."""
 
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from optax.contrib import MuonDimensionNumbers
+from optax.contrib import MuonDimensionNumbers as Dims
 
-from muonclip_jax._specs import is_spec, matrix_shapes, simplify_spec
-from muonclip_jax.routing import MatrixSpec, Split, normalize_spec
+from muonclip_jax._specs import matrix_shapes, simplify_spec
+from muonclip_jax.routing import (
+    MatrixRules,
+    MatrixSpec,
+    Split,
+    infer_dimension_numbers,
+    normalize_spec,
+    resolve_muon_specs,
+    resolve_specs,
+)
 
 
 def test_spec_accepts_pairs_and_is_hashable():
-    spec = MatrixSpec((0, [1, 2]), [Split(1, [2, 2])])
-    assert spec == MatrixSpec(MuonDimensionNumbers(0, (1, 2)), (Split(1, (2, 2)),))
-    assert hash(spec) == hash(MatrixSpec(MuonDimensionNumbers(0, (1, 2)), (Split(1, (2, 2)),)))
+    spec, same = MatrixSpec((0, [1, 2]), [Split(1, [2, 2])]), Split(1, (2, 2))
+    assert spec == MatrixSpec(Dims(0, (1, 2)), same)
+    assert hash(spec) == hash(MatrixSpec(Dims(0, (1, 2)), (same,)))
     assert MatrixSpec((np.int64(0), 1)) == MatrixSpec()
+    assert MatrixSpec().dims == Dims()
     assert repr(spec.dims) == "MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))"
 
 
-def test_default_is_optax_default():
-    assert MatrixSpec().dims == MuonDimensionNumbers()
-
-
 @pytest.mark.parametrize(
-    ("dims", "shape", "expected"),
+    ("spec", "shape", "expected"),
     [
-        (MuonDimensionNumbers(), (3, 4), ((0,), (1,))),
-        (MuonDimensionNumbers(-2, -1), (5, 3, 4), ((1,), (2,))),
-        (MuonDimensionNumbers((0, 1), 2), (5, 3, 4), ((0, 1), (2,))),
-        (MuonDimensionNumbers([2], [1, 0]), (5, 3, 4), ((2,), (1, 0))),
+        (Dims(), (3, 4), MatrixSpec(((0,), (1,)))),
+        (Dims(-2, -1), (5, 3, 4), MatrixSpec(((1,), (2,)))),
+        (Dims([2], [1, 0]), (5, 3, 4), MatrixSpec(((2,), (1, 0)))),
+        (MatrixSpec((0, 1), Split(-1, (6, 2))), (3, 8), MatrixSpec(((0,), (1,)), Split(1, (6, 2)))),
     ],
 )
-def test_normalize(dims, shape, expected):
-    normalized = normalize_spec(dims, shape)
-    assert normalized == MatrixSpec(expected)
-    assert normalize_spec(normalized, shape) == normalized
-    assert normalize_spec(simplify_spec(normalized), shape) == normalized
-
-
-def test_normalize_split_axis():
-    spec = normalize_spec(MatrixSpec((0, 1), (Split(-1, (4, 2, 2)),)), (3, 8))
-    assert spec.splits == (Split(1, (4, 2, 2)),)
+def test_normalize(spec, shape, expected):
+    assert normalize_spec(spec, shape) == expected
+    assert normalize_spec(expected, shape) == expected
+    assert normalize_spec(simplify_spec(expected), shape) == expected
 
 
 @pytest.mark.parametrize(
@@ -47,9 +51,7 @@ def test_normalize_split_axis():
         (MatrixSpec((0, 2)), (3, 4), "a/w: output axis 2 does not exist in shape"),
         (MatrixSpec((-3, 1)), (3, 4), "a/w: reduction axis -3 does not exist"),
         (MatrixSpec((0, -2)), (3, 4), "a/w: .*must all be different"),
-        (MatrixSpec(((0, 0), 1)), (3, 4), "must all be different"),
         (MatrixSpec(((), 1)), (3, 4), "names no reduction axis"),
-        (MatrixSpec((0, 1)), (4,), "does not exist in shape"),
         (MatrixSpec((1, 2), (Split(0, (2, 3)),)), (5, 3, 4), "Batch axes are separate"),
         (MatrixSpec((0, 1), (Split(5, (2, 3)),)), (3, 5), "neither a reduction nor an output"),
         (MatrixSpec((0, 1), (Split(1, (2, 3)),)), (3, 4), "covers 5 entries, and axis 1"),
@@ -72,7 +74,6 @@ def test_normalize_refuses(spec, shape, message):
         (lambda: MatrixSpec((0, 1), ((1, 2),)), TypeError, "must be Splits"),
         (lambda: MatrixSpec((0, 1), (Split(1, (1,)), Split(1, (1,)))), ValueError, "different"),
         (lambda: Split(1, 4), TypeError, "must be a tuple of integers, got 4"),
-        (lambda: Split(1, ()), ValueError, "must be positive"),
         (lambda: Split(1, (3, 0)), ValueError, "must be positive"),
         (lambda: Split(1, (1, 1), along=1), ValueError, "there is no view"),
         (lambda: Split(1, (1, 1), (4, 2), 2), ValueError, "no dimension of view"),
@@ -84,22 +85,14 @@ def test_construction_refuses(build, error, message):
         build()
 
 
-def test_split_parts():
-    assert Split(1, (768, 256, 256)).part_lengths == (768, 256, 256)
-    by_head = Split(1, (1, 1, 1), view=(12, 3, 64), along=1)
-    assert by_head.length == 12 * 3 * 64
-    assert by_head.part_lengths == (768, 768, 768)
-
-
 @pytest.mark.parametrize(
     ("spec", "shape", "expected"),
     [
-        (MatrixSpec(), (3, 4), ((1, 3, 4),)),
         (MatrixSpec((1, 2)), (6, 3, 4), ((6, 3, 4),)),
-        (MatrixSpec((0, (1, 2))), (8, 2, 4), ((1, 8, 8),)),
         (MatrixSpec((0, (2, 3))), (8, 6, 2, 4), ((6, 8, 8),)),
         (MatrixSpec((0, (1, 2)), Split(2, (3, 1))), (8, 2, 4), ((1, 8, 6), (1, 8, 2))),
         (MatrixSpec((1, 2), Split(2, (2, 2))), (6, 3, 4), ((12, 3, 2),)),
+        (MatrixSpec((0, 1), Split(1, (1, 1, 1), (4, 3, 2), 1)), (5, 24), ((3, 5, 8),)),
         (
             MatrixSpec((0, 1), (Split(0, (1, 2)), Split(1, (3, 1)))),
             (3, 4),
@@ -112,7 +105,96 @@ def test_matrix_shapes(spec, shape, expected):
     assert sum(count * m * n for count, m, n in expected) == np.prod(shape)
 
 
-def test_is_spec():
-    assert is_spec(MatrixSpec())
-    assert is_spec(MuonDimensionNumbers())
-    assert not any(is_spec(x) for x in [None, (0, 1), "muon", {"w": MatrixSpec()}])
+MASKED = optax.MaskedNode()
+ONES = jnp.ones((2, 3))
+TWO = {"w1": {"a": ONES, "b": ONES}, "w2": {"a": ONES, "b": ONES}}
+SOME = {"w1": None, "w2": {"a": Dims(), "b": None}}
+
+
+class Layer(NamedTuple):
+    a: Any
+    b: Any
+
+
+def muon_paths(params, specs=None, rules=None):
+    return [path for path, _, spec in resolve_specs(params, specs, rules) if spec is not None]
+
+
+@pytest.mark.parametrize(
+    ("params", "specs", "muon"),
+    [
+        (TWO, SOME, ["w2/a"]),
+        (TWO, {"w1": Dims(), "w2": None}, ["w1/a", "w1/b"]),
+        (TWO, MatrixSpec(), ["w1/a", "w1/b", "w2/a", "w2/b"]),
+        (
+            TWO,
+            lambda params: jax.tree.map(lambda _: Dims(), params),
+            ["w1/a", "w1/b", "w2/a", "w2/b"],
+        ),
+        (TWO, lambda params: {"w1": MatrixSpec(), "w2": None}, ["w1/a", "w1/b"]),
+        (TWO, infer_dimension_numbers, ["w1/a", "w1/b", "w2/a", "w2/b"]),
+        # Containers need not agree, and None is no parameter.
+        ({"w1": Layer(ONES, ONES)}, {"w1": {"a": MatrixSpec(), "b": None}}, ["w1/a"]),
+        ({"w1": {"a": ONES, "b": ONES}}, {"w1": Layer(None, MatrixSpec())}, ["w1/b"]),
+        ({"a": ONES, "static": None}, {"a": MatrixSpec(), "static": None}, ["a"]),
+        (ONES, MatrixSpec(), [""]),
+        ({}, {}, []),
+        ({}, MatrixSpec(), []),
+        # Masked parameters leave entries unused, and masked entries belong to masked parameters.
+        ({"w1": {"a": ONES, "b": MASKED}, "w2": MASKED}, SOME | {"w1": Dims()}, ["w1/a"]),
+        ({"w1": MASKED, "w2": {"a": ONES, "b": MASKED}}, SOME, ["w2/a"]),
+        ({"w1": ONES, "w2": MASKED}, {"w1": Dims(), "w2": MASKED}, ["w1"]),
+        ({"w1": ONES, "w2": MASKED}, infer_dimension_numbers, ["w1"]),
+    ],
+)
+def test_trees_of_specs(params, specs, muon):
+    assert muon_paths(params, specs) == muon
+
+
+def test_optax_agrees_on_prefix_trees():
+    """The masks of `optax.contrib.muon` are the oracle."""
+    tx = optax.contrib.muon(0.1, muon_weight_dimension_numbers=SOME)
+    state = optax.tree.get(tx.init(TWO), "mu", filtering=lambda path, _: "muon" in str(path))
+    kept = jax.tree.map(
+        lambda x: not isinstance(x, optax.MaskedNode), state, is_leaf=lambda x: x == MASKED
+    )
+    assert sum(jax.tree.leaves(kept)) == len(muon_paths(TWO, SOME)) == 1
+
+
+def test_leaves_come_along_in_the_order_of_the_parameters():
+    params = {"b": ONES, "a": [jnp.ones((3, 4)), jnp.ones(5)]}
+    resolved = resolve_specs(params, {"a": [MatrixSpec((1, 0)), None], "b": MatrixSpec()})
+    assert [path for path, _, _ in resolved] == ["a/0", "a/1", "b"]
+    for (_, leaf, _), expected in zip(resolved, jax.tree.leaves(params), strict=True):
+        assert leaf is expected
+    assert resolved[0][2] == MatrixSpec(((1,), (0,)))
+
+
+@pytest.mark.parametrize(
+    ("specs", "error", "message"),
+    [
+        ({"w1": MatrixSpec()}, ValueError, r"w2/a of shape \(2, 3\) has no entry.*'w1'"),
+        ({"w1": None, "w2": {"a": MASKED, "b": MASKED}}, ValueError, "w2/a .*masked there"),
+        ({"w1": None, "w2": None, "w3": None}, ValueError, "'w3' matches no path of the tree"),
+        ({"w1": (0, 1), "w2": None}, TypeError, r"0 at 'w1/0'.*Write MatrixSpec\(\(0, 1\)\)"),
+        ({"w1": "muon", "w2": None}, TypeError, "'muon' at 'w1'"),
+        ({"w1": MatrixSpec((0, 2)), "w2": None}, ValueError, "w1/a: output axis 2"),
+        (MatrixSpec((0, 1), Split(1, (1, 1))), ValueError, "w1/a: .*covers 2 entries"),
+    ],
+)
+def test_trees_of_specs_that_are_refused(specs, error, message):
+    with pytest.raises(error, match=message):
+        resolve_specs(TWO, specs)
+
+
+def test_under_muon_a_matrix_needs_no_spec_and_other_ranks_do():
+    params = {"embed": jnp.ones((9, 4)), "w": jnp.ones((4, 4))}
+    assert muon_paths(params) == ["w"]
+    assert muon_paths(params, rules=MatrixRules([("embed", Dims()), ("w", None)])) == ["embed"]
+    assert [spec for _, _, spec in resolve_muon_specs(params)] == [MatrixSpec(((0,), (1,)))] * 2
+    for leaf, message in (
+        (jnp.ones(8), r"a/b of shape \(8,\) is a rank-1 leaf under Muon"),
+        (jnp.ones((2, 9, 4)), r"a/b of shape \(2, 9, 4\) reached Muon(?s:.*)\^a/b\$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            resolve_muon_specs({"a": {"b": leaf}}, rules=MatrixRules([("a/b", None)]))

@@ -1,0 +1,167 @@
+"""Leaves of known libraries by name and shape, alone in their tree, and the errors for others."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from muonclip_jax.routing import MatrixRules, MatrixSpec, normalize_spec
+from tests.routing.test_trees import nest
+
+IO = (0, 1)
+QKV = (0, (1, 2))
+OUT = ((0, 1), 2)
+
+#: Path, shape, axes read and made (None: AdamW), scan_axis, and sizes of parts. `trees/` has more.
+CASES = [
+    ("Dense_0/bias", (4,), None),
+    ("Conv_0/kernel", (2, 3, 3, 8, 6), ((0, 1, 2, 3), 4)),
+    ("ConvTranspose_0/kernel", (3, 3, 8, 6), ((0, 1, 2), 3)),
+    ("ConvLocal_0/kernel", (4, 18, 6), (1, 2)),
+    ("ConvLocal_0/kernel", (4, 5, 18, 6), (2, 3)),
+    ("depthwise_conv/kernel", (3, 1, 6), None),
+    ("ConvLSTMCell_0/hh/kernel", (3, 3, 8, 32), ((0, 1, 2), 3)),
+    ("batch_stats/SpectralNorm_0/Dense_1/kernel/u", (1, 3), None),
+    ("layers/Conv_0/kernel", (6, 3, 8, 16), ((1, 2), 3)),
+    ("layers/0/linear1/kernel", (8, 32), IO),
+    ("logitdense/kernel", (8, 50), None),
+    ("transformer/layer_0/attn/qkv_einsum/w", (3, 4, 8, 2), (2, (1, 3))),
+    ("transformer/layer_0/mlp/gating_einsum/w", (2, 32, 8), (2, 1)),
+    ("transformer/layer_0/mlp/gating_einsum", (2, 8, 32), (1, 2)),
+    ("transformer/layer_0/attn/q_einsum/lora/a", (4, 8, 2), None),
+    ("transformer/h/0/attn/c_attn/kernel", (8, 24), IO, 0, (8, 8, 8)),
+    ("cls/predictions/decoder/kernel", (8, 50), None),
+    ("albert/encoder/embedding_hidden_mapping_in/kernel", (4, 8), IO),
+    ("model/layers/0/mlp/gate_up_proj/kernel", (8, 64), IO, 0, (32, 32)),
+    ("model/layers/0/block_sparse_moe/gate/kernel", (8, 4), None),
+    ("model/layers/0/mlp/gate/kernel", (8, 4), None),
+    ("model/layers/0/mlp/experts/gate_up_proj", (4, 8, 64), (1, 2), 0, (32, 32)),
+    ("model/layers/0/mlp/experts/down_proj_bias", (4, 8), None),
+    ("model/layers/0/self_attn/q_b_proj/kernel", (4, 12), IO),
+    ("model/layers/0/self_attn/kv_a_proj_with_mqa/kernel", (8, 6), IO),
+    ("model/layers/self_attn/q_proj/kernel", (6, 8, 8), (1, 2)),
+    ("model/layers/self_attn/o_proj/kernel", (6, 8, 8), (1, 2)),
+    ("unet/time_proj/kernel", (8, 32), IO),
+    ("decoder/layers/self_attention/sinks", (2, 6), None, 1),
+    ("decoder/layers_0/self_attention/qkv_proj/kernel", (8, 3, 2, 4), (0, (2, 3)), 1),
+    ("decoder/layers/MoeBlock_0/wi_0_bias", (4, 6, 32), None, 1),
+    ("decoder/layers/layer_0/attention/A_log", (6, 4), None, 1),
+    ("w1", (10, 10), IO),
+    ("w1", (6, 10, 10), (1, 2)),
+    ("b1", (6, 10), None),
+    ("layers/w", (8, 8), IO),
+    ("layers/b", (6, 8), None),
+    ("mlp/linear_1/b", (6, 8), None),
+    ("a", (3, 4), IO),
+    ("b", (3, 4), IO),
+    ("0/1", (3, 4), IO),
+    ("", (3, 4), IO),
+    ("q", (8, 2, 4), QKV),
+    ("embed", (50, 8), None),
+    ("tok_emb", (50, 8), None),
+    ("unembed", (8, 50), None),
+    ("head", (8, 50), None),
+    ("attention/out", (2, 4, 8), OUT),
+    ("head_mlp/kernel", (8, 32), IO),
+    ("heads/kernel", (8, 32), IO),
+    ("moe/gate/kernel", (8, 32), None),
+    ("moe/experts/gate", (4, 8, 32), (1, 2)),
+    ("router/classifier/kernel", (8, 4), None),
+    ("overhead/kernel", (8, 8), IO),
+    ("embed_proj/kernel", (4, 8), IO),
+    ("unbiased/kernel", (8, 8), IO),
+    ("adaLN_modulation/kernel", (8, 48), IO),
+    ("mixer/dt_proj/kernel", (2, 16), IO),
+    ("mixer/x_proj/kernel", (16, 6), IO),
+    ("mixer/A_log", (16, 4), None),
+    ("mixer/D", (6, 16), None),
+    ("mixer/conv1d/kernel", (4, 1, 16), None),
+    ("conv_1d/w", (4, 16), None),
+    ("experts/foo", (4, 8, 32), (1, 2)),
+    ("moe/w2", (6, 4, 32, 8), (2, 3)),
+    ("moe/w2", (4, 6, 32, 8), (2, 3), 1),
+    ("relative_position_bias_table", (49, 2), None),
+    ("blocks/0/attn/rel_pos_h", (27, 4), None),
+    ("lm_head/kernel", (8, 4, 50), None),
+    ("lm_head/dense/kernel", (8, 8), None),
+    ("encoder/relpos_bias/rel_embedding", (2, 32), None),
+    ("moe/w_gate", (4, 8, 32), (1, 2)),
+    ("moe/w_gate", (8, 4), None),
+    ("layers/moe/w_gate", (6, 4, 8, 32), (2, 3)),
+    ("w1/b", (3, 4), IO),
+    ("layers/post_ffw_norm/weight", (6, 8), None),
+    ("layers/ffn_norm", (6, 8), None),
+    ("moe/experts/0/gate/kernel", (8, 4), IO),
+    ("patch_embed/kernel", (48, 8), IO),
+    ("layers/bn/mean", (6, 8), None),
+    ("layers/norm/g", (6, 8), None),
+    ("layers/attention/query/kernel", (6, 8, 8), (1, 2)),
+]
+
+#: Leaves of rank three or more whose names leave their axes open.
+UNKNOWN = [
+    ("decoder/foo/w", (8, 2, 4)),
+    ("DenseGeneral_0/kernel", (8, 2, 4)),
+    ("layers/moe/gate", (4, 8, 32)),
+    ("block_3/latent_proj/kernel", (8, 2, 4)),
+    ("w", (6, 8, 8)),
+]
+
+
+def tree(leaves):
+    return nest({path: {"shape": shape} for path, shape in leaves.items()})
+
+
+def decide(path, shape, scan_axis=0):
+    params = tree({path: shape}) if path else jax.ShapeDtypeStruct(shape, jnp.float32)
+    return MatrixRules(scan_axis=scan_axis).decisions(params)[0][2]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}{case[1]}")
+def test_leaf(case):
+    path, shape, dims, scan_axis, parts = (*case, *(0, None)[len(case) - 3 :])
+    decision = decide(path, shape, scan_axis)
+    for outer in ("params/", "model/"):
+        assert decide((outer + path).rstrip("/"), shape, scan_axis).spec == decision.spec
+    if dims is None:
+        assert decision.spec is None, decision.why
+        return
+    assert decision.spec is not None, decision.why
+    assert decision.spec.dims == normalize_spec(MatrixSpec(dims), shape).dims, decision.why
+    assert [split.sizes for split in decision.spec.splits] == ([parts] if parts else [])
+
+
+@pytest.mark.parametrize("scan_axis", [None, 0])
+@pytest.mark.parametrize(("path", "shape"), UNKNOWN)
+def test_unknown_leaf_is_an_error_that_shows_a_rule_that_works(path, shape, scan_axis):
+    with pytest.raises(ValueError, match=re.escape(f"{path} of shape {shape}")) as error:
+        decide(path, shape, scan_axis)
+    found = set()
+    for rule in re.findall(r"MatrixRules\(\[.*?\)\]\)", str(error.value)):
+        rules = eval(rule, {"MatrixRules": MatrixRules, "MatrixSpec": MatrixSpec})
+        found |= set(jax.tree.leaves(rules.labels(tree({path: shape}))))
+    assert found == {"muon", "adamw"}
+
+
+def test_the_error_lists_every_reading_once_for_each_kind_of_leaf():
+    leaves = {f"block_{i}/foo": (2, 3, 4) for i in range(20)} | {"bar": (2, 3, 4)}
+    with pytest.raises(ValueError, match="21 leaves of rank three") as error:
+        MatrixRules().labels(tree(leaves))
+    for dims in ("(0, (1, 2))", "((0, 1), 2)", "(1, 2)", "((1, 2), 0)", "(1, (0, 2))"):
+        for pattern in (r'r"^block_\d+/foo$"', '"^bar$"'):
+            assert f"MatrixRules([({pattern}, MatrixSpec({dims}))])" in str(error.value)
+    assert str(error.value).count("MatrixSpec((0, (1, 2)))") == 2
+
+
+def test_a_printed_pattern_selects_no_leaf_of_another_shape():
+    with pytest.raises(ValueError, match="block_0/foo") as error:
+        MatrixRules().labels(tree({"block_0/foo": (2, 3, 4), "block_1/foo": (3, 4)}))
+    assert '("^block_0/foo$", MatrixSpec((0, (1, 2))))' in str(error.value)
+
+
+def test_rank_below_two_is_never_muon_and_scan_axis_needs_stacked_layers():
+    assert decide("Dense_0/kernel", ()).spec is decide("Dense_0/kernel", (7,)).spec is None
+    assert decide("Dense_0/kernel", (8, 4), 2) == decide("Dense_0/kernel", (8, 4))
+    spec = decide("layers/attention/query/kernel", (8, 2, 6, 4), -2).spec
+    assert spec == MatrixSpec(((0,), (1, 3)))
