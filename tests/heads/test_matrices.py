@@ -98,7 +98,7 @@ def test_masked_biases_do_not_matter_and_the_group_that_adamw_trains_is_not_aske
     full = rules.dimension_numbers({"attn": LATENT})["attn"]["wq_b"]["kernel"]
     dims = rules.dimension_numbers({"attn": {**LATENT, "wq_b": query}})
     assert dims["attn"]["wq_b"]["kernel"] == full
-    hidden = {name: {"kernel": masked} for name in LATENT}
+    hidden: Any = {name: {"kernel": masked} for name in LATENT}
     hidden["wq_b"] = {"kernel": masked, "bias": leaf(4, 5)}
     assert rules.dimension_numbers({"attn": hidden})["attn"]["wq_b"]["bias"] is None
 

@@ -35,7 +35,8 @@ class Scanned(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        axes, split = {"params": self.axis}, {"params": True}
+        split: Any = {"params": True}
+        axes: Any = {"params": self.axis}
         stack = nn.scan(Attention, variable_axes=axes, split_rngs=split, length=3)
         return stack(name="layers")(x)[0]
 

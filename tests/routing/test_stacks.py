@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import muonclip_jax as mc
+from muonclip_jax._specs import normalized_axes
 from muonclip_jax.routing import MatrixRules, infer_dimension_numbers
 from tests.routing.test_table import tree
 
@@ -37,7 +38,11 @@ def under(name, shapes):
 def batch_axes(shapes, rules=None):
     """Path -> axes that are no part of a matrix."""
     decided = (rules or MatrixRules()).decisions(tree(shapes))
-    used = {path: sum(decision.spec.dims, ()) for path, _, decision in decided}
+    used = {
+        path: [a for axes in normalized_axes(decision.spec) for a in axes]
+        for path, _, decision in decided
+        if decision.spec is not None
+    }
     return {
         path: tuple(a for a in range(len(x)) if a not in used[path]) for path, x in shapes.items()
     }

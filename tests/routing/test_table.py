@@ -1,6 +1,7 @@
 """Leaves of known libraries by name and shape, alone in their tree, and the errors for others."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ QKV = (0, (1, 2))
 OUT = ((0, 1), 2)
 
 #: Path, shape, axes read and made (None: AdamW), scan_axis, and sizes of parts. `trees/` has more.
-CASES = [
+CASES: list[Any] = [
     ("Dense_0/bias", (4,), None),
     ("Conv_0/kernel", (2, 3, 3, 8, 6), ((0, 1, 2, 3), 4)),
     ("ConvTranspose_0/kernel", (3, 3, 8, 6), ((0, 1, 2), 3)),
@@ -120,7 +121,8 @@ def decide(path, shape, scan_axis=0):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}{case[1]}")
 def test_leaf(case):
-    path, shape, dims, scan_axis, parts = (*case, *(0, None)[len(case) - 3 :])
+    path, shape, dims, *more = case
+    scan_axis = more[0] if more else 0
     decision = decide(path, shape, scan_axis)
     for outer in ("params/", "model/"):
         assert decide((outer + path).rstrip("/"), shape, scan_axis).spec == decision.spec
@@ -129,7 +131,7 @@ def test_leaf(case):
         return
     assert decision.spec is not None, decision.why
     assert decision.spec.dims == normalize_spec(MatrixSpec(dims), shape).dims, decision.why
-    assert [split.sizes for split in decision.spec.splits] == ([parts] if parts else [])
+    assert [split.sizes for split in decision.spec.splits] == more[1:]
 
 
 @pytest.mark.parametrize("scan_axis", [None, 0])
