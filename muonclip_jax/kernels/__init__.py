@@ -23,11 +23,7 @@ _BAND = 8
 
 
 def load_kernel(operation: str, name: str, platform: str) -> ModuleType:
-    """Imports the kernel `name` of an operation ("symmetric" or "max_logits") for a platform.
-
-    Raises:
-        NotImplementedError: If the kernel is for another platform, or cannot be imported.
-    """
+    """Imports the kernel `name` of an operation ("symmetric" or "max_logits"), or says why not."""
     wanted = {"symmetric": SYMMETRIC, "max_logits": MAX_LOGITS}[operation][name]
     if platform != wanted:
         raise NotImplementedError(
@@ -111,10 +107,6 @@ def triangle(tiles: int) -> np.ndarray:
     """Lists the square tiles on or above the diagonal of `tiles x tiles`: rows, then columns.
 
     They come in bands of a few rows, so that programs that run at once read the same operands.
-
-    Example:
-        >>> triangle(2).tolist()
-        [[0, 0, 1], [0, 1, 1]]
     """
     found = sorted(
         (row // _BAND, column, row) for column in range(tiles) for row in range(column + 1)

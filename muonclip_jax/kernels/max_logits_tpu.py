@@ -1,17 +1,14 @@
 """Per-head maxima on TPUs: the largest logit of every head, over the pairs attended to.
 
-The grid goes over sequences, heads, long chunks of keys and blocks of queries. A chunk of keys
-stays in the core's memory while all blocks of queries pass by; for each of them the kernel goes
-through the part of the chunk that they see. A block of logits is folded, 8 x 128 numbers at a time,
-into one such tile of maxima, so that nothing is moved between lanes before the very end.
-
-The matrix unit takes heads-first arrays in tiles of 128. Transposing to that form, and filling the
-last blocks up with zeros, is one copy of queries and keys before the launch.
+The grid goes over sequences, heads, long chunks of keys and blocks of queries: a chunk of keys
+stays in the core's memory while all blocks of queries pass by. A block of logits is folded, 8 x 128
+numbers at a time, into one such tile of maxima, so that nothing is moved between lanes before the
+very end. The matrix unit takes heads-first arrays in tiles of 128: transposing to that, and filling
+the last blocks up with zeros, is one copy of queries and keys before the launch.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +28,7 @@ _CHUNK_BYTES, _MASK_BYTES = 2 * 2**20, 2**20
 
 
 def _kernel(
-    limits_ref: Any,
-    query_ref: Any,
-    key_ref: Any,
-    *refs: Any,
-    is_causal: bool,
-    window: tuple[int, int] | None,
-    query_block: int,
-    key_block: int,
+    limits_ref, query_ref, key_ref, *refs, is_causal: bool, window, query_block: int, key_block: int
 ) -> None:
     *mask_refs, out_ref = refs
     sequence, chunk, number = pl.program_id(0), pl.program_id(2), pl.program_id(3)
@@ -110,17 +100,9 @@ def max_logits(
 ) -> Float[Array, "B N"]:
     """Returns the largest `q . k` of every head in each sequence, -inf where there is no pair.
 
-    Args:
-        query: Queries, of a dtype of `DTYPES`; query head `n` meets key head `n // (N / K)`.
-        key: Keys.
-        masks: True where a pair may take part, each `(B, N, T, S)` with any axis one long.
-        limits: How many queries and how many keys each sequence has.
-        is_causal: Whether query `t` sees only keys up to `t`.
-        window: Query `t` sees keys from `t - left` to `t + right`, or None.
-        interpret: Run on any platform, slowly.
-
-    Returns:
-        The maxima.
+    Query head `n` meets key head `n // (N / K)`. Masks are True where a pair may take part, each
+    `(B, N, T, S)` with any axis one long; `limits` are the numbers of queries and keys of each
+    sequence; query `t` sees keys from `t - left` to `t + right` of the `window`.
     """
     batch, queries, heads, head_dim = query.shape
     keys, key_heads = key.shape[1:3]

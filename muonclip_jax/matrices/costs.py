@@ -69,7 +69,7 @@ def describe_cost(
     lines = [("matrices", "method", "dtype", "one matrix", "all")]
     total = tokens = 0
     for (rows, columns, dtype), count in counts.items():
-        resolved = polar.resolve((rows, columns), dtype, platform)
+        resolved = polar.resolve((rows, columns), dtype)
         total += count * resolved.flops
         tokens += count * rows * columns * _TRAINING_FLOPS
         lines.append(

@@ -8,7 +8,6 @@ from muonclip_jax.newton_schulz._orthogonalize import (
 from muonclip_jax.newton_schulz.coefficients import (
     ALIASES as ALIASES,
     COEFFICIENT_SETS as COEFFICIENT_SETS,
-    CoefficientSet as CoefficientSet,
 )
 from muonclip_jax.newton_schulz.defaults import (
     DEFAULT_DTYPE as DEFAULT_DTYPE,

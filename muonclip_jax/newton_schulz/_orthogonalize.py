@@ -1,8 +1,7 @@
-"""The polar factor of a stack of matrices: the plan, and the function of plan and array.
+"""The polar factor of a stack of matrices.
 
-Every matrix is `X = U S V^H`. Muon wants `U V^H`, the same singular vectors with all singular
-values one. Newton-Schulz comes near that with products alone: it applies an odd polynomial, step by
-step, to all singular values at once.
+Every matrix is `X = U S V^H`. Muon wants `U V^H`; Newton-Schulz comes near that with products
+alone: it applies an odd polynomial, step by step, to all singular values at once.
 """
 
 import dataclasses
@@ -13,24 +12,15 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Inexact
 
+from muonclip_jax.newton_schulz import defaults, iteration
 from muonclip_jax.newton_schulz.coefficients import Coefficients
-from muonclip_jax.newton_schulz.defaults import (
-    DEFAULT_DTYPE,
-    DEFAULT_EPS,
-    DEFAULT_METHOD,
-    DEFAULT_SET,
-)
-from muonclip_jax.newton_schulz.iteration import (
-    gram_newton_schulz,
-    newton_schulz,
-    newton_schulz_by_columns,
-)
-from muonclip_jax.newton_schulz.normalization import normalize, scale_by_power_of_two
 from muonclip_jax.newton_schulz.plan import PolarPlan, ResolvedPlan, decide_platform, plan_polar
 
 
 def apply_polar(
-    plan: PolarPlan, x: Inexact[Array, "*batch m n"], eps: jax.typing.ArrayLike = DEFAULT_EPS
+    plan: PolarPlan,
+    x: Inexact[Array, "*batch m n"],
+    eps: jax.typing.ArrayLike = defaults.DEFAULT_EPS,
 ) -> Inexact[Array, "*batch m n"]:
     """Orthogonalises each matrix of `x` as `plan` says."""
     if x.ndim < 2:
@@ -58,21 +48,21 @@ def apply_polar(
         # an Explicit mesh axis shards would come back with another type.
         return jnp.expand_dims(apply_polar(plan, jnp.squeeze(x, ones), eps), ones)
     if x.shape[-2] > x.shape[-1]:
-        return jnp.swapaxes(apply_polar(plan, jnp.swapaxes(x, -1, -2), eps), -1, -2)
+        return apply_polar(plan, x.mT, eps).mT
     resolved = plan.resolve(x.shape, x.dtype)
     if resolved.method == "svd":
         return _svd(x, resolved).astype(x.dtype)
-    iterate = gram_newton_schulz if resolved.method == "gram" else newton_schulz
-    return iterate(normalize(x, resolved, eps), resolved).astype(x.dtype)
+    plain, gram = iteration.newton_schulz, iteration.gram_newton_schulz
+    X = iteration.normalize(x, resolved, eps)
+    return (gram if resolved.method == "gram" else plain)(X, resolved).astype(x.dtype)
 
 
 def _svd(x: jax.Array, plan: ResolvedPlan) -> jax.Array:
     """Computes `U V^H` of `X = U S V^H` over the singular values that are not zero to rounding."""
-    wide = jnp.promote_types(plan.dtype, x.dtype)
-    X = scale_by_power_of_two(x.astype(wide))[0].astype(plan.dtype)
-    u, s, vh = jnp.linalg.svd(X, full_matrices=False)
-    rounding = max(X.shape[-2:]) * jnp.finfo(X.dtype).eps
-    keep = (s > rounding * s[..., :1]).astype(X.dtype)
+    X, _ = iteration.scale_by_power_of_two(x.astype(jnp.promote_types(plan.dtype, x.dtype)))
+    u, s, vh = jnp.linalg.svd(X.astype(plan.dtype), full_matrices=False)
+    rounding = max(X.shape[-2:]) * jnp.finfo(plan.dtype).eps
+    keep = (s > rounding * s[..., :1]).astype(plan.dtype)
     return jnp.matmul(u * keep[..., None, :], vh, precision=lax.Precision.HIGHEST)
 
 
@@ -80,13 +70,12 @@ def apply_polar_by_columns(
     plan: PolarPlan,
     x: Inexact[Array, "*batch m share"],
     axes: tuple[str, ...],
-    eps: jax.typing.ArrayLike = DEFAULT_EPS,
+    eps: jax.typing.ArrayLike = defaults.DEFAULT_EPS,
 ) -> Inexact[Array, "*batch m share"]:
     """Orthogonalises matrices of which every device along `axes` has some columns.
 
-    The whole matrices must have at least as many columns as rows. Always the plain iteration: the
-    Gram form's products are all of the small kind, which are the ones that have to be sent. For
-    "svd" every device gathers the matrix.
+    The whole matrices are at least as wide as high. Always the plain iteration: the Gram form's
+    products are all of the small kind, which have to be sent. For "svd" devices gather the matrix.
     """
     share = x.shape[-1]
     if plan.method == "svd":
@@ -95,19 +84,19 @@ def apply_polar_by_columns(
         return lax.dynamic_slice_in_dim(whole, start, share, axis=x.ndim - 1)
     plain = dataclasses.replace(plan, method="standard")
     resolved = plain.resolve((*x.shape[:-1], share * lax.axis_size(axes)), x.dtype)
-    X = normalize(x, resolved, eps, axes)
-    return newton_schulz_by_columns(X, resolved, axes).astype(x.dtype)
+    X = iteration.normalize(x, resolved, eps, axes)
+    return iteration.newton_schulz_by_columns(X, resolved, axes).astype(x.dtype)
 
 
 def orthogonalize(
     x: Inexact[Array, "*batch m n"],
     *,
-    ns_coeffs: Coefficients = DEFAULT_SET,
+    ns_coeffs: Coefficients = defaults.DEFAULT_SET,
     ns_steps: int | None = None,
-    ns_method: str = DEFAULT_METHOD,
-    ns_dtype: jax.typing.DTypeLike | None = DEFAULT_DTYPE,
+    ns_method: str = defaults.DEFAULT_METHOD,
+    ns_dtype: jax.typing.DTypeLike | None = defaults.DEFAULT_DTYPE,
     preconditioning: str | None = None,
-    eps: jax.typing.ArrayLike = DEFAULT_EPS,
+    eps: jax.typing.ArrayLike = defaults.DEFAULT_EPS,
     ns_implementation: str = "xla",
     platform: str | None = None,
 ) -> Inexact[Array, "*batch m n"]:
@@ -122,29 +111,26 @@ def orthogonalize(
         ns_coeffs: A name of `COEFFICIENT_SETS` or `ALIASES`, a triple `(a, b, c)`, or rows of shape
             `(T, 3)`. The default is the cheapest set that no matrix makes diverge and that is as
             good as "keller_jordan", the reference implementations' (docs/performance.md).
-        ns_steps: Number of steps. None takes all rows of a set and five of a triple; fewer than the
-            rows take the first ones; more go on as the set's source does, if it does.
+        ns_steps: Number of steps. None takes all rows of a set and five of a triple; fewer take the
+            first rows; more go on as the set's source does, if it does.
         ns_method: "standard" (plain), "gram" (iterates on the small Gram matrix; fewer operations
             on oblong matrices), "auto" (whichever is cheaper and safe in its dtype), or "svd" (the
             exact polar factor; coefficients and preconditioning play no part).
         ns_dtype: What the products compute in: "float32", "bfloat16", "float16", "float64"; they
             accumulate in float32 or wider. None takes the input's own precision for 64-bit and
             complex input; else float32 on a CPU, float16 on a GPU, and on a TPU bfloat16 (float32
-            for the Gram form). Rounding to unit `u` moves the result by at most a small multiple of
-            `u` times the product of the rows' `a`, 485 for "keller_jordan"; docs/performance.md has
-            what was measured.
+            for the Gram form). docs/performance.md has the error of each.
         preconditioning: "frobenius", "spectral", "aol", "schatten" (Schatten-4, as in Optax) or
             "schatten8". None takes the one that the set was made for: "aol" for "turbo",
             "schatten8" for "minimax4", else "frobenius".
         eps: Smallest divisor once the largest entry is one; it guards the zero matrix alone.
         ns_implementation: Who computes the symmetric products: "xla", or a Pallas kernel that
             computes one triangle of them, "mosaic_gpu" (Hopper GPUs, 16 bits) or "mosaic_tpu"
-            (TPUs, bfloat16 and float32). The kernels have not been timed on their machines.
+            (TPUs, bfloat16 and float32). Neither has been timed.
         platform: "cpu", "gpu" or "tpu": what dtype and form are chosen for. None is the platform of
-            the mesh's devices where the mesh is known, else that of concrete arrays, else that of
-            `jax.default_device` or JAX's default backend. A program that was traced with None is
-            refused when it is lowered for another platform (`jax.export`); with "cpu" it computes
-            in float32 and can be lowered for any.
+            the mesh's devices where the mesh is known, else that of concrete arrays, else JAX's
+            default. A program traced with None is refused when it is lowered for another platform
+            (`jax.export`); with "cpu" it computes in float32 and can be lowered for any.
 
     Returns:
         As `x`, in shape and dtype.
@@ -160,8 +146,7 @@ def orthogonalize(
         [[1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]
 
     References:
-        Jordan et al. 2024, kellerjordan.github.io/posts/muon; Bernstein and Newhouse,
-        arXiv 2409.20325; the coefficient sets name theirs.
+        Jordan et al. 2024, kellerjordan.github.io/posts/muon; Bernstein and Newhouse 2024.
     """
     plan = plan_polar(
         ns_coeffs,

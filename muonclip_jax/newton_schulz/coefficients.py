@@ -5,7 +5,6 @@ quintic `a x + b x^3 + c x^5` on every singular value.
 """
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -15,7 +14,11 @@ from jax.core import Tracer
 Row: TypeAlias = tuple[float, float, float]
 Rows: TypeAlias = tuple[Row, ...]
 #: What `ns_coeffs` takes: a name, a triple, or rows of shape `(T, 3)`.
-Coefficients: TypeAlias = str | Sequence[float] | Sequence[Sequence[float]] | np.ndarray | jax.Array
+Coefficients: TypeAlias = str | Sequence[object] | np.ndarray | jax.Array
+#: Singular values, dense near 0 and near 1, on which rows are judged.
+SIGMA = np.concatenate(
+    [np.logspace(-6, -2, 400), np.linspace(0.01, 1, 4001), 1 - np.logspace(-5, -2, 500)]
+)
 
 
 def evaluate(rows: Rows, x: np.ndarray | float, growth: float = 0.0) -> np.ndarray:
@@ -44,10 +47,10 @@ def with_safety_factor(rows: Rows, s: float) -> Rows:
 
 
 class CoefficientSet(NamedTuple):
-    """A named schedule of steps, the first rescaling that it was made for, and how it goes on."""
+    """A named schedule of Newton-Schulz steps."""
 
     rows: Rows
-    preconditioning: str = "frobenius"
+    preconditioning: str = "frobenius"  # the first rescaling that it was made for
     repeat_row: Row | None = None  # of all further steps, where the source has one
 
 
@@ -94,43 +97,27 @@ _MINIMAX4: Rows = (
 
 
 def _polar_express(safety_factor: float) -> CoefficientSet:
-    rows = with_safety_factor(_POLAR_EXPRESS, safety_factor)
-    return CoefficientSet(rows, repeat_row=rows[-1])
+    return CoefficientSet(with_safety_factor(_POLAR_EXPRESS, safety_factor), repeat_row=_CONVERGE)
 
 
 #: Every named set. The names that `ns_coeffs` allows are these and `ALIASES`.
-COEFFICIENT_SETS: Mapping[str, CoefficientSet] = MappingProxyType(
-    {
-        # Jordan et al. 2024, kellerjordan.github.io/posts/muon
-        "keller_jordan": CoefficientSet((_KELLER_JORDAN,) * 5, repeat_row=_KELLER_JORDAN),
-        "you": CoefficientSet(_YOU),  # Jiacheng You 2025, in KellerJordan/modded-nanogpt
-        # Amsel et al. 2025, arXiv 2505.16932, by their safety factor
-        "polar_express": _polar_express(1.01),
-        "polar_express_1.00": _polar_express(1.0),
-        "polar_express_1.02": _polar_express(1.02),
-        "polar_express_1.05": _polar_express(1.05),
-        "cans": CoefficientSet(_CANS),  # Grishina et al. 2025, arXiv 2506.10935
-        # DeepSeek-V4 technical report
-        "deepseek_v4": CoefficientSet((_KELLER_JORDAN,) * 8 + ((2.0, -1.5, 0.5),) * 2),
-        "turbo": CoefficientSet(_TURBO, "aol"),  # Boissin et al. 2025, arXiv 2512.04632
-        "minimax4": CoefficientSet(_MINIMAX4, "schatten8", repeat_row=_CONVERGE),
-    }
-)
+COEFFICIENT_SETS: Mapping[str, CoefficientSet] = {
+    # Jordan et al. 2024, kellerjordan.github.io/posts/muon
+    "keller_jordan": CoefficientSet((_KELLER_JORDAN,) * 5, repeat_row=_KELLER_JORDAN),
+    "you": CoefficientSet(_YOU),  # Jiacheng You 2025, in KellerJordan/modded-nanogpt
+    # Amsel et al. 2025, arXiv 2505.16932, by their safety factor
+    "polar_express": _polar_express(1.01),
+    "polar_express_1.00": _polar_express(1.0),
+    "polar_express_1.02": _polar_express(1.02),
+    "polar_express_1.05": _polar_express(1.05),
+    "cans": CoefficientSet(_CANS),  # Grishina et al. 2025, arXiv 2506.10935
+    # DeepSeek-V4 technical report
+    "deepseek_v4": CoefficientSet((_KELLER_JORDAN,) * 8 + ((2.0, -1.5, 0.5),) * 2),
+    "turbo": CoefficientSet(_TURBO, "aol"),  # Boissin et al. 2025, arXiv 2512.04632
+    "minimax4": CoefficientSet(_MINIMAX4, "schatten8", repeat_row=_CONVERGE),
+}
 #: Other names for the same sets; "standard" and "dion" are Optax's.
-ALIASES: Mapping[str, str] = MappingProxyType(
-    {"standard": "keller_jordan", "dion": "you", "quintic": "you"}
-)
-
-
-def _named_set(name: str) -> CoefficientSet:
-    key = ALIASES.get(name, name)
-    if key not in COEFFICIENT_SETS:
-        names = ", ".join(map(repr, (*COEFFICIENT_SETS, *ALIASES)))
-        raise ValueError(
-            f"ns_coeffs={name!r} is no coefficient set. Names are {names}; or pass a triple "
-            "(a, b, c) or rows ((a, b, c), ...)."
-        )
-    return COEFFICIENT_SETS[key]
+ALIASES: Mapping[str, str] = {"standard": "keller_jordan", "dion": "you", "quintic": "you"}
 
 
 def _check_static(name: str, value: object) -> None:
@@ -159,12 +146,8 @@ def _check_numbers(ns_coeffs: object) -> np.ndarray:
         array = np.asarray(ns_coeffs, np.float64)
     except (TypeError, ValueError):
         array = np.empty(0)
-    if (
-        array.ndim not in (1, 2)
-        or array.shape[-1] != 3
-        or not array.size
-        or not np.isfinite(array).all()
-    ):
+    has_rows = array.ndim in (1, 2) and array.size and array.shape[-1] == 3
+    if not has_rows or not np.isfinite(array).all():
         raise ValueError(
             f"ns_coeffs={ns_coeffs!r}: expected a name, a triple (a, b, c) of finite numbers, or "
             "rows ((a, b, c), ...)."
@@ -176,15 +159,22 @@ def resolve_coefficients(ns_coeffs: object, ns_steps: object = None) -> tuple[Ro
     """Turns `ns_coeffs` and `ns_steps` into the rows to run, and the set that they come from."""
     steps = _check_steps(ns_steps)
     if isinstance(ns_coeffs, str):
-        source, label = _named_set(ns_coeffs), repr(ns_coeffs)
+        label = repr(ns_coeffs)
+        key = ALIASES.get(ns_coeffs, ns_coeffs)
+        if key not in COEFFICIENT_SETS:
+            names = ", ".join(map(repr, (*COEFFICIENT_SETS, *ALIASES)))
+            raise ValueError(
+                f"ns_coeffs={label} is no coefficient set. Names are {names}; or pass a triple "
+                "(a, b, c) or rows ((a, b, c), ...)."
+            )
+        source = COEFFICIENT_SETS[key]
     else:
         array = _check_numbers(ns_coeffs)
         if array.ndim == 1:
             array = np.tile(array, (steps or 5, 1))
         rows = tuple((float(a), float(b), float(c)) for a, b, c in array)
         source, label = CoefficientSet(rows), "the given ns_coeffs"
-    extra = 0 if steps is None else max(steps - len(source.rows), 0)
-    if not extra:
+    if steps is None or steps <= len(source.rows):
         return source.rows[:steps], source
     if source.repeat_row is None:
         going_on = ", ".join(repr(n) for n, s in COEFFICIENT_SETS.items() if s.repeat_row)
@@ -193,12 +183,11 @@ def resolve_coefficients(ns_coeffs: object, ns_steps: object = None) -> tuple[Ro
             "source has no row for further steps. Pass ns_steps=None or at most "
             f"{len(source.rows)}, more rows, or one of the sets that go on ({going_on})."
         )
-    return source.rows + (source.repeat_row,) * extra, source
+    return source.rows + (source.repeat_row,) * (steps - len(source.rows)), source
 
 
 def find_sign_flip(rows: Rows) -> float | None:
     """Finds a singular value in (0, 1] that the rows would turn negative or blow up."""
-    x = np.concatenate([np.logspace(-6, -2, 400), np.linspace(0.01, 1.0, 4001)])
-    y = evaluate(rows, x)
+    y = evaluate(rows, SIGMA)
     bad = np.flatnonzero((y < 0) | ~np.isfinite(y))
-    return float(x[bad[0]]) if len(bad) else None
+    return float(SIGMA[bad[0]]) if len(bad) else None

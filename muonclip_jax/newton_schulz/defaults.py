@@ -1,7 +1,6 @@
 """The defaults of Newton-Schulz, in one place.
 
-`orthogonalize`, `scale_by_muon`, `muonclip`, `describe_cost` and the command line read them here.
-`muon` alone differs: its coefficients are Optax's.
+All functions and the command line read them here; the coefficients of `muon` alone are Optax's.
 """
 
 DEFAULT_SET = "minimax4"  # the best result for its cost of all sets that nothing makes diverge

@@ -1,4 +1,4 @@
-"""The Newton-Schulz iteration on wide matrices, in three forms with the same result.
+"""The Newton-Schulz iteration (Jordan et al. 2024) on wide matrices, in three forms.
 
     A = X X^H                         (1)
     B = b A + c A A                   (2)
@@ -8,12 +8,17 @@ In exact arithmetic this applies the odd quintic `a x + b x^3 + c x^5` to every 
 leaves the singular vectors alone. The loops are unrolled and the coefficients are Python floats: a
 loop would keep XLA from fusing the scalings into the products, and five steps make a small program.
 
-All three take `(..., m, n)` with `m <= n`, normalised (`normalize`), of at least 32 bits, and
-return the result in the dtype of the plan.
+Before, `normalize` and `rescale` bring the singular values into [0, 1]. Every step that only makes
+small ones grow is lost; so the tighter the bound on the largest one, the better:
 
-References:
-    Jordan et al. 2024, kellerjordan.github.io/posts/muon.
-    Zhang, Amsel, Chen and Dao 2026, "Gram Newton-Schulz".
+- "frobenius": divide by `||X||_F`. Far too much when the spectrum is flat.
+- "schatten": divide by `||A||_F^(1/2) = (sum sigma^4)^(1/4)`; the first step computes `A` anyway.
+- "schatten8": divide by `||A A||_F^(1/4) = (sum sigma^8)^(1/8)`; in 32 bits `A A` is free as well.
+- "spectral": divide by the largest singular value, which costs an eigenvalue computation.
+- "aol": divide row `i` by `(sum_j |A_ij|)^(1/2)`. The result is not the polar factor of `X`.
+
+All start from the Frobenius norm, which keeps every number within the range of float16. `axes`
+names the mapped axes whose devices each have some columns of a matrix; () means that one has all.
 """
 
 import functools
@@ -23,7 +28,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from muonclip_jax.newton_schulz.normalization import rescale
 from muonclip_jax.newton_schulz.plan import ResolvedPlan
 from muonclip_jax.newton_schulz.products import (
     accumulator,
@@ -49,11 +53,9 @@ def newton_schulz(X: jax.Array, plan: ResolvedPlan) -> jax.Array:
 def newton_schulz_by_columns(X: jax.Array, plan: ResolvedPlan, axes: tuple[str, ...]) -> jax.Array:
     """Runs the plain iteration on `X = [X_1 ... X_k]`, of which each device along `axes` has one.
 
-        A = sum_i X_i X_i^H               all-reduce of an m x m matrix
-        B = b A + c A A                   each device computes some rows; all-gather
-        X_i <- a X_i + B X_i              no communication
-
-    All `k` devices together do the work of one.
+    A = sum_i X_i X_i^H               all-reduce of an m x m matrix
+    B = b A + c A A                   each device computes some rows; all-gather
+    X_i <- a X_i + B X_i              no communication
     """
     dtype, wide = jnp.dtype(plan.dtype), accumulator(plan.dtype)
     X, A, AA = rescale(X, plan, axes)
@@ -66,7 +68,7 @@ def newton_schulz_by_columns(X: jax.Array, plan: ResolvedPlan, axes: tuple[str, 
 
 
 def gram_newton_schulz(X: jax.Array, plan: ResolvedPlan) -> jax.Array:
-    """Iterates on the small matrix `R = X X^H`; the large one is touched at the ends.
+    """Iterates on the small `R = X X^H` (Zhang et al. 2026); `X` is touched at the ends.
 
         R = X X^H;  Q = I
         step:     Z = b R + c R R;  Q <- Q Z + a Q;  W = R Z + a R;  R <- Z W + a W
@@ -97,3 +99,98 @@ def gram_newton_schulz(X: jax.Array, plan: ResolvedPlan) -> jax.Array:
         assert Q is not None
         X = matmul(Q, X).astype(dtype)
     return X
+
+
+def normalize(
+    x: jax.Array, plan: ResolvedPlan, eps: jax.typing.ArrayLike, axes: tuple[str, ...] = ()
+) -> jax.Array:
+    """Divides wide matrices by their Frobenius (or spectral) norm; returns float32 or wider.
+
+    `eps` is the smallest divisor once the largest entry is near one, which only the zero matrix
+    meets; without the plan's `relative_eps` it is added to the norm as it is, as in Optax.
+    """
+    wide = accumulator(plan.dtype)
+    X, power = scale_by_power_of_two(x.astype(jnp.promote_types(wide, x.dtype)), axes)
+    norm = _norm(X, axes)
+    if plan.preconditioning == "spectral":
+        safe = jnp.where(norm > 0, norm, 1)
+        A = _sum(gram(X / safe.astype(X.dtype)), axes)
+        norm = safe * jnp.sqrt(jnp.abs(jnp.linalg.eigvalsh(A)[..., -1:, None]))
+    divisor = jnp.maximum(norm, eps) if plan.relative_eps else norm + eps * power
+    return (X / jnp.where(divisor == 0, 1, divisor).astype(X.dtype)).astype(wide)
+
+
+def scale_by_power_of_two(x: jax.Array, axes: tuple[str, ...] = ()) -> tuple[jax.Array, jax.Array]:
+    """Brings the largest entry of each matrix (real or imaginary part) near one, without rounding.
+
+    Returns also the powers of two, `(..., 1, 1)`. The largest entry, then in [1, 4), is found among
+    the bits, which are ordered as sizes are. CPUs and TPUs read a subnormal number as zero, so no
+    product could lift it; but its bits are an integer, its multiple of the smallest number.
+    """
+    if jnp.iscomplexobj(x):
+        parts = jnp.concatenate([jnp.real(x), jnp.imag(x)], axis=-1)
+        parts, power = scale_by_power_of_two(parts, axes)
+        return lax.complex(*jnp.split(parts, 2, axis=-1)), power
+    info = jnp.finfo(x.dtype)
+    bias, digits = info.maxexp - 1, info.nmant
+    integer = jnp.dtype(f"int{info.bits}").type
+    bits = lax.bitcast_convert_type(x, integer)
+    size = bits & jnp.iinfo(integer).max
+    largest = jnp.max(size, axis=(-2, -1), keepdims=True)
+    exponent = (lax.pmax(largest, axes) if axes else largest) >> digits
+    # Subnormal entries count beside a largest one that is a few digits above them at most.
+    lift = bias - digits - 4
+    is_small = exponent < bias - lift
+    exponent = jnp.minimum(exponent + jnp.where(is_small, lift, 0), 2 * bias - 1)
+    power = lax.bitcast_convert_type((2 * bias - exponent).astype(integer) << digits, info.dtype)
+    multiple = size.astype(x.dtype) * 2.0 ** (lift + 1 - bias - digits)
+    subnormal = jnp.where(bits < 0, -multiple, multiple)
+    lifted = jnp.where(size < 1 << digits, subnormal, x * 2.0**lift)
+    scaled = jnp.where(is_small, lifted, x) * power
+    return scaled, power * jnp.where(is_small, 2.0**lift, 1).astype(power.dtype)
+
+
+def rescale(
+    X: jax.Array, plan: ResolvedPlan, axes: tuple[str, ...] = ()
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Divides normalised `X` by a norm of `A` or of `A A`, where the preconditioning is one.
+
+    Returns `X`, `A`, and `A A` where it is known, for the first step, in the plan's dtype.
+    """
+    dtype = jnp.dtype(plan.dtype)
+    low = X.astype(dtype)
+    if plan.preconditioning in ("frobenius", "spectral"):
+        return low, _sum(gram(low, plan.symmetric), axes), None
+    A = _sum(gram(low, plan.symmetric, wide=True), axes)
+    if plan.preconditioning == "aol":
+        tiny = jnp.finfo(A.dtype).tiny
+        rows = jnp.sum(jnp.abs(A), axis=-1, keepdims=True)
+        scale = jnp.where(rows > tiny, lax.rsqrt(jnp.maximum(rows, tiny)), 0)
+        A = (A * scale) * scale.mT
+        return (X * scale.astype(X.dtype)).astype(dtype), A.astype(dtype), None
+    bound = _norm_or_one(A)
+    A, AA = A / bound.astype(A.dtype), None
+    if plan.preconditioning == "schatten8":
+        AA = polynomial(A.astype(dtype), 0.0, 1.0, symmetric=plan.symmetric, axes=axes)
+        AA = AA.astype(A.dtype)
+        tighter = jnp.sqrt(_norm_or_one(AA))
+        A = A / tighter.astype(A.dtype)
+        AA = None if plan.extra_squares else AA / (tighter**2).astype(AA.dtype)
+        bound = bound * tighter
+    return (X / jnp.sqrt(bound).astype(X.dtype)).astype(dtype), A.astype(dtype), AA
+
+
+def _sum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return lax.psum(x, axes) if axes else x
+
+
+def _norm(x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
+    """Returns the Frobenius norm over the last two axes, kept as axes of length one."""
+    return jnp.sqrt(_sum(jnp.sum(jnp.abs(x) ** 2, axis=(-2, -1), keepdims=True), axes))
+
+
+def _norm_or_one(x: jax.Array) -> jax.Array:
+    # One where there is nothing to divide by. A tiny number would not do: XLA makes one division of
+    # two, and the product of two tiny numbers is zero.
+    norm = _norm(x)
+    return jnp.where(norm > jnp.finfo(norm.dtype).tiny, norm, 1)

@@ -24,48 +24,36 @@ NS_DTYPES = tuple(GROWTH)
 NS_METHODS = ("auto", "standard", "gram", "svd")
 PRECONDITIONINGS = ("frobenius", "spectral", "aol", "schatten", "schatten8")
 IMPLEMENTATIONS = ("xla", *SYMMETRIC)
+_NARROW = ("bfloat16", "float16")
 
 # What a platform computes in when `ns_dtype` is None, for real input of at most 32 bits; the Gram
 # form where it is safe in that, else in float32 (docs/performance.md has the errors of each). GPUs
 # multiply both 16-bit types at one rate, and normalised matrices fit float16's range, so its three
-# more bits are free there. Entries of a matrix of norm one are about (m n)^-1/2, 1.5e-4 at 4096 x
-# 11008; below the smallest normal number, 6.1e-5, rounding errs by at most 2^-25 an entry, over the
-# whole matrix by sqrt(m n) 2^-25 of its norm: less than 2^-11 up to m n = 2^28.
+# more bits are free there: below its smallest normal number, 6.1e-5, rounding errs by at most 2^-25
+# an entry, over a whole matrix of norm one by sqrt(m n) 2^-25, less than 2^-11 up to m n = 2^28.
 _DEFAULT_DTYPE = {"gpu": "float16", "tpu": "bfloat16"}
 # What a product in float32 costs in those of 16 bits: passes of a TPU's bfloat16 unit at
 # Precision.HIGHEST; the peak rates of an H100 (989 and 67 TFLOP/s).
 _FLOAT32_COST = {"tpu": 6, "gpu": 15}
 # "auto" takes the Gram form in 16 bits from this ratio of sides on. Nearer to a square it saves at
-# most 10 % of the FLOPs, and of 6,000 Gaussian matrices of 16 x 16 one in a hundred has a singular
-# value past 1.25, where the polynomial ends at 1.2; at 16 x 32 none passes 1.21.
+# most 10 % of the FLOPs, and of 6,000 Gaussian matrices of 16 x 24 the largest singular value is
+# 1.4, where the polynomial ends at 1.2; at 16 x 32 none passes 1.203.
 _LEAST_RATIO = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class ResolvedPlan:
-    """What one shape's computation does.
+    """What one shape's computation does."""
 
-    Attributes:
-        method: "standard", "gram" or "svd".
-        dtype: What the products compute in, e.g. "float16" or "complex64".
-        preconditioning: A name of `PRECONDITIONINGS`.
-        relative_eps: Whether `eps` is in units of a matrix's largest entry.
-        symmetric: How symmetric products are computed (`products`).
-        rows: The coefficients, after the guard against divergence in that dtype.
-        restarts: After which steps the Gram form restarts.
-        extra_squares: Squares of the Gram matrix beside those of the steps, for a norm.
-        flops: Floating-point operations a matrix.
-    """
-
-    method: str
-    dtype: str
+    method: str  # "standard", "gram" or "svd"
+    dtype: str  # of the products, e.g. "float16" or "complex64"
     preconditioning: str
     relative_eps: bool
-    symmetric: str
-    rows: Rows
-    restarts: tuple[int, ...]
-    extra_squares: int
-    flops: int
+    symmetric: str  # how symmetric products are computed (`products`)
+    rows: Rows  # guarded against divergence in that dtype
+    restarts: tuple[int, ...]  # after which steps the Gram form restarts
+    extra_squares: int  # of the Gram matrix beside those of the steps, for a norm
+    flops: int  # a matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,15 +72,12 @@ class PolarPlan:
         """Raises ValueError for input that cannot be computed in the plan's dtype."""
         self._choose_dtype("standard" if self.method == "auto" else self.method, dtype, "cpu")
 
-    def resolve(
-        self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike, platform: str | None = None
-    ) -> ResolvedPlan:
+    def resolve(self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> ResolvedPlan:
         """Decides method, dtype and restarts for matrices `(..., m, n)` of a dtype.
 
-        "auto" takes the cheaper of the two forms, but the Gram form only where rounding does it no
-        harm. A kernel that is not for the platform raises NotImplementedError.
+        "auto" takes the cheaper form, but the Gram form only where rounding does it no harm.
         """
-        platform = plan_platform(platform or self.platform)
+        platform = plan_platform(self.platform)
         if self.implementation != "xla":
             load_kernel("symmetric", self.implementation, platform)
         sizes = min(shape[-2:]), max(shape[-2:])
@@ -101,7 +86,7 @@ class PolarPlan:
         standard = self._resolve("standard", sizes, dtype, platform)
         name = self._choose_dtype("gram", dtype, platform)
         near_square = sizes[1] < _LEAST_RATIO * sizes[0]
-        if _gram_restarts(self.rows, name) is None or (near_square and _is_narrow(name)):
+        if _gram_restarts(self.rows, name) is None or (near_square and name in _NARROW):
             return standard
         gram = self._resolve("gram", sizes, dtype, platform)
         factor = _FLOAT32_COST[platform] if gram.dtype != standard.dtype else 1
@@ -114,27 +99,19 @@ class PolarPlan:
         if jnp.issubdtype(x_dtype, jnp.complexfloating):
             dtype = "complex128" if real == "float64" else "complex64"
         on_cpu = self.implementation == "xla" and platform == "cpu"
+        symmetric = "triangle" if on_cpu else self.implementation
         rows = () if method == "svd" else guard_rows(self.rows, real, method)
         restarts = (_gram_restarts(self.rows, real) or ()) if method == "gram" else ()
         passes = len(restarts) + 1 if method == "gram" else len(rows)
         # Rounded to 16 bits, a product and its square, both scaled, are not one the square of the
         # other, and the steps are steep: there the norm needs a square of its own.
-        extra = int(self.preconditioning == "schatten8" and _is_narrow(real) and len(rows) > 0)
+        extra = int(self.preconditioning == "schatten8" and real in _NARROW and len(rows) > 0)
         # A step of the Gram form computes Q, W and R; a segment's first has no product for Q, its
         # last has none for W and R.
         cubes = extra + sum(1 for _, _, c in rows if c) + 3 * (len(rows) - passes)
-        m, n = sizes
-        return ResolvedPlan(
-            method=method,
-            dtype=dtype,
-            preconditioning=self.preconditioning,
-            relative_eps=self.relative_eps,
-            symmetric="triangle" if on_cpu else self.implementation,
-            rows=rows,
-            restarts=restarts,
-            extra_squares=extra,
-            flops=4 * m * m * n * passes + 2 * m**3 * cubes,
-        )
+        flops = 4 * sizes[0] ** 2 * sizes[1] * passes + 2 * sizes[0] ** 3 * cubes
+        settings = method, dtype, self.preconditioning, self.relative_eps, symmetric
+        return ResolvedPlan(*settings, rows, restarts, extra, flops)
 
     def _choose_dtype(self, method: str, x_dtype: jax.typing.DTypeLike, platform: str) -> str:
         """Chooses what to compute in, as the name of a real dtype."""
@@ -146,7 +123,7 @@ class PolarPlan:
             chosen = _DEFAULT_DTYPE.get(platform, "float32")
             is_safe = method != "gram" or _gram_restarts(self.rows, chosen) is not None
             return chosen if is_safe and method != "svd" and not is_complex else "float32"
-        if _is_narrow(self.dtype) and (method == "svd" or is_complex):
+        if self.dtype in _NARROW and (method == "svd" or is_complex):
             what = 'ns_method="svd"' if method == "svd" else f"input of dtype {x_dtype}"
             raise ValueError(
                 f"ns_dtype={self.dtype!r} is not possible for {what}: it computes in float32 or "
@@ -158,10 +135,6 @@ class PolarPlan:
                 "jax.config.update('jax_enable_x64', True), or pass ns_dtype='float32'."
             )
         return self.dtype
-
-
-def _is_narrow(dtype: str) -> bool:
-    return jnp.dtype(dtype).itemsize < 4
 
 
 def _gram_restarts(rows: Rows, dtype: str) -> tuple[int, ...] | None:
@@ -184,14 +157,9 @@ def plan_polar(
     ns_implementation: str = "xla",
     platform: str | None = None,
 ) -> PolarPlan:
-    """Validates the arguments of `orthogonalize` (described there) as a hashable plan.
+    """Validates the arguments of `orthogonalize`, which describes them, as a hashable plan.
 
-    `relative_eps` says whether `eps` bounds the norm in units of a matrix's largest entry, which
-    keeps the result independent of scale, or is added to it as it is, as in Optax.
-
-    Example:
-        >>> plan_polar("turbo").preconditioning
-        'aol'
+    Without `relative_eps`, `eps` is added to the norm as it is, as in Optax.
     """
     rows, source = resolve_coefficients(ns_coeffs, ns_steps)
     try:
@@ -216,8 +184,15 @@ def plan_polar(
             "bound): the update would point the wrong way. Coefficients must keep (0, 1] positive, "
             "as (2, -1.5, 0.5) and every named set do."
         )
-    if ns_method == "gram":
-        _check_gram(rows, dtype or "float32")
+    if ns_method == "gram" and _gram_restarts(rows, dtype or "float32") is None:
+        stable = [repr(name) for name in NS_DTYPES if _gram_restarts(rows, name) is not None]
+        instead = f"ns_dtype={' or '.join(stable)}, " if stable else ""
+        raise ValueError(
+            'ns_method="gram" is unstable with these coefficients in '
+            f"{dtype or 'float32'}: it amplifies rounding until singular values leave the range of "
+            f"the polynomial. Pass {instead}ns_method='standard', or ns_method='auto', which takes "
+            "the Gram form where it is stable."
+        )
     platform = check_platform(platform)
     plan = PolarPlan(
         rows, ns_method, dtype, preconditioning, relative_eps, ns_implementation, platform
@@ -227,30 +202,15 @@ def plan_polar(
     return plan
 
 
-def _check_gram(rows: Rows, dtype: str) -> None:
-    """Refuses the Gram form where rounding makes it diverge."""
-    if _gram_restarts(rows, dtype) is not None:
-        return
-    stable = [repr(name) for name in NS_DTYPES if _gram_restarts(rows, name) is not None]
-    instead = f"ns_dtype={' or '.join(stable)}, " if stable else ""
-    raise ValueError(
-        f'ns_method="gram" is unstable with these coefficients in {dtype}: it amplifies rounding '
-        "until singular values leave the range of the polynomial. Pass "
-        f"{instead}ns_method='standard', or ns_method='auto', which takes the Gram form where it "
-        "is stable."
-    )
-
-
 def decide_platform(
     plan: PolarPlan,
     eps: jax.typing.ArrayLike,
     arrays: Sequence[object],
     mesh: Mesh | AbstractMesh | None = None,
 ) -> tuple[PolarPlan, jax.typing.ArrayLike]:
-    """Completes a plan with the platform that `plan_platform` finds for `arrays` on a mesh.
+    """Completes a plan with the platform that `plan_platform` finds.
 
-    Where the platform is not the caller's choice, a program that uses the returned `eps` cannot be
-    lowered for another one.
+    Where that is not the caller's choice, a program with this `eps` is lowered for no other one.
     """
     given = plan.platform is not None or plan.method == "svd"
     platform = plan_platform(plan.platform, mesh, arrays)

@@ -1,9 +1,8 @@
 """The matrix products of Newton-Schulz, most of which have a Hermitian result.
 
-`X X^H` is Hermitian, and so is every product of polynomials of that matrix, since they commute:
-`b A + c A A`, `Q Z + a Q`. `symmetric` says how they are computed: "xla" in full; "triangle" one
-triangle of 2 x 2 blocks, where that is faster on a CPU; a name of `kernels.SYMMETRIC` by that
-kernel, which computes one triangle and writes both.
+`X X^H` is, and so is every product of polynomials of it, since they commute: `b A + c A A`,
+`Q Z + a Q`. `symmetric` says how they are computed: "xla" in full; "triangle" one triangle of 2 x 2
+blocks, where that is faster on a CPU; a name of `kernels.SYMMETRIC` by that kernel.
 """
 
 import jax
@@ -25,11 +24,6 @@ def accumulator(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype
 
 
-def adjoint(x: jax.Array) -> jax.Array:
-    """Returns the conjugate transpose over the last two axes."""
-    return jnp.conj(jnp.swapaxes(x, -1, -2))
-
-
 def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     """Computes `x y`, accumulated and returned in `accumulator`."""
     return jnp.matmul(
@@ -41,15 +35,13 @@ def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     )
 
 
-def gram(
-    x: jax.Array, symmetric: str = "xla", out_dtype: jax.typing.DTypeLike | None = None
-) -> jax.Array:
-    """Computes `x x^H`, in the dtype of `x` or, by XLA, in a wider one."""
-    out = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+def gram(x: jax.Array, symmetric: str = "xla", wide: bool = False) -> jax.Array:
+    """Computes `x x^H`, in the dtype of `x` or in `accumulator`."""
+    out = accumulator(x.dtype) if wide else x.dtype
     with jax.named_scope("gram"):
         if symmetric in SYMMETRIC and out == x.dtype:
             return multiply_symmetric(symmetric, x, x)
-        return _hermitian(x, adjoint(x), x, symmetric).astype(out)
+        return _hermitian(x, x.mT.conj(), x, symmetric).astype(out)
 
 
 def symmetric_product(
@@ -61,11 +53,7 @@ def symmetric_product(
     beta: float = 1.0,
     symmetric: str = "xla",
 ) -> jax.Array:
-    """Computes `alpha x y + beta addend` of Hermitian matrices that commute, rounded once.
-
-    Neither is checked. A kernel reads the addend's upper triangle, and its result is Hermitian to
-    the bit.
-    """
+    """Computes `alpha x y + beta addend` of Hermitian matrices that commute, rounded once."""
     with jax.named_scope("symmetric_product"):
         if symmetric in SYMMETRIC:
             return multiply_symmetric(symmetric, x, y, addend, alpha, beta)
@@ -84,10 +72,9 @@ def polynomial(
     symmetric: str = "xla",
     axes: tuple[str, ...] = (),
 ) -> jax.Array:
-    """Computes `b A + c A A`, rounded once; `square` is `A A`, where it is known.
+    """Computes `b A + c A A` of Hermitian `A`, rounded once; `square` is `A A`, where it is known.
 
-    `A` is Hermitian, and the same on all devices along the mapped `axes`, where there are any: each
-    computes some rows of the result, and all gather them.
+    Devices along mapped `axes`, which all have `A`, compute some rows each and gather the result.
     """
     wide = accumulator(A.dtype)
     if not c or square is not None:
@@ -96,8 +83,7 @@ def polynomial(
             result = result + c * square.astype(wide)
         return result.astype(A.dtype)
     if not axes:
-        addend = A if b else None
-        return symmetric_product(A, A, addend, alpha=c, beta=b, symmetric=symmetric)
+        return symmetric_product(A, A, A, alpha=c, beta=b, symmetric=symmetric)
     m, axis = A.shape[-1], A.ndim - 2
     rows = -(-m // lax.axis_size(axes))
     padding = [(0, 0)] * axis + [(0, rows * lax.axis_size(axes) - m), (0, 0)]
@@ -117,8 +103,8 @@ def _hermitian(x: jax.Array, y: jax.Array, adjoint_of_y: jax.Array, symmetric: s
     half = rows // 2
     upper = matmul(x[..., :half, :], y)
     # Cut between rows, which lie together: a cut between columns is a slow copy.
-    corner = matmul(x[..., half:, :], adjoint(adjoint_of_y[..., half:, :]))
+    corner = matmul(x[..., half:, :], adjoint_of_y[..., half:, :].mT.conj())
     # Written into one array: XLA's CPU compiler would compile every concatenation by itself.
     square = jnp.pad(upper, [(0, 0)] * (x.ndim - 2) + [(0, rows - half), (0, 0)])
-    square = square.at[..., half:, :half].set(adjoint(upper[..., half:]))
+    square = square.at[..., half:, :half].set(upper[..., half:].mT.conj())
     return square.at[..., half:, half:].set(corner)

@@ -1,12 +1,9 @@
 """What rounding does to coefficient rows, followed on singular values alone.
 
-The plain iteration can be pushed out of the range in which its polynomials stay bounded
-(`guard_rows`). The Gram form never looks at `X` between restarts: it multiplies `X` by the factor
-`Q` that the steps accumulate, and has two more sources of error. `Q` and `Q X` are rounded relative
-to their largest entries, so a singular value comes out wrong by up to `max |Q| max(sigma)`
-roundings. And `R = X X^H` is rounded relative to its own largest eigenvalue, which makes some
-eigenvalues slightly negative; there the polynomials grow faster than anywhere in [0, 1]. A restart
-computes `X <- Q X` and `R = X X^H` anew (`choose_restarts`).
+Values just above 1 diverge where a row rises steeply (`guard_rows`). The Gram form never looks at
+`X` between restarts (`choose_restarts`): `Q` and `Q X` are rounded relative to their largest
+entries, so singular values come out wrong by up to `max |Q| max(sigma)` roundings; and `R = X X^H`
+to its largest eigenvalue, which makes some slightly negative, where the polynomials grow fastest.
 """
 
 import functools
@@ -14,7 +11,7 @@ import itertools
 
 import numpy as np
 
-from muonclip_jax.newton_schulz.coefficients import Rows, evaluate, with_safety_factor
+from muonclip_jax.newton_schulz.coefficients import SIGMA, Rows, evaluate, with_safety_factor
 
 #: How far rounding may push a singular value outwards in one step, relatively.
 GROWTH = {"float64": 0.0, "float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}
@@ -26,37 +23,31 @@ _GOOD = {"float64": 1e6, "float32": 1e3, "float16": 100.0}
 # of 1.4 to 9; up to it, within 0.05 of exact (benchmarks/polar_quality.py).
 _UNSAFE = 0.12
 _MOST_RESTARTS = 4
-# An iterate past this is on its way out.
-_DIVERGED = 1.6
-_UNIT = np.concatenate([np.linspace(0, 0.99, 2000), np.linspace(0.99, 1.0, 2000)])
-_SIGMA = np.concatenate([np.linspace(0, 1, 2001), np.logspace(-6, 0, 500)])
+_DIVERGED = 1.6  # an iterate past this is on its way out
 
 
 @functools.lru_cache(maxsize=256)
 def guard_rows(rows: Rows, dtype: str, method: str = "standard") -> Rows:
     """Shrinks the arguments of rows that rounding in `dtype` could make diverge.
 
-    A set that rises steeply right of 1 sends a singular value of 1 + 1e-5 anywhere. If values of
-    [0, 1] that rounding pushes outwards at every step diverge, the rows get the safety factor of
-    the Polar Express paper, as large as that rounding. Rows that diverge even in exact arithmetic
-    are left unchanged.
+    If values that rounding pushes outwards at every step diverge, the rows get a safety factor as
+    large as that. Rows that diverge even in exact arithmetic are left unchanged.
     """
     # Between two products with X the Gram form rounds twice: Q, and Q X.
     growth = GROWTH[dtype] * (2 if method == "gram" else 1)
 
-    def largest(candidate: Rows) -> float:
-        return float(np.nan_to_num(np.abs(evaluate(candidate, _UNIT, growth)), nan=np.inf).max())
-
-    if growth == 0 or largest(rows) <= _DIVERGED:
-        return rows
     guarded = with_safety_factor(rows, 1 + growth)
-    return guarded if largest(guarded) < largest(rows) else rows
+    largest, better = (
+        np.nan_to_num(np.abs(evaluate(each, SIGMA, growth)), nan=np.inf).max()
+        for each in (rows, guarded)
+    )
+    return guarded if largest > _DIVERGED and better < largest else rows
 
 
 @functools.lru_cache(maxsize=1024)
 def amplification(before: Rows, segment: Rows, spurious: float) -> float:
     """Simulates `max |Q| max(sigma)` of the steps between two restarts, after the rows `before`."""
-    sigma = np.abs(evaluate(before, _SIGMA))
+    sigma = np.abs(evaluate(before, SIGMA))
     largest = max(1.0, float(sigma.max()))
     r = np.append(sigma**2, -spurious * largest**2)  # the eigenvalues of R
     q = np.ones_like(r)
@@ -73,9 +64,6 @@ def choose_restarts(rows: Rows, dtype: str) -> tuple[int, ...] | None:
 
     Takes as few restarts as keep the amplification of every segment good, at the places where the
     worst segment is best. In bfloat16 the Gram form is never safe.
-
-    References:
-        Zhang, Amsel, Chen and Dao 2026, "Gram Newton-Schulz".
     """
     if dtype == "bfloat16":
         return None

@@ -11,8 +11,7 @@ import pytest
 from benchmarks.counting import count_products, product_flops
 from muonclip_jax.newton_schulz import COEFFICIENT_SETS, PolarPlan, apply_polar, plan_polar
 from muonclip_jax.newton_schulz.coefficients import evaluate
-from muonclip_jax.newton_schulz.iteration import gram_newton_schulz
-from muonclip_jax.newton_schulz.normalization import normalize
+from muonclip_jax.newton_schulz.iteration import gram_newton_schulz, normalize
 from muonclip_jax.newton_schulz.stability import amplification, choose_restarts, guard_rows
 from tests.helpers import equations, polynomial_of_singular_values
 
@@ -23,15 +22,12 @@ WIDE, SQUARE = (64, 256), (64, 64)
 @pytest.mark.parametrize(
     ("shape", "x_dtype", "ns_dtype", "method", "platform", "rows", "expected"),
     [
-        (SQUARE, "float32", None, "standard", "cpu", KJ, ("standard", "float32")),
         (SQUARE, "bfloat16", None, "standard", "cpu", KJ, ("standard", "float32")),
-        (WIDE, "float32", None, "standard", "gpu", KJ, ("standard", "float16")),
         (WIDE, "bfloat16", None, "gram", "gpu", KJ, ("gram", "float16")),
         (WIDE, "float32", None, "standard", "tpu", KJ, ("standard", "bfloat16")),
         (WIDE, "float32", None, "gram", "tpu", KJ, ("gram", "float32")),
         (WIDE, "float64", None, "standard", "gpu", KJ, ("standard", "float64")),
         (WIDE, "complex64", None, "gram", "gpu", KJ, ("gram", "complex64")),
-        (WIDE, "complex128", None, "gram", "tpu", KJ, ("gram", "complex128")),
         (WIDE, "float32", None, "svd", "gpu", KJ, ("svd", "float32")),
         (WIDE, "float32", "bfloat16", "standard", "cpu", KJ, ("standard", "bfloat16")),
         (WIDE, "float64", "float32", "standard", "cpu", KJ, ("standard", "float32")),
@@ -46,7 +42,6 @@ WIDE, SQUARE = (64, 256), (64, 64)
         ((64, 127), "float32", "float32", "auto", "gpu", KJ, ("gram", "float32")),
         (WIDE, "float32", "bfloat16", "auto", "gpu", KJ, ("standard", "bfloat16")),
         (WIDE, "float32", None, "auto", "tpu", KJ, ("standard", "bfloat16")),
-        ((64, 6400), "float32", None, "auto", "tpu", KJ * 4, ("standard", "bfloat16")),
         (WIDE, "float32", None, "auto", "gpu", KJ * 5, ("standard", "float16")),
         (WIDE, "float32", None, "gram", "gpu", KJ * 5, ("gram", "float32")),
         (WIDE, "complex64", None, "auto", "gpu", KJ, ("gram", "complex64")),
@@ -58,26 +53,21 @@ def test_form_and_dtype(shape, x_dtype, ns_dtype, method, platform, rows, expect
     assert (resolved.method, resolved.dtype) == expected
 
 
-@pytest.mark.parametrize(
-    ("x_dtype", "ns_dtype", "method", "message"),
-    [
+def test_impossible_dtypes() -> None:
+    for x_dtype, ns_dtype, method, message in (
         ("complex64", "bfloat16", "auto", "not possible for input of dtype complex64"),
         ("float32", "float16", "svd", 'not possible for ns_method="svd"'),
         ("float32", "float64", "standard", "jax_enable_x64"),
-    ],
-)
-def test_impossible_dtypes(x_dtype, ns_dtype, method, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        plan_polar(KJ, ns_dtype=ns_dtype, ns_method=method).check_input(x_dtype)
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan_polar(KJ, ns_dtype=ns_dtype, ns_method=method).check_input(x_dtype)
 
 
 def test_a_plan_is_a_value() -> None:
     plan = plan_polar("dion", ns_dtype=jnp.bfloat16)
     assert plan == PolarPlan(COEFFICIENT_SETS["you"].rows, "auto", "bfloat16", "frobenius")
     assert hash(plan) == hash(plan_polar("you", 5, ns_dtype="bfloat16"))
-    assert plan_polar("minimax4").preconditioning == "schatten8"
     assert plan_polar("minimax4", preconditioning="frobenius").preconditioning == "frobenius"
-    assert plan_polar("turbo", preconditioning="aol") == plan_polar("turbo")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "16 bits"])
@@ -108,9 +98,8 @@ def test_the_guard_gives_steep_sets_room_and_leaves_safe_ones_alone() -> None:
     assert abs(evaluate(guard_rows(rows, "bfloat16"), 1.004)) < 1.2
 
 
-@pytest.mark.parametrize(
-    ("name", "steps", "dtype", "expected"),
-    [
+def test_restarts() -> None:
+    for name, steps, dtype, expected in (
         ("you", 5, "float16", (2,)),  # the first three as published with the Gram form
         ("polar_express_1.05", 5, "float16", (2,)),
         ("keller_jordan", 5, "float16", (3,)),
@@ -119,18 +108,15 @@ def test_the_guard_gives_steep_sets_room_and_leaves_safe_ones_alone() -> None:
         ("minimax4", 4, "float16", (2,)),
         ("deepseek_v4", 10, "float16", (3, 6)),
         ("keller_jordan", 1, "float16", ()),
-        ("keller_jordan", 5, "float32", ()),
         ("keller_jordan", 25, "float32", (5, 10, 15, 20)),
         # As many restarts as are tried leave segments of five steps.
         ("keller_jordan", 25, "float16", None),
         ("you", 5, "bfloat16", None),
-    ],
-)
-def test_restarts(name: str, steps: int, dtype: str, expected: tuple[int, ...] | None) -> None:
-    assert choose_restarts(plan_polar(name, steps).rows, dtype) == expected
-    if expected is None:
-        with pytest.raises(ValueError, match=f'ns_method="gram" is unstable .* in {dtype}.* Pass '):
-            plan_polar(name, steps, "gram", dtype)
+    ):
+        assert choose_restarts(plan_polar(name, steps).rows, dtype) == expected
+        if expected is None:
+            with pytest.raises(ValueError, match=f'"gram" is unstable .* in {dtype}.* Pass ns_dt'):
+                plan_polar(name, steps, "gram", dtype)
 
 
 def test_a_restart_saves_float16() -> None:
@@ -148,25 +134,13 @@ def test_a_restart_saves_float16() -> None:
     assert worst[0] < 1.2 < worst[1]
 
 
-def with_singular_values(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    u, v = (np.linalg.qr(rng.normal(size=(size, 32)))[0] for size in (32, 96))
-    return (u * values) @ v.T
-
-
 def spectra() -> np.ndarray:
     rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.normal(size=(size, 32)))[0] for size in (32, 96))
     low_rank = rng.normal(size=(32, 4)) @ rng.normal(size=(4, 96))
-    return np.stack(
-        [
-            np.outer(rng.normal(size=32), rng.normal(size=96)),
-            np.ones((32, 96)),
-            np.eye(32, 96) * ([1.0] + [1e-4] * 95),
-            low_rank + 0.02 * rng.normal(size=(32, 96)),
-            *(with_singular_values(np.logspace(0, -p, 32), rng) for p in (0, 3)),
-            with_singular_values(1 / np.arange(1, 33), rng),
-            *rng.normal(size=(8, 32, 96)),
-        ]
-    ).astype(np.float32)
+    values = (np.ones(32), np.logspace(0, -3, 32), 1 / np.arange(1, 33), np.eye(32)[0])
+    others = [np.ones((32, 96)), np.eye(32, 96), low_rank + 0.02 * rng.normal(size=(32, 96))]
+    return np.stack([(u * s) @ v.T for s in values] + others + list(rng.normal(size=(8, 32, 96))))
 
 
 # Relative distance from the same polynomial in float64, Gaussian matrices; the documented bounds.
@@ -182,7 +156,7 @@ BOUNDS = {
 @pytest.mark.parametrize(("method", "dtype"), BOUNDS)
 @pytest.mark.parametrize("name", COEFFICIENT_SETS)
 def test_no_singular_value_leaves_the_range_of_the_set(name: str, dtype: str, method: str) -> None:
-    x, rows = spectra(), COEFFICIENT_SETS[name].rows
+    x, rows = spectra().astype(np.float32), COEFFICIENT_SETS[name].rows
     plan = plan_polar(name, ns_method=method, ns_dtype=dtype)
     with jax.disable_jit():  # each 16-bit rounding really takes place
         y = np.asarray(apply_polar(plan, jnp.asarray(x)), np.float64)
@@ -193,6 +167,10 @@ def test_no_singular_value_leaves_the_range_of_the_set(name: str, dtype: str, me
     assert np.linalg.norm(y, ord=2, axis=(-2, -1)).max() < top + (0.06 if edge else 0.015)
     assert ((x * y).sum(axis=(-2, -1)) > 0).all()  # none of them points backwards
     if name in ("keller_jordan", "you", "polar_express_1.05", "deepseek_v4"):
+        # A condition number of 1e3; deepseek_v4 amplifies the rounding of the input the most.
+        norm = np.linalg.norm(x[1].astype(np.float64))
+        error = np.linalg.norm(y[1] - polynomial_of_singular_values(x[1] / norm, list(rows)))
+        assert dtype != "float32" or error < 32**0.5 * (5e-3 if name == "deepseek_v4" else 5e-4)
         norm = np.linalg.norm(x[-8:].astype(np.float64), axis=(-2, -1), keepdims=True)
         exact = polynomial_of_singular_values(x[-8:] / norm, list(rows))
         assert np.linalg.norm(y[-8:] - exact) / np.linalg.norm(exact) < BOUNDS[method, dtype]
