@@ -8,7 +8,6 @@ from typing import Any
 
 from muonclip_jax._commands.reading import Shapes, find_params, read_shapes
 from muonclip_jax.clipping import describe_attention
-from muonclip_jax.clipping.matching import named_leaves
 from muonclip_jax.heads.finding import find_blocks
 from muonclip_jax.matrices import describe_cost
 from muonclip_jax.routing import MatrixRules, describe_labels
@@ -22,7 +21,7 @@ def describe(
     platform: str | None = None,
     **newton_schulz: Any,
 ) -> str:
-    """Describes the parameters of a checkpoint; no array of Orbax is loaded.
+    """Returns three tables of a checkpoint: labels, attention blocks and cost.
 
     Args:
         checkpoint: As for `read_shapes`.
@@ -30,15 +29,6 @@ def describe(
         rules: Where the `MatrixRules` are, "package.module:name"; None for the built-in ones.
         platform: "cpu", "gpu" or "tpu" for the cost; None is the one that JAX runs on.
         newton_schulz: `ns_coeffs`, `ns_steps`, `ns_method` and `ns_dtype`, as for `muonclip`.
-
-    Returns:
-        Three tables: `describe_labels`, `describe_attention` and `describe_cost`.
-
-    Raises:
-        ValueError: If there are no parameters, or a leaf of them cannot be routed.
-        TypeError: If `rules` leads to something else.
-        ImportError: If what reads the checkpoint, or the module of `rules`, cannot be imported.
-        OSError: If the checkpoint cannot be read.
     """
     routing = None if rules is None else load_rules(rules)
     saved = read_shapes(checkpoint)
@@ -46,7 +36,11 @@ def describe(
     where = f"{at!r} of {checkpoint}" if at else f"{checkpoint} ({_extent(saved, shapes, params)})"
     sections = {
         f"Parameters: {where}": describe_labels(shapes, routing),
-        "Attention blocks, and what QK-Clip scales in them": _attention(shapes),
+        "Attention blocks, and what QK-Clip scales in them": (
+            describe_attention(shapes)
+            if find_blocks(shapes, None)
+            else "none was found: there is nothing for QK-Clip to clip"
+        ),
         "Newton-Schulz, a step": describe_cost(shapes, routing, platform=platform, **newton_schulz),
     }
     return "\n\n".join(f"{title}\n{'-' * len(title)}\n{body}" for title, body in sections.items())
@@ -61,13 +55,7 @@ def _extent(saved: Shapes, shapes: Shapes, params: str | None) -> str:
 
 
 def load_rules(name: str) -> MatrixRules:
-    """Imports a `MatrixRules` by the name "package.module:name", from the present folder too.
-
-    Raises:
-        ValueError: If the name has another form or the module has no such value.
-        TypeError: If it is no `MatrixRules`.
-        ImportError: If there is no such module.
-    """
+    """Imports a `MatrixRules` by "package.module:name", from the current folder too."""
     module, _, attribute = name.partition(":")
     if not (module and attribute):
         raise ValueError(
@@ -84,9 +72,3 @@ def load_rules(name: str) -> MatrixRules:
             f"{name!r} is a {type(found).__name__}, expected a muonclip_jax.MatrixRules."
         )
     return found
-
-
-def _attention(shapes: Shapes) -> str:
-    if not find_blocks(named_leaves(shapes).by_path, None):
-        return "none was found: there is nothing for QK-Clip to clip"
-    return describe_attention(shapes)

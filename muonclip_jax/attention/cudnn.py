@@ -65,17 +65,14 @@ def attend_cudnn(
 def bound_from_log_sum_exp(
     log_sum_exp: Float[Array, "B T N"], query_seq_lengths: jax.Array | None = None
 ) -> Float[Array, " N"]:
-    """Returns an upper bound of every head's maximum logit from what a fused kernel returns.
-
-    A fused kernel keeps its logits to itself, but returns what its backward pass needs, for every
-    query the log-sum-exp of its logits:
+    """Returns an upper bound of every head's maximum logit, from every query's log-sum-exp.
 
         max_j s_j  <=  log sum_j exp(s_j)  <=  max_j s_j + ln(keys)
 
-    Used in place of the maximum it clips a little early, and never too late. JAX returns it in the
-    dtype of the output, where rounding to nearest may fall below the maximum by half a unit in the
-    last place; one such unit is added, so that the bound stays one. Queries beyond
-    `query_seq_lengths` `[B]` are padding; a head without any pair has -inf.
+    A clip by this bound comes a little early, and never too late. JAX returns the log-sum-exp in
+    the dtype of the output, where rounding may fall below the maximum by half a unit in the last
+    place; one such unit is added. Queries beyond `query_seq_lengths` `[B]` are padding; a head
+    without any pair has -inf.
 
     Example:
         >>> bound = bound_from_log_sum_exp(jnp.full((1, 2, 1), 3.0))

@@ -131,13 +131,11 @@ def attention_max_logits(
 
     Implementations:
         - "xla", the default: everywhere, in plain operations that any partitioner splits.
-        - "mosaic_tpu": on TPUs, a Pallas kernel that keeps the logits in the core. Tests
-          compare it with float64 in Pallas's interpreter; it has not been timed on a TPU. Products
-          of float32 are what JAX makes of them there by default, from bfloat16;
-          `jax.default_matmul_precision` raises that. On many devices each works on its own
-          sequences and key heads: inside a `jax.shard_map` over all axes of a mesh, and on meshes
-          with Explicit axes. Under Auto axes the partitioner cannot split a kernel; map over the
-          axes there.
+        - "mosaic_tpu": on TPUs, a Pallas kernel that keeps the logits in the core; tested in
+          Pallas's interpreter, not timed on a TPU. Products of float32 are made of bfloat16 unless
+          `jax.default_matmul_precision` raises that. On many devices it needs a `jax.shard_map`
+          over all axes of a mesh, or Explicit axes; under Auto axes the partitioner cannot split a
+          kernel.
 
     Args:
         query: Queries `(*B, T, N, H)`, with any number of batch axes.
@@ -146,13 +144,12 @@ def attention_max_logits(
         bias: Additive bias that broadcasts to `(*B, N, T, S)`. It is not part of the recorded
             logit, because scaling query and key cannot change it. It counts where it hides a pair:
             at `finfo(bias.dtype).min / 2` and below, -inf included, and at -1e9 and below.
-        mask: Boolean mask that broadcasts to `(*B, N, T, S)`, True where a pair takes part.
+        mask: As for `dot_product_attention`, and so are the others.
         scale: Factor of the dot products, `1 / sqrt(H)` by default.
         is_causal: Whether query `t` sees only keys up to `t`.
         query_seq_lengths: Valid queries of each sequence `(*B,)`.
         key_value_seq_lengths: Valid keys of each sequence `(*B,)`.
-        local_window_size: Query `t` sees keys from `t - left` to `t + right`; one number stands
-            for both.
+        local_window_size: Keys to the left and to the right that a query sees.
         implementation: A name from the list above, or None for "xla".
 
     Returns:

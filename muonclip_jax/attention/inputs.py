@@ -20,41 +20,44 @@ AnyArray: TypeAlias = jax.Array | np.ndarray
 Result: TypeAlias = tuple[jax.Array | None, jax.Array]
 
 
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
 def _check_sequences(query: jax.Array, key: jax.Array, value: jax.Array | None) -> None:
     arrays = {"query": query, "key": key} | ({} if value is None else {"value": value})
     for name, x in arrays.items():
-        if x.ndim < 3:
-            raise ValueError(
-                f"{name} has shape {x.shape}; attention takes (batch, time, heads, head_dim), with "
-                "any number of batch axes."
-            )
-        if x.shape[:-3] != query.shape[:-3]:
-            raise ValueError(
-                f"query and {name} must agree in batch, the axes before the last three, got "
-                f"{query.shape} and {x.shape}."
-            )
-        if x.dtype != query.dtype:
-            raise ValueError(
-                f"query is {query.dtype} and {name} is {x.dtype}; cast them to one dtype, as "
-                "jax.nn.dot_product_attention asks too."
-            )
-    if not jnp.issubdtype(query.dtype, jnp.floating):
-        raise ValueError(f"query, key and value must be real floating, got {query.dtype}.")
-    if query.shape[-1] != key.shape[-1]:
-        raise ValueError(
-            "query and key must agree in head_dim, their last axis, got "
-            f"{query.shape} and {key.shape}."
+        _require(
+            x.ndim >= 3,
+            f"{name} has shape {x.shape}; attention takes (batch, time, heads, head_dim), with any "
+            "number of batch axes.",
         )
-    if value is not None and value.shape[:-1] != key.shape[:-1]:
-        raise ValueError(
-            "key and value must agree in all but their last axis, got "
-            f"{key.shape} and {value.shape}."
+        _require(
+            x.shape[:-3] == query.shape[:-3],
+            f"query and {name} must agree in batch, the axes before the last three, got "
+            f"{query.shape} and {x.shape}.",
         )
-    if key.shape[-2] == 0 or query.shape[-2] % key.shape[-2]:
-        raise ValueError(
-            f"query has {query.shape[-2]} heads and key {key.shape[-2]}: the query heads must be a "
-            "multiple of the key heads, each key head being shared by that many."
+        _require(
+            x.dtype == query.dtype,
+            f"query is {query.dtype} and {name} is {x.dtype}; cast them to one dtype, as "
+            "jax.nn.dot_product_attention asks too.",
         )
+    real = jnp.issubdtype(query.dtype, jnp.floating)
+    _require(real, f"query, key and value must be real floating, got {query.dtype}.")
+    shapes = f"got {query.shape} and {key.shape}."
+    same = query.shape[-1] == key.shape[-1]
+    _require(same, f"query and key must agree in head_dim, their last axis, {shapes}")
+    if value is not None:
+        shapes = f"got {key.shape} and {value.shape}."
+        same = value.shape[:-1] == key.shape[:-1]
+        _require(same, f"key and value must agree in all but their last axis, {shapes}")
+    heads, key_heads = query.shape[-2], key.shape[-2]
+    _require(
+        key_heads != 0 and heads % key_heads == 0,
+        f"query has {heads} heads and key {key_heads}: the query heads must be a multiple of the "
+        "key heads, each key head being shared by that many.",
+    )
 
 
 def _grouped(name: str, x: AnyArray, full: tuple[int, ...], key_heads: int) -> jax.Array:

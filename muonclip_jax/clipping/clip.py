@@ -112,17 +112,16 @@ def apply_qk_clip(
 
         W_q[head] *= gamma ** alpha,    W_k[head] *= gamma ** (1 - alpha)
 
-    Biases are scaled like their kernels, for `q . k` is bilinear in both. Run again on the same
-    batch and weights, a clipped head's largest logit is the threshold, every other head's is what
-    it was. Heads that share their key (grouped-query attention) are clipped on the query alone;
-    latent attention's rotary key and all values stay as they are. Attention blocks are found by
-    the names of their projections; see `describe_attention`.
+    Biases are scaled like their kernels, because `q . k` is bilinear in both. On the same batch and
+    weights, a clipped head's largest logit is then the threshold, every other head's is unchanged.
+    Heads that share their key (grouped-query attention) are clipped on the query alone; latent
+    attention's rotary key and all values stay as they are. Blocks are found by the names of their
+    projections; see `describe_attention`.
 
     Where queries and keys are normalised, scaling kernels changes nothing: gains that every head
-    has for itself are clipped instead, else the block is refused. A gain is taken to be stored as
-    it multiplies. A gain that a model stores as its difference from one, `1 + w`, and a
-    normalisation that has no parameters cannot be seen in the tree; leave such blocks out with
-    `blocks`, or clip a tree that holds `1 + w`.
+    has for itself are clipped instead, else the block is refused. A gain stored as its difference
+    from one, `1 + w`, and a normalisation without parameters cannot be seen in the tree; leave such
+    blocks out with `blocks`, or clip a tree that holds `1 + w`.
 
     Call it after the weight update, with any optimizer:
 

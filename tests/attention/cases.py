@@ -75,6 +75,7 @@ CASES: dict[str, Case] = {
     "causal window": Case(
         72, 72, 4, 2, lambda r, s: {"is_causal": True, "local_window_size": (4, 0)}
     ),
+    "many blocks of a window": Case(200, 150, 2, 1, lambda r, s: {"local_window_size": (40, 30)}),
     "window past the keys": Case(72, 40, 4, 2, lambda r, s: {"local_window_size": 3}),
     "mask": Case(40, 40, 4, 2, lambda r, s: {"mask": _mask(r, s)}),
     "mask of keys": Case(40, 40, 4, 2, lambda r, s: {"mask": _mask(r, (2, 1, 1, s[3]))}),

@@ -143,6 +143,11 @@ def test_several_maxima_from_inside_the_attention_are_maxed():
     assert info.max_logits["self_attention"].tolist() == [400.0, 200.0]
     old = params["self_attention"]["query"]["bias"]
     np.testing.assert_allclose(new["self_attention"]["query"]["bias"][0], old[0] / 2, rtol=1e-6)
+    # Of blocks inside each other it is the nearest.
+    inside = {"outer": attention(heads=2) | {"self_attention": attention(heads=2)}}
+    maxima = {"outer": {"max_logits": jnp.ones(2), "self_attention": {"op": ops["train"]}}}
+    _, info = apply_qk_clip(inside, maxima)
+    assert info.max_logits["outer/self_attention"].tolist() == [1.0, 200.0]
     # What the block itself recorded comes before what its submodules did.
     _, info = apply_qk_clip(params, {"self_attention": ops | {"max_logits": jnp.ones(2)}})
     assert info.max_logits["self_attention"].tolist() == [1.0, 1.0]
