@@ -178,13 +178,15 @@ def shardings_of(model: dict[str, Any], layout: Layout, mesh: Mesh) -> Any:
 
 _TENSOR = {"heads": ("tp",), "mlp": ("tp",), "expert_mlp": ("tp",), "vocab": ("tp",)}
 _FSDP = {"embed": ("fsdp",), "q_rank": ("fsdp",), "kv_rank": ("fsdp",)}
+# The same devices under two names: those along the second axis can share a matrix.
+_FSDP_OF_TWO = dict.fromkeys(_FSDP, ("fsdp", "fsdp_inner"))
 #: Model -> name -> layout. Those of one model that fill a pod are compared with each other.
 LAYOUTS: dict[str, dict[str, Layout]] = {
     "7B dense": {
         "fsdp x tp": Layout({"fsdp": 128, "tp": 4}, _FSDP | _TENSOR),
-        "replicated": Layout({"data": 512}, {}),
+        "replicated": Layout({"data": 128, "data_inner": 4}, {}),
         "replicated, 64": Layout({"data": 64}, {}),
-        "fsdp": Layout({"fsdp": 512}, _FSDP),
+        "fsdp": Layout({"fsdp": 128, "fsdp_inner": 4}, _FSDP_OF_TWO),
         "pipeline x fsdp x tp": Layout(
             {"stage": 4, "fsdp": 32, "tp": 4}, _FSDP | _TENSOR | {"layers": ("stage",)}
         ),
@@ -197,7 +199,7 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
             _FSDP | {"experts": ("expert",), "heads": ("expert",), "vocab": ("expert",)},
         ),
         "fsdp x tp": Layout({"fsdp": 128, "tp": 8}, _FSDP | _TENSOR),
-        "fsdp": Layout({"fsdp": 1024}, _FSDP),
+        "fsdp": Layout({"fsdp": 128, "fsdp_inner": 8}, _FSDP_OF_TWO),
         "pipeline x expert x tp": Layout(
             {"stage": 4, "expert": 64, "tp": 4},
             _TENSOR | {"layers": ("stage",), "experts": ("expert",)},

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks import report_tables
-from muonclip_jax.sharding.schedule import deal
+from muonclip_jax.sharding.assignment import assign_longest_first
 
 STEPS = 5
 #: Bytes of a parameter, a gradient and a moment; of what products and results travel in.
@@ -144,12 +144,11 @@ class _Hand:
 
 
 def _hand(counts: Sequence[int], shapes: Sequence[Sequence[int]], plan: Plan, ways: int) -> _Hand:
-    hands = deal(counts, [work(*shape) for shape in shapes], plan.devices // ways)
-    if hands.padded:
-        return _of_hands(
-            [[max(column) for column in zip(*hands.counts, strict=True)]], shapes, ways
-        )
-    return _of_hands(hands.counts, shapes, ways)
+    groups = plan.devices // ways
+    assigned = assign_longest_first(counts, [work(*shape) for shape in shapes], groups, counts)
+    if assigned is None:
+        return _of_hands([[math.ceil(count / groups) for count in counts]], shapes, ways)
+    return _of_hands(assigned.counts, shapes, ways)
 
 
 def _of_hands(dealt: Sequence[Sequence[int]], shapes: Sequence[Sequence[int]], ways: int) -> _Hand:

@@ -19,6 +19,7 @@ from muonclip_jax.matrices.sequential import (
     plan_sequentially as plan_sequentially,
 )
 from muonclip_jax.matrices.stacks import (
+    Run as Run,
     Stack as Stack,
     StackPlan as StackPlan,
     map_stacks as map_stacks,

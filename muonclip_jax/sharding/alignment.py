@@ -1,16 +1,18 @@
 """Which sharding belongs to which leaf: a tree of shardings aligned with parameters by path."""
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from muonclip_jax._tree import Tree, flatten_with_paths, tree_from
-from muonclip_jax.sharding.agreement import check_reduced
-from muonclip_jax.sharding.sharding import axes_of, entries_of
+from muonclip_jax.sharding.mesh_shardings import axes_of, entries_of
+
+#: Path, array (or its shape) and sharding of a leaf; the sharding is None where it is on no mesh.
+PlacedLeaf: TypeAlias = tuple[str, Any, NamedSharding | None]
 
 
-def align_shardings(params: Tree, param_shardings: Tree) -> list[tuple[str, Any, Any]]:
+def align_shardings(params: Tree, param_shardings: Tree) -> list[PlacedLeaf]:
     """Finds the sharding of every leaf in a tree of shardings, by path.
 
     Args:
@@ -40,48 +42,52 @@ def align_shardings(params: Tree, param_shardings: Tree) -> list[tuple[str, Any,
                 f"entries are {', '.join(map(repr, list(entries)[:8])) or 'none'}. Pass the tree "
                 "jax.tree.map(lambda x: x.sharding, params) of all parameters."
             )
-        aligned.append((path, leaf, _checked(path, leaf, entries[covering])))
+        aligned.append((path, leaf, _checked(path, tuple(leaf.shape), entries[covering])))
     return aligned
 
 
-def is_entry(x: Any) -> bool:
-    """Tells what is an entry of a tree of shardings, and no branch of it."""
+def is_entry(x: object) -> bool:
+    """Tells whether `x` is an entry of a tree of shardings, and no subtree of it."""
     return x is None or isinstance(x, Sharding | PartitionSpec)
 
 
-def _checked(path: str, leaf: Any, sharding: Any) -> NamedSharding | None:
-    if sharding is None or (
-        isinstance(sharding, Sharding)
-        and not isinstance(sharding, NamedSharding)
-        and sharding.num_devices == 1
-    ):
-        return None
-    if not isinstance(sharding, NamedSharding):
+def check_reduced(path: str, sharding: NamedSharding) -> None:
+    """Raises a ValueError where a sum over mesh axes has still to be taken."""
+    if sharding.spec.unreduced:
+        raise ValueError(
+            f"{path} is unreduced over the mesh axes {tuple(sorted(sharding.spec.unreduced))}: the "
+            "sum over them has still to be taken. Take it before the update: "
+            "jax.tree.map(lambda g, p: jax.reshard(g, jax.typeof(p).sharding), grads, params)."
+        )
+
+
+def _checked(path: str, shape: tuple[int, ...], entry: object) -> NamedSharding | None:
+    if not isinstance(entry, NamedSharding):
+        if entry is None or (isinstance(entry, Sharding) and entry.num_devices == 1):
+            return None
         raise TypeError(
-            f"param_shardings has {sharding!r} at {path!r}, expected a jax.sharding.NamedSharding. "
+            f"param_shardings has {entry!r} at {path!r}, expected a jax.sharding.NamedSharding. "
             "Write NamedSharding(mesh, PartitionSpec(...)), or take it from the parameter: "
             "x.sharding."
         )
-    check_reduced(f"param_shardings at {path}", sharding)
-    shape = tuple(leaf.shape)
-    if PartitionSpec.UNCONSTRAINED in entries_of(sharding.spec):
+    check_reduced(f"param_shardings at {path}", entry)
+    if PartitionSpec.UNCONSTRAINED in entries_of(entry.spec):
         raise ValueError(
-            f"param_shardings has {sharding.spec} at {path!r}, which leaves a dimension open. "
+            f"param_shardings has {entry.spec} at {path!r}, which leaves a dimension open. "
             "Name the mesh axes that shard it, or None."
         )
-    if len(sharding.spec) > len(shape):
+    if len(entry.spec) > len(shape):
         raise ValueError(
-            f"param_shardings has {sharding.spec} at {path!r}, for {len(sharding.spec)} "
+            f"param_shardings has {entry.spec} at {path!r}, for {len(entry.spec)} "
             f"dimensions, and the parameter has shape {shape}. Write a PartitionSpec with at most "
             f"{len(shape)} entries."
         )
-    lengths = dict(sharding.mesh.shape)
-    for number, axes in enumerate(axes_of(sharding.spec, len(shape))):
-        ways = math.prod(lengths[axis] for axis in axes)
+    for number, axes in enumerate(axes_of(entry.spec, len(shape))):
+        ways = math.prod(entry.mesh.shape[axis] for axis in axes)
         if shape[number] % ways:
             raise ValueError(
                 f"param_shardings shards dimension {number} of {path!r}, shape {shape}, over "
                 f"{axes} into {ways} shards, which do not divide {shape[number]}. Shard a "
                 "dimension that they divide, or none."
             )
-    return sharding
+    return entry

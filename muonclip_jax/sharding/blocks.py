@@ -1,41 +1,41 @@
 """What one device holds of each matrix.
 
 A parameter of shape `(24, 1024, 16, 64)` sharded `P(None, "fsdp", "tp")` is 24 matrices with rows
-1024 and columns 16 * 64. A device holds of each of them a block: a part of the rows (over "fsdp")
-and of the columns (over "tp").
-
-Rows and columns may be products of axes and be sharded on any of them: a `Block` remembers the
-dimensions that sharding keeps apart.
+1024 and columns 16 * 64. A device holds a block of each: some of the rows (over "fsdp") and some of
+the columns (over "tp"). Rows and columns may be products of axes and be sharded on any of them, so
+a `Block` keeps the dimensions that sharding separates.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
-#: Names of mesh axes, the slowest first.
-Axes = tuple[str, ...]
-#: Mesh axes that shard each dimension of a leaf.
-LeafAxes = tuple[Axes, ...]
-#: Sizes of mesh axes by name.
-Sizes = Mapping[str, int]
+import jax
+from jax import lax
+
+from muonclip_jax._devices import all_gather
+from muonclip_jax.matrices import LeafPlan, Part, join_leaf, plan_leaf, split_leaf
+from muonclip_jax.routing import MatrixSpec, Split, axes_tuple
+from muonclip_jax.sharding.mesh_shardings import Axes, LeafAxes, Sizes
+
+#: Local length of a dimension, and the mesh axes that shard it.
+Dim: TypeAlias = tuple[int, Axes]
 
 
 @dataclass(frozen=True)
 class Block:
-    """A device's piece of a matrix: local lengths of its dimensions and the axes that shard them.
+    """A device's piece of a wide matrix: the dimensions that make its rows and its columns.
 
-    Attributes:
-        rows: `(length, axes)` of the dimensions that make the rows, the slowest first.
-        columns: The same of the columns.
-        transposed: Whether the parameter's own matrix is the transpose of this one.
+    `transposed` says that the parameter's own matrix is the transpose of this one.
     """
 
-    rows: tuple[tuple[int, Axes], ...]
-    columns: tuple[tuple[int, Axes], ...]
+    rows: tuple[Dim, ...]
+    columns: tuple[Dim, ...]
     transposed: bool
 
     @property
-    def dims(self) -> tuple[tuple[int, Axes], ...]:
+    def dims(self) -> tuple[Dim, ...]:
         """Rows, then columns."""
         return self.rows + self.columns
 
@@ -49,49 +49,173 @@ class Block:
         """All axes that shard the matrix."""
         return frozenset(axis for _, axes in self.dims for axis in axes)
 
-    def whole(self, sizes: Sizes) -> tuple[int, int]:
-        """Rows and columns of the whole matrix."""
-        rows, columns = (_whole_length(dims, sizes) for dims in (self.rows, self.columns))
+    def gathered_shape(self, axes: Container[str], sizes: Sizes) -> tuple[int, int]:
+        """Rows and columns once the matrix is gathered along some axes."""
+        rows, columns = (_length(dims, axes, sizes) for dims in (self.rows, self.columns))
         return rows, columns
 
 
-def _whole_length(dims: Sequence[tuple[int, Axes]], sizes: Sizes) -> int:
-    return math.prod(length * math.prod(sizes[axis] for axis in axes) for length, axes in dims)
+@dataclass(frozen=True)
+class LocalLeaf:
+    """A device's piece of a parameter.
+
+    Attributes:
+        plan: The matrices inside the piece.
+        gathered: `(dimension, axes)` along which the piece is gathered first, because it cannot be
+            split or shared as it is sharded.
+        out_gathered: `(dimension, axes)` along which its result is gathered in the end.
+        blocks: For every part of the plan, what the device holds of each matrix.
+        order: The piece's dimensions, those that count matrices first.
+        permutations: For every part, the order that makes blocks of `(matrices, *dimensions)`.
+        batch: The axes that shard batch dimensions: the matrices themselves differ along them.
+    """
+
+    plan: LeafPlan
+    gathered: tuple[tuple[int, Axes], ...]
+    out_gathered: tuple[tuple[int, Axes], ...]
+    blocks: tuple[Block, ...]
+    order: tuple[int, ...]
+    permutations: tuple[tuple[int, ...], ...]
+    batch: frozenset[str]
 
 
-def make_block(
-    reduction: Sequence[tuple[int, Axes]], output: Sequence[tuple[int, Axes]], sizes: Sizes
-) -> Block:
-    """Makes the block of a wide matrix from the parameter's own dimensions.
-
-    Args:
-        reduction: Local length and axes of every reduction axis.
-        output: The same of every output axis.
-        sizes: Sizes of the mesh axes.
-
-    Returns:
-        The block, with dimensions merged where sharding allows it; transposed where the matrix has
-        more rows than columns.
+def make_block(reduction: Sequence[Dim], output: Sequence[Dim], sizes: Sizes) -> Block:
+    """The block of a wide matrix, from the parameter's own dimensions.
 
     Example:
         >>> make_block([(64, ())], [(2, ("tp",)), (16, ())], {"tp": 4}).columns
         ((32, ('tp',)),)
     """
-    fan_in, fan_out = _whole_length(reduction, sizes), _whole_length(output, sizes)
     rows, columns = _merged(reduction), _merged(output)
-    if fan_in > fan_out:
+    if _length(reduction, sizes, sizes) > _length(output, sizes, sizes):
         return Block(columns, rows, transposed=True)
     return Block(rows, columns, transposed=False)
 
 
-def _merged(dims: Sequence[tuple[int, Axes]]) -> tuple[tuple[int, Axes], ...]:
-    merged: list[tuple[int, Axes]] = []
+def _length(dims: Sequence[Dim], gathered: Container[str], sizes: Sizes) -> int:
+    return math.prod(
+        length * math.prod(sizes[axis] for axis in axes if axis in gathered)
+        for length, axes in dims
+    )
+
+
+def _merged(dims: Sequence[Dim]) -> tuple[Dim, ...]:
+    merged: list[Dim] = []
     for length, axes in dims:
         if merged and not axes:
-            # What follows a sharded dimension whole lies together with it.
+            # An unsharded dimension is contiguous with the one before it.
             merged[-1] = (merged[-1][0] * length, merged[-1][1])
         elif merged and merged[-1][0] == 1:
             merged[-1] = (length, merged[-1][1] + axes)
         else:
             merged.append((length, axes))
     return tuple(merged) or ((1, ()),)
+
+
+def plan_local(
+    shape: Sequence[int],
+    spec: MatrixSpec,
+    in_axes: LeafAxes,
+    out_axes: LeafAxes,
+    shared: frozenset[str],
+    sizes: Sizes,
+) -> LocalLeaf:
+    """Plans what one device holds of a parameter of a shape, along `shared` axes to be shared.
+
+    Two kinds of dimensions are gathered first: one of a matrix that is sharded over an axis that
+    shares no work, and one where a shard holds pieces of several parts.
+    """
+    reduction, output = (axes_tuple(dims) for dims in spec.dims)
+    splits = {split.axis: split for split in spec.splits}
+    lengths, sharded, gathered = [], [], []
+    for axis, (length, names) in enumerate(zip(shape, in_axes, strict=True)):
+        names = tuple(name for name in names if sizes[name] > 1)
+        ways = math.prod(sizes[name] for name in names)
+        is_gathered = axis in reduction + output and not shared.issuperset(names)
+        if axis in splits and ways > 1 and not is_gathered:
+            local_split = _local_split(splits[axis], ways)
+            is_gathered = local_split is None
+            splits[axis] = local_split or splits[axis]
+        if is_gathered:
+            gathered.append((axis, names))
+            names, ways = (), 1
+        lengths.append(length // ways)
+        sharded.append(names)
+    local_spec = MatrixSpec(spec.dims, tuple(splits[split.axis] for split in spec.splits))
+    plan = plan_leaf(lengths, local_spec)
+    blocks = tuple(
+        make_block(
+            [(part.shape[axis], sharded[axis]) for axis in reduction],
+            [(part.shape[axis], sharded[axis]) for axis in output],
+            sizes,
+        )
+        for part in plan.parts
+    )
+    batch = tuple(axis for axis in range(len(shape)) if axis not in reduction + output)
+    own = tuple(axis for axis in range(len(shape)) if axis not in batch)
+    permutations = tuple(
+        (0, *(1 + own.index(axis) for axis in dims))
+        for block in blocks
+        for dims in [output + reduction if block.transposed else reduction + output]
+    )
+    differ = frozenset(name for axis in batch for name in sharded[axis])
+    out_gathered = tuple(
+        (axis, names[len(kept) :])
+        for axis, (names, kept) in enumerate(zip(in_axes, out_axes, strict=True))
+        if len(names) > len(kept)
+    )
+    order = batch + own
+    return LocalLeaf(plan, tuple(gathered), out_gathered, blocks, order, permutations, differ)
+
+
+def _local_split(split: Split, ways: int) -> Split | None:
+    """The split of one shard, where every shard is split alike; else None."""
+    if split.view is None or split.along == 0 or split.view[0] % ways:
+        return None
+    return Split(split.axis, split.sizes, (split.view[0] // ways, *split.view[1:]), split.along)
+
+
+def local_matrices(x: jax.Array, local: LocalLeaf) -> list[jax.Array]:
+    """A device's piece as the matrices of its parts, each `(count, *dimensions)`.
+
+    `to_blocks` transposes what is selected of them: were the whole piece transposed, compilers
+    would lay out the momentum and the gradient that way.
+    """
+    for axis, names in local.gathered:
+        x = lax.all_gather(x, names, axis=axis, tiled=True)
+    return [
+        piece.transpose(local.order).reshape(part.count, *_own(part, local))
+        for piece, part in zip(split_leaf(x, local.plan.splits), local.plan.parts, strict=True)
+    ]
+
+
+def to_blocks(x: jax.Array, local: LocalLeaf, part: int) -> jax.Array:
+    """Some matrices `(n, *dimensions)` of a part as blocks `(n, *block.shape)`."""
+    return x.transpose(local.permutations[part]).reshape(len(x), *local.blocks[part].shape)
+
+
+def from_blocks(blocks: Sequence[jax.Array], local: LocalLeaf) -> jax.Array:
+    """Undoes `local_matrices` and `to_blocks`."""
+    pieces = []
+    for x, part, permutation in zip(blocks, local.plan.parts, local.permutations, strict=True):
+        own = (part.count, *_own(part, local))
+        x = x.reshape([own[axis] for axis in permutation]).transpose(_inverse(permutation))
+        x = x.reshape([part.shape[axis] for axis in local.order]).transpose(_inverse(local.order))
+        pieces.append(x)
+    x = join_leaf(pieces, local.plan.splits)
+    for axis, names in local.gathered:
+        length = x.shape[axis] // lax.axis_size(names)
+        x = lax.dynamic_slice_in_dim(x, lax.axis_index(names) * length, length, axis=axis)
+    for axis, names in local.out_gathered:
+        x = all_gather(x, names, axis)
+    return x
+
+
+def _own(part: Part, local: LocalLeaf) -> list[int]:
+    """Lengths of a matrix's dimensions, in the parameter's order."""
+    count = len(local.permutations[0]) - 1
+    return [part.shape[axis] for axis in local.order[len(local.order) - count :]]
+
+
+def _inverse(permutation: Sequence[int]) -> list[int]:
+    return [permutation.index(axis) for axis in range(len(permutation))]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from muonclip_jax.sharding.blocks import Axes
+from muonclip_jax.sharding.mesh_shardings import Axes
 
 
 @dataclass(frozen=True)
@@ -11,22 +11,20 @@ class Distribution:
 
     Attributes:
         axes: The mesh axes whose devices share the work. Along the others the work is repeated, and
-            a matrix that they shard is gathered. None is all of them, but for axes that cross the
-            slow network between slices (along which every device has another
-            `device.slice_index`): those share only matrices that they shard, which have to cross in
-            any case.
-        max_matrix_bytes: A matrix larger than this (in the gradient's dtype) is never made whole on
-            one device: a group of devices shares its columns.
+            a matrix that they shard is gathered. None is all axes; but DCN axes (along which every
+            device has another `device.slice_index`) share only the matrices that they shard, which
+            have to cross the slow network in any case.
+        max_matrix_bytes: A matrix larger than this (in the gradient's dtype) is never whole on one
+            device: a group of devices shares its columns.
         max_stack_bytes: Bound on the stack of whole matrices that a device works on at once; a
-            single matrix may exceed it. It bounds temporary memory. On one device without a mesh it
-            is an upper bound too; stacks are smaller on a CPU and on a device of little memory.
-        flops_per_byte: What a byte sent between devices is worth, in floating-point operations.
-            Where a mesh has more devices than matrices, a matrix is split over a group of devices
-            if that is cheaper by this measure: those along an axis or, where all axes are Auto and
-            no mesh is set (`jax.set_mesh`), some neighbours along one. Infinity never splits for
-            speed. The default is near what current accelerators have in 16-bit arithmetic.
+            single matrix may exceed it. It bounds temporary memory. Without a mesh it is an upper
+            bound too; stacks are smaller on a CPU and on a device of little memory.
+        flops_per_byte: How many floating-point operations take as long as sending a byte to another
+            device. Where there are fewer matrices than devices, the devices along some mesh axes
+            share the columns of each matrix if that is faster by this measure. Infinity never
+            splits for speed. The default is near that of current accelerators in 16-bit arithmetic.
         shard_momentum: Whether to shard the momentum also over the axes that replicate its
-            parameter (ZeRO stage 1); updates still come home as the parameters are.
+            parameter (ZeRO-1); updates are sharded as the parameters are.
 
     Raises:
         ValueError: At construction, for a bound that is not positive, or an axis named twice.

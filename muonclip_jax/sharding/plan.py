@@ -1,33 +1,49 @@
-"""The plan as values: rounds of jobs, which say what matrix goes to which device; no arrays."""
+"""The plan of a tree as values: rounds of jobs, which say which matrix goes to which devices."""
 
+import math
 from dataclasses import dataclass
 
-from muonclip_jax.sharding.blocks import Axes, Block
-from muonclip_jax.sharding.cut import Cut
-from muonclip_jax.sharding.local import LocalLeaf
-from muonclip_jax.sharding.moves import Exchange
+from muonclip_jax.matrices import Run
+from muonclip_jax.sharding.blocks import Block, LocalLeaf
+from muonclip_jax.sharding.mesh_shardings import Axes, Sizes
 
 
 @dataclass(frozen=True)
-class Item:
-    """One matrix: number `index` of a part of a leaf, as this device counts."""
+class Exchange:
+    """How devices share a stack of matrices.
 
-    leaf: int
-    part: int
-    index: int
+    Attributes:
+        matrix_axes: Mesh axes along which devices work on different matrices.
+        column_axes: Mesh axes along which devices work on different columns of the same matrices.
+    """
+
+    matrix_axes: Axes
+    column_axes: Axes
+
+    def groups(self, sizes: Sizes) -> int:
+        """How many groups of devices there are, each with matrices of its own."""
+        return math.prod(sizes[axis] for axis in self.matrix_axes)
+
+    def ways(self, sizes: Sizes) -> int:
+        """Over how many devices each matrix is split."""
+        return math.prod(sizes[axis] for axis in self.column_axes)
 
 
 @dataclass(frozen=True)
-class Group:
-    """Matrices of a job that devices hold in the same way, in the order in which they are sent.
+class Bucket:
+    """Matrices of a job that are sharded in the same way and are sent together.
 
     Attributes:
         block: What a device holds of each.
-        order: Entry `s * groups + p` goes to group of devices `p`; None is padding.
+        runs: The matrices, as a device counts them.
+        slots: How many of them a group of devices gets at most.
+        places: Where each goes, `slot * groups + group`, ascending. Other places are padding.
     """
 
     block: Block
-    order: tuple[Item | None, ...]
+    runs: tuple[Run, ...]
+    slots: int
+    places: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -35,18 +51,16 @@ class Job:
     """Matrices of one shape that are exchanged and worked on together.
 
     Attributes:
-        rows: Rows of each matrix.
-        columns: Columns of each matrix.
+        shape: Rows and columns of each matrix.
         dtype: Their dtype, by name.
-        groups: The matrices, by how they are held.
-        table: For every group of devices the slots it received real matrices in, over all `groups`.
+        buckets: The matrices, by how they are sharded.
+        slots: For every group of devices the slots, counted over all buckets, with real matrices.
     """
 
-    rows: int
-    columns: int
+    shape: tuple[int, int]
     dtype: str
-    groups: tuple[Group, ...]
-    table: tuple[tuple[int, ...], ...]
+    buckets: tuple[Bucket, ...]
+    slots: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -56,7 +70,7 @@ class Round:
     Attributes:
         exchange: Which axes separate matrices, and which split them.
         jobs: The jobs.
-        branches: The different hands: a number of matrices for every job.
+        branches: The different numbers of matrices, one for every job.
         branch: For each group of devices, its branch.
     """
 
@@ -67,23 +81,9 @@ class Round:
 
 
 @dataclass(frozen=True)
-class DistributionPlan:
-    """Everything that a device has to do.
-
-    Attributes:
-        sizes: Names and sizes of the mesh axes.
-        leaves: What it holds of each leaf.
-        gathered: For each leaf `(dimension, axes)` along which its result is gathered in the end.
-        rounds: What it works on.
-        busiest: What the busiest device does, in floating-point operations, what it sends included.
-        mean: The mean over all devices if splitting matrices cost nothing.
-        cut: What makes two axes of one of the mesh, or None.
-    """
+class MeshPlan:
+    """What a device has to do: names and sizes of the mesh axes, its leaves, its rounds of work."""
 
     sizes: tuple[tuple[str, int], ...]
     leaves: tuple[LocalLeaf, ...]
-    gathered: tuple[tuple[tuple[int, Axes], ...], ...]
     rounds: tuple[Round, ...]
-    busiest: float = 0.0
-    mean: float = 0.0
-    cut: Cut | None = None

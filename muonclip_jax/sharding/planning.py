@@ -1,128 +1,258 @@
-"""The plan of a whole tree, from shapes, specs and shardings, and what a matrix costs."""
+"""Planning a tree: which group of devices works on which matrix, and when.
+
+Matrices whose batch axes are sharded alike and which the same devices share form a *pool* (those of
+another pipeline stage stay on that stage). Of each shape, a multiple of the number of groups is
+assigned round-robin, in rounds of bounded size. What is left over of all shapes is assigned
+together, the longest first, or split by columns over groups of devices, whichever is faster.
+Splitting costs two collectives of the small Gram matrix in every Newton-Schulz step. Matrices that
+are too large for one device are always split.
+"""
 
 import dataclasses
 import functools
+import itertools
 import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import jax.numpy as jnp
 
+from muonclip_jax.matrices import Run
 from muonclip_jax.newton_schulz import PolarPlan
-from muonclip_jax.routing import MatrixSpec
-from muonclip_jax.sharding.blocks import Axes, LeafAxes
-from muonclip_jax.sharding.cut import Cut
-from muonclip_jax.sharding.dcn_axes import sharing_axes
-from muonclip_jax.sharding.local import plan_local
+from muonclip_jax.routing import MatrixSpec, axes_tuple
+from muonclip_jax.sharding.assignment import (
+    Assignment,
+    assign_longest_first,
+    assign_round_robin,
+    branches_of,
+)
+from muonclip_jax.sharding.blocks import Block, LocalLeaf, plan_local
+from muonclip_jax.sharding.mesh_shardings import Axes, LeafAxes, Sizes
 from muonclip_jax.sharding.options import Distribution
-from muonclip_jax.sharding.plan import DistributionPlan
-from muonclip_jax.sharding.rounds import plan_distribution
+from muonclip_jax.sharding.plan import Bucket, Exchange, Job, MeshPlan, Round
 
-# By so much the busiest device may exceed the mean before an axis is cut, and so much a cut must
-# save: it has collectives between the steps.
-_EVEN = 1.1
+#: Rows, columns and dtype of a matrix.
+Kind: TypeAlias = tuple[int, int, str]
+#: Matrices of one kind: what a device holds of each, and its leaf, part and number in the part.
+Members: TypeAlias = list[tuple[Block, int, int, int]]
+Matrices: TypeAlias = Mapping[Kind, Members]
+#: How to share which matrices; no assignment is round-robin of one kind.
+Rounds: TypeAlias = list[tuple[Exchange, Matrices, Assignment | None]]
+#: `(rows, columns, dtype, ways)` to the cost of a matrix that is split `ways` ways, in
+#: floating-point operations a device, collectives included.
+Cost: TypeAlias = Callable[[int, int, str, int], float]
 
 
 @functools.lru_cache(maxsize=64)
 def plan_for(
     polar: PolarPlan,
-    shapes: tuple[tuple[int, ...], ...],
-    dtypes: tuple[str, ...],
+    shapes: tuple[tuple[tuple[int, ...], str], ...],
     specs: tuple[MatrixSpec, ...],
-    held: tuple[LeafAxes, ...],
-    homes: tuple[LeafAxes, ...],
+    in_axes: tuple[LeafAxes, ...],
+    out_axes: tuple[LeafAxes, ...],
     sizes: tuple[tuple[str, int], ...],
     options: Distribution,
-    slow: Axes = (),
-    cuts: tuple[Cut, ...] = (),
-) -> DistributionPlan:
-    """Plans the distribution of a tree; everything is hashable, and plans are remembered.
-
-    Where devices would have little or nothing to do, an axis is cut in two if that makes the
-    busiest one's work less.
+    dcn: Axes = (),
+) -> MeshPlan:
+    """Plans how the devices of a mesh share the matrices of a tree.
 
     Args:
         polar: How to orthogonalise.
-        shapes: The leaves' shapes.
-        dtypes: Their dtypes, by name.
+        shapes: The leaves' shapes and dtypes, by name.
         specs: Their normalised specs.
-        held: The axes that shard their dimensions.
-        homes: The axes that shall shard those of the results: the first ones of `held`.
-        sizes: Names and sizes of the axes.
+        in_axes: The axes that shard their dimensions.
+        out_axes: The axes that are to shard those of the results: the first ones of `in_axes`.
+        sizes: Names and sizes of the mesh axes.
         options: Who shares the work.
-        slow: The axes that cross a slow network.
-        cuts: The ways in which an axis may be cut.
-
-    Returns:
-        The plan. One with a cut speaks of the axes after it.
-
-    Raises:
-        ValueError: If `options` names an axis that there is not.
+        dcn: The axes that cross the network between slices.
     """
-    names = tuple(name for name, _ in sizes)
+    lengths = dict(sizes)
     for axis in options.axes or ():
-        if axis not in names:
+        if axis not in lengths:
             raise ValueError(
                 f"Distribution's axes={options.axes} name {axis!r}, and the mesh has the axes "
-                f"{', '.join(map(repr, names))}. Name some of those, or pass None for all."
+                f"{', '.join(map(repr, lengths))}. Name some of those, or pass None for all."
             )
+    leaves: list[LocalLeaf] = []
+    pools: dict[tuple[Axes, frozenset[str]], dict[Kind, Members]] = {}
+    for leaf, ((shape, dtype), spec) in enumerate(zip(shapes, specs, strict=True)):
+        shared = _sharing_axes(lengths, dcn, options.axes, in_axes[leaf], spec)
+        local = plan_local(shape, spec, in_axes[leaf], out_axes[leaf], shared, lengths)
+        leaves.append(local)
+        apart = shared - local.batch
+        axes = tuple(name for name, size in sizes if size > 1 and name in apart)
+        pool = pools.setdefault((axes, local.batch), {})
+        for number, (part, block) in enumerate(zip(local.plan.parts, local.blocks, strict=True)):
+            rows, columns = block.gathered_shape(lengths, lengths)
+            if rows * columns * part.count:
+                members = pool.setdefault((rows, columns, dtype), [])
+                members += [(block, leaf, number, index) for index in range(part.count)]
+    cost = functools.partial(_cost, polar, options)
+    rounds = [
+        _make_round(*arguments, lengths)
+        for (axes, _), pool in pools.items()
+        for arguments in _plan_pool(pool, axes, lengths, options, cost)
+    ]
+    return MeshPlan(sizes, tuple(leaves), tuple(rounds))
 
-    def plan_on(
-        held: tuple[LeafAxes, ...],
-        homes: tuple[LeafAxes, ...],
-        sizes: tuple[tuple[str, int], ...],
-        options: Distribution,
-    ) -> DistributionPlan:
-        names = tuple(name for name, _ in sizes)
-        leaves = [
-            plan_local(
-                shape,
-                spec,
-                axes,
-                sharing_axes(names, slow, options.axes, axes, spec.dims),
-                dict(sizes),
-            )
-            for shape, spec, axes in zip(shapes, specs, held, strict=True)
-        ]
-        gathered = [
-            tuple(
-                (dimension, axes[len(kept) :])
-                for dimension, (axes, kept) in enumerate(zip(leaf, home, strict=True))
-                if len(axes) > len(kept)
-            )
-            for leaf, home in zip(held, homes, strict=True)
-        ]
-        return plan_distribution(
-            leaves, dtypes, sizes, options, functools.partial(_cost, polar, options), gathered
-        )
 
-    plan = plan_on(held, homes, sizes, options)
-    if plan.busiest <= _EVEN * plan.mean:
-        return plan
-    best = plan
-    for cut in cuts:
-        other = plan_on(
-            tuple(map(cut.leaf, held)),
-            tuple(map(cut.leaf, homes)),
-            cut.sizes(sizes),
-            dataclasses.replace(options, axes=options.axes and cut.axes(options.axes)),
-        )
-        groups, within = cut.axes((cut.axis,))
-        splits = [turn.exchange.split for turn in other.rounds]
-        # Only neighbours share a matrix: another cut has groups of that size.
-        is_strided = any(groups in split and within not in split for split in splits)
-        if not is_strided and other.busiest < best.busiest:
-            best = dataclasses.replace(other, cut=cut)
-    return best if best.busiest * _EVEN < plan.busiest else plan
+def _sharing_axes(
+    sizes: Sizes, dcn: Axes, chosen: Axes | None, leaf: LeafAxes, spec: MatrixSpec
+) -> frozenset[str]:
+    """The mesh axes along which devices share a leaf: no DCN axis that replicates its matrices."""
+    if chosen is not None:
+        return frozenset(chosen)
+    sharded = {name for dims in spec.dims for axis in axes_tuple(dims) for name in leaf[axis]}
+    return frozenset(name for name in sizes if name not in dcn or name in sharded)
 
 
 def _cost(
     polar: PolarPlan, options: Distribution, rows: int, columns: int, dtype: str, ways: int
 ) -> float:
-    """FLOPs a device for one matrix split `ways` ways, with collectives at their price."""
     if polar.method == "svd":
         return math.inf if ways > 1 else float(rows * rows * columns)
     if ways == 1:
         return float(polar.resolve((rows, columns), dtype).flops)
     plan = dataclasses.replace(polar, method="standard").resolve((rows, columns), dtype)
-    # A ring all-reduce sends everything twice, a gather once.
+    # A ring all-reduce sends everything twice, an all-gather once.
     sent = 3 * (ways - 1) / ways * rows * rows * jnp.dtype(plan.dtype).itemsize
     return plan.flops / ways + options.flops_per_byte * sent * len(plan.rows)
+
+
+def _plan_pool(
+    pool: Matrices, axes: Axes, sizes: Sizes, options: Distribution, cost: Cost
+) -> Rounds:
+    rounds: Rounds = []
+    even: dict[Kind, Members] = {}
+    left: dict[Kind, Members] = {}
+    limits: dict[Kind, int] = {}
+    exchanges = _exchanges(axes, sizes)
+    for kind, members in pool.items():
+        # Matrices that are sharded alike are neighbours, and so are sent together.
+        members = sorted(members, key=lambda member: repr(member[0]))
+        rows, columns, dtype = kind
+        size = rows * columns * jnp.dtype(dtype).itemsize
+        exchange = min(
+            exchanges, key=lambda it: max(size / it.ways(sizes), options.max_matrix_bytes)
+        )
+        ways, groups = exchange.ways(sizes), exchange.groups(sizes)
+        limit = max(1, options.max_stack_bytes * ways // size)
+        # Nearly equal rounds; a shorter one comes last, with the leftovers.
+        depth = math.ceil(len(members) / groups)
+        length = math.ceil(depth / math.ceil(depth / limit)) * groups
+        parts = [members[start : start + length] for start in range(0, len(members), length)]
+        if ways == 1:
+            last = parts.pop()
+            stop = len(last) // groups * groups
+            even[kind], left[kind], limits[kind] = last[:stop], last[stop:], limit
+        rounds += [(exchange, {kind: part}, None) for part in parts]
+    return rounds + _last_rounds(even, left, limits, exchanges, sizes, cost)
+
+
+def _last_rounds(
+    even: Matrices,
+    left: Matrices,
+    limits: Mapping[Kind, int],
+    exchanges: Sequence[Exchange],
+    sizes: Sizes,
+    cost: Cost,
+) -> Rounds:
+    """The fastest rounds for the last even shares and the leftovers."""
+
+    def round_robin(exchange: Exchange, matrices: Matrices) -> tuple[float, Rounds]:
+        ways, groups = exchange.ways(sizes), exchange.groups(sizes)
+        assigned = [
+            assign_round_robin(len(members), cost(*kind, ways), groups)
+            for kind, members in matrices.items()
+        ]
+        return sum(one.makespan for one in assigned), [
+            (exchange, {kind: members}, None) for kind, members in matrices.items()
+        ]
+
+    def longest_first(exchange: Exchange, matrices: Matrices) -> tuple[float, Rounds]:
+        ways, groups = exchange.ways(sizes), exchange.groups(sizes)
+        assigned = assign_longest_first(
+            list(map(len, matrices.values())),
+            [cost(*kind, ways) for kind in matrices],
+            groups,
+            [limits[kind] * ways for kind in matrices],
+        )
+        if assigned is None:
+            return math.inf, []
+        return assigned.makespan, [(exchange, matrices, assigned)]
+
+    whole = exchanges[0]
+    together = {kind: even[kind] + left[kind] for kind in even if even[kind] or left[kind]}
+    evenly, rounds = round_robin(whole, {kind: even[kind] for kind in even if even[kind]})
+    left = {kind: members for kind, members in left.items() if members}
+    # On a tie the first: it has no branches, and no collectives between the steps.
+    choices = [round_robin(whole, together), longest_first(whole, together)]
+    for exchange in exchanges:
+        for assign in (round_robin, longest_first):
+            makespan, last = assign(exchange, left)
+            choices.append((evenly + makespan, rounds + last))
+    return min(choices, key=lambda choice: choice[0])[1]
+
+
+def _exchanges(axes: Axes, sizes: Sizes) -> list[Exchange]:
+    """Every way to split columns over some axes: fewest ways first, then the last, fastest axes."""
+    choices = [
+        Exchange(tuple(axis for axis in axes if axis not in columns), columns)
+        for number in range(len(axes) + 1)
+        for columns in itertools.combinations(axes, number)
+    ]
+    return sorted(
+        choices,
+        key=lambda it: (it.ways(sizes), [-axes.index(axis) for axis in it.column_axes[::-1]]),
+    )
+
+
+def _make_round(
+    exchange: Exchange, matrices: Matrices, assignment: Assignment | None, sizes: Sizes
+) -> Round:
+    """The round in which devices work on the given matrices."""
+    if assignment is None:
+        (members,) = matrices.values()
+        counts = assign_round_robin(len(members), 1.0, exchange.groups(sizes)).counts
+        branches, branch = (counts[0],), (0,) * len(counts)
+    else:
+        counts = assignment.counts
+        branches, branch = branches_of(counts)
+    jobs = tuple(
+        _make_job(kind, members, [row[number] for row in counts])
+        for number, (kind, members) in enumerate(matrices.items())
+    )
+    return Round(exchange, jobs, branches, branch)
+
+
+def _make_job(kind: Kind, members: Members, counts: Sequence[int]) -> Job:
+    """Assigns matrices one by one to the groups of devices that get some, slot after slot."""
+    groups = range(len(counts))
+    order = iter(group for slot in range(max(counts)) for group in groups if slot < counts[group])
+    buckets, slots, offset = [], [[] for _ in groups], 0
+    for block, same in itertools.groupby(members, key=lambda member: member[0]):
+        runs = _runs(block, [where for _, *where in same])
+        shares = Counter(itertools.islice(order, sum(run.stop - run.start for run in runs)))
+        depth = max(shares.values())
+        places = tuple(
+            slot * len(groups) + group
+            for slot in range(depth)
+            for group in groups
+            if slot < shares[group]
+        )
+        buckets.append(Bucket(block, runs, depth, places))
+        for group in groups:
+            slots[group] += range(offset, offset + shares[group])
+        offset += depth
+    return Job(kind[:2], kind[2], tuple(buckets), tuple(map(tuple, slots)))
+
+
+def _runs(block: Block, matrices: Sequence[Sequence[int]]) -> tuple[Run, ...]:
+    runs: list[Run] = []
+    for leaf, part, index in matrices:
+        if runs and (runs[-1].leaf, runs[-1].part, runs[-1].stop) == (leaf, part, index):
+            runs[-1] = dataclasses.replace(runs[-1], stop=index + 1)
+        else:
+            runs.append(Run(leaf, part, index, index + 1, block.transposed))
+    return tuple(runs)

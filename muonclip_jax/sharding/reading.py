@@ -6,30 +6,21 @@ shardings have to be given, as the tree `jax.tree.map(lambda x: x.sharding, para
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from muonclip_jax._tree import Tree, flatten_with_paths
-from muonclip_jax.sharding.agreement import (
-    Leaves,
-    check_devices,
-    check_one_mesh,
-    describe,
-    differ,
-)
-from muonclip_jax.sharding.alignment import align_shardings
-from muonclip_jax.sharding.blocks import Axes, LeafAxes
-from muonclip_jax.sharding.dcn_axes import slow_axes
-from muonclip_jax.sharding.sharding import MeshShardings, axes_of, sharding_of
+from muonclip_jax.sharding.alignment import PlacedLeaf, align_shardings, check_reduced
+from muonclip_jax.sharding.dcn_axes import dcn_axes
+from muonclip_jax.sharding.mesh_shardings import Axes, MeshShardings, axes_of, sharding_of
 
-AUTO_WARNING = (
-    "Muon's matrices are on a mesh of {devices} devices with Auto axes {axes}, where their "
-    "shardings cannot be seen while tracing: every device may repeat all of the orthogonalisation, "
-    "or gather inside its iterations. Pass param_shardings=jax.tree.map(lambda x: x.sharding, "
-    "params) to scale_by_muon, muon or muonclip."
+_TOGETHER = (
+    "All leaves that one transformation trains must be on one mesh. Move them there by "
+    "jax.device_put, or train the parts by transformations of their own, each called on its part."
 )
 
 
@@ -54,68 +45,67 @@ def read_shardings(
             or are still to be summed over mesh axes, or what is required cannot be known.
     """
     leaves = flatten_with_paths(tree)[0]
-    seen = [(path, leaf, sharding_of(leaf)) for path, leaf in leaves]
-    check_devices(seen)
+    seen: list[PlacedLeaf] = [(path, leaf, sharding_of(leaf)) for path, leaf in leaves]
+    _check_devices(seen)
     mesh = next((sharding.mesh for *_, sharding in seen if sharding), None)
     if param_shardings is None:
-        return None if mesh is None else _read_from_types(mesh, seen, warn, required_by)
-    check_one_mesh(seen)
+        unseen = () if mesh is None else _unseen_axes(mesh, seen, warn, required_by)
+        shardings = None if mesh is None else _mesh_shardings(mesh, mesh, seen, unseen)
+        if shardings is not None:
+            _check_one_mesh(seen)
+        return shardings
+    _check_one_mesh(seen)
     aligned = align_shardings(tree, param_shardings)
-    check_one_mesh(aligned, "param_shardings at ")
+    _check_one_mesh(aligned, "param_shardings at ")
     given = next((sharding.mesh for *_, sharding in aligned if sharding), None)
     if given is None:
         return None
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    if not mesh.empty and differ(mesh, given):
+    if not mesh.empty and _differ(mesh, given):
         raise ValueError(
-            f"param_shardings is for the mesh {describe(given)}, and the parameters are on "
-            f"{describe(mesh)}. Take the shardings from the parameters as they are now: "
+            f"param_shardings is for the mesh {_describe(given)}, and the parameters are on "
+            f"{_describe(mesh)}. Take the shardings from the parameters as they are now: "
             "jax.tree.map(lambda x: x.sharding, params)."
         )
     if mesh.empty or mesh.axis_types == given.axis_types:
         # The same mesh, and this one knows its devices.
         mesh = given
-    return _shardings(mesh, _axes_of_leaves(aligned), devices=given)
+    return _mesh_shardings(mesh, given, aligned)
 
 
-def _read_from_types(
-    mesh: Mesh | AbstractMesh, seen: Leaves, warn: bool, required_by: str
-) -> MeshShardings | None:
-    unseen: frozenset[str] = frozenset()
-    if any(isinstance(leaf, Tracer) for _, leaf, _ in seen):
-        kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-        auto = [axis for axis, kind in kinds if kind == AxisType.Auto and mesh.shape[axis] > 1]
-        if auto and required_by:
-            raise ValueError(
-                f"{required_by} needs to know the shardings of the parameters, which cannot be "
-                f"seen while tracing on a mesh with Auto axes {tuple(auto)}. Pass "
-                "param_shardings=jax.tree.map(lambda x: x.sharding, params)."
-            )
-        if auto and warn:
-            message = AUTO_WARNING.format(devices=mesh.size, axes=tuple(auto))
-            warnings.warn(message, stacklevel=3)
-        # What the Explicit axes of a mixed mesh tell is still good.
-        unseen = frozenset(auto)
-    shardings = _shardings(mesh, _axes_of_leaves(seen), unseen)
-    if shardings is not None:
-        check_one_mesh(seen)
-    return shardings
+def _unseen_axes(
+    mesh: Mesh | AbstractMesh, seen: Sequence[PlacedLeaf], warn: bool, required_by: str
+) -> Axes:
+    """The Auto axes of a mesh, where leaves are traced: their types do not tell what they shard."""
+    if not any(isinstance(leaf, Tracer) for _, leaf, _ in seen):
+        return ()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    auto = tuple(axis for axis, kind in kinds if kind == AxisType.Auto and mesh.shape[axis] > 1)
+    if auto and required_by:
+        raise ValueError(
+            f"{required_by} needs to know the shardings of the parameters, which cannot be "
+            f"seen while tracing on a mesh with Auto axes {auto}. Pass "
+            "param_shardings=jax.tree.map(lambda x: x.sharding, params)."
+        )
+    if auto and warn:
+        warnings.warn(
+            f"Muon's matrices are on a mesh of {mesh.size} devices with Auto axes {auto}, where "
+            "their shardings cannot be seen while tracing: every device may repeat all of the "
+            "orthogonalisation, or gather inside its iterations. Pass "
+            "param_shardings=jax.tree.map(lambda x: x.sharding, params) to scale_by_muon, muon or "
+            "muonclip.",
+            stacklevel=3,
+        )
+    return auto
 
 
-def _axes_of_leaves(leaves: Leaves) -> list[LeafAxes]:
-    return [
-        axes_of(sharding.spec if sharding else PartitionSpec(), leaf.ndim)
-        for _, leaf, sharding in leaves
-    ]
-
-
-def _shardings(
+def _mesh_shardings(
     mesh: Mesh | AbstractMesh,
-    leaves: Sequence[LeafAxes],
-    unseen: frozenset[str] = frozenset(),
-    devices: Mesh | AbstractMesh | None = None,
+    devices: Mesh | AbstractMesh,
+    leaves: Sequence[PlacedLeaf],
+    unseen: Axes = (),
 ) -> MeshShardings | None:
-    """Puts together what is known; `devices` is a mesh that may know more of its devices.
+    """What the axes of a mesh shard; `devices` is the same mesh, which may know its devices.
 
     Explicit axes count even where all have size one: they are in the types of the arrays, so the
     program of one device has to run where they are manual.
@@ -130,7 +120,67 @@ def _shardings(
         mesh,
         tuple((axis, mesh.shape[axis]) for axis in ours),
         tuple(
-            tuple(tuple(axis for axis in axes if axis in ours) for axes in leaf) for leaf in leaves
+            tuple(
+                tuple(axis for axis in axes if axis in ours)
+                for axes in axes_of(sharding.spec if sharding else PartitionSpec(), leaf.ndim)
+            )
+            for _, leaf, sharding in leaves
         ),
-        tuple(axis for axis in slow_axes(mesh if devices is None else devices) if axis in ours),
+        tuple(axis for axis in dcn_axes(devices) if axis in ours),
     )
+
+
+def _check_devices(leaves: Sequence[PlacedLeaf]) -> None:
+    """Raises a ValueError where arrays outside of a trace are bound to different devices."""
+    devices: dict[frozenset[jax.Device], str] = {}
+    for path, leaf, _ in leaves:
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.committed:
+            devices.setdefault(frozenset(leaf.sharding.device_set), path)
+    if len(devices) > 1:
+        (first, path), (second, other) = list(devices.items())[:2]
+        raise ValueError(
+            f"{path} is on the devices {_ids(first)}, and {other} on {_ids(second)}. {_TOGETHER}"
+        )
+
+
+def _check_one_mesh(leaves: Sequence[PlacedLeaf], prefix: str = "") -> None:
+    """Raises a ValueError where shardings are of different meshes, or leave a sum to be taken."""
+    meshes: dict[Mesh | AbstractMesh, str] = {}
+    for path, _, sharding in leaves:
+        if sharding is not None:
+            check_reduced(prefix + path, sharding)
+            meshes.setdefault(sharding.mesh, prefix + path)
+    # Those that know their devices first, so that the others' are compared with them.
+    ordered = sorted(meshes, key=lambda mesh: not isinstance(mesh, Mesh))
+    for first, other in zip(ordered[:1] * len(ordered), ordered, strict=True):
+        if other.axis_types != first.axis_types or _differ(other, first):
+            raise ValueError(
+                f"{meshes[first]} is on the mesh {_describe(first)}, and {meshes[other]} on "
+                f"{_describe(other)}. {_TOGETHER}"
+            )
+
+
+def _differ(mesh: Mesh | AbstractMesh, other: Mesh | AbstractMesh) -> bool:
+    """Whether axes differ, or the order of the devices where both know theirs."""
+    if tuple(mesh.shape.items()) != tuple(other.shape.items()):
+        return True
+    if mesh is other or not (isinstance(mesh, Mesh) and isinstance(other, Mesh)):
+        return False
+    return np.asarray(mesh.devices).tolist() != np.asarray(other.devices).tolist()
+
+
+def _describe(mesh: Mesh | AbstractMesh) -> str:
+    """A mesh in an error: its axes with sizes and types, and its devices in their order."""
+    axes = ", ".join(
+        f"{name!r}: {size} {kind.name}"
+        for (name, size), kind in zip(mesh.shape.items(), mesh.axis_types, strict=True)
+    )
+    if isinstance(mesh, Mesh):
+        axes += f"; devices {_ids(np.asarray(mesh.devices).flat)}"
+    return f"({axes})"
+
+
+def _ids(devices: Iterable[jax.Device]) -> str:
+    ids = [device.id for device in devices]
+    ids = sorted(ids) if isinstance(devices, frozenset) else ids
+    return f"[{', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''}]"

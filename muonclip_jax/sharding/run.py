@@ -1,16 +1,19 @@
-"""Orthogonalising the leaves of a tree: one device alone, or the devices of a mesh together."""
+"""The polar factors of a tree: on one device alone, or shared by the devices of a mesh."""
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from muonclip_jax.matrices.one_device import orthogonalize_on_one_device
+from muonclip_jax.matrices import map_matrices, orthogonalize_on_one_device
 from muonclip_jax.newton_schulz import (
     PolarPlan,
     apply_polar,
@@ -18,17 +21,18 @@ from muonclip_jax.newton_schulz import (
     decide_platform,
 )
 from muonclip_jax.routing import MatrixSpec
-from muonclip_jax.sharding.blocks import Axes
-from muonclip_jax.sharding.cut import Cut, possible_cuts
-from muonclip_jax.sharding.map import map_distributed
+from muonclip_jax.sharding.blocks import from_blocks, local_matrices, to_blocks
+from muonclip_jax.sharding.exchange import gather_matrices, members_sent, scatter_results
+from muonclip_jax.sharding.mesh_shardings import Axes, MeshShardings
 from muonclip_jax.sharding.options import Distribution
-from muonclip_jax.sharding.plan import DistributionPlan, Job, Round
+from muonclip_jax.sharding.plan import Bucket, Exchange, Job, MeshPlan, Round
 from muonclip_jax.sharding.planning import plan_for
-from muonclip_jax.sharding.sharding import MeshShardings, alike, place
 
-# On a CPU one product fills the cores, so a stack is worked on matrix by matrix: up to this many
-# written out, more in a loop.
-_UNROLLED_ON_CPU = 4
+# More slices than this make the program long.
+_SLICES = 16
+
+#: How to orthogonalise; the plan of the mesh, None for one device; the specs; the bound on a stack.
+_Settings: TypeAlias = tuple[PolarPlan, MeshPlan | None, tuple[MatrixSpec, ...], int]
 
 
 def orthogonalize_leaves(
@@ -50,8 +54,8 @@ def orthogonalize_leaves(
         specs: The normalised spec of each.
         in_shardings: How the leaves are sharded (`read_shardings`); None where there is no mesh, or
             where all its axes are manual.
-        out_shardings: How the results are to be sharded: over fewer mesh axes than the leaves. None
-            is as the leaves are.
+        out_shardings: How the results are to be sharded: over the first of the axes that shard the
+            leaves. None is as the leaves are.
         axis_name: Names of axes that are mapped already (by `pmap` or `shard_map`) and along which
             the leaves are equal.
         distribution: How the devices share the work; None is `Distribution()`.
@@ -63,91 +67,50 @@ def orthogonalize_leaves(
         ValueError: If `distribution` names an axis that the mesh does not have, or an axis of
             `axis_name` is not mapped.
     """
-    options = Distribution() if distribution is None else distribution
-    mesh = in_shardings and in_shardings.mesh
-    polar, eps = decide_platform(polar, eps, directions, mesh)
-    results: dict[int, jax.Array] = {}
-    for group in alike(directions):
-        polars = _orthogonalize_alike(
-            polar,
-            eps,
-            [directions[leaf] for leaf in group],
-            [specs[leaf] for leaf in group],
-            in_shardings and in_shardings.of(group),
-            out_shardings and out_shardings.of(group),
-            axis_name,
-            options,
-        )
-        results.update(zip(group, polars, strict=True))
-    return [results[leaf] for leaf in range(len(directions))]
-
-
-def _orthogonalize_alike(
-    polar: PolarPlan,
-    eps: jax.typing.ArrayLike,
-    leaves: Sequence[jax.Array],
-    specs: Sequence[MatrixSpec],
-    shardings: MeshShardings | None,
-    homes: MeshShardings | None,
-    axis_name: Axes,
-    options: Distribution,
-) -> list[jax.Array]:
-    mapped = tuple((name, _mapped_size(name)) for name in axis_name)
-    sizes = mapped + (shardings.sizes if shardings else ())
-    if math.prod(size for _, size in sizes) == 1:
-        plan = OneDevicePlan(tuple(specs), options.max_stack_bytes)
-    else:
-        held = shardings.leaves if shardings else tuple(((),) * leaf.ndim for leaf in leaves)
+    # In a checked `shard_map`, a stack of two leaves varies along the mesh axes of both, and so
+    # would the results of both: leaves that vary along different axes share no stack.
+    kinds = [getattr(jax.typeof(leaf), "manual_axis_type", None) for leaf in directions]
+    if len(set(kinds)) > 1:
+        results = list(directions)
+        for kind in dict.fromkeys(kinds):
+            alike = [leaf for leaf, other in enumerate(kinds) if other == kind]
+            polars = orthogonalize_leaves(
+                polar,
+                eps,
+                [directions[leaf] for leaf in alike],
+                [specs[leaf] for leaf in alike],
+                in_shardings and in_shardings.of(alike),
+                out_shardings and out_shardings.of(alike),
+                axis_name,
+                distribution,
+            )
+            for leaf, result in zip(alike, polars, strict=True):
+                results[leaf] = result
+        return results
+    options = distribution or Distribution()
+    polar, eps = decide_platform(polar, eps, directions, in_shardings and in_shardings.mesh)
+    sizes = tuple((name, _mapped_size(name)) for name in axis_name)
+    sizes += in_shardings.sizes if in_shardings else ()
+    plan = None
+    if math.prod(size for _, size in sizes) > 1:
+        in_axes = in_shardings.leaves if in_shardings else tuple(((),) * x.ndim for x in directions)
         plan = plan_for(
             polar,
-            tuple(leaf.shape for leaf in leaves),
-            tuple(leaf.dtype.name for leaf in leaves),
+            tuple((x.shape, x.dtype.name) for x in directions),
             tuple(specs),
-            held,
-            homes.leaves if homes else held,
+            in_axes,
+            out_shardings.leaves if out_shardings else in_axes,
             sizes,
             options,
-            shardings.slow if shardings else (),
-            possible_cuts(shardings.mesh, sizes, shardings.slow) if shardings else (),
+            in_shardings.dcn if in_shardings else (),
         )
-    if shardings is None:
-        return _local_program(polar, plan, eps, *leaves)
-    homes = homes or shardings
-    cut = plan.cut if isinstance(plan, DistributionPlan) else None
-    seen, seen_homes = (_cut(one, cut) for one in (shardings, homes))
-    results = _program(
-        polar,
-        plan,
-        seen.mesh,
-        frozenset(name for name, _ in seen.sizes),
-        seen.specs(),
-        seen_homes.specs(),
-        eps,
-        list(leaves),
-    )
-    if cut:
-        # What comes after shall see the caller's mesh.
-        results = [place(x, home) for x, home in zip(results, homes.shardings(), strict=True)]
-    return results
-
-
-@dataclasses.dataclass(frozen=True)
-class OneDevicePlan:
-    """The specs of the leaves, and the bound on a stack."""
-
-    specs: tuple[MatrixSpec, ...]
-    max_stack_bytes: int
-
-
-def _cut(shardings: MeshShardings, cut: Cut | None) -> MeshShardings:
-    if cut is None:
-        return shardings
-    assert isinstance(shardings.mesh, Mesh)
-    return MeshShardings(
-        cut.mesh(shardings.mesh),
-        cut.sizes(shardings.sizes),
-        tuple(map(cut.leaf, shardings.leaves)),
-        shardings.slow,
+    settings = (polar, plan, tuple(specs), options.max_stack_bytes)
+    if in_shardings is None:
+        return _run_locally(settings, eps, *directions)
+    names = frozenset(name for name, _ in in_shardings.sizes)
+    out_specs = (out_shardings or in_shardings).specs()
+    return _run_on_mesh(
+        settings, in_shardings.mesh, names, in_shardings.specs(), out_specs, eps, list(directions)
     )
 
 
@@ -161,61 +124,166 @@ def _mapped_size(name: str) -> int:
         ) from error
 
 
-def _work(polar: PolarPlan, eps: jax.typing.ArrayLike, stack: jax.Array, split: Axes) -> jax.Array:
-    if split:
-        return apply_polar_by_columns(polar, stack, split, eps)
-    count = stack.shape[0]
-    if polar.platform != "cpu" or count == 1:
-        return apply_polar(polar, stack, eps)
-    if count <= _UNROLLED_ON_CPU:
-        return jnp.stack([apply_polar(polar, x, eps) for x in stack])
-    return lax.map(lambda x: apply_polar(polar, x, eps), stack)
-
-
-def _local_program(
-    polar: PolarPlan,
-    plan: DistributionPlan | OneDevicePlan,
-    eps: jax.typing.ArrayLike,
-    *leaves: jax.Array,
-) -> list[jax.Array]:
-    if isinstance(plan, OneDevicePlan):
-        return orthogonalize_on_one_device(polar, eps, leaves, plan.specs, plan.max_stack_bytes)
-    return map_distributed(
-        lambda stack, split: _work(polar, eps, stack, split),
-        lambda x: x,
-        [leaves],
-        plan,
-        functools.partial(_sent, polar),
-    )
-
-
-def _sent(polar: PolarPlan, job: Job, turn: Round) -> str:
-    """Results travel home in what they were computed in, where that is narrower."""
-    if turn.exchange.split and polar.method != "svd":
-        polar = dataclasses.replace(polar, method="standard")
-    resolved = polar.resolve((job.rows, job.columns), job.dtype)
-    work = jnp.dtype(resolved.dtype)
-    return job.dtype if work.itemsize >= jnp.dtype(job.dtype).itemsize else work.name
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
-def _program(
-    polar: PolarPlan,
-    plan: DistributionPlan | OneDevicePlan,
+# A call outside of jit compiles as a whole, and once.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _run_on_mesh(
+    settings: _Settings,
     mesh: Mesh | AbstractMesh,
     names: frozenset[str],
-    specs: tuple[PartitionSpec, ...],
-    homes: tuple[PartitionSpec, ...],
+    in_specs: tuple[PartitionSpec, ...],
+    out_specs: tuple[PartitionSpec, ...],
     eps: jax.typing.ArrayLike,
     leaves: list[jax.Array],
 ) -> list[jax.Array]:
-    # Results are equal along the axes that replicate them because all of them gather the same
-    # matrices; JAX cannot see that (check_vma).
+    # Results are equal along the axes that replicate them, since all of their devices gather the
+    # same matrices; JAX cannot see that (check_vma).
     return jax.shard_map(
-        functools.partial(_local_program, polar, plan),
+        functools.partial(_run_locally, settings),
         mesh=mesh,
-        in_specs=(PartitionSpec(), *specs),
-        out_specs=list(homes),
+        in_specs=(PartitionSpec(), *in_specs),
+        out_specs=list(out_specs),
         axis_names=set(names),
         check_vma=False,
     )(eps, *leaves)
+
+
+def _run_locally(
+    settings: _Settings, eps: jax.typing.ArrayLike, *leaves: jax.Array
+) -> list[jax.Array]:
+    """One device's program: gather matrices, orthogonalise them, scatter the results."""
+    polar, plan, specs, max_stack_bytes = settings
+    if plan is None:
+        return orthogonalize_on_one_device(polar, eps, leaves, specs, max_stack_bytes)
+    sizes = dict(plan.sizes)
+    parts = [local_matrices(x, local) for x, local in zip(leaves, plan.leaves, strict=True)]
+    # The results of each part, whose matrices are worked on in order.
+    done: list[list[list[jax.Array]]] = [[[] for _ in xs] for xs in parts]
+    for round_ in plan.rounds:
+        exchange = round_.exchange
+        gathered = [
+            [
+                gather_matrices(
+                    _select_blocks(parts, plan, bucket, exchange), bucket.block, exchange, sizes
+                )
+                for bucket in job.buckets
+            ]
+            for job in round_.jobs
+        ]
+        polars = _orthogonalize_stacks(polar, eps, list(map(jnp.concatenate, gathered)), round_)
+        for job, result in zip(round_.jobs, polars, strict=True):
+            result, start = result.astype(_sent_dtype(polar, job, exchange)), 0
+            for bucket in job.buckets:
+                slots = lax.slice_in_dim(result, start, start + bucket.slots)
+                start += bucket.slots
+                scattered = scatter_results(slots, bucket, exchange, sizes)
+                for run, blocks in zip(bucket.runs, scattered, strict=True):
+                    done[run.leaf][run.part].append(blocks)
+    results = []
+    for like, local, xs, ys in zip(leaves, plan.leaves, parts, done, strict=True):
+        # A part without entries is its own result.
+        blocks = [
+            jnp.concatenate(pieces or [to_blocks(x, local, part)])
+            for part, (x, pieces) in enumerate(zip(xs, ys, strict=True))
+        ]
+        results.append(from_blocks(blocks, local).astype(like.dtype))
+    return results
+
+
+def _select_blocks(
+    parts: Sequence[Sequence[jax.Array]], plan: MeshPlan, bucket: Bucket, exchange: Exchange
+) -> jax.Array:
+    """The blocks of a bucket that this device sends."""
+    members, replicating = members_sent(bucket, exchange, dict(plan.sizes))
+    xs = [parts[run.leaf][run.part][run.start : run.stop] for run in bucket.runs]
+
+    def blocks_of(number: int, x: jax.Array) -> jax.Array:
+        run = bucket.runs[number]
+        return to_blocks(x, plan.leaves[run.leaf], run.part)
+
+    if not replicating:
+        (order,) = members
+        stack = jnp.concatenate([blocks_of(number, x) for number, x in enumerate(xs)])
+        if bucket.places == tuple(range(len(stack))):
+            return jnp.pad(stack, [(0, len(order) - len(stack))] + [(0, 0)] * (stack.ndim - 1))
+        return stack[order]
+    me = lax.axis_index(replicating)
+    bounds = np.cumsum([0, *map(len, xs)])
+    sources = np.searchsorted(bounds, members, side="right") - 1
+    indices = (members - bounds[sources]).astype(np.int32)
+    pieces = []
+    # Neighbours that come from the same runs, whatever the device's place, are selected together.
+    for runs, columns in itertools.groupby(
+        range(members.shape[1]), key=lambda column: sorted({*sources[:, column].tolist()})
+    ):
+        some = list(columns)
+        source, index = (jnp.asarray(table[:, some])[me] for table in (sources, indices))
+        piece = blocks_of(runs[0], _take(xs[runs[0]], index))
+        for run in runs[1:]:
+            here = (source == run).reshape(-1, *[1] * (piece.ndim - 1))
+            piece = jnp.where(here, blocks_of(run, _take(xs[run], index)), piece)
+        pieces.append(piece)
+    return jnp.concatenate(pieces)
+
+
+def _take(x: jax.Array, indices: jax.Array) -> jax.Array:
+    """Some matrices of `x`. Before a few slices compilers compute no more of it than those."""
+    if len(indices) > _SLICES:
+        return x.at[indices].get(mode="clip")
+    return jnp.concatenate([lax.dynamic_slice_in_dim(x, index, 1) for index in indices])
+
+
+def _orthogonalize_stacks(
+    polar: PolarPlan, eps: jax.typing.ArrayLike, stacks: list[jax.Array], round_: Round
+) -> list[jax.Array]:
+    """Works on the matrices that this device received, and on as little padding as it can."""
+    me = lax.axis_index(round_.exchange.matrix_axes)
+
+    def work(counts: tuple[int, ...], stacks: list[jax.Array]) -> list[jax.Array]:
+        return [
+            jnp.concatenate([_polars(polar, eps, x[:count], round_), x[count:]]) if count else x
+            for count, x in zip(counts, stacks, strict=True)
+        ]
+
+    # This device's own matrices first, and back in the end; other slots may hold anything.
+    packings = [_packing(job) for job in round_.jobs]
+    stacks = [
+        x if packing is None else x[jnp.asarray(packing[0])[me]]
+        for x, packing in zip(stacks, packings, strict=True)
+    ]
+    branches = [functools.partial(work, counts) for counts in round_.branches]
+    if len(branches) > 1:
+        stacks = lax.switch(jnp.asarray(np.array(round_.branch, np.int32))[me], branches, stacks)
+    else:
+        stacks = branches[0](stacks)
+    return [
+        x if packing is None else x[jnp.asarray(packing[1])[me]]
+        for x, packing in zip(stacks, packings, strict=True)
+    ]
+
+
+def _packing(job: Job) -> tuple[np.ndarray, np.ndarray] | None:
+    """For every group, its slots with real matrices before the others, and the inverse; or None."""
+    slots, most = sum(bucket.slots for bucket in job.buckets), max(map(len, job.slots))
+    if len(job.buckets) == 1:
+        return None
+    packed = np.array([[*row, *sorted({*range(slots)}.difference(row))] for row in job.slots])
+    inverse = np.argsort(packed, axis=1).clip(max=most - 1)
+    return packed[:, :most].astype(np.int32), inverse.astype(np.int32)
+
+
+def _polars(
+    polar: PolarPlan, eps: jax.typing.ArrayLike, stack: jax.Array, round_: Round
+) -> jax.Array:
+    if round_.exchange.column_axes:
+        return apply_polar_by_columns(polar, stack, round_.exchange.column_axes, eps)
+    if polar.platform == "cpu":
+        return map_matrices(lambda x: apply_polar(polar, x, eps), stack)
+    return apply_polar(polar, stack, eps)
+
+
+def _sent_dtype(polar: PolarPlan, job: Job, exchange: Exchange) -> str:
+    """Results are sent in the dtype that they were computed in, where that is narrower."""
+    if exchange.column_axes and polar.method != "svd":
+        polar = dataclasses.replace(polar, method="standard")
+    work = jnp.dtype(polar.resolve(job.shape, job.dtype).dtype)
+    return job.dtype if work.itemsize >= jnp.dtype(job.dtype).itemsize else work.name

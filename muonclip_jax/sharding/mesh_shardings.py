@@ -1,15 +1,21 @@
-"""How leaves lie on a mesh, as values: `MeshShardings`, what an array tells, and placing one."""
+"""`MeshShardings`: a mesh, and which of its axes shard each dimension of each leaf."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from muonclip_jax._devices import entry_axes
-from muonclip_jax.sharding.blocks import Axes, LeafAxes
+
+#: Names of mesh axes, the slowest first.
+Axes: TypeAlias = tuple[str, ...]
+#: Mesh axes that shard each dimension of a leaf.
+LeafAxes: TypeAlias = tuple[Axes, ...]
+#: Sizes of mesh axes by name.
+Sizes: TypeAlias = Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,15 +24,15 @@ class MeshShardings:
 
     Attributes:
         mesh: The mesh, as `jax.shard_map` takes it.
-        sizes: Names and sizes of the axes that are not manual already, the slowest first.
+        sizes: Names and sizes of the axes that are not manual, the slowest first.
         leaves: For every leaf, the axes that shard each of its dimensions.
-        slow: Those of the axes that cross a slow network.
+        dcn: Those of the axes that cross the slow network between slices.
     """
 
     mesh: Mesh | AbstractMesh
     sizes: tuple[tuple[str, int], ...]
     leaves: tuple[LeafAxes, ...]
-    slow: Axes = ()
+    dcn: Axes = ()
 
     def of(self, leaves: Sequence[int]) -> "MeshShardings":
         """The shardings of some of the leaves."""
@@ -34,8 +40,13 @@ class MeshShardings:
 
     @property
     def inside_manual(self) -> bool:
-        """Whether this is inside of a `shard_map` over other axes of the mesh."""
+        """Whether this is inside a `shard_map` over other axes of the mesh."""
         return AxisType.Manual in self.mesh.axis_types
+
+    @property
+    def axis_types(self) -> dict[str, AxisType]:
+        """The type of each axis of the mesh."""
+        return dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
 
     def shardings(self) -> tuple[NamedSharding, ...]:
         """The leaves' shardings."""
@@ -47,7 +58,7 @@ class MeshShardings:
 
 
 def place(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """Brings `x` to a sharding, whether it is traced or not and whatever the types of the axes."""
+    """Brings `x` to a sharding, traced or not and whatever the types of the axes."""
     if not isinstance(x, Tracer):
         return jax.device_put(x, on_devices(sharding))
     kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
@@ -82,21 +93,8 @@ def on_devices(sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(mesh, sharding.spec)
 
 
-def alike(leaves: Sequence[jax.Array]) -> list[list[int]]:
-    """Groups leaves by the manual axes that they differ along, where JAX keeps account of those.
-
-    In a `shard_map` with `check_vma` a stack of two leaves differs along whatever one of them
-    differs along, and so would all its results: a dense kernel that shares a stack with experts
-    would come out as one that its `out_specs` may not call replicated.
-    """
-    groups: dict[Any, list[int]] = {}
-    for number, leaf in enumerate(leaves):
-        groups.setdefault(getattr(jax.typeof(leaf), "manual_axis_type", None), []).append(number)
-    return list(groups.values())
-
-
-def sharding_of(x: Any) -> NamedSharding | None:
-    """What is known now: of an array, where it lies; of a traced one, what its type says."""
+def sharding_of(x: object) -> NamedSharding | None:
+    """The sharding that is known now: an array's own, or the one in a traced array's type."""
     sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
         return None
@@ -110,6 +108,6 @@ def axes_of(spec: PartitionSpec, rank: int) -> LeafAxes:
 
 
 def entries_of(spec: PartitionSpec) -> tuple[Any, ...]:
-    """The entries of a spec, which JAX does not unpack where it has axes to be reduced over too."""
+    """The entries of a spec, which JAX does not unpack where it has unreduced axes too."""
     # Older specs have no `partitions`.
     return tuple(getattr(spec, "partitions", spec))

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import muonclip_jax as mc
 from benchmarks.hlo import tally
-from tests.transforms.share import SHAPE, check_share, compiled_step, mesh_of, work
+from tests.sharding.share import SHAPE, check_share, compiled_step, mesh_of, work
 
 BOTH_WAYS = {"all-to-all": 2}
 # Sharding, and what is moved.
@@ -65,11 +65,11 @@ def test_a_stack_without_matrices_has_no_work():
     ("shapes", "bounds"),
     [
         # Three matrices on eight devices: what comes home are three, not eight.
-        ({"a": (2, 16, 24), "b": (1, 7, 9), "c": (1, 16, 24)}, {"_GATHERED_BYTES": 1}),
+        ({"a": (2, 16, 24), "b": (1, 7, 9), "c": (1, 16, 24)}, {"_PADDING_BYTES": 1}),
         # One for every device; more than shall be gathered at once.
         (
             {"a": (6, 16, 24), "b": (2, 16, 24)},
-            {"_GATHERED_BYTES": 1, "_GATHERED_AT_ONCE": 4000},
+            {"_PADDING_BYTES": 1, "_GATHERED_AT_ONCE": 4000},
         ),
     ],
     ids=["padding", "much"],
@@ -78,7 +78,7 @@ def test_results_come_home_by_owner_and_without_padding(
     shapes: dict[str, tuple[int, ...]], bounds: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ):
     for name, bound in bounds.items():
-        monkeypatch.setattr(f"muonclip_jax.sharding.moves.{name}", bound)
+        monkeypatch.setattr(f"muonclip_jax.sharding.exchange.{name}", bound)
     mesh = mesh_of(jax.devices(), (8,), ("data",))
     options = mc.Distribution(flops_per_byte=float("inf"))
     tx: Any = mc.scale_by_muon(

@@ -8,7 +8,7 @@ from jax.sharding import Mesh, PartitionSpec as P
 import muonclip_jax as mc
 from benchmarks.compilers import compiling_for, tpu_devices
 from benchmarks.hlo import tally
-from tests.transforms.share import check_share, compiled_step, mesh_of, work
+from tests.sharding.share import check_share, compiled_step, mesh_of, work
 
 pytest.importorskip("libtpu")
 

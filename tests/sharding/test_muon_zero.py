@@ -9,23 +9,32 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
-from tests.transforms.share import mesh_of
 
-SHARDINGS = [P(), P(None, "fsdp"), P(None, None, "fsdp"), P(None, "tp"), P(None, None, "tp")]
-OPTIONS = {
-    "whole": {"flops_per_byte": float("inf")},
-    # The axis that the parameter lacks shares its columns, or all of both do.
-    "split": {"flops_per_byte": 0.0},
-    "too large": {"max_matrix_bytes": 64},
-}
 #: Wide and tall: the wide matrix of the plan is the parameter's transpose.
 SHAPES = {"wide": (3, 16, 32), "tall": (1, 32, 16)}
+WHOLE, SPLIT, LARGE = (
+    {"flops_per_byte": float("inf")},
+    # The axis that the parameter lacks shares its columns, or all of both do.
+    {"flops_per_byte": 0.0},
+    {"max_matrix_bytes": 64},
+)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("at", SHARDINGS, ids=str)
-def test_updates_are_those_of_one_device(at: P, options: dict[str, Any]):
-    mesh = mesh_of(jax.devices(), (4, 2))
+@pytest.mark.parametrize(
+    ("at", "options", "kind"),
+    [
+        (P(), WHOLE, AxisType.Auto),
+        (P(), LARGE, AxisType.Explicit),
+        (P(None, "fsdp"), SPLIT, AxisType.Auto),
+        (P(None, None, "fsdp"), WHOLE, AxisType.Explicit),
+        (P(None, None, "fsdp"), LARGE, AxisType.Auto),
+        (P(None, "tp"), LARGE, AxisType.Auto),
+        (P(None, "tp"), WHOLE, AxisType.Auto),
+        (P(None, None, "tp"), SPLIT, AxisType.Explicit),
+    ],
+)
+def test_updates_are_those_of_one_device(at: P, options: dict[str, Any], kind: AxisType):
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(kind, kind))
     alone = {
         name: jax.random.normal(jax.random.key(number), shape)
         for number, (name, shape) in enumerate(SHAPES.items())

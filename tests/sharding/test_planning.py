@@ -1,0 +1,309 @@
+"""Who works on which matrix: plans, assignments, and every matrix of every sharding in float64."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from muonclip_jax.newton_schulz import plan_polar
+from muonclip_jax.routing import MatrixSpec, Split, axes_tuple
+from muonclip_jax.sharding import Distribution, orthogonalize_leaves, read_shardings
+from muonclip_jax.sharding.assignment import assign_longest_first, assign_round_robin
+from muonclip_jax.sharding.plan import MeshPlan
+from muonclip_jax.sharding.planning import plan_for
+from tests.helpers import TOLERANCE, polynomial_of_singular_values
+
+SIZES = (("fsdp", 4), ("tp", 2))
+FSDP, TP, BOTH, SWAPPED = ("fsdp",), ("tp",), ("fsdp", "tp"), ("tp", "fsdp")
+ROWS = [(3.4445, -4.7750, 2.0315)] * 2
+POLAR = plan_polar(ROWS, ns_method="standard", ns_dtype="float32", platform="cpu")
+
+# name -> (shape, spec, axes that shard each dimension)
+LEAVES: dict[str, tuple[Any, ...]] = {
+    "replicated": ((8, 16), MatrixSpec(), ((), ())),
+    "rows": ((8, 16), MatrixSpec(), (FSDP, ())),
+    "columns": ((8, 16), MatrixSpec(), ((), FSDP)),
+    "rows and columns": ((8, 16), MatrixSpec(), (TP, FSDP)),
+    "both on rows": ((8, 16), MatrixSpec(), (SWAPPED, ())),
+    "both on columns": ((8, 16), MatrixSpec(), ((), BOTH)),
+    "tall": ((16, 8), MatrixSpec(), (FSDP, TP)),
+    "square": ((8, 8), MatrixSpec(), (TP, FSDP)),
+    "heads": ((8, 4, 4), MatrixSpec((0, (1, 2))), (TP, FSDP, ())),
+    "inside of heads": ((8, 4, 4), MatrixSpec((0, (1, 2))), ((), TP, FSDP)),
+    "attention out": ((4, 4, 8), MatrixSpec(((0, 1), 2)), (TP, (), FSDP)),
+    "layers": ((5, 8, 12), MatrixSpec((1, 2)), ((), TP, FSDP)),
+    "pipeline stages": ((8, 8, 12), MatrixSpec((1, 2)), (FSDP, TP, ())),
+    "experts": ((4, 4, 8, 12), MatrixSpec((2, 3)), (FSDP, TP, (), ())),
+    "fused": ((8, 24), MatrixSpec((0, 1), Split(1, (8, 8, 8))), (FSDP, TP)),
+    "fused, other axis": ((8, 24), MatrixSpec((0, 1), Split(1, (8, 8, 8))), (FSDP, ())),
+    "interleaved": (
+        (8, 24),
+        MatrixSpec((0, 1), Split(1, (1, 1, 1), view=(4, 3, 2), along=1)),
+        (TP, FSDP),
+    ),
+    "one row": ((1, 8), MatrixSpec(), ((), FSDP)),
+}
+OPTIONS = {
+    "all axes": Distribution(),
+    "fast axis": Distribution(axes=TP),
+    "split": Distribution(flops_per_byte=0.0),
+    "too large": Distribution(max_matrix_bytes=64),
+    "short stacks": Distribution(max_stack_bytes=64),
+}
+LARGE, SMALL = ((8, 32), MatrixSpec(), (FSDP, TP)), ((8, 8), MatrixSpec(), ((), FSDP))
+
+
+def plan_of(
+    leaves: list[tuple[Any, ...]], options: Distribution | None = None, sizes: Any = SIZES
+) -> MeshPlan:
+    shapes, specs, axes = zip(*leaves, strict=True)
+    shapes = tuple((shape, "float32") for shape in shapes)
+    return plan_for(POLAR, shapes, specs, axes, axes, sizes, options or Distribution())
+
+
+def flops(*shape: int) -> float:
+    return POLAR.resolve(shape, "float32").flops
+
+
+def load(plan: MeshPlan) -> float:
+    """FLOPs of the busiest device."""
+    return sum(
+        max(
+            sum(n * flops(*job.shape) for n, job in zip(branch, round_.jobs, strict=True))
+            for branch in round_.branches
+        )
+        / round_.exchange.ways(dict(plan.sizes))
+        for round_ in plan.rounds
+    )
+
+
+# Plans
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_matrix_has_a_place_of_its_own_and_a_device_that_works_on_it(options: Distribution):
+    plan = plan_of(list(LEAVES.values()), options)
+    seen = []
+    for round_ in plan.rounds:
+        groups = round_.exchange.groups(dict(plan.sizes))
+        for number, job in enumerate(round_.jobs):
+            for bucket in job.buckets:
+                seen += [
+                    (run.leaf, run.part, i)
+                    for run in bucket.runs
+                    for i in range(run.start, run.stop)
+                ]
+                count = sum(run.stop - run.start for run in bucket.runs)
+                assert len(set(bucket.places)) == count
+                assert max(bucket.places) < bucket.slots * groups
+            for branch, slots in zip(round_.branch, job.slots, strict=True):
+                assert len(slots) <= round_.branches[branch][number]
+    assert sorted(seen) == sorted(
+        (leaf, part, index)
+        for leaf, local in enumerate(plan.leaves)
+        for part, matrices in enumerate(local.plan.parts)
+        for index in range(matrices.count)
+    )
+
+
+LLAMA = (
+    [((24, 4096, 4096), MatrixSpec((1, 2)), ((), FSDP, TP))] * 4
+    + [((24, 4096, 11008), MatrixSpec((1, 2)), ((), FSDP, TP))] * 3
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("leaves", "expected"),
+    [
+        ([LEAVES["rows"]], flops(8, 16)),
+        ([LEAVES["rows"]] * 8, flops(8, 16)),
+        ([LEAVES["rows"]] * 13, 2 * flops(8, 16)),
+        # Leftovers of several shapes share the padding.
+        ([LARGE] * 5 + [SMALL] * 3, flops(8, 32)),
+        ([LARGE] * 12 + [SMALL] * 5, 2 * flops(8, 32)),
+        # Full rounds give way too: nobody has one large and two small ones.
+        ([LARGE] * 9 + [SMALL] * 16, 2 * flops(8, 32)),
+    ],
+)
+def test_the_busiest_device(leaves: list[Any], expected: float):
+    assert load(plan_of(leaves)) == expected
+
+
+def test_few_large_matrices_are_split_over_the_fast_axis():
+    """Llama 7B's shapes on 512 devices: 96 and 72 matrices, too few to give everyone one."""
+    options = Distribution(flops_per_byte=1000.0)
+    plan = plan_of(LLAMA, options, (("fsdp", 128), ("tp", 4)))
+    (round_,) = plan.rounds
+    assert round_.exchange.column_axes == TP
+    assert load(plan) < 1.1 * (96 * flops(4096, 4096) + 72 * flops(4096, 11008)) / 512
+
+
+@pytest.mark.parametrize(
+    ("count", "depths"),
+    [(40, [2, 2, 1]), (35, [2, 2, 1]), (9, [2]), (100, [2, 2, 2, 2, 2, 2, 1])],
+)
+def test_stacks_are_bounded(count: int, depths: list[int]):
+    options = Distribution(max_stack_bytes=2 * 8 * 16 * 4)
+    plan = plan_of([LEAVES["rows"]] * count, options)
+    assert [max(counts[0] for counts in round_.branches) for round_ in plan.rounds] == depths
+
+
+@pytest.mark.parametrize("flops_per_byte", [0.0, 2000.0, math.inf])
+def test_balancing_keeps_the_bound_too(flops_per_byte: float):
+    """Devices without a large matrix would take up to twenty small ones, for their cost."""
+    large, small = ((16, 32), MatrixSpec(), ((), FSDP)), ((4, 32), MatrixSpec(), ((), FSDP))
+    options = Distribution(max_stack_bytes=2 * 16 * 32 * 4, flops_per_byte=flops_per_byte)
+    for count in (3, 5, 13):
+        plan = plan_of([large] * count + [small] * 60, options)
+        for round_ in plan.rounds:
+            ways = round_.exchange.ways(dict(plan.sizes))
+            for number, job in enumerate(round_.jobs):
+                most = max(counts[number] for counts in round_.branches)
+                assert most * math.prod(job.shape) * 4 <= options.max_stack_bytes * ways
+
+
+@pytest.mark.parametrize(
+    ("leaf", "options", "matrix_axes", "column_axes"),
+    [
+        ("rows", Distribution(), BOTH, ()),
+        # Those of another pipeline stage or expert group stay there.
+        ("pipeline stages", Distribution(), TP, ()),
+        ("experts", Distribution(), (), ()),
+        ("columns", Distribution(axes=TP), TP, ()),
+        # A matrix that is too large is split as far as it must be, over the fastest axis first.
+        ("rows", Distribution(max_matrix_bytes=512), BOTH, ()),
+        ("rows", Distribution(max_matrix_bytes=256), FSDP, TP),
+        ("rows", Distribution(max_matrix_bytes=100), (), BOTH),
+    ],
+)
+def test_axes_that_share(leaf: str, options: Distribution, matrix_axes: Any, column_axes: Any):
+    count = 8 if options.max_matrix_bytes > 512 else 1
+    (round_,) = plan_of([LEAVES[leaf]] * count, options).rounds
+    assert round_.exchange.matrix_axes == matrix_axes
+    assert round_.exchange.column_axes == column_axes
+
+
+@pytest.mark.parametrize(
+    ("leaf", "options", "gathered"),
+    [
+        ("rows", Distribution(), ()),
+        ("columns", Distribution(axes=TP), ((1, FSDP),)),
+        # What docs/scaling.md says of a fused kernel: gathered along the axis that it is split on.
+        ("fused", Distribution(), ((1, TP),)),
+        ("fused, other axis", Distribution(), ()),
+        ("interleaved", Distribution(), ()),
+    ],
+)
+def test_what_is_gathered_first(leaf: str, options: Distribution, gathered: Any):
+    (local,) = plan_of([LEAVES[leaf]], options).leaves
+    assert local.gathered == gathered
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.integers(1, 50)), min_size=1, max_size=4),
+    st.integers(1, 9),
+)
+def test_assignments_have_every_matrix_and_are_balanced(kinds: list[Any], groups: int):
+    counts, costs = [count for count, _ in kinds], [float(cost) for _, cost in kinds]
+    limits = [max(1, math.ceil(count / groups)) for count in counts]
+    for most in (limits, counts):
+        assigned = assign_longest_first(counts, costs, groups, [max(1, n) for n in most])
+        if assigned is not None:
+            assert [sum(column) for column in zip(*assigned.counts, strict=True)] == counts
+            assert np.all(np.array(assigned.counts) <= [max(1, n) for n in most])
+            assert assigned.makespan == max(float(np.dot(row, costs)) for row in assigned.counts)
+            if most is counts:  # Graham's bound for list scheduling
+                assert assigned.makespan <= np.dot(counts, costs) / groups + max(costs)
+    even = assign_round_robin(counts[0], 2.0, groups)
+    assert sum(n for (n,) in even.counts) == counts[0]
+    assert (
+        even.makespan == 2.0 * max(n for (n,) in even.counts) == 2.0 * limits[0] * bool(counts[0])
+    )
+
+
+# Programs
+
+
+def by_matrices(x: np.ndarray, spec: MatrixSpec) -> np.ndarray:
+    """Two steps on every matrix of a parameter, in float64."""
+    if spec.splits:
+        (split,) = spec.splits
+        grid = np.moveaxis(x.reshape(8, *(split.view or (3, 8))), 1 + split.along, 0)
+        done = two_steps(grid.reshape(3, 8, 8)).reshape(grid.shape)
+        return np.moveaxis(done, 0, 1 + split.along).reshape(x.shape)
+    reduction, output = map(axes_tuple, spec.dims)
+    batch = tuple(axis for axis in range(x.ndim) if axis not in reduction + output)
+    order = (*batch, *reduction, *output)
+    y = x.transpose(order)
+    rows = math.prod(x.shape[axis] for axis in reduction)
+    done = two_steps(y.reshape(math.prod(x.shape[axis] for axis in batch), rows, -1))
+    return done.reshape(y.shape).transpose(np.argsort(order))
+
+
+def two_steps(x: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(x, axis=(-2, -1), keepdims=True)
+    return polynomial_of_singular_values(x / norms, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        pytest.param("all axes", AxisType.Auto),
+        pytest.param("split", AxisType.Explicit),
+        pytest.param("fast axis", AxisType.Explicit, marks=pytest.mark.slow),
+        pytest.param("too large", AxisType.Auto, marks=pytest.mark.slow),
+        pytest.param("short stacks", AxisType.Auto, marks=pytest.mark.slow),
+    ],
+)
+def test_every_matrix_of_every_sharding(options: str, kind: AxisType):
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(kind,) * 2)
+    rng = np.random.default_rng(0)
+    xs = [rng.standard_normal(shape) for shape, *_ in LEAVES.values()]
+    at = [
+        NamedSharding(mesh, P(*(names or None for names in axes))) for *_, axes in LEAVES.values()
+    ]
+    specs = [spec for _, spec, _ in LEAVES.values()]
+
+    @jax.jit
+    def run(*xs: jax.Array) -> list[jax.Array]:
+        shardings = read_shardings(list(xs), at)
+        return orthogonalize_leaves(
+            POLAR, 1e-7, xs, specs, shardings, distribution=OPTIONS[options]
+        )
+
+    placed = jax.device_put([np.float32(x) for x in xs], at)
+    for name, x, spec, y in zip(LEAVES, xs, specs, run(*placed), strict=True):
+        expected = by_matrices(x.astype(np.float32).astype(np.float64), spec)
+        error = np.linalg.norm(np.asarray(y) - expected) / np.linalg.norm(expected)
+        assert error < TOLERANCE["float32"], name
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"axes": "fsdp"}, TypeError, "tuple of names"),
+        ({"axes": ("fsdp", "fsdp")}, ValueError, "different names"),
+        ({"max_matrix_bytes": 0}, ValueError, "max_matrix_bytes must be a positive"),
+        ({"max_stack_bytes": -1}, ValueError, "max_stack_bytes must be a positive"),
+        ({"flops_per_byte": -1.0}, ValueError, "flops_per_byte must not be negative"),
+        ({"flops_per_byte": math.nan}, ValueError, "flops_per_byte must not be negative"),
+    ],
+)
+def test_bad_options_are_errors(arguments: Any, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        Distribution(**arguments)
+
+
+def test_axes_that_do_not_exist_are_errors():
+    with pytest.raises(ValueError, match=r"'dcn', and the mesh has the axes 'fsdp', 'tp'"):
+        plan_of([LEAVES["rows"]], Distribution(axes=("dcn",)))
+    with pytest.raises(ValueError, match=r"axis_name='batch' is not the name of a mapped axis"):
+        orthogonalize_leaves(POLAR, 1e-7, [jnp.ones((2, 3))], [MatrixSpec()], axis_name=("batch",))
