@@ -1,5 +1,6 @@
 """`orthogonalize_updates`: the polar factor of every matrix, without momentum."""
 
+import dataclasses
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -31,6 +32,9 @@ from muonclip_jax.transforms._placing import place_tree
 
 #: One spec for all leaves, a tree of them (full, prefix or masked), or a function of the tree.
 WeightDimNumOrFn: TypeAlias = Any
+
+#: The distribution that None stands for.
+DEFAULT_DISTRIBUTION = Distribution()
 
 
 @names_known
@@ -94,22 +98,26 @@ def orthogonalize_updates(
         Jordan et al. 2024, kellerjordan.github.io/posts/muon; Bernstein and Newhouse 2024,
         arXiv 2409.20325.
     """
-    orthogonalizer = Orthogonalizer.of(
-        rules,
-        weight_dimension_numbers,
+    polar = plan_polar(
         ns_coeffs,
         ns_steps,
         ns_method,
         ns_dtype,
-        ns_implementation,
         preconditioning,
-        eps,
         relative_eps,
+        ns_implementation,
+        platform,
+    )
+    dims = weight_dimension_numbers
+    orthogonalizer = Orthogonalizer(
+        polar,
+        eps,
         adaptive,
+        rules,
+        dims,
         param_shardings,
         axis_name,
-        distribution,
-        platform,
+        distribution or DEFAULT_DISTRIBUTION,
     )
 
     def init_fn(params: optax.Params) -> optax.EmptyState:
@@ -145,8 +153,9 @@ class Leaves(NamedTuple):
     sharded: MeshShardings | None
 
 
-class Orthogonalizer(NamedTuple):
-    """The checked settings of the polar factor: `orthogonalize_updates` without Optax around it."""
+@dataclasses.dataclass(frozen=True)
+class Orthogonalizer:
+    """The checked settings of the polar factor, and what an update does with them."""
 
     polar: PolarPlan
     eps: ScalarLike
@@ -154,47 +163,20 @@ class Orthogonalizer(NamedTuple):
     rules: MatrixRules | None
     weight_dimension_numbers: WeightDimNumOrFn | None
     param_shardings: Tree
-    mapped_axes: tuple[str, ...]
+    axis_name: str | tuple[str, ...] | None
     distribution: Distribution
 
-    @staticmethod
-    def of(
-        rules: MatrixRules | None,
-        weight_dimension_numbers: WeightDimNumOrFn | None,
-        ns_coeffs: Any,
-        ns_steps: int | None,
-        ns_method: str,
-        ns_dtype: DTypeLike | None,
-        ns_implementation: str,
-        preconditioning: str | None,
-        eps: ScalarLike,
-        relative_eps: bool,
-        adaptive: bool,
-        param_shardings: Tree,
-        axis_name: str | tuple[str, ...] | None,
-        distribution: Distribution | None,
-        platform: str | None,
-    ) -> "Orthogonalizer":
-        """Checks the settings."""
-        check_non_negative("eps", eps)
-        check_flag("adaptive", adaptive)
-        as_rules(rules)
-        check_type("distribution", distribution, Distribution | None, "Distribution(...)")
-        check_type("axis_name", axis_name, str | tuple | None, "'data' or ('data', 'fsdp')")
-        polar = plan_polar(
-            ns_coeffs,
-            ns_steps,
-            ns_method,
-            ns_dtype,
-            preconditioning,
-            relative_eps,
-            ns_implementation,
-            platform,
-        )
-        mapped_axes = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
-        distribution = Distribution() if distribution is None else distribution
-        given = (rules, weight_dimension_numbers, param_shardings, mapped_axes, distribution)
-        return Orthogonalizer(polar, eps, adaptive, *given)
+    def __post_init__(self) -> None:
+        check_non_negative("eps", self.eps)
+        check_flag("adaptive", self.adaptive)
+        as_rules(self.rules)
+        check_type("distribution", self.distribution, Distribution, "Distribution(...) or None")
+        check_type("axis_name", self.axis_name, str | tuple | None, "'data' or ('data', 'fsdp')")
+
+    @property
+    def mapped_axes(self) -> tuple[str, ...]:
+        """`axis_name` as a tuple."""
+        return (self.axis_name,) if isinstance(self.axis_name, str) else self.axis_name or ()
 
     def read(self, tree: optax.Updates, init: bool = False) -> Leaves:
         """Decides what the matrices are and how they are sharded; at `init` checks dtypes too."""

@@ -6,10 +6,17 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from muonclip_jax._arguments import check_flag, names_known
-from muonclip_jax._tree import ScalarLike, ScalarOrSchedule
-from muonclip_jax.newton_schulz import DEFAULT_DTYPE, DEFAULT_EPS, DEFAULT_METHOD, DEFAULT_SET
+from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree
+from muonclip_jax.newton_schulz import (
+    DEFAULT_DTYPE,
+    DEFAULT_EPS,
+    DEFAULT_METHOD,
+    DEFAULT_SET,
+    plan_polar,
+)
 from muonclip_jax.routing import MatrixRules
 from muonclip_jax.sharding import Distribution, check_momentum
 from muonclip_jax.transforms._checks import (
@@ -20,6 +27,7 @@ from muonclip_jax.transforms._checks import (
 )
 from muonclip_jax.transforms._inputs import transformation
 from muonclip_jax.transforms._orthogonalize_updates import (
+    DEFAULT_DISTRIBUTION,
     Orthogonalizer,
     WeightDimNumOrFn,
 )
@@ -47,7 +55,7 @@ def scale_by_muon(
     ns_steps: int | None = None,
     beta: ScalarOrSchedule = 0.95,
     eps: ScalarLike = DEFAULT_EPS,
-    mu_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = True,
     adaptive: bool = False,
@@ -55,11 +63,11 @@ def scale_by_muon(
     weight_dimension_numbers: WeightDimNumOrFn | None = None,
     bias_correction: bool = False,
     ns_method: str = DEFAULT_METHOD,
-    ns_dtype: Any = DEFAULT_DTYPE,
+    ns_dtype: DTypeLike | None = DEFAULT_DTYPE,
     ns_implementation: str = "xla",
     relative_eps: bool = True,
     rules: MatrixRules | None = None,
-    param_shardings: Any = None,
+    param_shardings: Tree = None,
     axis_name: str | tuple[str, ...] | None = None,
     distribution: Distribution | None = None,
     platform: str | None = None,
@@ -76,52 +84,47 @@ def scale_by_muon(
     heavy-ball form `M <- beta M + G` of the reference implementations, and the polar factor sees
     nothing but direction.
 
-    Arguments marked as static shape the program: under `optax.inject_hyperparams` name those that
-    are given in its `static_args`.
-
-    Every leaf that arrives here is orthogonalised, so route the others elsewhere
-    (`optax.multi_transform` with `label_params`). Momentum is accumulated in float32 or wider and
-    stored as `mu_dtype`; updates keep the gradient's dtype.
+    Every leaf is orthogonalised, so route the others elsewhere (`optax.multi_transform` with
+    `label_params`). Momentum is accumulated in float32 or wider and stored as `mu_dtype`; updates
+    keep the gradient's dtype. `beta` and `eps` may be traced; everything else is static: where it
+    is given, `optax.inject_hyperparams` needs its name in `static_args`.
 
     Args:
         ns_coeffs: Newton-Schulz coefficients: a name, a triple or rows (see `orthogonalize`). By
-            default "minimax4"; "keller_jordan" reproduces the reference implementations. Static.
-        ns_steps: Number of steps; None takes all rows of a set, five of a triple. Static.
-        beta: Decay of the momentum, in [0, 1). May be traced, or a schedule of the number of
-            updates.
+            default "minimax4"; "keller_jordan" reproduces the reference implementations.
+        ns_steps: Number of steps; None takes all rows of a set, five of a triple.
+        beta: Decay of the momentum, in [0, 1); may be a schedule of the number of updates.
         eps: Smallest divisor of a matrix once its largest entry is one: it guards the zero
             matrix alone.
         mu_dtype: Dtype of the stored momentum; None is the parameter's. "bfloat16" halves its
-            memory; float16 loses entries below 6e-8. Static.
-        nesterov: Whether to look one step ahead. Static.
+            memory; float16 loses entries below 6e-8.
+        nesterov: Whether the momentum is Nesterov's.
         adaptive: Whether to multiply by the dual norm `<U, O>`, as in Bernstein and Newhouse 2024.
-            Static.
-        preconditioning: The first rescaling (see `orthogonalize`). Static.
+        preconditioning: The first rescaling (see `orthogonalize`).
         weight_dimension_numbers: Where the matrices are: one `MuonDimensionNumbers` or
             `MatrixSpec` for all leaves, a full, prefix or masked tree of them, or a function from
             the tree of updates to such a tree. None: `rules` decide; where they say None, a leaf
-            of rank 2 is the matrix of its axes (0, 1). Static.
+            of rank 2 is the matrix of its axes (0, 1).
         bias_correction: Whether to divide momentum and gradient by `1 - beta^t`, as
             `optax.contrib.muon` does (with `t + 1` for a Nesterov momentum); `beta` is the
-            present one of a schedule. Static.
-        ns_method: "auto", "standard", "gram" or "svd" (see `orthogonalize`). Static.
-        ns_dtype: What Newton-Schulz computes in (see `orthogonalize`). Static.
-        ns_implementation: Who computes symmetric products: "xla" or a kernel's name (see
-            `orthogonalize`). Static.
+            present one of a schedule.
+        ns_method: "auto", "standard", "gram" or "svd" (see `orthogonalize`).
+        ns_dtype: Dtype of the products (see `orthogonalize`).
+        ns_implementation: "xla" or the name of a kernel (see `orthogonalize`).
         relative_eps: False adds `eps`, as it is, to the norm, as `optax.contrib.muon` does;
-            gradients near it then give smaller updates. Static.
-        rules: `MatrixRules`; None is the built-in inference. Static.
-        param_shardings: How the parameters lie on a mesh: a tree of `NamedSharding` such as
+            gradients near it then give smaller updates.
+        rules: `MatrixRules`; None is the built-in inference.
+        param_shardings: Shardings of the parameters: a tree of `NamedSharding` such as
             `jax.tree.map(lambda x: x.sharding, params)`, or a function from a tree of parameters
             to one. Needed where the mesh has Auto axes; with Explicit axes it is read off the
             arrays. The devices then share the matrices. It may be the tree of all parameters
-            where this transformation sees some of them. Static.
+            where this transformation sees some of them.
         axis_name: Names of mapped axes, of `jax.pmap` or `jax.shard_map`, along which gradients
-            are equal by now (by `lax.pmean`): the devices along them share the matrices. Static.
+            are equal by now (by `lax.pmean`): the devices along them share the matrices.
         distribution: Which axes of the mesh share the work, and bounds on memory (see
-            `Distribution`). Static.
+            `Distribution`).
         platform: "cpu", "gpu" or "tpu": what the program is for (see `orthogonalize`); None is the
-            platform of the mesh's devices, else JAX's default. Static.
+            platform of the mesh's devices, else JAX's default.
 
     Returns:
         A transformation with state `MuonState`.
@@ -147,22 +150,26 @@ def scale_by_muon(
     check_flag("nesterov", nesterov)
     check_flag("bias_correction", bias_correction)
     check_moment_dtype(mu_dtype, "beta", beta)
-    orthogonalizer = Orthogonalizer.of(
-        rules,
-        weight_dimension_numbers,
+    polar = plan_polar(
         ns_coeffs,
         ns_steps,
         ns_method,
         ns_dtype,
-        ns_implementation,
         preconditioning,
-        eps,
         relative_eps,
+        ns_implementation,
+        platform,
+    )
+    dims = weight_dimension_numbers
+    orthogonalizer = Orthogonalizer(
+        polar,
+        eps,
         adaptive,
+        rules,
+        dims,
         param_shardings,
         axis_name,
-        distribution,
-        platform,
+        distribution or DEFAULT_DISTRIBUTION,
     )
     shard_momentum = orthogonalizer.distribution.shard_momentum
 

@@ -20,7 +20,7 @@ from muonclip_jax.transforms._checks import (
     check_rate,
     value_at,
 )
-from muonclip_jax.transforms._matrix_axes import Over, matrix_axes
+from muonclip_jax.transforms._matrix_axes import MatrixAxes, Over, matrix_axes
 from muonclip_jax.transforms._orthogonalize_updates import WeightDimNumOrFn
 from muonclip_jax.transforms._placing import mesh_shardings, place_tree, replicate, zeros_on_mesh
 
@@ -33,7 +33,7 @@ class NeuronRmsState(NamedTuple):
             leaf's rank, with length one along the input axes.
     """
 
-    nu: Any
+    nu: Tree
 
 
 @names_known
@@ -43,7 +43,7 @@ def scale_by_neuron_rms(
     *,
     rules: MatrixRules | None = None,
     weight_dimension_numbers: WeightDimNumOrFn | None = None,
-    param_shardings: Any = None,
+    param_shardings: Tree = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Divides each output's weights by their running RMS and restores each matrix's norm: NorMuon.
 
@@ -84,7 +84,7 @@ def scale_by_neuron_rms(
     check_fraction("b2", b2, "the decay of the second moment, such as 0.95")
     check_non_negative("eps", eps)
 
-    def axes_of(tree: Tree) -> Any:
+    def axes_of(tree: Tree) -> Tree:
         return matrix_axes(tree, rules, weight_dimension_numbers=weight_dimension_numbers)
 
     def init_fn(params: optax.Params) -> NeuronRmsState:
@@ -103,7 +103,7 @@ def scale_by_neuron_rms(
         )
         nu = place_tree(nu, _shardings_beside(updates, axes, "inputs", param_shardings))
 
-        def scale(u: jax.Array, v: jax.Array, a: Any) -> jax.Array:
+        def scale(u: jax.Array, v: jax.Array, a: MatrixAxes) -> jax.Array:
             scaled = u / (jnp.sqrt(v) + eps)
             return (scaled * _ratio(a.norm(u, "matrix"), a.norm(scaled, "matrix"))).astype(u.dtype)
 
@@ -121,8 +121,8 @@ class HyperballState(NamedTuple):
             rank, with length one along the matrix axes. Zeros before the first update.
     """
 
-    count: Any
-    norm: Any
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    norm: Tree
 
 
 @names_known
@@ -131,7 +131,7 @@ def hyperball(
     *,
     rules: MatrixRules | None = None,
     weight_dimension_numbers: WeightDimNumOrFn | None = None,
-    param_shardings: Any = None,
+    param_shardings: Tree = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Takes a step relative to the norm of the weights and keeps that norm: Hyperball.
 
@@ -177,7 +177,7 @@ def hyperball(
     """
     check_rate("learning_rate", learning_rate)
 
-    def axes_of(tree: Tree) -> Any:
+    def axes_of(tree: Tree) -> Tree:
         return matrix_axes(tree, rules, weight_dimension_numbers=weight_dimension_numbers)
 
     def init_fn(params: optax.Params) -> HyperballState:
@@ -203,7 +203,7 @@ def hyperball(
         )
         norm = place_tree(norm, _shardings_beside(updates, axes, "matrix", param_shardings))
 
-        def step(u: jax.Array, p: jax.Array, n: jax.Array, a: Any) -> jax.Array:
+        def step(u: jax.Array, p: jax.Array, n: jax.Array, a: MatrixAxes) -> jax.Array:
             wide = jnp.promote_types(jnp.promote_types(u.dtype, p.dtype), jnp.float32)
             u_wide, p_wide = u.astype(wide), p.astype(wide)
             fan_out = a.size(u.shape, "outputs").astype(n.dtype)
@@ -222,7 +222,7 @@ def hyperball(
 @names_known
 def add_weight_decay(
     weight_decay: ScalarOrSchedule,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Tree | Callable[[optax.Params], Tree] | None = None,
     *,
     cautious: bool = False,
     base_width: ScalarLike | None = None,
@@ -313,7 +313,7 @@ def _agree(u: jax.Array, p: jax.Array) -> jax.Array:
 
 
 def _shardings_beside(
-    tree: Tree, axes: Any, over: Over, param_shardings: Any
+    tree: Tree, axes: Tree, over: Over, param_shardings: Tree
 ) -> MeshShardings | None:
     """The shardings of reductions of the leaves, which are replicated along the reduced axes."""
     shardings = mesh_shardings(tree, param_shardings)
@@ -326,10 +326,10 @@ def _shardings_beside(
     return dataclasses.replace(shardings, leaves=leaves)
 
 
-def _zeros_beside(params: Tree, axes: Any, over: Over, param_shardings: Any) -> Any:
+def _zeros_beside(params: Tree, axes: Tree, over: Over, param_shardings: Tree) -> Any:
     """Zeros in the form of reductions of the leaves, float32 or wider."""
 
-    def form(p: Any, a: Any) -> jax.ShapeDtypeStruct:
+    def form(p: jax.Array, a: MatrixAxes) -> jax.ShapeDtypeStruct:
         real = jnp.finfo(jnp.promote_types(p.dtype, jnp.float32)).dtype
         return jax.eval_shape(lambda x: a.sum(x, over), jax.ShapeDtypeStruct(p.shape, real))
 
