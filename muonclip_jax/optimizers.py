@@ -33,8 +33,8 @@ from muonclip_jax.transforms._checks import (
     check_moments,
     check_non_negative,
     check_rate,
+    transformation,
 )
-from muonclip_jax.transforms._inputs import transformation
 from muonclip_jax.transforms._orthogonalize_updates import WeightDimNumOrFn
 from muonclip_jax.transforms._placing import on_mesh
 

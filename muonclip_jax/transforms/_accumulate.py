@@ -24,8 +24,7 @@ from muonclip_jax._tree import (
     tree_from,
 )
 from muonclip_jax.attention.maxima import merge_max_logits
-from muonclip_jax.transforms._checks import check_every, value_at
-from muonclip_jax.transforms._inputs import transformation
+from muonclip_jax.transforms._checks import check_every, transformation, value_at
 from muonclip_jax.transforms._placing import mesh_shardings, place_tree, replicate
 
 #: As in `optax.MultiSteps`: of the gradients, the number of steps so far and the parameters,

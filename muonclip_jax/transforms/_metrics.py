@@ -24,7 +24,7 @@ from muonclip_jax.heads.clips import read_block
 from muonclip_jax.heads.finding import Blocks, FoundBlock, Rule, block_rules, find_blocks
 from muonclip_jax.routing import MatrixRules
 from muonclip_jax.sharding import read_shardings
-from muonclip_jax.transforms._checks import check_every, value_at
+from muonclip_jax.transforms._checks import check_every, transformation, value_at
 from muonclip_jax.transforms._figures import (
     Matrices,
     effective_rank,
@@ -32,7 +32,6 @@ from muonclip_jax.transforms._figures import (
     measure,
     update_figures,
 )
-from muonclip_jax.transforms._inputs import transformation
 from muonclip_jax.transforms._placing import replicate
 
 #: Maxima up to this multiple of the threshold do not count as clipped without effect. An effective

@@ -13,8 +13,7 @@ from muonclip_jax.clipping.clip import clip_tree
 from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.clipping.matching import find_in, named_leaves
 from muonclip_jax.heads.finding import Blocks, block_rules
-from muonclip_jax.transforms._checks import value_at
-from muonclip_jax.transforms._inputs import transformation
+from muonclip_jax.transforms._checks import transformation, value_at
 
 
 class QKClipState(NamedTuple):

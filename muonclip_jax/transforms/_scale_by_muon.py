@@ -23,9 +23,9 @@ from muonclip_jax.transforms._checks import (
     check_fraction,
     check_moment_dtype,
     check_moments,
+    transformation,
     value_at,
 )
-from muonclip_jax.transforms._inputs import transformation
 from muonclip_jax.transforms._orthogonalize_updates import (
     DEFAULT_DISTRIBUTION,
     Orthogonalizer,
