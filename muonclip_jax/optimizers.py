@@ -218,9 +218,8 @@ def muon(
     r"""Muon for matrices and NAdamW for the rest: a drop-in for `optax.contrib.muon`.
 
     The same arguments with the same meaning, and the same trajectory up to the rounding of
-    `ns_dtype`: float32 on a CPU, 16 bits on a GPU or TPU. Two differences: the coefficients are not
-    part of the state, and `ns_steps` is static (under `optax.inject_hyperparams` it belongs in
-    `static_args`). Arguments from `ns_method` on are not in Optax.
+    `ns_dtype`: float32 on a CPU, 16 bits on a GPU or TPU. The coefficients are not part of the
+    state, and `ns_steps` is static. Arguments from `ns_method` on are not in Optax.
 
     As in Optax every leaf of rank 2 goes to Muon, Flax's attention biases and embeddings too;
     `muon_weight_dimension_numbers=muonclip_jax.infer_dimension_numbers` routes by what a leaf is.
@@ -228,11 +227,10 @@ def muon(
     Args:
         learning_rate: Learning rate of both groups; a number or a schedule.
         ns_coeffs: A name (Optax's "standard" and "dion" among them), a triple or rows. Static.
-        ns_steps: Number of steps; None is five for a triple, Optax's default, and all rows. With
-            rows it must be at least their number, and all of them run, as in Optax.
+        ns_steps: Number of steps; None is five for a triple and all rows. With rows it must be at
+            least their number, and all of them run, as in Optax.
         beta: Decay of the momentum; here it may be a schedule.
-        eps: Term added to the denominators of Newton-Schulz and of Adam. As in Optax it is
-            absolute: momentum whose norm is not far above it is orthogonalised less.
+        eps: Added to the denominators of Newton-Schulz and of Adam, absolute as in Optax.
         weight_decay: Decoupled decay of the Muon group; a number or a schedule.
         weight_decay_mask: Tree of bools, or a function from parameters to it.
         mu_dtype: Dtype of the first moments of both groups.
