@@ -16,7 +16,7 @@ call stack while the function is traced, which costs nothing when the compiled p
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import jax
 from flax import nnx
 from flax.nnx.nn import dtypes
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from muonclip_jax._tree import MAX_LOGITS
@@ -149,7 +150,7 @@ def dot_product_attention(
     return out
 
 
-def _to_one_dtype(query: jax.Array, key: jax.Array, dtype: Any) -> Any:
+def _to_one_dtype(query: jax.Array, key: jax.Array, dtype: DTypeLike | None) -> Sequence[jax.Array]:
     return dtypes.promote_dtype((query, key), dtype=dtype)
 
 

@@ -91,229 +91,158 @@ SCHEDULE = optax.cosine_decay_schedule(1e-3, 10)
 STATE = r"The state is not one that muonclip's init makes for these parameters: .*"
 CURE = r".*muonclip_jax\.checkpoint\.from_optax_state\(state, tx, params\)"
 
-#: What is written, the error's type and what it says.
-MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    # Names.
-    "lr": (lambda: mc.muonclip(lr=1e-3), TypeError, "muonclip has no argument 'lr'.*learning_rate"),
-    "b1": (lambda: mc.muonclip(1e-3, b1=0.9), TypeError, "'b1'. Did you mean adam_b1"),
-    "mask": (lambda: mc.muon(1e-3, mask=None), TypeError, "'mask'. Did you mean weight_decay_mask"),
-    "threshold": (
-        lambda: mc.muonclip(1e-3, threshold=9.0),
-        TypeError,
-        "'threshold'. Did you mean qk_clip_threshold",
-    ),
-    "momentum": (lambda: mc.scale_by_muon(momentum=0.9), TypeError, "Did you mean beta"),
-    "misspelt": (
-        lambda: mc.muonclip(1e-3, weigth_decay=0.1),
-        TypeError,
-        "Did you mean weight_decay",
-    ),
-    "unheard of": (lambda: mc.qk_clip(colour=1), TypeError, "Its arguments are threshold, alpha"),
-    "config": (lambda: mc.MuonClipConfig(lr=1e-3), TypeError, "MuonClipConfig has no.*learning_ra"),
+#: What is written and what the error says.
+TYPE_ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
+    "lr": (lambda: mc.muonclip(lr=1e-3), "muonclip has no argument 'lr'.*learning_rate"),
+    "mask": (lambda: mc.muon(1e-3, mask=None), "'mask'. Did you mean weight_decay_mask"),
+    "misspelt": (lambda: mc.muonclip(1e-3, weigth_decay=0.1), "Did you mean weight_decay"),
+    "unheard of": (lambda: mc.qk_clip(colour=1), "Its arguments are threshold, alpha"),
+    "config": (lambda: mc.MuonClipConfig(lr=1e-3), "MuonClipConfig has no.*learning_ra"),
     "tau": (
         lambda: mc.apply_qk_clip(PARAMS, MAX_LOGITS, treshold=9.0),
-        TypeError,
         "apply_qk_clip has no argument 'treshold'. Did you mean threshold",
     ),
-    # Numbers of a wrong type.
     "threshold as text": (
         lambda: mc.muonclip(1e-3, qk_clip_threshold="100"),
-        TypeError,
-        "qk_clip_threshold must be a positive number, a traced scalar or a schedule, got '100' of "
-        "type str. Write qk_clip_threshold=100.0",
+        "qk_clip_threshold must be a positive number, a .*'100' of type str. Write .*=100.0",
     ),
     "pure threshold as text": (
         lambda: mc.apply_qk_clip(PARAMS, MAX_LOGITS, threshold="100"),
-        TypeError,
         r"threshold must be a positive number or a traced scalar, got '100'.*threshold=100\.0",
     ),
     "pure threshold as schedule": (
         lambda: mc.apply_qk_clip(PARAMS, MAX_LOGITS, threshold=SCHEDULE),
-        TypeError,
         "threshold must be a positive number or a traced scalar, got the function",
     ),
     "consistent_rms as schedule": (
         lambda: mc.muonclip(1e-3, consistent_rms=SCHEDULE),
-        TypeError,
-        r"consistent_rms must be a number or a traced scalar, got the function.*"
-        r"optax\.inject_hyperparams\(\.\.\.\)\(\.\.\., consistent_rms=schedule\)",
+        r"consistent_rms must be a number.*got the function.*\(\.\.\., consistent_rms=schedule\)",
     ),
-    "no rate": (lambda: mc.muonclip(None), TypeError, "learning_rate must be a positive number, a"),
-    "rate as text": (lambda: mc.muon("1e-3"), TypeError, r"got '1e-3'.*Write learning_rate=0\.001"),
-    "beta as text": (lambda: mc.muon(1e-3, beta="0.9"), TypeError, "beta must be a number"),
+    "no rate": (lambda: mc.muonclip(None), "learning_rate must be a positive number, a"),
+    "rate as text": (lambda: mc.muon("1e-3"), r"got '1e-3'.*Write learning_rate=0\.001"),
     "decay as list": (
         lambda: mc.muonclip(1e-3, weight_decay=[0.1]),
-        TypeError,
         r"weight_decay must be a number, a traced scalar or a schedule, got \[0.1\] of type list",
     ),
-    "decay as flag": (lambda: mc.muonclip(1e-3, weight_decay=True), TypeError, "got True of type"),
     "b2 as schedule": (
         lambda: mc.muonclip(1e-3, adam_b2=SCHEDULE),
-        TypeError,
         "adam_b2 must be a number or a traced scalar, got the function",
     ),
-    "eps as text": (lambda: mc.scale_by_muon(eps="tiny"), TypeError, "eps must be a number or"),
     "flag as text": (
         lambda: mc.muonclip(1e-3, nesterov="yes"),
-        TypeError,
         "nesterov must be True or False, got 'yes'",
     ),
-    "rules as dict": (lambda: mc.muonclip(1e-3, rules={"w$": None}), TypeError, "MatrixRules"),
-    "axis_name as number": (
-        lambda: mc.muonclip(1e-3, axis_name=1),
-        TypeError,
-        "axis_name must be 'data' or",
-    ),
+    "rules as dict": (lambda: mc.muonclip(1e-3, rules={"w$": None}), "MatrixRules"),
+    "axis_name as number": (lambda: mc.muonclip(1e-3, axis_name=1), "axis_name must be 'data' or"),
     "distribution as text": (
         lambda: mc.muonclip(1e-3, distribution="fsdp"),
-        TypeError,
         "distribution must be Distribution",
     ),
     "every as text": (
         lambda: mc.accumulate(optax.sgd(1.0), "4"),
-        TypeError,
         r"every must be an integer from 1, a traced scalar or a schedule.*every=4\.0",
     ),
-    "metrics every": (lambda: mc.metrics(optax.sgd(1.0), every=SCHEDULE), TypeError, "every must"),
     "one bool for a mask": (
         lambda: mc.muon(1e-3, weight_decay_mask=True),
-        TypeError,
         "weight_decay_mask must be a tree of bools like the parameters, or a function",
     ),
     "a mask taken for a schedule": (
         lambda: optax.inject_hyperparams(mc.muonclip)(
             1e-3, weight_decay_mask=functools.partial(jax.tree.map, lambda x: x.ndim > 1)
         ).init(PARAMS),
-        TypeError,
         r"weight_decay_mask must be a tree.*static_args=\('weight_decay_mask',\)",
     ),
-    # Trees.
     "a number in the tree": (
         lambda: unclipped().init({"mlp": {"scale": 1.0}}),
-        TypeError,
         r"'mlp/scale' is 1\.0 of type float, expected an array. Write jnp.asarray\(1\.0\)",
-    ),
-    "a number, Optax's routing": (
-        lambda: mc.muon(1e-3).init({"mlp": {"scale": 1.0}}),
-        TypeError,
-        "'mlp/scale' is 1.0 of type float",
     ),
     "a module with functions": (
         lambda: unclipped().init(Module(kernel=jnp.ones((4, 4)), bias=jax.nn.relu)),
-        TypeError,
         r"'bias' is .*expected an array.*eqx\.filter\(model, eqx\.is_inexact_array\)",
     ),
     "a number where logits are clipped": (
         lambda: mc.apply_qk_clip({**PARAMS, "scale": 2}, MAX_LOGITS),
-        TypeError,
         "'scale' is 2 of type int",
     ),
     "a number where labels are made": (
         lambda: mc.label_params({"scale": 2.0}),
-        TypeError,
         "'scale' is 2.0 of type float",
     ),
-    "no attention, clip on": (
-        lambda: step(mc.muonclip(1e-3), MLP, MLP, max_logits=MAX_LOGITS),
-        ValueError,
-        "No attention block was found.*muonclip: qk_clip_threshold=None",
-    ),
-    "adapters alone, clip on": (
-        lambda: step(mc.muonclip(1e-3), LORA, LORA, max_logits=MAX_LOGITS),
-        ValueError,
-        "No attention block was found.*muonclip: qk_clip_threshold=None",
-    ),
-    "a gradient too few": (
-        lambda: step(unclipped(), without(GRADS, "mlp", "bias")),
-        ValueError,
-        "The gradients have no leaf 'mlp/bias', which the parameters have",
-    ),
-    "a gradient too many": (
-        lambda: step(unclipped(), {**GRADS, "head": jnp.ones(3)}),
-        ValueError,
-        "The gradients have 'head', which the parameters do not have",
-    ),
-    "a gradient of another shape": (
-        lambda: step(mc.muon(1e-3), {**GRADS, "mlp": {**GRADS["mlp"], "bias": jnp.ones((2, 16))}}),
-        ValueError,
-        r"The gradient of 'mlp/bias' has shape \(2, 16\), the parameter has \(16,\)",
-    ),
-    "a gradient too few, accumulated": (
-        lambda: step(mc.accumulate(unclipped(), 2), without(GRADS, "mlp")),
-        ValueError,
-        "The gradients have no leaf 'mlp/kernel'|The gradients have no leaf 'mlp/bias'",
-    ),
-    # States.
-    "state of AdamW": (lambda: other_state(optax.adamw(1e-3)), ValueError, STATE + CURE),
-    "state of other rules": (
-        lambda: other_state(mc.muonclip(1e-3, rules=mc.MatrixRules([("mlp/kernel", None)]))),
-        ValueError,
-        STATE + "mlp/kernel" + CURE,
-    ),
-    "state without the clip": (lambda: other_state(unclipped()), ValueError, STATE + CURE),
-    "state with the clip": (
-        lambda: step(unclipped(), state=mc.muonclip(1e-3).init(PARAMS)),
-        ValueError,
-        STATE + CURE,
-    ),
-    "state of Optax's Muon": (lambda: other_state(optax.contrib.muon(1e-3)), ValueError, STATE),
-    "state of a number for a schedule": (
-        lambda: step(mc.qk_clip(mc.clip_until(5)), state=optax.EmptyState(), max_logits=MAX_LOGITS),
-        ValueError,
-        "The state is not one that qk_clip's init makes.*it has no 'count'",
-    ),
-    "another state for one part": (
-        lambda: step(mc.scale_by_muon(), MLP["mlp"], {"kernel": jnp.ones((8, 16))}, state=()),
-        ValueError,
-        "The state is not one that scale_by_muon's init makes",
-    ),
-    # Maxima and captures.
-    "Flax's TrainState": (flax_train_state, ValueError, r"muonclip_jax\.linen\.TrainState does"),
     "a jitted apply": (
         lambda: mc_linen.capture_max_logits(jax.jit(linen_model().apply)),
-        TypeError,
         r"got a jitted function.*Write jax\.jit\(capture_max_logits\(model\.apply\)\)",
     ),
     "a Linen model": (
         lambda: mc_linen.capture_max_logits(linen_model()),
-        TypeError,
         r"got the model itself.*Write capture_max_logits\(model\.apply\)",
     ),
     "an array": (
         lambda: mc_linen.capture_max_logits(jnp.ones(3)),
-        TypeError,
         r"capture_max_logits takes model\.apply, got",
     ),
     "an array for NNX": (
         lambda: mc_nnx.capture_max_logits(jnp.ones(3)),
-        TypeError,
         r"takes an nnx\.Module.*; got .*linen\.capture_max_logits",
     ),
     "a Linen model for NNX": (
         lambda: mc_nnx.capture_max_logits(linen_model())(jnp.ones((1, 3, 8))),
-        TypeError,
         r"takes an nnx\.Module.*Of a Linen model, muonclip_jax\.linen",
     ),
     "an NNX model for Linen": (
         lambda: mc_linen.capture_max_logits(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))(jnp.ones(2)),
-        TypeError,
         r"muonclip_jax\.nnx\.capture_max_logits\(model\)",
     ),
-    # Numbers that 16 bits cannot hold.
+}
+VALUE_ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
+    "no attention, clip on": (
+        lambda: step(mc.muonclip(1e-3), MLP, MLP, max_logits=MAX_LOGITS),
+        "No attention block was found.*muonclip: qk_clip_threshold=None",
+    ),
+    "a gradient too few": (
+        lambda: step(unclipped(), without(GRADS, "mlp", "bias")),
+        "The gradients have no leaf 'mlp/bias', which the parameters have",
+    ),
+    "a gradient too many": (
+        lambda: step(unclipped(), {**GRADS, "head": jnp.ones(3)}),
+        "The gradients have 'head', which the parameters do not have",
+    ),
+    "a gradient of another shape": (
+        lambda: step(mc.muon(1e-3), {**GRADS, "mlp": {**GRADS["mlp"], "bias": jnp.ones((2, 16))}}),
+        r"The gradient of 'mlp/bias' has shape \(2, 16\), the parameter has \(16,\)",
+    ),
+    "a gradient too few, accumulated": (
+        lambda: step(mc.accumulate(unclipped(), 2), without(GRADS, "mlp")),
+        "The gradients have no leaf 'mlp/kernel'|The gradients have no leaf 'mlp/bias'",
+    ),
+    "state of AdamW": (lambda: other_state(optax.adamw(1e-3)), STATE + CURE),
+    "state without the clip": (lambda: other_state(unclipped()), STATE + CURE),
+    "state with the clip": (
+        lambda: step(unclipped(), state=mc.muonclip(1e-3).init(PARAMS)),
+        STATE + CURE,
+    ),
+    "state of Optax's Muon": (lambda: other_state(optax.contrib.muon(1e-3)), STATE),
+    "state of a number for a schedule": (
+        lambda: step(mc.qk_clip(mc.clip_until(5)), state=optax.EmptyState(), max_logits=MAX_LOGITS),
+        "The state is not one that qk_clip's init makes.*it has no 'count'",
+    ),
+    "another state for one part": (
+        lambda: step(mc.scale_by_muon(), MLP["mlp"], {"kernel": jnp.ones((8, 16))}, state=()),
+        "The state is not one that scale_by_muon's init makes",
+    ),
+    "Flax's TrainState": (flax_train_state, r"muonclip_jax\.linen\.TrainState does"),
     "b2 in bfloat16": (
         lambda: optax.inject_hyperparams(mc.muon)(1e-3).init(
             jax.tree.map(lambda x: x.astype(jnp.bfloat16), MLP)
         ),
-        ValueError,
         "adam_b2 must lie in .* got 1.*hyperparam_dtype=jnp.float32",
     ),
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize("name", [*TYPE_ERRORS, *VALUE_ERRORS])
 def test_a_mistake_is_told(name: str):
-    mistake, kind, message = MISTAKES[name]
-    with pytest.raises(kind) as raised:
+    mistake, message = (TYPE_ERRORS | VALUE_ERRORS)[name]
+    with pytest.raises(TypeError if name in TYPE_ERRORS else ValueError) as raised:
         mistake()
     assert re.search(message, " ".join(str(raised.value).split())), str(raised.value)
 

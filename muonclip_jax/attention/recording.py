@@ -76,7 +76,7 @@ class RecordingBeside:
     """
 
     attention_fn: Callable[..., jax.Array]
-    to_one_dtype: Callable[[jax.Array, jax.Array, Any], Sequence[jax.Array]]
+    to_one_dtype: Callable[..., Sequence[jax.Array]]
     record: Callable[[jax.Array], None]
 
     @property
@@ -92,7 +92,7 @@ class RecordingBeside:
         call.apply_defaults()
         # A partial's keywords that the function takes as **keywords are not in its signature.
         given = _bound(self.attention_fn) | call.arguments | keywords
-        query_, key_ = self.to_one_dtype(query, key, given.get("dtype"))
+        query_, key_ = self.to_one_dtype(query, key, dtype=given.get("dtype"))
         meant = {name: given[name] for name in _MEANT if given.get(name) is not None}
         meant["mask"] = as_bool(meant.get("mask"))
         self.record(attention_max_logits(query_, key_, **meant))

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import errors
 from flax.linen.dtypes import promote_dtype
 from jax import lax
+from jax.lax import PrecisionLike
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from muonclip_jax._tree import MAX_LOGITS, join
@@ -58,7 +60,7 @@ def flax_attention(
     bias: jax.Array | None = None,
     mask: jax.Array | None = None,
     *,
-    precision: Any = None,
+    precision: PrecisionLike = None,
     einsum_dot_general: Callable[..., jax.Array] | None = None,
     qk_attn_weights_einsum: Callable[..., jax.Array] | None = None,
     attn_weights_value_einsum: Callable[..., jax.Array] | None = None,
@@ -80,11 +82,7 @@ def flax_attention(
         return logits
 
     out = nn.dot_product_attention(
-        query,
-        key,
-        value,
-        bias,
-        mask,
+        *(query, key, value, bias, mask),
         qk_attn_weights_einsum=logits_einsum,
         attn_weights_value_einsum=attn_weights_value_einsum or plain,
         **keywords,
@@ -109,8 +107,8 @@ def dot_product_attention(
     dropout_rng: jax.Array | None = None,
     dropout_rate: float = 0.0,
     deterministic: bool = False,
-    dtype: Any = None,
-    precision: Any = None,
+    dtype: DTypeLike | None = None,
+    precision: PrecisionLike = None,
     module: nn.Module | None = None,
     force_fp32_for_softmax: bool = False,
     einsum_dot_general: Callable[..., jax.Array] | None = None,
@@ -177,11 +175,7 @@ def dot_product_attention(
         )
     else:
         out, max_logits = flax_attention(
-            query,
-            key,
-            value,
-            bias,
-            mask,
+            *(query, key, value, bias, mask),
             broadcast_dropout=broadcast_dropout,
             dropout_rng=dropout_rng,
             dropout_rate=dropout_rate,

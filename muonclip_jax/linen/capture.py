@@ -32,10 +32,6 @@ def _flax_recording(*arguments: Any, **keywords: Any) -> jax.Array:
     return out
 
 
-def _to_one_dtype(query: jax.Array, key: jax.Array, dtype: Any) -> Any:
-    return promote_dtype(query, key, dtype=dtype)
-
-
 def _record(max_logits: jax.Array) -> None:
     record_in_module(calling_module(), max_logits)
 
@@ -46,7 +42,7 @@ def _recording(attention_fn: Callable[..., jax.Array]) -> Callable[..., jax.Arra
         return attention_fn
     if attention_fn is nn.dot_product_attention:
         return _flax_recording
-    return RecordingBeside(attention_fn, _to_one_dtype, _record)
+    return RecordingBeside(attention_fn, promote_dtype, _record)
 
 
 def _record_flax_attention(

@@ -2,8 +2,10 @@
 
 import dataclasses
 import inspect
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 from flax import struct
 from flax.training import train_state
@@ -27,11 +29,11 @@ class TrainState(train_state.TrainState):
     """
 
     # Flax's fields once more: it declares parameters a FrozenDict, which they need not be.
-    step: Any
-    apply_fn: Any = struct.field(pytree_node=False)
-    params: Any = struct.field(pytree_node=True)
-    tx: Any = struct.field(pytree_node=False)
-    opt_state: Any = struct.field(pytree_node=True)
+    step: int | jax.Array
+    apply_fn: Callable = struct.field(pytree_node=False)
+    params: Tree = struct.field(pytree_node=True)
+    tx: optax.GradientTransformation = struct.field(pytree_node=False)
+    opt_state: Tree = struct.field(pytree_node=True)
 
     def apply_gradients(self, *, grads: Tree, **kwargs: Any) -> "TrainState":
         """Updates step, parameters and optimizer state.
@@ -58,7 +60,7 @@ class TrainState(train_state.TrainState):
         return stepped.replace(tx=replaced.get("tx", self.tx))
 
 
-def _takes_keywords(tx: Any) -> bool:
+def _takes_keywords(tx: optax.GradientTransformation) -> bool:
     """Whether `tx.update` takes extra arguments, also where its type does not say so.
 
     `optax.MultiSteps` is of a type of its own, and its `gradient_transformation()` of the type of
