@@ -70,12 +70,9 @@ def from_optax_state(
     transformations do: hardly, after `1 / (1 - beta)` steps.
 
     Where Adam trained a leaf that `tx` trains by Muon, or the other way around, it is an error that
-    names the leaf, or with `rerouted="estimate"`:
-
-    1. From Adam to Muon, Adam's first moment is the momentum. Its mean square is dropped.
-    2. From Muon to Adam, the momentum is Adam's first moment, and its mean square is
-       `(1 + beta) / (1 - beta) mean(mu^2)`: right for counts far above `1 / (1 - b2)`, too large
-       before, so that first updates are shorter. The module's docstring derives it.
+    names the leaf, or with `rerouted="estimate"`: Adam's first moment is the momentum, and the
+    momentum is Adam's first moment with the mean square `(1 + beta) / (1 - beta) mean(mu^2)`, right
+    for counts far above `1 / (1 - b2)` and too large before, so that first updates are shorter.
 
     Whatever else the state of `tx` has (accumulated gradients, hyperparameters) is as `tx.init`
     makes it. A leaf of `optax_state` that has no place is an error, except settings (`ns_coeffs`,

@@ -33,16 +33,16 @@ def describe_attention(
 
     Args:
         params: Tree of parameters; `jax.ShapeDtypeStruct` leaves will do.
-        max_logits: The tree of maxima, arrays or shapes. Without it the head counts are read off
-            the shapes where these allow one reading alone, as kernels `(d_model, heads, head_dim)`
-            and an output projection `(heads, head_dim, d_model)` do.
+        max_logits: The tree of maxima, arrays or shapes. Without it heads are counted where shapes
+            allow one reading alone, as kernels `(d_model, heads, head_dim)` with an output
+            projection `(heads, head_dim, d_model)` do.
         shared_keys: As for `apply_qk_clip`.
         blocks: As for `apply_qk_clip`.
 
     Returns:
-        One paragraph a block: its path, its layout, its heads, its stacked axes, and a line for
-        every leaf that is scaled, with what scales which part. `eta` is the least `gamma` in a
-        group of heads that share a key. A block that cannot be clipped says why.
+        One paragraph a block: path, layout, heads, stacked axes, and for every leaf that is scaled
+        what scales which part. `eta` is the smallest `gamma` of the heads that share a key. A block
+        that cannot be clipped says why.
 
     Raises:
         ValueError: If there is no attention block, or a pattern in `blocks` matches nothing.
