@@ -7,16 +7,14 @@ block's width on its input side.
 """
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from muonclip_jax._specs import MatrixSpec
 from muonclip_jax.heads.finding import Shape
+from muonclip_jax.routing.evidence import Evidence, biases_of, by_bias, gather, output_first
 from muonclip_jax.routing.leaves import (
-    GENERIC,
     Leaf,
-    at,
     lengths,
     possible_layouts,
     to_spec,
@@ -34,50 +32,18 @@ _NOT_TOKENS = word(
     "pos|position|positions|positional|posemb|posembed|wpe|type|types|segment|segments|time|layer|"
     "relative|rel|codebook|codebooks"
 )
-_KEY_VALUE = r"(?:.*_)?(?:k|v|kv|key|value|wk|wv|wkv)(?:_.*)?"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a leaf is.
+    """What a leaf is."""
 
-    Args:
-        spec: Its matrices; None is AdamW.
-        why: The reason.
-        decays: Whether weight decay applies.
-        readings: Where it is open what the leaf is: the layouts that fit its shape.
-        flag: What a reader should check.
-        stack: The axes of stacked layers.
-    """
-
-    spec: MatrixSpec | None
+    spec: MatrixSpec | None  # its matrices; None is AdamW
     why: str
-    decays: bool = True
-    readings: tuple[str, ...] = ()
-    flag: str = ""
-    stack: Axes = ()
-
-
-@dataclass(frozen=True)
-class _Evidence:
-    """What a tree shows about its kernels.
-
-    Args:
-        biases: Path of a kernel -> path of its bias, and its shape without stacked layers.
-        widths: Path of a kernel -> the width of the hidden state in its block.
-        output_first: Last names -> whether kernels so called have the output first.
-        heads: Module -> `(width, head_dim)` of kernels `(width, heads, head_dim)` in it that stand
-            beside one of `(heads, head_dim, width)`.
-    """
-
-    biases: Mapping[str, tuple[str, Shape]]
-    widths: dict[str, int] = field(default_factory=dict[str, int])
-    output_first: dict[str, bool] = field(default_factory=dict[str, bool])
-    heads: dict[str, set[tuple[int, int]]] = field(default_factory=dict[str, set[tuple[int, int]]])
-
-    def bias(self, leaf: Leaf) -> Shape | None:
-        """The shape of a kernel's bias."""
-        return self.biases.get(leaf.path, ("", None))[1]
+    decays: bool = True  # whether weight decay applies
+    readings: tuple[str, ...] = ()  # where it is open what the leaf is: the layouts that fit
+    flag: str = ""  # what a reader should check
+    stack: Axes = ()  # the axes of stacked layers
 
 
 def infer(
@@ -92,10 +58,10 @@ def infer(
     """
     free = [leaf for leaf in leaves if leaf.path not in ruled]
     widths = frozenset(columns for _, columns in token_tables(free))
-    single = _biases(free, {})
+    single = biases_of(free, {})
     plain = frozenset(x.path for x in free if _is_plain(x, single.get(x.path, ("", None))[1]))
     stacks = find_stacks(free, scan_axis, plain, widths)
-    evidence = _gather(free, stacks.axes)
+    evidence = gather(free, stacks.axes)
     bias_paths = {path for path, _ in evidence.biases.values()}
     decisions: dict[str, Decision] = {}
     for leaf in leaves:
@@ -144,102 +110,6 @@ def _is_square(window: Shape, channels: Shape) -> bool:
     return len(set(window)) == 1 and window[0] <= min(_LARGEST_WINDOW, max(channels))
 
 
-def _biases(leaves: Sequence[Leaf], stacks: Mapping[str, Axes]) -> dict[str, tuple[str, Shape]]:
-    """Paths and shapes of biases, without stacked layers, by the paths of their kernels."""
-    shapes = {leaf.path: leaf.shape for leaf in leaves}
-    found: dict[str, tuple[str, Shape]] = {}
-    for leaf in leaves:
-        if len(leaf.shape) < 2:
-            continue
-        prefix = leaf.modules[0] + "/" if leaf.modules[0] else ""
-        last, _, wrapper = leaf.path[len(prefix) :].partition("/")
-        names = ["bias", f"{leaf.name.leaf}_bias", *(["b"] if leaf.name.leaf in GENERIC else [])]
-        names += [last[:-1] + "b"] if last.endswith("_w") else []
-        for end in ("", f"/{wrapper}") if wrapper else ("",):
-            path = next((p for x in names if (p := prefix + x + end) in shapes), leaf.path)
-            if path == leaf.path:
-                continue
-            axes, bias = stacks.get(leaf.path, ()), shapes[path]
-            shift = len(bias) - len(leaf.shape)
-            for places in (axes, tuple(axis + shift for axis in axes)):
-                if at(bias, places) == at(leaf.shape, axes):
-                    bias = without(bias, places)
-                    break
-            while len(bias) > 1 and bias[-1] == 1:  # a window's axes
-                bias = bias[:-1]
-            if bias:
-                found[leaf.path] = path, bias
-            break
-    return found
-
-
-def _by_bias(shape: Shape, bias: Shape | None) -> bool | None:
-    """Whether a bias shows that the output comes first; None where it shows nothing."""
-    if bias is None or not 0 < len(bias) < len(shape):
-        return None
-    first, last = shape[: len(bias)] == bias, shape[-len(bias) :] == bias
-    return None if first == last else first
-
-
-def _gather(leaves: Sequence[Leaf], stacks: Mapping[str, Axes]) -> _Evidence:
-    """Reads a tree whose stacks are known."""
-    evidence = _Evidence(_biases(leaves, stacks))
-    kernels: list[tuple[Leaf, Shape]] = []
-    for leaf in leaves:
-        shape = without(leaf.shape, stacks.get(leaf.path, ()))
-        if len(shape) > 1 and ((told := look_up(leaf.name, shape)) is None or told[1]):
-            kernels.append((leaf, shape))
-    _find_widths(kernels, evidence)
-    votes: Counter[tuple[str, bool]] = Counter()
-    grids: dict[str, set[Shape]] = {}
-    for leaf, shape in kernels:
-        vote = _by_bias(shape, evidence.bias(leaf))
-        width, side = evidence.widths.get(leaf.path), direction(leaf.name)
-        # In cross-attention keys and values read another hidden state.
-        told = side and len(shape) == 2 and not fits(_KEY_VALUE, leaf.name.role)
-        if vote is None and told and width is not None and shape.count(width) == 1:
-            vote = (shape[-1] == width) == (side == "i")
-        if vote is not None:
-            votes[leaf.name.leaf, vote] += 1
-        if len(shape) == 3:
-            grids.setdefault(leaf.modules[:2][-1], set()).add(shape)
-    for name in {leaf.name.leaf for leaf, _ in kernels}:
-        habit = _output_first(name)
-        turned = votes[name, not habit] > 1 and not votes[name, habit]
-        evidence.output_first[name] = habit != turned
-    for module, found in grids.items():
-        evidence.heads[module] = {(w, size) for w, n, size in found if (n, size, w) in found}
-    return evidence
-
-
-def _output_first(name: str) -> bool:
-    """Whether libraries that call a kernel so have its output first."""
-    return fits(r"weight(?:_.*)?", name)
-
-
-def _find_widths(kernels: Sequence[tuple[Leaf, Shape]], evidence: _Evidence) -> None:
-    """Finds the one length that all kernels of the smallest block around a kernel have."""
-    common: dict[str, set[int]] = {}
-    sides: dict[str, list[str]] = {}
-    for leaf, shape in kernels:
-        told = look_up(leaf.name, shape)
-        if told is not None and fits("b*oio", told[1]):  # sizes of heads stand on outer axes
-            outer = {shape[told[1].index("i")]}
-        else:
-            merged = len(shape) == 2 or told is None
-            outer = {shape[0], shape[-1]} if merged else set(shape) - {1}
-        for module in leaf.modules:
-            common[module] = common.get(module, outer) & outer
-            sides.setdefault(module, []).append(direction(leaf.name))
-    for leaf, _ in kernels:
-        for module in leaf.modules:
-            told = len(sides[module]) > 2 and {"i", "o"} <= set(sides[module])
-            if len(common[module]) == 1 and told:
-                (evidence.widths[leaf.path],) = common[module]
-            if not common[module] or leaf.path in evidence.widths:
-                break
-
-
 def _open_stack(leaf: Leaf, options: Sequence[Axes]) -> Decision:
     readings: list[str] = []
     for axes in options:
@@ -251,7 +121,7 @@ def _open_stack(leaf: Leaf, options: Sequence[Axes]) -> Decision:
     return Decision(None, why, readings=tuple(dict.fromkeys(readings)))
 
 
-def _decide(leaf: Leaf, axes: Axes, evidence: _Evidence) -> Decision:
+def _decide(leaf: Leaf, axes: Axes, evidence: Evidence) -> Decision:
     name, rank, shape = leaf.name, len(leaf.shape), without(leaf.shape, axes)
     if rank < 2:
         return Decision(None, "scalar" if rank == 0 else "vector", decays=False)
@@ -291,11 +161,11 @@ def _decide(leaf: Leaf, axes: Axes, evidence: _Evidence) -> Decision:
     return Decision(to_spec(with_layers(letters, axes, rank), leaf.shape, parts), why, stack=axes)
 
 
-def _by_structure(leaf: Leaf, shape: Shape, evidence: _Evidence) -> str | None:
+def _by_structure(leaf: Leaf, shape: Shape, evidence: Evidence) -> str | None:
     """The layout of a kernel whose name says nothing, if exactly one is possible."""
     rank, bias = len(shape), evidence.bias(leaf)
     if bias is not None:
-        first = _by_bias(shape, bias)
+        first = by_bias(shape, bias)
         if first is not None:
             outputs, inputs = "o" * len(bias), "i" * (rank - len(bias))
             return outputs + inputs if first else inputs + outputs
@@ -315,7 +185,7 @@ def _by_structure(leaf: Leaf, shape: Shape, evidence: _Evidence) -> str | None:
     return "ioo" if dense else None
 
 
-def _oriented(leaf: Leaf, shape: Shape, letters: str, evidence: _Evidence) -> str:
+def _oriented(leaf: Leaf, shape: Shape, letters: str, evidence: Evidence) -> str:
     """A layout with the input on the side where the tree shows it, or the library has it."""
     if not fits("i+o+|o+i+", letters.replace("b", "")):
         return letters
@@ -326,17 +196,17 @@ def _oriented(leaf: Leaf, shape: Shape, letters: str, evidence: _Evidence) -> st
     if len(fitting) == 1:
         return fitting[0]
     side, width = direction(leaf.name), evidence.widths.get(leaf.path)
-    if side and len(shape) > 2 and (_output_first(last) or last == leaf.name.role):
+    if side and len(shape) > 2 and (output_first(last) or last == leaf.name.role):
         hidden = [a for a, n in enumerate(shape) if n == width and letters[a] != "b"]
         if len(hidden) == 1:
             rest = "o" if side == "i" else "i"
             kinds = (side if axis in hidden else rest for axis in range(len(shape)))
             return "".join("b" if x == "b" else y for x, y in zip(letters, kinds, strict=True))
-    first = evidence.output_first.get(last, _output_first(last))
+    first = evidence.output_first.get(last, output_first(last))
     return turned if first and letters.replace("b", "").startswith("i") else letters
 
 
-def _by_axis_names(leaf: Leaf, axes: Axes, evidence: _Evidence) -> Decision | None:
+def _by_axis_names(leaf: Leaf, axes: Axes, evidence: Evidence) -> Decision | None:
     """What the framework's names of axes say, if they name the hidden state's axis."""
     if leaf.axes is None or not all(n or i in axes for i, n in enumerate(leaf.axes)):
         return None

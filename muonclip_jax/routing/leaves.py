@@ -36,37 +36,25 @@ _LAYER = re.compile(r"(?:[a-z0-9_]*_)?(?:res|encoder|decoder)?(?:layer|block|sta
 class LeafName(NamedTuple):
     """One parameter's names in one spelling.
 
-    Args:
-        leaf: The last name.
-        role: The most telling name: the last one that is neither generic nor a number.
-        scope: The names before the role, outermost first.
-        stacked: Whether a container of layers stands in the path and no number tells one of them,
-            as `nn.scan` makes them: every leaf below has an axis of layers.
-        grouped: Whether there is such a container at all. One that holds numbered modules
-            ("layers/layer_0") may be scanned several at a time, or be a plain dict of layers.
+    In `stacked` a container of layers stands in the path and no number tells one of them, as
+    `nn.scan` makes them: every leaf below has an axis of layers. In `grouped` it may hold numbered
+    modules ("layers/layer_0"), which are scanned several at a time, or a plain dict of layers.
     """
 
-    leaf: str
-    role: str
-    scope: tuple[str, ...]
+    leaf: str  # the last name
+    role: str  # the most telling name: the last one that is neither generic nor a number
+    scope: tuple[str, ...]  # the names before the role, outermost first
     stacked: bool
     grouped: bool
 
 
 class Leaf(NamedTuple):
-    """All that a decision may depend on, hashable.
-
-    Args:
-        path: Its path.
-        shape: Its shape.
-        trained: Whether it holds floating-point or complex numbers.
-        axes: The names that its framework gives its axes, in one spelling, or None.
-    """
+    """All that a decision may depend on, hashable."""
 
     path: str
     shape: Shape
-    trained: bool = True
-    axes: tuple[str, ...] | None = None
+    trained: bool = True  # whether it holds floating-point or complex numbers
+    axes: tuple[str, ...] | None = None  # the names that its framework gives its axes
 
     @property
     def name(self) -> LeafName:

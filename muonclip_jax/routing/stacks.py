@@ -56,20 +56,13 @@ def extra_axes(name: LeafName, shape: Shape) -> frozenset[int] | None:
 
 @dataclass
 class Stacks:
-    """The stacks of a tree, as they are found.
+    """The stacks of a tree, as they are found, by the paths of the leaves."""
 
-    Args:
-        scan_axis: What the user says.
-        widths: Widths of the model's token embeddings.
-        axes: Path -> axes of stacked layers; () for a leaf of no stack.
-        open: Path -> the axes that are possible, for leaves where that is open.
-        groups: Leaves, the kernels among them, and options: what is settled at last.
-    """
-
-    scan_axis: ScanAxis
-    widths: frozenset[int]
-    axes: dict[str, Axes] = field(default_factory=dict[str, Axes])
+    scan_axis: ScanAxis  # what the user says
+    widths: frozenset[int]  # of the model's token embeddings
+    axes: dict[str, Axes] = field(default_factory=dict[str, Axes])  # () for a leaf of no stack
     open: dict[str, tuple[Axes, ...]] = field(default_factory=dict[str, tuple[Axes, ...]])
+    #: Leaves, the kernels among them, and options: what is settled at last.
     groups: list[_Group] = field(default_factory=list[_Group])
 
     def solve(self, module: str, leaves: Sequence[Leaf]) -> None:

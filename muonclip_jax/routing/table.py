@@ -38,37 +38,21 @@ def _even(shape: Shape) -> bool:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table.
+    """One row of the table; a name of None is any."""
 
-    Args:
-        why: The reason, as `describe_labels` prints it.
-        layouts: A letter an axis, one layout or several of different rank; "" is AdamW.
-        role: What the most telling name must be; None here and below is any.
-        leaf: What the last name must be.
-        scope: What some name before the role must be.
-        without: What no name before the role may be.
-        parent: What the name right before the role must be.
-        stacked: Whether the path must show stacked layers.
-        shape: What must hold of the shape without stacked layers.
-        ranks: The fewest and most axes without stacked layers.
-        parts: Into how many equal parts the last output axis falls.
-        decays: Whether weight decay applies where AdamW trains.
-        weak: Whether the name says nothing, and only the rank does.
-    """
-
-    why: str
-    layouts: str = ""
-    role: str | None = None
-    leaf: str | None = None
-    scope: str | None = None
-    without: str | None = None
-    parent: str | None = None
-    stacked: bool = False
-    shape: Callable[[Shape], bool] | None = None
-    ranks: tuple[int, int] = (2, 99)
-    parts: int = 1
-    decays: bool = True
-    weak: bool = False
+    why: str  # as `describe_labels` prints it
+    layouts: str = ""  # a letter an axis, one layout or several of different rank; "" is AdamW
+    role: str | None = None  # the most telling name
+    leaf: str | None = None  # the last name
+    scope: str | None = None  # some name before the role
+    without: str | None = None  # no name before the role
+    parent: str | None = None  # the name right before the role
+    stacked: bool = False  # whether the path must show stacked layers
+    shape: Callable[[Shape], bool] | None = None  # what must hold of one layer's shape
+    ranks: tuple[int, int] = (2, 99)  # the fewest and most axes of one layer
+    parts: int = 1  # into how many equal parts the last output axis falls
+    decays: bool = True  # whether weight decay applies where AdamW trains
+    weak: bool = False  # whether the name says nothing, and only the rank does
 
 
 def word(words: str) -> str:
@@ -160,7 +144,6 @@ ROWS: tuple[Row, ...] = (
         decays=False,
     ),
     Row(_LORA_FACTOR, role=_LORA),
-    Row(_LORA_FACTOR, leaf=_LORA),
     Row(_LORA_FACTOR, role=rf"(?!{_LORA_BASE}$).*", scope=_LORA, without=_LORA_BASE),
     Row(
         "bias",
@@ -168,8 +151,7 @@ ROWS: tuple[Row, ...] = (
         decays=False,
     ),
     Row("bias", leaf="b", parent=rf"{DENSE}|{_CONV}|{_LINEN_QKV}|{_ATTENTION}", decays=False),
-    Row("bias", leaf="b", stacked=True, decays=False),
-    Row("gain or scale", leaf="g", stacked=True, decays=False),
+    Row("bias or gain", leaf="b|g", stacked=True, decays=False),
     Row(
         "gain or scale",
         leaf=r"(?:.*_)?(?:scales?|gains?|gamma|beta|temperature|slope|multiplier|sinks?)|ls\d*",
