@@ -258,8 +258,7 @@ def muon(
 
     Raises:
         TypeError: At construction for an argument of a wrong type or an unknown name.
-        ValueError: For a bad hyperparameter, more rows than `ns_steps`, or both
-            `muon_weight_dimension_numbers` and `rules`.
+        ValueError: For a bad hyperparameter, or both ways to say where the matrices are.
 
     Example:
         >>> import jax.numpy as jnp
