@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sweep compare bench bench-attention settings kernels notebooks docs package test test-all fuzz test-newest test-oldest quick \
+.PHONY: help setup train comparison bench bench-attention kernels notebooks docs package test test-all fuzz test-newest test-oldest quick \
 	format lint types imports clean
 
 help:  ## this list
@@ -30,11 +30,9 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY)  ## train a byte-level GPT with MuonClip (ARGS="--smoke" for a minute's worth)
 	$(BIN)/python examples/train_lm.py $(ARGS)
 
-sweep: $(READY)  ## find each optimizer's best learning rate
-	$(BIN)/python examples/sweep.py $(ARGS)
-
-compare: $(READY)  ## AdamW, Muon and MuonClip at those rates: picture and table
-	$(BIN)/python examples/compare.py $(ARGS)
+comparison: $(READY)  ## optimizers at equally tuned settings: the runs that are missing (hours on a CPU), tables, picture
+	$(BIN)/python benchmarks/comparison.py $(ARGS)
+	$(BIN)/python benchmarks/report.py --plot
 
 # The only extra that brings torch, so nothing else asks for it.
 $(VENV)/.bench: $(READY)
@@ -54,11 +52,6 @@ bench: $(VENV)/.bench  ## measure on this CPU (under 15 minutes, keep it idle): 
 bench-attention: $(READY)  ## what the clip and the recording of its maxima cost (keep it idle)
 	$(BIN)/python benchmarks/clip_cost.py
 	$(BIN)/python benchmarks/attention_recording.py
-	$(BIN)/python benchmarks/report.py
-
-settings: $(READY)  ## the sweeps of docs/settings.md, some ten minutes each
-	$(BIN)/python benchmarks/settings_width.py
-	$(BIN)/python benchmarks/settings_clip.py
 	$(BIN)/python benchmarks/report.py
 
 # Two compilers of 2 GB together: an environment of their own, which nothing else asks for.

@@ -84,11 +84,11 @@ def _step_against_cpu() -> Iterator[Row]:
     """One `muonclip` step of a small GPT, and the clip, on the device and on the CPU."""
     cpu = jax.devices("cpu")[0]
     model = GPT(ModelConfig(layers=2, width=96))
-    tokens = np.random.default_rng(0).integers(0, 256, (4, 65)).astype(np.uint8)
+    tokens: Any = np.random.default_rng(0).integers(0, 256, (4, 65)).astype(np.uint8)
     loss = functools.partial(next_byte_loss, model)
     with jax.default_matmul_precision("highest"):
         with jax.default_device(cpu):
-            params = model.init(jax.random.key(0), tokens[:, :-1])["params"]
+            params: Any = model.init(jax.random.key(0), tokens[:, :-1])["params"]
             for block in ("block_0", "block_1"):  # large logits, so that heads are clipped
                 attention = params[block]["attention"]
                 attention["query"]["kernel"] = 30 * attention["query"]["kernel"]
@@ -260,6 +260,7 @@ def _steps_of(
             "model": name,
             "dtype": dtype,
             "contender": contender,
+            "in_a_row": IN_A_ROW,
             "seconds": summary(seconds[contender]),
             "over_fast": ratio(seconds[contender], seconds[FAST]),
             "compile_seconds": compiling[contender],
@@ -430,7 +431,7 @@ class _Trainer:
         return next_byte_loss(self.model, low, tokens)
 
     def _optimizer(self, name: str, rate: jax.typing.ArrayLike, steps: jax.typing.ArrayLike) -> Any:
-        def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        def schedule(count: Any) -> Any:
             warmup = jnp.minimum(1.0, (count + 1) / (0.05 * steps))
             return rate * warmup * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(1, count / steps)))
 

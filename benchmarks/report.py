@@ -1,10 +1,10 @@
-"""Writes the tables of the docs (performance, quality, scaling, settings) from the stored results.
+"""Writes the tables of the README and of the docs from the stored results.
 
     python benchmarks/report.py
 
-Between the markers `<!-- NAME -->` and `<!-- end NAME -->` a page is this script's; a table whose
-results are not there says which command makes them. `--check` changes nothing and fails if a page
-is not what would be written.
+Text between the markers `<!-- NAME -->` and `<!-- end NAME -->` of a page is written by this
+script; a table whose results are missing says which command makes them. `--check` changes nothing
+and fails if a page differs from what would be written. `--plot` also draws the comparison.
 """
 
 import argparse
@@ -15,22 +15,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import pods, report_quality, report_settings, report_tables, scaling
+from benchmarks import pods, report_gpu, report_quality, report_tables, report_training
 from benchmarks.harness import RESULTS, ROOT
 
-DOCS = ROOT / "docs"
 Results = Mapping[str, Any]
+PICTURE = Path("docs/images/comparison.png")
+_TIMED = ("step_time", "compile_time", "polar_time", "polar_quality")
+_ATTENTION = ("clip_cost", "attention_recording")
+_GPU = tuple(f"gpu_{part}" for part in ("right", "steps", "kernels", "recording", "run"))
 #: What makes a result, by name.
 COMMANDS = {
-    "step_time": "make bench",
-    "compile_time": "make bench",
-    "polar_time": "make bench",
-    "polar_quality": "make bench",
-    "clip_cost": "make bench-attention",
-    "attention_recording": "make bench-attention",
+    **dict.fromkeys(_TIMED, "make bench"),
+    **dict.fromkeys(_ATTENTION, "make bench-attention"),
+    **dict.fromkeys(("training_runs", "comparison"), "make comparison"),
+    **dict.fromkeys(_GPU, report_gpu.COMMAND),
     "pods": "python -m benchmarks.pods",
-    "settings_width": "make settings",
-    "settings_clip": "make settings",
 }
 
 
@@ -51,7 +50,7 @@ def _from(write: Callable[..., str], *needs: str) -> Callable[[Results], str]:
     return block
 
 
-def machine_list(results: Results, names: tuple[str, ...]) -> str:
+def _machines(results: Results, names: tuple[str, ...]) -> str:
     """Says what each result was measured on."""
     lines = []
     for name in names:
@@ -60,18 +59,31 @@ def machine_list(results: Results, names: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
-def _pods_table(stored: Mapping[str, Any]) -> str:
-    """What the compilers say, and which they were."""
-    used = ", ".join(f"{name} {version}" for name, version in stored["versions"].items())
-    return f"Compiled with {used}.\n\n{pods.table(stored)}"
+def _training_machines(stored: Mapping[str, Any], _: Any) -> str:
+    return "\n".join(f"- {report_tables.machine_line(each)}" for each in stored["machines"])
 
 
-_TIMED = tuple(name for name, command in COMMANDS.items() if command.startswith("make bench"))
+def _trained(write: Callable[..., str], **settings: Any) -> Callable[[Results], str]:
+    return _from(functools.partial(write, **settings), "training_runs", "comparison")
+
+
 Blocks = Mapping[str, Callable[[Results], str]]
 #: Every part of each page that is written here.
 PAGES: Mapping[str, Blocks] = {
-    "performance.md": {
-        "machine": functools.partial(machine_list, names=_TIMED),
+    "README.md": {"comparison": _trained(report_training.comparison_table)},
+    "docs/comparison.md": {
+        "comparison": _trained(report_training.comparison_table),
+        "second text": _trained(report_training.second_text_table),
+        "clip": _trained(report_training.clip_table),
+        "coefficients": _trained(report_training.coefficients_table),
+        **{
+            part.replace("_", " "): _trained(report_training.part_table, part=part)
+            for part in ("fine_tuning", "long", "transfer")
+        },
+        "machine": _trained(_training_machines),
+    },
+    "docs/performance.md": {
+        "machine": functools.partial(_machines, names=(*_TIMED, *_ATTENTION, "gpu_steps")),
         "compile": _from(report_tables.compile_table, "compile_time"),
         "step": _from(report_tables.step_table, "step_time"),
         "polar": _from(report_tables.polar_table, "polar_time"),
@@ -79,23 +91,17 @@ PAGES: Mapping[str, Blocks] = {
         "rounding": _from(report_quality.rounding_table, "polar_quality"),
         "clip": _from(report_tables.clip_table, "clip_cost"),
         "recording": _from(report_tables.recording_table, "attention_recording"),
+        "GPU right": _from(report_gpu.right_table, "gpu_right"),
+        "GPU steps": _from(report_gpu.steps_table, "gpu_steps"),
+        "GPU kernels": _from(report_gpu.kernels_table, "gpu_kernels"),
+        "GPU recording": _from(report_gpu.recording_table, "gpu_recording"),
+        "GPU run": _from(report_gpu.run_table, "gpu_run"),
     },
-    "quality.md": {
+    "docs/quality.md": {
         dtype: _from(functools.partial(report_quality.errors_table, dtype=dtype), "polar_quality")
         for dtype in ("float32", "float16", "bfloat16")
     },
-    "scaling.md": {
-        "pods": _from(_pods_table, "pods"),
-        "cost": lambda _: scaling.cost_table(),
-        "break even": lambda _: scaling.break_even_table(),
-    },
-    "settings.md": {
-        "machine": functools.partial(machine_list, names=("settings_width", "settings_clip")),
-        "width": _from(report_settings.width_table, "settings_width"),
-        "losses": _from(report_settings.losses_table, "settings_width"),
-        "threshold": _from(report_settings.threshold_table, "settings_clip"),
-        "alpha": _from(report_settings.alpha_table, "settings_clip"),
-    },
+    "docs/scaling.md": {"pods": _from(pods.described_table, "pods")},
 }
 
 
@@ -121,12 +127,13 @@ def main() -> None:
     """Writes the pages."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--docs", type=Path, default=DOCS, help="the folder of the pages")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the folder of the README")
     parser.add_argument("--check", action="store_true", help="only compare")
+    parser.add_argument("--plot", action="store_true", help=f"also draw {PICTURE}")
     options = parser.parse_args()
     results = load(options.results)
     for name, blocks in PAGES.items():
-        page = options.docs / name
+        page = options.root / name
         old = page.read_text()
         new = written(old, results, blocks)
         if options.check and new != old:
@@ -134,6 +141,10 @@ def main() -> None:
         if new != old:
             page.write_text(new)
         print(f"{'as it was' if new == old else 'written'}: {page}")
+    if options.plot:
+        report_training.draw(
+            results["training_runs"], results["comparison"], options.root / PICTURE
+        )
 
 
 if __name__ == "__main__":

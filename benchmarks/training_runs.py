@@ -79,7 +79,7 @@ class Run:
         heads, hidden = self.width // 32, 8 * self.width // 3 // 8 * 8
         return GPT(ModelConfig(self.layers, self.width, heads, heads, hidden))
 
-    def numbers(self) -> dict[str, np.ndarray]:
+    def numbers(self) -> dict[str, Any]:
         """What is traced."""
         adam_rate = self.rate if self.adam_rate is None else self.adam_rate
         values = {name: getattr(self, name) for name in ("rate", "decay", "b2", "threshold")}
@@ -131,7 +131,7 @@ def muonclip(numbers: Numbers, *, clip: bool = True, **settings: Any) -> Any:
 def variant(numbers: Numbers, *parts: Any) -> Any:
     """AdamW for the rest, and for the matrices a chain of parts behind Muon."""
     muon = optax.chain(mc.scale_by_muon(), *parts)
-    groups = {"muon": muon, "adamw": adamw(numbers, "adam_rate")}
+    groups: Any = {"muon": muon, "adamw": adamw(numbers, "adam_rate")}
     return optax.multi_transform(groups, mc.label_params)
 
 
@@ -238,9 +238,9 @@ class Queue:
 
     def __init__(self, path: Path, at_once: int, left: Callable[[], float] = lambda: 1.0):
         self.path, self.at_once, self.left = path, at_once, left
-        self.results: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            self.results = json.loads(path.read_text())["runs"]
+        stored = json.loads(path.read_text()) if path.exists() else {"machines": [], "runs": {}}
+        self.machines: list[Any] = stored["machines"]
+        self.results: dict[str, dict[str, Any]] = stored["runs"]
         self.pool = ThreadPoolExecutor(8)
         self.compiled: dict[Any, Future[Any]] = {}
         self.last: dict[Run, Any] = {}
@@ -307,7 +307,9 @@ class Queue:
     def save(self) -> None:
         """Writes all results."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = compact({"machine": machine(), "runs": self.results})
+        if machine() not in self.machines:
+            self.machines.append(machine())
+        text = compact({"machines": self.machines, "runs": self.results})
         self.path.with_suffix(".new").write_text(text + "\n")
         self.path.with_suffix(".new").replace(self.path)
 

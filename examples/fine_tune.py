@@ -26,7 +26,6 @@ from common.checkpoints import Checkpoints
 from common.data import Corpus, load_corpus
 from common.model import ModelConfig
 from common.training import OPTIMIZERS, Record, Settings, State, Training, step_windows
-from compare import first_step, spread
 
 from muonclip_jax.checkpoint import from_optax_state
 
@@ -139,6 +138,21 @@ class Comparison:
 
 
 Runs = dict[str, list[list[Record]]]
+
+
+def first_step(records: list[Record], loss: float) -> int | None:
+    """Returns the first scored step whose held-out loss is no greater, or None."""
+    steps, losses = plots.series(records, "held_out_loss")
+    return next((int(s) for s, value in zip(steps, losses, strict=True) if value <= loss), None)
+
+
+def spread(values: Sequence[float | int | None], digits: int) -> str:
+    """Returns the mean, and the smallest and largest value in brackets."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return f"not reached by {len(values) - len(known)} of {len(values)}"
+    low, high = min(known), max(known)
+    return f"{statistics.mean(known):.{digits}f} ({low:.{digits}f} - {high:.{digits}f})"
 
 
 def table(runs: Runs, rates: dict[str, float], steps: int) -> str:

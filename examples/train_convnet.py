@@ -24,11 +24,9 @@ import jax.numpy as jnp
 import optax
 from common import plots
 from common.digits import Digits, digits_batch, load_parts
-from common.jobs import machine
-from common.records import describe
+from common.records import describe, machine
 from common.training import Record, State
 from jaxtyping import Array, Float
-from sweep import next_k
 
 import muonclip_jax as mc
 
@@ -156,6 +154,19 @@ def train(
 def steps_to_target(records: Iterable[Record], target: float) -> float:
     """Returns the first scored step at which the target is reached, or infinity."""
     return next((one["step"] for one in records if one["accuracy"] >= target), float("inf"))
+
+
+def next_k(losses: dict[int, float]) -> int | None:
+    """Returns where to grow the grid, or None where the best has neighbours on both sides.
+
+    Example:
+        >>> next_k({1: 2.0, 2: 1.5, 3: 1.6}), next_k({1: 2.0, 2: 1.5})
+        (None, 3)
+    """
+    best = min(losses, key=losses.__getitem__)
+    if best == min(losses):
+        return best - 1
+    return best + 1 if best == max(losses) else None
 
 
 def sweep(name: str, settings: Settings, digits: Digits, scored: Digits) -> dict[str, Any]:

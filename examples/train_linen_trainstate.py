@@ -54,7 +54,7 @@ def build(settings: Settings, model: nn.Module) -> TrainState:
     tokens = jnp.zeros((1, settings.length), jnp.uint8)
     tx = mc.muonclip(
         settings.schedule(),
-        weight_decay=settings.weight_decay,
+        weight_decay=settings.decay,
         qk_clip_threshold=settings.threshold,
     )
     params = model.init(jax.random.key(settings.seed), tokens)["params"]

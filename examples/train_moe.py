@@ -102,8 +102,9 @@ def main() -> None:
     program.add_picture(parser)
     parser.set_defaults(layers=MoEConfig.layers, width=MoEConfig.width, steps=300)
     options = parser.parse_args()
-    # Both runs have the rate that `make sweep` found for MuonClip on the model without experts.
+    # Both runs have what `make comparison` found for MuonClip on the model without experts.
     options.learning_rate = options.learning_rate or Settings().rate
+    options.weight_decay = options.weight_decay or Settings().decay
     config = MoEConfig(layers=options.layers, width=options.width)
     if options.smoke:
         options.steps, options.length = min(options.steps, 10), 16

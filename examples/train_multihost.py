@@ -83,7 +83,7 @@ class ShardedTraining(Training):
         shardings = param_shardings(mesh, params)
         self.tx = mc.muonclip(
             settings.schedule(),
-            weight_decay=settings.weight_decay,
+            weight_decay=settings.decay,
             qk_clip_threshold=settings.threshold,
             param_shardings=shardings,
         )

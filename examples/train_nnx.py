@@ -90,7 +90,7 @@ def build(settings: Settings) -> Pair:
     model = GPT(settings.model, nnx.Rngs(settings.seed))
     tx = mc.muonclip(
         settings.schedule(),
-        weight_decay=settings.weight_decay,
+        weight_decay=settings.decay,
         qk_clip_threshold=settings.threshold,
     )
     return model, nnx.Optimizer(model, tx, wrt=nnx.Param)

@@ -55,7 +55,7 @@ def build(settings: Settings, mesh: Mesh) -> Sharded:
     shardings = param_shardings(mesh, shapes)
     tx = mc.muonclip(
         settings.schedule(),
-        weight_decay=settings.weight_decay,
+        weight_decay=settings.decay,
         qk_clip_threshold=settings.threshold,
         param_shardings=shardings,
     )

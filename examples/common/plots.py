@@ -20,14 +20,18 @@ COLORS = {
     "adamw": "#0072b2",
     "muon": "#d55e00",
     "muonclip": "#009e73",
-    "muonclip_lower": "#cc79a7",
+    "normuon": "#cc79a7",
+    "hyperball": "#e69f00",
+    "cautious": "#999999",
     "sgd": "#56b4e9",
 }
 NAMES = {
     "adamw": "AdamW",
     "muon": "Muon",
     "muonclip": "MuonClip",
-    "muonclip_lower": "MuonClip, threshold 15 % lower",
+    "normuon": "NorMuon",
+    "hyperball": "Hyperball",
+    "cautious": "Muon, cautious decay",
     "sgd": "SGD with momentum",
 }
 

@@ -33,7 +33,8 @@ def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = made.add_argument
-    add("--learning-rate", type=float, help="the peak; None takes what `make sweep` found best")
+    add("--learning-rate", type=float, help="the peak; None takes what `make comparison` found")
+    add("--weight-decay", type=float, help="None takes what `make comparison` found")
     add("--steps", type=int, default=DEFAULT.steps)
     add("--threshold", type=float, default=DEFAULT.threshold, help="QK-Clip's, for each head")
     add("--seed", type=int, default=DEFAULT.seed)
@@ -64,6 +65,7 @@ def settings_of(options: argparse.Namespace, *, optimizer: str = DEFAULT.optimiz
     settings = Settings(
         optimizer=optimizer,
         learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
         steps=options.steps,
         threshold=options.threshold,
         seed=options.seed,
@@ -73,7 +75,7 @@ def settings_of(options: argparse.Namespace, *, optimizer: str = DEFAULT.optimiz
             layers=options.layers, width=options.width, hidden=8 * options.width // 3
         ),
     )
-    settings = replace(settings, learning_rate=settings.rate)
+    settings = replace(settings, learning_rate=settings.rate, weight_decay=settings.decay)
     if options.smoke:
         model = replace(settings.model, width=32, hidden=64)
         settings = replace(settings, steps=min(settings.steps, 60), batch_size=4, model=model)

@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
+import platform
 import shutil
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +17,16 @@ from common.training import Record
 def describe(settings: Any) -> dict[str, Any]:
     """Returns a settings dataclass as what JSON gives back for it."""
     return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def machine() -> dict[str, Any]:
+    """Returns what a stored number must be read with."""
+    packages = ("jax", "jaxlib", "optax", "flax", "numpy")
+    return {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "packages": {name: version(name) for name in packages},
+    }
 
 
 def open_folder(folder: Path, described: dict[str, Any], *, resume: bool) -> None:

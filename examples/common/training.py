@@ -31,8 +31,8 @@ class Settings:
     seed: int = 0
     batch_size: int = 16
     length: int = 64
-    warmup: int = 20
-    weight_decay: float = 0.1
+    warmup: int | None = None
+    weight_decay: float | None = None
     score_every: int = 10
     score_on: str = "held_out"
     score_windows: int = 64
@@ -53,13 +53,20 @@ class Settings:
 
     @property
     def rate(self) -> float:
-        """The peak learning rate: the one given, or the optimizer's own best of `make sweep`."""
+        """The peak learning rate: the one given, or the optimizer's best of `make comparison`."""
         best = OPTIMIZERS[self.optimizer].best_rate
         return best if self.learning_rate is None else self.learning_rate
 
+    @property
+    def decay(self) -> float:
+        """The weight decay: the one given, or the optimizer's best of `make comparison`."""
+        best = OPTIMIZERS[self.optimizer].best_decay
+        return best if self.weight_decay is None else self.weight_decay
+
     def schedule(self) -> optax.Schedule:
         """A linear rise, then half a cosine to zero."""
-        warmup = min(self.warmup, self.steps // 4)
+        best = OPTIMIZERS[self.optimizer].best_warmup
+        warmup = min(best if self.warmup is None else self.warmup, self.steps // 4)
         return optax.warmup_cosine_decay_schedule(0.0, self.rate, warmup, self.steps)
 
 
@@ -70,7 +77,7 @@ def adamw(settings: Settings) -> optax.GradientTransformationExtraArgs:
             settings.schedule(),
             b1=0.9,
             b2=0.95,
-            weight_decay=settings.weight_decay,
+            weight_decay=settings.decay,
             mask=partial(jax.tree.map, lambda leaf: leaf.ndim > 1),
         )
     )
@@ -78,33 +85,33 @@ def adamw(settings: Settings) -> optax.GradientTransformationExtraArgs:
 
 def muon(settings: Settings) -> optax.GradientTransformationExtraArgs:
     """The same as `muonclip` with the clip left out."""
-    return mc.muonclip(
-        settings.schedule(), weight_decay=settings.weight_decay, qk_clip_threshold=None
-    )
+    return mc.muonclip(settings.schedule(), weight_decay=settings.decay, qk_clip_threshold=None)
 
 
 def muonclip(settings: Settings) -> optax.GradientTransformationExtraArgs:
     """Muon for the matrices, AdamW for the rest, QK-Clip at the end, and whether it had effect."""
     tx = mc.muonclip(
         settings.schedule(),
-        weight_decay=settings.weight_decay,
+        weight_decay=settings.decay,
         qk_clip_threshold=settings.threshold,
     )
     return mc.metrics(tx, qk_clip_threshold=settings.threshold)
 
 
 class Optimizer(NamedTuple):
-    """How to build an optimizer, and the rate that `make sweep` found for it."""
+    """How to build an optimizer, and what `make comparison` found best for it."""
 
     build: Any
     best_rate: float
+    best_decay: float
+    best_warmup: int
     clips: bool
 
 
 OPTIMIZERS = {
-    "muonclip": Optimizer(muonclip, 0.016, clips=True),
-    "muon": Optimizer(muon, 0.011314, clips=False),
-    "adamw": Optimizer(adamw, 0.004, clips=False),
+    "muonclip": Optimizer(muonclip, 0.0114, 1.0, 20, clips=True),
+    "muon": Optimizer(muon, 0.016, 0.604, 60, clips=False),
+    "adamw": Optimizer(adamw, 0.004, 1.0, 60, clips=False),
 }
 
 

@@ -15,8 +15,11 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks.comparison import COMPARED
+from benchmarks.gpu import SHARES
 from benchmarks.optimizers import OPTAX, OPTIMIZERS, optax_at
-from benchmarks.report import DOCS, PAGES, RESULTS, load, written
+from benchmarks.report import PAGES, PICTURE, RESULTS, load, written
+from benchmarks.report_training import clip_table, coefficients_table, comparison_table
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = (
@@ -26,8 +29,6 @@ SCRIPTS = (
     "polar_quality",
     "clip_cost",
     "attention_recording",
-    "settings_width",
-    "settings_clip",
 )
 
 
@@ -112,18 +113,6 @@ def test_quality_covers_every_family_form_and_dtype(results):
     assert not any(record["diverges_on"] for record in stored["records"] if record["auto"])
 
 
-@pytest.mark.slow
-def test_a_sweep_has_a_loss_for_every_case(results):
-    stored = [results / f"settings_{name}.json" for name in ("width", "clip")]
-    width, clip = (json.loads(path.read_text())["rows"] for path in stored)
-    assert [row["consistent_rms"] for row in width] == [None] * 3 + [0.2] * 3
-    assert all(2 < row["validation_loss"] < 6 for row in width + clip)
-    free, tight = clip[:2]
-    assert free["threshold"] is None
-    assert free["clipped_share"] == 0 < tight["clipped_share"]
-    assert tight["query_norm"] < free["query_norm"]
-
-
 def test_another_checkout_of_optax_is_imported_beside_the_installed_one(tmp_path):
     folder = Path(optax.__file__).parent
     shutil.copytree(folder, tmp_path / "optax", ignore=shutil.ignore_patterns("*_test.py"))
@@ -148,73 +137,84 @@ def test_another_checkout_of_optax_is_imported_beside_the_installed_one(tmp_path
 @pytest.mark.slow
 def test_the_report_writes_pages(results, tmp_path):
     for name in PAGES:
-        shutil.copy(DOCS / name, tmp_path / name)
-    shutil.copy(RESULTS / "pods.json", results)
-    options = ("--results", results, "--docs", tmp_path)
-    done = run("report", *options)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    for stored in ("pods", "comparison", "training_runs"):
+        shutil.copy(RESULTS / f"{stored}.json", results)
+    options = ("--results", results, "--root", tmp_path)
+    done = run("report", *options, "--plot")
     assert done.returncode == 0, done.stderr
     text = {name: (tmp_path / name).read_text() for name in PAGES}
-    for name, blocks in PAGES.items():
-        assert text[name] == written(text[name], load(results), blocks)
     for said in ("| ours, minimax4 |", "| fused q k v |", "T = 256"):
-        assert said in text["performance.md"]
-    # What is stored is what is published: the page of the repository.
-    assert text["scaling.md"] == (DOCS / "scaling.md").read_text()
-    assert "| `consistent_rms=0.2` |" in text["settings.md"]
+        assert said in text["docs/performance.md"]
+    # What is stored is what is published: the pages of the repository.
+    for name in ("README.md", "docs/scaling.md", "docs/comparison.md"):
+        assert text[name] == (ROOT / name).read_text()
+    assert (tmp_path / PICTURE).read_bytes().startswith(b"\x89PNG")
     assert run("report", *options, "--check").returncode == 0
-    for page, said in (("performance.md", "| ours, minimax4 |"), ("scaling.md", "| Kimi K2 |")):
-        (tmp_path / page).write_text(text[page].replace(said, "| theirs |"))
-        failed = run("report", *options, "--check")
-        assert failed.returncode != 0
-        assert page in failed.stderr
-        assert "run this script" in failed.stderr
-        (tmp_path / page).write_text(text[page])
+    page = tmp_path / "docs/scaling.md"
+    page.write_text(text["docs/scaling.md"].replace("| Kimi K2", "| theirs"))
+    failed = run("report", *options, "--check")
+    assert failed.returncode != 0
+    assert "run this script" in failed.stderr
+
+
+@pytest.mark.slow
+def test_a_comparison_is_run_and_replayed(tmp_path):
+    done = run("comparison", "--smoke", "--at-once", 2, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "not finished" not in done.stdout
+    stored = json.loads((tmp_path / "comparison.json").read_text())
+    assert set(stored["winners"]) == set(COMPARED)
+    results = load(tmp_path)
+    both = results["training_runs"], results["comparison"]
+    for table in (comparison_table, coefficients_table, clip_table):
+        assert "not measured" not in table(*both)
+    assert run("comparison", "--smoke", "--seconds", -1, "--out", tmp_path).returncode == 0
+    assert json.loads((tmp_path / "comparison.json").read_text()) == stored
+
+
+def test_stored_runs_lead_to_the_stored_winners(tmp_path):
+    shutil.copy(RESULTS / "training_runs.json", tmp_path)
+    done = run("comparison", "--seconds", -1, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert load(tmp_path)["comparison"] == load(RESULTS)["comparison"]
+
+
+@pytest.mark.slow
+def test_all_that_a_gpu_answers_is_rehearsed(tmp_path):
+    done = run("gpu", "--smoke", "--seconds", 600, "--out", tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found = load(tmp_path)
+    assert set(found) == {f"gpu_{part}" for part in SHARES}
+    page = written((ROOT / "docs/performance.md").read_text(), found, PAGES["docs/performance.md"])
+    assert "| polar factor, 48 x 64, default" in page
+    assert "| muonclip | 0.002 | 4 |" in page
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_is_what_the_stored_results_say(name):
-    page = (DOCS / name).read_text()
+    page = (ROOT / name).read_text()
     assert written(page, load(RESULTS), PAGES[name]) == page
-    for block in PAGES[name]:
-        assert page.count(f"<!-- {block} -->") == 1
 
 
 def test_a_result_that_is_not_there_is_said_to_be_missing():
-    page = (DOCS / "scaling.md").read_text()
-    assert "not measured: `python -m benchmarks.pods`" in written(page, {}, PAGES["scaling.md"])
+    page = (ROOT / "docs/scaling.md").read_text()
+    said = written(page, {}, PAGES["docs/scaling.md"])
+    assert "not measured: `python -m benchmarks.pods`" in said
+    with pytest.raises(ValueError, match="<!-- pods -->"):
+        written("nothing", {}, PAGES["docs/scaling.md"])
 
 
-def test_a_page_without_a_place_is_refused():
-    with pytest.raises(ValueError, match="<!-- machine -->"):
-        written("nothing", {}, PAGES["performance.md"])
-
-
-#: Scripts that measure nothing or that make no file of their own: what they print.
-PRINTED = {
-    ("scaling",): "| Kimi K2 | 8192 |",
-    ("pods", "--only", "nothing"): "| 7B dense, v5p:8x8x8 | fsdp x tp | `muonclip_jax.muonclip` |",
-}
-
-
-@pytest.mark.parametrize(("command", "said"), PRINTED.items(), ids=map(" ".join, PRINTED))
-def test_scripts_print_their_tables(command, said):
-    done = run(*command)
+def test_pods_print_what_is_stored():
+    done = run("pods", "--only", "nothing")
     assert done.returncode == 0, done.stderr
-    assert said in done.stdout
+    assert "| 7B dense, v5p:8x8x8 | fsdp x tp | `muonclip_jax.muonclip` |" in done.stdout
 
 
 @pytest.mark.parametrize(
     "module",
-    [
-        "harness",
-        "counting",
-        "hlo",
-        "replica_groups",
-        "report_tables",
-        "polar_time",
-        "report_settings",
-        "settings_runs",
-    ],
+    ["harness", "counting", "hlo", "replica_groups", "report_tables", "report_training"],
 )
 def test_doctests(module):
     assert doctest.testmod(import_module(f"benchmarks.{module}")).failed == 0

@@ -117,11 +117,9 @@ COMMANDS: dict[str, Run | Covered] = {
     r"make train": Covered(
         f"{_PROGRAMS}::test_a_run_leaves_what_it_says", ("examples/train_lm.py",)
     ),
-    r"make sweep": Covered(
-        f"{_PROGRAMS}::test_sweep_and_compare_work_together", ("examples/sweep.py",)
-    ),
-    r"make compare": Covered(
-        f"{_PROGRAMS}::test_sweep_and_compare_work_together", ("examples/compare.py",)
+    r"make comparison": Covered(
+        f"{_BENCH}::test_a_comparison_is_run_and_replayed",
+        ("benchmarks/comparison.py", "benchmarks/report.py"),
     ),
     r"make bench": Covered(
         f"{_BENCH}::test_the_report_writes_pages",

@@ -22,6 +22,16 @@ def steps_of(table: list[str]) -> dict[str, list[float]]:
     }
 
 
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [({3: 2.0, 4: 1.0, 5: 2.0}, None), ({3: 2.0, 4: 1.5}, 5), ({3: 1.0, 4: float("inf")}, 2)],
+)
+def test_the_grid_grows_where_the_best_rate_is_at_its_edge(losses, expected):
+    from train_convnet import next_k
+
+    assert next_k(losses) == expected
+
+
 def test_parts_are_disjoint_and_batches_a_function_of_seed_and_step():
     from common.digits import digits_batch, load_parts
 

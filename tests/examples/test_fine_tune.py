@@ -87,7 +87,7 @@ def test_all_ways_see_the_same_rates_whatever_their_counts(comparison):
         )
         updates, _ = jax.jit(training.tx.update)(zero, shifted, state.params)
         kernel, change = (tree["block_0"]["gate"]["kernel"] for tree in (state.params, updates))
-        np.testing.assert_allclose(change, -0.01 * SETTINGS.weight_decay * kernel, rtol=1e-5)
+        np.testing.assert_allclose(change, -0.01 * training.settings.decay * kernel, rtol=1e-5)
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):

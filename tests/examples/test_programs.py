@@ -139,35 +139,11 @@ def test_other_programs_train_and_draw(name, run_folder, said, tmp_path):
         assert [line["train_loss"] for line in lines] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.slow
-def test_sweep_and_compare_work_together(tmp_path):
-    swept = run("sweep.py", "--smoke", "--runs", tmp_path)
-    assert swept.returncode == 0, swept.stderr
-    result = json.loads((tmp_path / "smoke" / "sweep.json").read_text())["optimizers"]
-    assert set(result) == {"adamw", "muon", "muonclip"}
-    for found in result.values():
-        assert found["best_rate"] in found["rates"]
-    compared = run(
-        "compare.py", "--smoke", "--runs", tmp_path, "--sweep", tmp_path / "smoke" / "sweep.json"
-    )
-    assert compared.returncode == 0, compared.stderr
-    assert "| MuonClip |" in compared.stdout
-    assert (tmp_path / "smoke" / "compare.png").read_bytes().startswith(b"\x89PNG")
-    again = run(
-        "compare.py", "--smoke", "--runs", tmp_path, "--sweep", tmp_path / "smoke" / "sweep.json"
-    )
-    assert again.stdout == compared.stdout
-
-
-def test_default_rates_are_those_that_the_sweep_found():
+def test_default_settings_are_those_that_the_comparison_found():
     from common.training import OPTIMIZERS
 
-    swept = json.loads((ROOT / "benchmarks" / "results" / "sweep.json").read_text())
+    stored = json.loads((ROOT / "benchmarks" / "results" / "comparison.json").read_text())
     for name, optimizer in OPTIMIZERS.items():
-        row = swept["optimizers"][name]
-        assert optimizer.best_rate == row["best_rate"]
-        assert (
-            row["best_rate"]
-            == row["rates"][row["validation_losses"].index(min(row["validation_losses"]))]
-        )
-        assert row["rates"][0] < row["best_rate"] < row["rates"][-1]
+        best = stored["winners"][name]
+        found = (optimizer.best_rate, optimizer.best_decay, optimizer.best_warmup)
+        assert found == (best["rate"], best["decay"], best["warmup"])
