@@ -95,7 +95,7 @@ def muonclip(
         beta: Decay of Muon's momentum.
         nesterov: Whether Muon's momentum is Nesterov's.
         consistent_rms: RMS of Muon's updates (see `scale_by_shape`); None scales by width.
-        ns_coeffs: Newton-Schulz coefficients; "keller_jordan" gives the five steps of Kimi K2.
+        ns_coeffs: Newton-Schulz coefficients; the default is the five steps of Kimi K2.
         ns_steps: Number of Newton-Schulz steps (see `orthogonalize`).
         ns_method: Form of the iteration (see `orthogonalize`).
         ns_dtype: Dtype of the products (see `orthogonalize`).

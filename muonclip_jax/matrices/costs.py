@@ -49,9 +49,9 @@ def describe_cost(
         >>> params = {"layers": {"wi": jax.ShapeDtypeStruct((24, 768, 3072), "float32")}}
         >>> print(describe_cost(params, MatrixRules(scan_axis=0), platform="cpu"))
         matrices          method  dtype    one matrix  all
-        24 x (768, 3072)  gram    float32  19 GFLOP    457 GFLOP
+        24 x (768, 3072)  gram    float32  22.6 GFLOP  544 GFLOP
         <BLANKLINE>
-        24 matrices, 457 GFLOP a step on cpu; the forward and backward pass of 1,344 tokens
+        24 matrices, 544 GFLOP a step on cpu; the forward and backward pass of 1,600 tokens
         through them costs as much
     """
     polar = plan_polar(ns_coeffs, ns_steps, ns_method, ns_dtype, platform=platform)

@@ -90,8 +90,8 @@ def scale_by_muon(
     is given, `optax.inject_hyperparams` needs its name in `static_args`.
 
     Args:
-        ns_coeffs: Newton-Schulz coefficients: a name, a triple or rows (see `orthogonalize`). By
-            default "minimax4"; "keller_jordan" reproduces the reference implementations.
+        ns_coeffs: Newton-Schulz coefficients: a name, a triple or rows (see `orthogonalize`). The
+            default, "keller_jordan", is the reference implementations'.
         ns_steps: Number of steps; None takes all rows of a set, five of a triple.
         beta: Decay of the momentum, in [0, 1); may be a schedule of the number of updates.
         eps: Smallest divisor of a matrix once its largest entry is one: it guards the zero
