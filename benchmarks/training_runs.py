@@ -116,6 +116,10 @@ def adamw(numbers: Numbers, peak: str = "rate") -> Any:
     )
 
 
+#: What all settings were tuned with; the sets themselves are compared at those settings.
+TUNED_WITH = "minimax4"
+
+
 def muonclip(numbers: Numbers, *, clip: bool = True, **settings: Any) -> Any:
     """`mc.muonclip`, with or without the clip."""
     return mc.muonclip(
@@ -124,13 +128,13 @@ def muonclip(numbers: Numbers, *, clip: bool = True, **settings: Any) -> Any:
         weight_decay=numbers["decay"],
         adam_b2=numbers["b2"],
         qk_clip_threshold=numbers["threshold"] if clip else None,
-        **settings,
+        **{"ns_coeffs": TUNED_WITH, **settings},
     )
 
 
 def variant(numbers: Numbers, *parts: Any) -> Any:
     """AdamW for the rest, and for the matrices a chain of parts behind Muon."""
-    muon = optax.chain(mc.scale_by_muon(), *parts)
+    muon = optax.chain(mc.scale_by_muon(TUNED_WITH), *parts)
     groups: Any = {"muon": muon, "adamw": adamw(numbers, "adam_rate")}
     return optax.multi_transform(groups, mc.label_params)
 
