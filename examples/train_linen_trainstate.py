@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from common import plots, program
 from common.model import BYTES, GPT, Block, ModelConfig, cross_entropy
-from common.training import Record, Settings, step_record
+from common.training import Record, Settings, clip_effect, step_record
 
 import muonclip_jax as mc
 from muonclip_jax.linen import TrainState, capture_max_logits
@@ -57,6 +57,7 @@ def build(settings: Settings, model: nn.Module) -> TrainState:
         weight_decay=settings.decay,
         qk_clip_threshold=settings.threshold,
     )
+    tx = mc.metrics(tx, qk_clip_threshold=settings.threshold)
     params = model.init(jax.random.key(settings.seed), tokens)["params"]
     state: Any = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
     return state.replace(step=jnp.zeros((), jnp.int32))
@@ -80,7 +81,8 @@ def step(
     (loss, max_logits), grads = gradients(state.apply_fn, state.params, tokens)
     info = mc.qk_clip_info(state.params, max_logits, threshold=settings.threshold)
     record = step_record(settings, state.step, loss, info)
-    return state.apply_gradients(grads=grads, max_logits=max_logits), record
+    state = state.apply_gradients(grads=grads, max_logits=max_logits)
+    return state, record | clip_effect(state.opt_state, state.params)
 
 
 @jax.jit

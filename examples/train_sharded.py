@@ -26,7 +26,7 @@ from common import plots, program
 from common.data import load_corpus
 from common.model import GPT, next_byte_loss
 from common.sharding import param_shardings
-from common.training import Record, Settings, State, Training, step_record
+from common.training import Record, Settings, State, Training, clip_effect, step_record
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
@@ -59,6 +59,7 @@ def build(settings: Settings, mesh: Mesh) -> Sharded:
         qk_clip_threshold=settings.threshold,
         param_shardings=shardings,
     )
+    tx = mc.metrics(tx, qk_clip_threshold=settings.threshold)
     # Momentum and moments lie as their parameters do.
     moments = checkpoint.abstract_state(tx, shapes, shardings)
     places = State(
@@ -86,7 +87,7 @@ def build(settings: Settings, mesh: Mesh) -> Sharded:
         )
         params = optax.apply_updates(state.params, updates)
         info = mc.qk_clip_info(state.params, max_logits, threshold=settings.threshold)
-        record = step_record(settings, state.step, loss, info)
+        record = step_record(settings, state.step, loss, info) | clip_effect(optimizer, params)
         return State(step=state.step + 1, params=params, optimizer=optimizer), record
 
     @partial(jax.jit, out_shardings=(whole, by_head))

@@ -1,129 +1,118 @@
-"""Every command of README and docs is executed: here, or by the test that a table names."""
+"""Every command of README and docs is executed: the test that does it stands in a table.
+
+A command is a line of a fence called `sh`, or of one called `console`, where lines that start with
+a dollar sign are the commands if there are any.
+"""
 
 import ast
-import os
 import re
+import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.docs.commands import COMMANDS, ROOT, Command, Covered, Run, collect, split, who
+ROOT = Path(__file__).parents[2]
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?:sh|console)\n(?P<code>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE
+)
+EXAMPLES, MULTIHOST = "tests/examples/test_programs.py", "tests/examples/test_multihost.py"
+#: A pattern that a whole command matches -> the test that runs it, or a shorter form of it.
+COMMANDS = {
+    r"make \w+": "tests/docs/test_commands.py::test_a_make_target_starts_its_programs",
+    r"pip install '\.\[flax\]'": (
+        "tests/package/test_package.py::test_the_wheel_works_in_an_empty_environment"
+    ),
+    r"python -m muonclip_jax describe( \S+)+": (
+        "tests/test_commands.py::test_the_page_shows_what_describe_prints"
+    ),
+    r"python -m muonclip_jax doctor": "tests/test_commands.py::test_doctor_passes_here",
+    r"python examples/train_multihost\.py .*--smoke.*": (
+        f"{MULTIHOST}::test_the_page_starts_two_processes"
+    ),
+    # They need a cluster: the same program in processes on loopback, killed and started again.
+    r"(?s)(gcloud|srun) .*examples/train_multihost\.py.*": (
+        f"{MULTIHOST}::test_a_restart_ends_with_the_same_bits"
+    ),
+    r"python examples/\w+\.py.*": f"{EXAMPLES}::test_a_short_run_does_what_its_page_says",
+}
+#: What each make target starts. The tests of examples and benchmarks run these programs.
+STARTS = {
+    "make help": (),
+    "make train": ("examples/train_lm.py",),
+    "make test": ("ruff format --check", "ruff check", "basedpyright", "lint-imports", "pytest"),
+    "make comparison": ("benchmarks/comparison.py", "benchmarks/report.py"),
+    "make bench": (
+        *("benchmarks/momentum.py", "benchmarks/step_time.py", "benchmarks/polar_time.py"),
+        *("benchmarks/compile_time.py", "benchmarks/polar_quality.py", "benchmarks/report.py"),
+    ),
+}
+
+
+def split(code: str) -> list[str]:
+    """The commands of a fence. An open quotation or the end of a line can continue them."""
+    commands, waiting = [], ""
+    for line in code.splitlines():
+        if not waiting and (not line.strip() or line.lstrip().startswith("#")):
+            continue
+        waiting += line
+        try:
+            shlex.split(waiting)
+            ends = not line.rstrip().endswith(("\\", "&&", "|"))
+        except ValueError:
+            ends = False
+        commands += [waiting] if ends else []
+        waiting = "" if ends else f"{waiting}\n"
+    assert not waiting, f"this command does not end: {waiting}"
+    return commands
+
+
+def collect() -> list[str]:
+    found = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))):
+        for match in FENCE.finditer(page.read_text()):
+            code = re.sub(rf"^{match['indent']}", "", match["code"], flags=re.MULTILINE)
+            prompts = re.findall(r"^\$ (.*)$", code, re.MULTILINE)
+            found += prompts or split(code)
+    return list(dict.fromkeys(found))
+
 
 FOUND = collect()
-#: The environments count as made, so that nothing is installed.
-MAKE = ("make", "-o", ".venv/.ready", "-o", ".venv/.bench")
-MAKE += ("-o", ".venv-newest/.ready", "-o", ".venv-oldest/.ready")
-
-
-def _name(command: Command) -> str:
-    return f"{command.page}:{command.line}"
-
-
-def _defines(test: str) -> bool:
-    """Whether a test's file has its function."""
-    file, _, function = test.partition("::")
-    path = ROOT / file
-    if not path.exists():
-        return False
-    tree = ast.parse(path.read_text())
-    return any(isinstance(node, ast.FunctionDef) and node.name == function for node in tree.body)
 
 
 def test_commands_are_split_as_a_shell_does():
     code = "# why\nmake test\n\nsay 'one\ntwo' &&\n  more \\\n  words\nlast\n"
-    assert split(code) == [
-        (1, "make test"),
-        (3, "say 'one\ntwo' &&\n  more \\\n  words"),
-        (7, "last"),
-    ]
-    with pytest.raises(ValueError, match="does not end"):
-        split("say 'one\n")
+    assert split(code) == ["make test", "say 'one\ntwo' &&\n  more \\\n  words", "last"]
+    assert len(FOUND) > 10
 
 
-def test_an_unknown_command_is_refused():
-    with pytest.raises(KeyError, match="nobody executes 'rm -rf runs'"):
-        who(Command("README.md", 1, "rm -rf runs"))
+@pytest.mark.parametrize("command", FOUND)
+def test_a_test_executes_it(command: str):
+    found = [test for pattern, test in COMMANDS.items() if re.fullmatch(pattern, command)]
+    assert found, "add a row to COMMANDS; what is not meant to be typed is fenced as text"
+    file, function = found[0].split("::")
+    tree = ast.parse((ROOT / file).read_text())
+    assert any(isinstance(node, ast.FunctionDef) and node.name == function for node in tree.body)
+    for program, rest in re.findall(r"((?:examples|benchmarks)/\w+\.py)([^&|;\"]*)", command):
+        # Programs name options in a module that they share, some as fields of a dataclass.
+        paths = [ROOT / program, *(ROOT / program).parent.glob("common/*.py")]
+        texts = "".join(path.read_text() for path in paths)
+        for option in re.findall(r"--[a-z][a-z-]*", rest):
+            field = option.removeprefix("--").replace("-", "_")
+            assert f'"{option}"' in texts or re.search(rf"^ +{field}:", texts, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", FOUND, ids=_name)
-def test_somebody_executes_it(command):
-    answer = who(command)
-    if isinstance(answer, Covered):
-        assert _defines(answer.test), f"{answer.test} is not there"
-
-
-@pytest.mark.parametrize("command", FOUND, ids=_name)
-def test_the_programs_are_there(command):
-    for program in re.findall(r"(?:examples|benchmarks|tools)/\w+\.(?:py|sh)", command.text):
-        assert (ROOT / program).exists(), program
-
-
-TARGETS = sorted({c.text for c in FOUND if c.text.startswith("make ")})
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_a_make_target_starts_what_its_test_runs(target):
-    answer = who(Command("", 0, target))
-    words = target.split()[1:]
+@pytest.mark.parametrize("command", [command for command in FOUND if command.startswith("make ")])
+def test_a_make_target_starts_its_programs(command: str):
+    # The environments count as made, so that nothing is installed.
     planned = subprocess.run(
-        [*MAKE, "--dry-run", *words], cwd=ROOT, capture_output=True, text=True, check=False
+        ["make", "-o", ".venv/.ready", "-o", ".venv/.bench", "--dry-run", *command.split()[1:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert planned.returncode == 0, planned.stderr
-    for program in answer.programs if isinstance(answer, Covered) else ():
-        assert program in planned.stdout, f"`{target}` does not start {program}"
-
-
-RUN = {pattern: answer for pattern, answer in COMMANDS.items() if isinstance(answer, Run)}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "command", [c for c in FOUND if any(re.fullmatch(p, c.text) for p in RUN)], ids=_name
-)
-def test_it_runs_as_it_stands(command):
-    answer = who(command)
-    assert isinstance(answer, Run)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    text = re.sub(r"^make ", " ".join(MAKE) + " ", command.text)
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        ["sh", "-ec", text], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert answer.says in done.stdout
-
-
-PROGRAMS = sorted(
-    {
-        (program, option)
-        for command in FOUND
-        for program, rest in re.findall(
-            r"((?:examples|benchmarks)/\w+\.py)([^&|;\"]*)", command.text
-        )
-        for option in re.findall(r"--[a-z][a-z-]*", rest)
-    }
-)
-
-
-@pytest.mark.parametrize("program", sorted({program for program, _ in PROGRAMS}))
-def test_a_program_knows_the_options_of_the_pages(program):
-    """Read in the sources, for a program that names its options in a module that it shares."""
-    texts = [(ROOT / program).read_text()]
-    texts += [path.read_text() for path in (ROOT / program).parent.glob("common/*.py")]
-    for option in (option for name, option in PROGRAMS if name == program):
-        field = option.removeprefix("--").replace("-", "_")
-        assert any(
-            f'"{option}"' in text or re.search(rf"^ +{field}:", text, re.MULTILINE)
-            for text in texts
-        ), f"{program} has no option {option}"
-
-
-def test_what_ci_runs_is_make_test():
-    assert re.search(r"^make test\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
-    planned = subprocess.run(
-        [*MAKE, "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for tool in ("ruff format --check", "ruff check", "basedpyright", "lint-imports", "pytest"):
-        assert tool in planned.stdout
+    for program in STARTS[command]:
+        assert program in planned.stdout
+    if command == "make test":
+        assert re.search(r"^make test\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)

@@ -46,7 +46,6 @@ class Expected:
         self.records = []
         for tokens in self.batches:
             state, record = training.step(state, tokens)
-            record.pop("clips_without_effect")  # the others do not wrap their optimizer in metrics
             self.records.append(jax.device_get(record))
         self.last: Params = jax.tree.map(np.asarray, state.params)
 
@@ -54,6 +53,8 @@ class Expected:
         """Compares; another order of sums is all that may differ."""
         for record, expected in zip(records, self.records, strict=True):
             for name, value in expected.items():
+                if name == "clips_without_effect" and name not in record:
+                    continue  # the NNX program does not log it
                 np.testing.assert_allclose(record[name], value, rtol=2e-5, err_msg=name)
         moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), self.first, self.last)
         assert min(jax.tree.leaves(moved)) > 1e-3

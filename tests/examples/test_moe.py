@@ -1,6 +1,5 @@
-"""The mixture of experts: routing and clip of its leaves, its model against NumPy, its program."""
+"""The mixture of experts: routing and clip of its leaves, its model against NumPy."""
 
-import json
 from typing import Any
 
 import jax
@@ -10,7 +9,6 @@ import pytest
 from common.moe import Experts, LatentAttention, MoEConfig, MoELM, Router, balanced
 
 import muonclip_jax as mc
-from tests.examples.test_programs import run
 
 TINY = MoEConfig(
     layers=2,
@@ -100,18 +98,3 @@ def test_the_clip_brings_latent_attention_to_its_threshold(x):
     np.testing.assert_array_equal(
         clipped["attention"]["wkv_a"]["kernel"], params["attention"]["wkv_a"]["kernel"]
     )
-
-
-@pytest.mark.slow
-def test_smoke_describes_the_model_and_draws(tmp_path):
-    done = run("train_moe.py", "--smoke", "--runs", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "latent (low-rank query)" in done.stdout
-    assert "expert stack" in done.stdout
-    assert "muonclip: held-out loss" in done.stdout
-    assert (tmp_path / "train_moe" / "train_moe.png").read_bytes().startswith(b"\x89PNG")
-    lines = (tmp_path / "train_moe" / "muon" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 10
-    for record in map(json.loads, lines):
-        loads = [record[f"load/moe_1/{expert}"] for expert in range(4)]
-        assert sum(loads) == pytest.approx(4)

@@ -19,7 +19,6 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "examples" / "notebooks" / "execute.py"
 #: A cell that has this tag prints what depends on the number of steps or on the machine.
 MEASURED = "measured"
-BYTES = 250_000
 
 
 def execute(*options: object) -> subprocess.CompletedProcess[str]:
@@ -58,48 +57,27 @@ def pictures(cell: dict[str, Any]) -> list[np.ndarray]:
     return [imread(io.BytesIO(base64.b64decode("".join(x)))) for x in encoded if x]
 
 
-def name(path: Path) -> str:
-    return path.stem
-
-
-def test_there_are_two():
-    assert list(map(name, NOTEBOOKS)) == [
-        "distributed_training_with_muonclip",
-        "training_with_muonclip",
-    ]
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
-def test_what_is_committed_is_what_ran(path):
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_is_committed_is_what_ran(path: Path):
     notebook = json.loads(path.read_text())
     advice = "The code was changed after it ran: `make notebooks` runs it and saves its outputs."
     assert notebook["metadata"].get(DIGEST) == digest(notebook), advice
-    counts = [cell["execution_count"] for cell in code_cells(path)]
-    assert counts == list(range(1, len(counts) + 1))
-    assert path.stat().st_size < BYTES
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
-def test_pictures_are_there_and_show_something(path):
-    drawing = [cell for cell in code_cells(path) if "".join(cell["source"]).endswith("\ndrawn")]
+    cells = code_cells(path)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    drawing = [cell for cell in cells if "".join(cell["source"]).endswith("\ndrawn")]
     assert drawing
     for cell in drawing:
         (picture,) = pictures(cell)
         assert min(picture.shape[:2]) > 200
         assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 50
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
-def test_links_lead_somewhere(path):
-    cells = json.loads(path.read_text())["cells"]
-    prose = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-    links = re.findall(r"\]\((?!https?:)([^)#\s]+)", prose)
+    prose = [x["source"] for x in notebook["cells"] if x["cell_type"] == "markdown"]
+    links = re.findall(r"\]\((?!https?:)([^)#\s]+)", "".join(map("".join, prose)))
     assert links
     assert not [link for link in links if not (path.parent / link).exists()]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_again_to_the_same_outputs(path, tmp_path):
     done = execute(path, "--smoke", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -111,19 +89,13 @@ def test_it_runs_again_to_the_same_outputs(path, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("1 / 0", "ZeroDivisionError"),
-        ("import warnings\nwarnings.warn('think twice')", "think twice"),
-    ],
-)
-def test_a_cell_that_fails_or_warns_saves_nothing(source, message, tmp_path):
+def test_a_cell_that_warns_saves_nothing(tmp_path):
+    source = "import warnings\nwarnings.warn('think twice')"
     cell = {"cell_type": "code", "source": source, "metadata": {}, "outputs": [], "id": "only"}
     content = {"cells": [cell | {"execution_count": None}], "metadata": {}}
     path = tmp_path / "bad.ipynb"
     path.write_text(json.dumps(content | {"nbformat": 4, "nbformat_minor": 5}))
     done = execute(path, "--out", tmp_path / "saved")
     assert done.returncode != 0
-    assert message in done.stderr
+    assert "think twice" in done.stderr
     assert not (tmp_path / "saved").exists()

@@ -1,17 +1,58 @@
-"""The programs as users start them: each in a process of its own."""
+"""The programs as users start them, in short runs: each in a process of its own."""
 
+import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SMALL = ("--smoke", "--layers", "1", "--steps", "60", "--checkpoint-every", "10")
+SMALL = ("--smoke", "--layers", 1, "--threshold", 2)  # some heads reach the threshold
+
+
+class Program(NamedTuple):
+    """What a short run must leave."""
+
+    options: tuple[object, ...]
+    says: tuple[str, ...]
+    metrics: str = ""  # the folder of its metrics inside its own
+    steps: int = 10
+    falls: str = "train_loss"
+    pictures: tuple[str, ...] = ()  # beside the one of its own name
+
+
+PROGRAMS = {
+    "train_lm": Program(
+        (*SMALL, "--steps", 60, "--checkpoint-every", 10),
+        ("held-out loss",),
+        steps=60,
+        falls="held_out_loss",
+        pictures=("loss.png", "largest_logit.png"),
+    ),
+    "train_nnx": Program((*SMALL, "--steps", 10), ("picture: ",)),
+    "train_linen_trainstate": Program((*SMALL, "--steps", 10), ("| nn.scan and nn.remat | 1 |",)),
+    "train_sharded": Program(
+        (*SMALL, "--steps", 10),
+        ("| block_0/attention/query/kernel | (32, 4, 8) | fsdp, tp,",),
+        "mesh",
+    ),
+    "train_moe": Program(
+        ("--smoke",), ("latent (low-rank query)", "expert stack", "held-out loss"), "muon"
+    ),
+    "fine_tune": Program(
+        ("--smoke",),
+        ("| AdamW goes on |", "| Muon, state from AdamW's |", "| Muon, empty state |"),
+        "adamw",
+    ),
+}
 
 
 def command(program: str, *options: object) -> list[str]:
@@ -27,10 +68,9 @@ def environment(*, optimized: bool = False) -> dict[str, str]:
     return os.environ | changed
 
 
-def run(
-    program: str, *options: object, optimized: bool = False
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+def run(program: str, *options: object, optimized: bool = False) -> str:
+    """Runs an example and returns what it prints."""
+    done = subprocess.run(
         command(program, *options),
         env=environment(optimized=optimized),
         cwd=ROOT,
@@ -38,6 +78,16 @@ def run(
         text=True,
         check=False,
     )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@functools.cache
+def short_run(name: str) -> tuple[Path, str]:
+    """Where a short run left its files, and what it printed."""
+    runs = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+    boards = () if name == "fine_tune" else ("--tensorboard", runs / "board")
+    return runs / name, run(f"{name}.py", *PROGRAMS[name].options, "--runs", runs, *boards)
 
 
 def records(folder: Path) -> list[dict[str, float]]:
@@ -49,40 +99,57 @@ def records(folder: Path) -> list[dict[str, float]]:
     ]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """One run without a break, with a threshold that it reaches and a TensorBoard."""
-    runs = tmp_path_factory.mktemp("runs")
-    done = run(
-        "train_lm.py", *SMALL, "--threshold", "2", "--runs", runs, "--tensorboard", runs / "t"
-    )
-    assert done.returncode == 0, done.stderr
-    assert "held-out loss" in done.stdout
-    return runs / "train_lm"
-
-
-def test_a_run_leaves_what_it_says(whole):
-    lines = records(whole)
-    assert [line["step"] for line in lines] == list(range(1, 61))
-    assert lines[-1]["held_out_loss"] < lines[9]["held_out_loss"]
-    assert max(line["clipped_heads"] for line in lines) > 0
-    assert min(line["smallest_gamma"] for line in lines) < 1
-    assert (whole / "sample.txt").read_text().startswith("def ")
-    for picture in ("loss.png", "largest_logit.png"):
-        assert (whole / picture).read_bytes().startswith(b"\x89PNG")
-    assert list((whole.parent / "t" / "train_lm").glob("events.out.tfevents.*"))
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "train_lm" else pytest.param(name, marks=pytest.mark.slow)
+        for name in PROGRAMS
+    ],
+)
+def test_a_short_run_does_what_its_page_says(name: str):
+    program = PROGRAMS[name]
+    folder, printed = short_run(name)
+    for said in program.says:
+        assert said in printed
+    lines = records(folder / program.metrics)
+    assert [line["step"] for line in lines] == list(range(1, program.steps + 1))
+    curve = [line[program.falls] for line in lines if program.falls in line]
+    assert curve[-1] < curve[0]
+    if "--threshold" in program.options:
+        assert max(line["clipped_heads"] for line in lines) > 0
+        assert min(line["smallest_gamma"] for line in lines) < 1
+        assert name == "train_nnx" or all("clips_without_effect" in line for line in lines)
+    if name != "fine_tune":
+        board = folder.parent / "board" / name / program.metrics
+        assert list(board.glob("events.out.tfevents.*"))
+    for picture in program.pictures or (f"{name}.png",):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_numbers(whole, tmp_path):
-    options = (*SMALL, "--threshold", "2", "--runs", tmp_path)
-    folder = tmp_path / "train_lm"
-    process = subprocess.Popen(
-        command("train_lm.py", *options),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+def test_a_mesh_trains_as_one_device():
+    folder, _ = short_run("train_sharded")
+    mesh, one = (
+        [line["train_loss"] for line in records(folder / name)] for name in ("mesh", "one_device")
     )
+    assert mesh == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_loads_of_experts_are_shares_of_the_tokens():
+    folder, _ = short_run("train_moe")
+    for record in records(folder / "muon"):
+        assert sum(record[f"load/moe_1/{expert}"] for expert in range(4)) == pytest.approx(4)
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path):
+    whole, _ = short_run("train_lm")
+    assert (whole / "sample.txt").read_text().startswith("def ")
+    options = (*PROGRAMS["train_lm"].options, "--runs", tmp_path)
+    folder = tmp_path / "train_lm"
+    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command("train_lm.py", *options), env=environment(), **quiet)
     # Past the checkpoint of step 20, so that lines without a checkpoint may be there too.
     while process.poll() is None and not (folder / "checkpoints" / "20").exists():
         time.sleep(0.005)
@@ -90,53 +157,40 @@ def test_a_killed_run_resumes_to_the_same_numbers(whole, tmp_path):
     assert process.wait() == -signal.SIGKILL
     assert not (folder / "sample.txt").exists()
 
-    other = run("train_lm.py", *options, "--resume", "--seed", "5")
-    assert other.returncode != 0
-    assert "seed: 0 became 5" in other.stderr
-
+    with pytest.raises(AssertionError, match="seed: 0 became 5"):
+        run("train_lm.py", *options, "--resume", "--seed", "5")
     resumed = run("train_lm.py", *options, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resuming after step" in resumed.stdout
-    assert "resuming after step 0" not in resumed.stdout
+    assert re.search(r"resuming after step [1-9]", resumed)
     assert records(folder) == records(whole)
     assert (folder / "sample.txt").read_bytes() == (whole / "sample.txt").read_bytes()
 
 
 @pytest.mark.slow
-def test_own_files_and_another_optimizer(tmp_path):
+def test_own_files_and_another_optimizer(tmp_path: Path):
     (tmp_path / "own.txt").write_text("the quick brown fox jumps over the lazy dog. " * 1000)
-    done = run(
-        "train_lm.py",
-        *("--data", tmp_path / "own.txt", "--optimizer", "adamw", "--smoke", "--layers", 1),
-        *("--steps", 10, "--runs", tmp_path / "runs", "--name", "own"),
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(records(tmp_path / "runs" / "own")) == 10
+    chosen = ("--data", tmp_path / "own.txt", "--optimizer", "adamw", "--name", "own")
+    run("train_lm.py", *SMALL, "--steps", 10, *chosen, "--runs", tmp_path)
+    assert len(records(tmp_path / "own")) == 10
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "run_folder", "said"),
-    [
-        ("train_nnx", "", "picture: "),
-        ("train_linen_trainstate", "", "| nn.scan and nn.remat | 1 |"),
-        ("train_sharded", "mesh", "| block_0/attention/query/kernel | (32, 4, 8) | fsdp, tp,"),
-    ],
-)
-def test_other_programs_train_and_draw(name, run_folder, said, tmp_path):
-    smoke = ("--smoke", "--layers", 1, "--steps", 10, "--threshold", 2)
-    done = run(f"{name}.py", *smoke, "--runs", tmp_path, "--tensorboard", tmp_path / "t")
-    assert done.returncode == 0, done.stderr
-    assert said in done.stdout
-    lines = records(tmp_path / name / run_folder)
-    assert [line["step"] for line in lines] == list(range(1, 11))
-    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
-    assert max(line["clipped_heads"] for line in lines) > 0
-    assert (tmp_path / name / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert list((tmp_path / "t" / name / run_folder).glob("events.out.tfevents.*"))
-    if name == "train_sharded":
-        expected = [line["train_loss"] for line in records(tmp_path / name / "one_device")]
-        assert [line["train_loss"] for line in lines] == pytest.approx(expected, rel=1e-4)
+@pytest.mark.parametrize("smoke", [True, False])
+def test_muon_trains_the_convolutions_in_fewer_steps_than_adamw(smoke: bool, tmp_path: Path):
+    picture = tmp_path / "convnet.png"
+    chosen = ("--optimizers", "muon", "adamw", "--picture", picture)
+    printed = run("train_convnet.py", *["--smoke"][:smoke], *chosen, optimized=not smoke)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    labels = dict(re.findall(r"^(\S+) +\(.*\) +(muon|adamw)", printed, re.MULTILINE))
+    muon = [path for path, label in labels.items() if label == "muon"]
+    assert muon == ["conv_0/kernel", "conv_1/kernel", "conv_2/kernel"]
+    assert labels["first_conv/kernel"] == labels["head/kernel"] == "adamw"
+    table = re.findall(r"^\| (Muon|AdamW) \| [\d.]+ \| ([^|]*) \|", printed, re.MULTILINE)
+    steps = {
+        name: [float(x.replace("never", "inf")) for x in cell.split(", ")] for name, cell in table
+    }
+    assert len(steps["Muon"]) == len(steps["AdamW"]) == (1 if smoke else 3)
+    if not smoke:
+        assert all(muon < adamw for muon, adamw in zip(steps["Muon"], steps["AdamW"], strict=True))
 
 
 def test_default_settings_are_those_that_the_comparison_found():
@@ -147,3 +201,16 @@ def test_default_settings_are_those_that_the_comparison_found():
         best = stored["winners"][name]
         found = (optimizer.best_rate, optimizer.best_decay, optimizer.best_warmup)
         assert found == (best["rate"], best["decay"], best["warmup"])
+
+
+def test_the_rates_of_the_convnet_have_worse_neighbours():
+    from train_convnet import next_k
+
+    assert next_k({3: 2.0, 4: 1.0, 5: 2.0}) is None
+    assert next_k({3: 2.0, 4: 1.5}) == 5
+    assert next_k({3: 1.0, 4: float("inf")}) == 2
+    stored = json.loads((ROOT / "benchmarks" / "results" / "train_convnet.json").read_text())
+    for found in stored["optimizers"].values():
+        steps = dict(zip(found["rates"], found["steps"], strict=True))
+        assert steps[found["best_rate"]] == min(steps.values())
+        assert found["rates"][0] < found["best_rate"] < found["rates"][-1]

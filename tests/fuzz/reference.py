@@ -11,25 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from tests.fuzz.cases import Case, Leaf
+from tests.fuzz.draw import Case, Leaf
 
-_KELLER_JORDAN = (3.4445, -4.7750, 2.0315)
-#: Rows as the sources print them, and the row of further steps.
+#: By path.
+Arrays = dict[str, np.ndarray]
+
+#: Rows as the sources print them.
 ROWS: dict[str, tuple[tuple[float, float, float], ...]] = {
-    "keller_jordan": (_KELLER_JORDAN,) * 5,
-    "you": (
-        (4.0848, -6.8946, 2.9270),
-        (3.9505, -6.3029, 2.6377),
-        (3.7418, -5.5913, 2.3037),
-        (2.8769, -3.1427, 1.2046),
-        (2.8366, -3.0525, 1.2012),
-    ),
-    "turbo": (
-        (4.6051, -9.6552, 5.6769),
-        (4.7505, -6.0861, 2.1790),
-        (2.7763, -2.3190, 0.5523),
-        (2.4231, -2.2861, 0.8193),
-    ),
+    "keller_jordan": ((3.4445, -4.7750, 2.0315),) * 5,
     "minimax4": (
         (8.383673612923165, -24.765905857974534, 18.357081892887596),
         (4.04342043370043, -3.011404993841536, 0.569512150319183),
@@ -37,82 +26,58 @@ ROWS: dict[str, tuple[tuple[float, float, float], ...]] = {
         (2.490115939444256, -1.8342750827526721, 0.43683470689542514),
     ),
 }
-_PRECONDITIONING = {"turbo": "aol", "minimax4": "schatten8"}
+#: The order of the Schatten norm that singular values are divided by.
+_NORM = {"frobenius": 2, "schatten": 4, "schatten8": 8, "spectral": np.inf}
 
 
 def two_updates(
-    case: Case, params: dict[str, Any], first: Any, second: Any, nudge: float = 0.0
-) -> list[dict[str, Any]]:
-    """Returns the updates of two steps by path, without the leaves of `muon` that NAdamW trains.
+    case: Case, params: Arrays, first: Arrays, second: Arrays, nudge: float = 0.0
+) -> list[Arrays]:
+    """Returns the updates of two steps from parameters and the gradients of each.
 
-    Args:
-        case: The case.
-        params: Parameters by path, float64.
-        first: Gradients of the first step, by path.
-        second: Gradients of the second step.
-        nudge: Change of the normalised singular values. What it does to the result is what rounding
-            may do: the odd quintics are steep, at the end of their interval above all, where
-            matrices of rank one lie.
+    What the `nudge` of the normalised singular values does to them is what rounding may do: the odd
+    quintics are steep, at the end of their interval above all, where matrices of rank one lie.
     """
-    state = {path: [np.zeros_like(x), np.zeros_like(x)] for path, x in params.items()}
-    params, results = dict(params), []
-    for number, gradients in enumerate((first, second)):
-        updates: dict[str, Any] = {}
+    state = {path: (np.zeros_like(x), np.zeros_like(x)) for path, x in params.items()}
+    results = []
+    for step, gradients in enumerate((first, second), start=1):
+        rate = 0.125 - 0.03125 * (step - 1)  # optax.linear_schedule(0.125, 0.0625, 2)
+        updates: Arrays = {}
         for leaf in case.leaves:
-            arguments = (leaf, params[leaf.path], gradients[leaf.path], state[leaf.path], number)
+            p, g = params[leaf.path], gradients[leaf.path]
+            mean, square = state[leaf.path]
             if leaf.dims is not None:
-                updates[leaf.path] = _muon(case, *arguments, nudge)
-            elif case.factory == "muonclip":
-                updates[leaf.path] = _adamw(case, *arguments)
-        if case.maxima is not None:
-            for path, factor in clip_factors(case).items():
-                p, u = params[path], updates[path]
-                updates[path] = np.where(factor != 1, factor * (p + u) - p, u)
+                beta = case.options["beta"]
+                mean = beta * mean + (1 - beta) * g
+                direction = _muon(case, leaf, mean, g, step, nudge)
+            else:
+                mean, square = 0.9 * mean + 0.1 * g, 0.95 * square + 0.05 * g * g
+                direction = mean / (1 - 0.9**step)
+                direction = direction / (np.sqrt(square / (1 - 0.95**step)) + 1e-8)
+            state[leaf.path] = mean, square
+            if case.factory != "scale_by_muon":
+                decay = case.options["weight_decay"] if leaf.dims else 0.0
+                direction = -rate * (direction + decay * p)
+            updates[leaf.path] = direction
+        for path, factor in clip_factors(case).items():
+            p, u = params[path], updates[path]
+            updates[path] = np.where(factor != 1, factor * (p + u) - p, u)
         results.append(updates)
-        params = {path: x + updates.get(path, 0.0) for path, x in params.items()}
+        params = {path: x + updates[path] for path, x in params.items()}
     return results
 
 
-def clipped(case: Case, params: dict[str, Any]) -> dict[str, Any]:
-    """Returns the parameters after the clip alone."""
-    factors = clip_factors(case)
-    return {path: x * factors.get(path, 1.0) for path, x in params.items()}
-
-
-def _rate(case: Case, number: int) -> float:
-    value = case.option["learning_rate"]
-    # Numbers that float32 has, as Optax computes schedules in it.
-    return value if isinstance(value, float) else 0.125 - 0.03125 * number
-
-
-def _decays(case: Case, leaf: Leaf) -> bool:
-    match case.option["weight_decay_mask"]:
-        case None:
-            # By default muonclip leaves out gains and biases, muon nothing.
-            return leaf.dims is not None or case.factory == "muon"
-        case _:
-            return len(leaf.shape) > 1
-
-
 def _muon(
-    case: Case,
-    leaf: Leaf,
-    p: np.ndarray,
-    g: np.ndarray,
-    state: list[np.ndarray],
-    number: int,
-    nudge: float,
+    case: Case, leaf: Leaf, m: np.ndarray, g: np.ndarray, step: int, nudge: float
 ) -> np.ndarray:
-    options, beta = case.option, case.option["beta"]
-    m = state[0] = beta * state[0] + (1 - beta) * g
-    corrects = options.get("bias_correction", case.factory == "muon")
+    options, beta = case.options, case.options["beta"]
 
     def corrected(x: np.ndarray, steps: int) -> np.ndarray:
-        return x / (1 - beta**steps) if corrects else x
+        return x / (1 - beta**steps) if options.get("bias_correction") else x
 
-    u = corrected(m, number + 1)
+    u = corrected(m, step)
     if options["nesterov"]:
-        u = beta * corrected(m, number + 2) + (1 - beta) * corrected(g, number + 1)
+        u = beta * corrected(m, step + 1) + (1 - beta) * corrected(g, step)
     result = np.zeros_like(u)
     for place, shape in _matrices(leaf):
         result[place] = _polar(case, u[place].reshape(shape), nudge).reshape(u[place].shape)
@@ -120,31 +85,23 @@ def _muon(
         result = np.sum(u * result) * result
     if case.factory == "scale_by_muon":
         return result
-    for place, shape in _matrices(leaf):
-        result[place] *= _scale(options["consistent_rms"], *shape)
-    decay = options["weight_decay"] * _decays(case, leaf)
-    return -_rate(case, number) * (result + decay * p)
-
-
-def _scale(rms: float | None, fan_in: int, fan_out: int) -> float:
-    if rms is None:
-        return math.sqrt(max(1, fan_out / fan_in))
-    return rms * math.sqrt(max(fan_in, fan_out))
+    for place, (fan_in, fan_out) in _matrices(leaf):
+        rms = options["consistent_rms"]
+        scale = math.sqrt(max(1, fan_out / fan_in))
+        result[place] *= scale if rms is None else rms * math.sqrt(max(fan_in, fan_out))
+    return result
 
 
 def _matrices(leaf: Leaf) -> Iterator[tuple[Any, tuple[int, int]]]:
     """Where the matrices of a leaf are, and their shapes as (inputs, outputs)."""
-    assert leaf.dims is not None
-    rows, columns = (math.prod(leaf.shape[axis] for axis in axes) for axes in leaf.dims)
+    rows, columns = (math.prod(leaf.shape[axis] for axis in axes) for axes in leaf.dims or ())
     if leaf.split is None:
         # In every tree of the fuzzer inputs are before outputs and dimensions that count are first.
         for index in np.ndindex(*(leaf.shape[axis] for axis in leaf.batch)):
             yield index, (rows, columns)
         return
-    axis, sizes, view, along = leaf.split
-    assert axis == 1
-    grid = (sum(sizes),) if view is None else view
-    where = np.indices(grid)[along].reshape(-1)
+    _, sizes, view, along = leaf.split
+    where = np.indices(view or (sum(sizes),))[along].reshape(-1)
     start = 0
     for size in sizes:
         chosen = np.flatnonzero((where >= start) & (where < start + size))
@@ -153,50 +110,38 @@ def _matrices(leaf: Leaf) -> Iterator[tuple[Any, tuple[int, int]]]:
 
 
 def _polar(case: Case, u: np.ndarray, nudge: float) -> np.ndarray:
-    options = case.option
+    options, coefficients = case.options, case.options["ns_coeffs"]
     if options["ns_method"] == "svd":
         left, _, right = np.linalg.svd(u, full_matrices=False)
         return left @ right
-    named, steps = options["ns_coeffs"], options.get("ns_steps")
-    rows = ROWS[named][:steps] if isinstance(named, str) else (named,) * options["ns_steps"]
-    how = options.get("preconditioning") or _PRECONDITIONING.get(str(named), "frobenius")
     if u.shape[0] > u.shape[1]:
         return _polar(case, u.T, nudge).T
+    rows = ROWS.get(coefficients, (coefficients,) * 2)[: options.get("ns_steps")]
+    default = "schatten8" if coefficients == "minimax4" else "frobenius"
+    how = options["preconditioning"] or default
     if how == "aol":
         # Invariant to scale; every row is divided by the root of its sum in |U U^T|.
         u = u / np.sqrt(np.abs(u @ u.T).sum(1, keepdims=True))
     left, s, right = np.linalg.svd(u, full_matrices=False)
-    power = {"frobenius": 2, "schatten": 4, "schatten8": 8, "spectral": np.inf}.get(how)
-    if power is not None:
-        absolute = not options.get("relative_eps", case.factory != "muon")
-        s = s / (np.linalg.norm(s, power) + 1e-8 * (absolute and how in ("frobenius", "spectral")))
+    if how != "aol":
+        s = s / np.linalg.norm(s, _NORM[how])
     # The Gram form iterates on the squares, where rounding is absolute, and all steps add to it.
-    absolute = 8 * nudge * (options["ns_method"] in ("gram", "auto"))
-    moved = np.sqrt((s * (1 + nudge)) ** 2 + absolute)
-    factor, y = np.ones_like(s), moved
+    gram = 8 * nudge * (options["ns_method"] in ("gram", "auto"))
+    y = np.sqrt((s * (1 + nudge)) ** 2 + gram)
+    factor = s * (1 + nudge)
     for a, b, c in rows:
         step = a + b * y**2 + c * y**4
         factor, y = factor * step, y * step
-    return (left * (s * (1 + nudge) * factor)) @ right
+    return (left * factor) @ right
 
 
-def _adamw(
-    case: Case, leaf: Leaf, p: np.ndarray, g: np.ndarray, state: list[np.ndarray], number: int
-) -> np.ndarray:
-    state[0] = 0.9 * state[0] + 0.1 * g
-    state[1] = 0.95 * state[1] + 0.05 * g * g
-    mean, square = state[0] / (1 - 0.9 ** (number + 1)), state[1] / (1 - 0.95 ** (number + 1))
-    decay = case.option["weight_decay"] * _decays(case, leaf)
-    return -_rate(case, number) * (mean / (np.sqrt(square) + 1e-8) + decay * p)
-
-
-def clip_factors(case: Case) -> dict[str, np.ndarray]:
-    """Returns what the clip multiplies queries and keys by, by path."""
-    prefix = "" if case.factory == "apply_qk_clip" else "qk_clip_"
+def clip_factors(case: Case) -> Arrays:
+    """Returns what the clip multiplies queries and keys by."""
+    if case.maxima is None:
+        return {}
     threshold, alpha, shared_keys = (
-        case.option[prefix + name] for name in ("threshold", "alpha", "shared_keys")
+        case.options[f"qk_clip_{name}"] for name in ("threshold", "alpha", "shared_keys")
     )
-    assert case.maxima is not None
     block, values = case.maxima
     maxima = np.asarray(values, np.float64)
     over = np.isfinite(maxima) & (maxima > threshold)

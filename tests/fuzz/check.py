@@ -1,0 +1,237 @@
+"""Runs a case, compares it with one device and with NumPy, and finds a smaller one that fails."""
+
+import dataclasses
+import math
+import re
+import time
+import traceback
+import warnings
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import muonclip_jax as mc
+from tests.fuzz import program, reference
+from tests.fuzz.draw import OPTIONS, OPTIONS_OF, Case
+
+_PACKAGE = str(Path(mc.__file__).parent)
+#: Relative Frobenius error that two ways to compute the same update may differ by. In 16 bits it is
+#: the largest distance from the polynomial in float64 that docs/performance.md gives, rounded up.
+_TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 2e-1, "bfloat16": 3e-1}
+#: By how many units in the last place the normalised singular values may be off.
+_ROUNDINGS = 8
+#: What ill-conditioned matrices may differ by in float32, from the same pages.
+_ILL_CONDITIONED = 5e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of a case."""
+
+    status: str  # "ok", "refused" (by the package, with a message) or "failed"
+    kind: str = ""  # "crash", "value", "dtype", "sharding", "structure", "traces" or "warning"
+    detail: str = ""
+
+    @property
+    def signature(self) -> str:
+        """The same for faults that look alike: numbers and paths are left out."""
+        first = self.detail.partition("\n")[0].partition(", at ")[0]
+        text = re.sub(r"\d+(\.\d+)?(e[-+]\d+)?", "#", first[:110])
+        return f"{self.kind}: {text}"
+
+
+class FaultError(AssertionError):
+    """Something does not hold: its kind, and what."""
+
+
+def run(case: Case) -> Outcome:
+    """Runs a case on the devices that there are."""
+    before = jax.config.values["jax_traceback_filtering"]
+    # Filtered, an error inside of JAX would seem to come from the package's frame.
+    jax.config.update("jax_traceback_filtering", "off")
+    try:
+        with jax.enable_x64(case.x64):
+            _check(case)
+    except FaultError as fault:
+        return Outcome("failed", *fault.args)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        inside = [frame for frame in frames if frame.filename.startswith(_PACKAGE)]
+        kind = type(error).__name__
+        if inside and inside[-1] is frames[-1]:
+            meant = isinstance(error, ValueError | TypeError | NotImplementedError)
+            if meant and "raise" in (frames[-1].line or "") and len(str(error)) > 20:
+                return Outcome("refused", kind, str(error))
+        where = inside[-1].name if inside else "the program"
+        return Outcome("failed", "crash", f"{kind} in {where}: {error}")
+    finally:
+        jax.config.update("jax_traceback_filtering", before)
+    return Outcome("ok")
+
+
+def _check(case: Case) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        space = _execute(case, program.one_device(case), program.configured(case))
+    said = [f"{warning.category.__name__}: {warning.message}" for warning in caught]
+    unexpected = [x for x in said if not (case.hidden and "Pass param_shardings=" in x)]
+    if unexpected:
+        raise FaultError("warning", unexpected[0])
+    try:
+        _check_promises(space, case)
+    except FaultError as fault:
+        if fault.args[0] not in ("sharding", "traces") or not _fails_too(case, fault):
+            raise
+    _check_values(space, case)
+
+
+def _execute(case: Case, *pieces: str) -> dict[str, Any]:
+    """Executes the program, and returns its variables."""
+    space: dict[str, Any] = {"traces": []}
+    for piece in (program.IMPORTS, program.setup(case), *pieces):
+        space["traces"].clear()
+        exec(compile(piece, "<case>", "exec"), space)
+    return space
+
+
+def _fails_too(case: Case, fault: FaultError) -> bool:
+    """Whether an elementwise transformation of Optax breaks the same promise in this program.
+
+    JAX itself traces again where a scalar of the state comes without a mesh and returns with one,
+    and loses shardings on meshes of mixed axis types.
+    """
+    try:
+        tx = "optax.with_extra_args_support(optax.adam(0.1))"
+        space = _execute(case, program.configured(case, tx))
+        _check_promises(space, dataclasses.replace(case, factory="optax"))
+    except FaultError as other:
+        return other.args[0] == fault.args[0]
+    except Exception:
+        return True
+    return False
+
+
+def _check_promises(space: dict[str, Any], case: Case) -> None:
+    """The state is like `init`'s, updates are sharded as the parameters, one trace is enough."""
+    updates, _, state = space["actual"]
+    _check_alike(state, space["initial"], "state", not case.hidden and case.init != "jit")
+    # A wider mu_dtype widens the updates of `optax.adamw`, too; the sharding of clipped leaves is
+    # the compiler's choice where axes are Auto.
+    free = {leaf.path for leaf in case.leaves if not leaf.dims and case.options["mu_dtype"]}
+    free |= set(reference.clip_factors(case)) if case.auto else set()
+    _check_alike(updates, space["params"], "updates", not case.hidden, free)
+    if case.mode != "eager" and len(space["traces"]) > 1:
+        raise FaultError("traces", f"{len(space['traces'])} traces over two calls")
+
+
+def _check_alike(
+    tree: Any, like: Any, what: str, check_sharding: bool, free: Collection[str] = ()
+) -> None:
+    if jax.tree.structure(tree) != jax.tree.structure(like):
+        raise FaultError("structure", f"{what} changed structure")
+    for (path, a), (_, e) in zip(_paths(tree), _paths(like), strict=True):
+        if path in free:
+            continue
+        if (a.shape, a.dtype) != (e.shape, e.dtype):
+            detail = f"{what} {a.shape} {a.dtype}, expected {e.shape} {e.dtype}, at {path}"
+            raise FaultError("dtype", detail)
+        # A number that no device was chosen for, such as Adam's count, has no sharding of its own.
+        placed = check_sharding and getattr(e, "committed", True)
+        if placed and not a.sharding.is_equivalent_to(e.sharding, a.ndim):
+            detail = f"{what} {a.sharding}, expected {e.sharding}, at {path}"
+            raise FaultError("sharding", detail)
+
+
+def _check_values(space: dict[str, Any], case: Case) -> None:
+    """Updates and state are those of one device, updates those of NumPy."""
+    actual, expected = space["actual"], space["expected"]
+    if jax.tree.structure(actual) != jax.tree.structure(expected):
+        raise FaultError("structure", "updates or state have another structure than on one device")
+    wanted, tolerance = _numpy(space, case), _TOLERANCE[_narrowest(case)]
+    for (path, a), (_, e) in zip(_paths(actual), _paths(expected), strict=True):
+        bound = 0.0 if jnp.issubdtype(e.dtype, jnp.integer) else tolerance
+        by_numpy, numpy_bound = wanted.get(path, (e, bound))
+        for name, other in (("one device", e), ("NumPy", by_numpy)):
+            distance = _distance(a, other)
+            if not distance <= max(bound, numpy_bound):
+                raise FaultError("value", f"{name} differs by {distance:.2g}, at {path}")
+
+
+def _numpy(space: dict[str, Any], case: Case) -> dict[str, tuple[np.ndarray, float]]:
+    """The updates in float64 by path, and what rounding of singular values may do to them."""
+    params, first, second = (
+        {path: np.asarray(x).astype(np.float64) for path, x in _paths(tree)}
+        for tree in space["drawn"]
+    )
+    nudge = _ROUNDINGS * float(jnp.finfo(_narrowest(case)).eps)
+    steps = reference.two_updates(case, params, first, second)
+    nudged = steps
+    if nudge < 1e-4:
+        nudged = reference.two_updates(case, params, first, second, nudge)
+    return {
+        f"{number}/{path}": (x, min(_distance(nudged[number][path], x), _ILL_CONDITIONED))
+        for number, step in enumerate(steps)
+        for path, x in step.items()
+    }
+
+
+def _narrowest(case: Case) -> str:
+    """The narrowest dtype that anything is rounded to."""
+    names = [leaf.dtype for leaf in case.leaves]
+    names += [name for name in (case.options["ns_dtype"], case.options["mu_dtype"]) if name]
+    return max(names, key=_TOLERANCE.__getitem__)
+
+
+def _distance(a: Any, e: Any) -> float:
+    """Relative Frobenius error; NaN and infinity must be in the same places."""
+    a, e = (np.asarray(x).astype(np.float64) for x in (a, e))
+    if a.shape != e.shape or not np.array_equal(np.isfinite(a), np.isfinite(e)):
+        return math.inf
+    a, e = (np.where(np.isfinite(x), x, 0.0) for x in (a, e))
+    return float(np.linalg.norm(a - e) / max(np.linalg.norm(e), 1e-30))
+
+
+def _paths(tree: Any) -> list[tuple[str, Any]]:
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), x)
+        for path, x in jax.tree.leaves_with_path(tree)
+    ]
+
+
+def simplified(case: Case, outcome: Outcome, seconds: float = 30.0) -> Case:
+    """Takes away leaves, options and what else is not needed for the same thing to fail."""
+    end = time.process_time() + seconds
+    simpler = _simpler(case)
+    while time.process_time() < end and (candidate := next(simpler, None)) is not None:
+        if run(candidate).signature == outcome.signature:
+            case, simpler = candidate, _simpler(candidate)
+    return case
+
+
+def _simpler(case: Case) -> Iterator[Case]:
+    replace, block = dataclasses.replace, case.maxima[0] if case.maxima else "none"
+    for leaf in case.leaves:
+        if len(case.leaves) > 1 and not leaf.path.startswith(block):
+            yield replace(case, leaves=[other for other in case.leaves if other != leaf])
+    if case.maxima is not None:
+        kept = {name: value for name, value in case.options.items() if "qk_clip" not in name}
+        options = kept | {"qk_clip_threshold": None}
+        yield replace(case, maxima=None, maxima_spec=None, options=options)
+    for name in case.distribution:
+        rest = {other: value for other, value in case.distribution.items() if other != name}
+        yield replace(case, distribution=rest)
+    for name, (plain, *_) in (OPTIONS | OPTIONS_OF[case.factory] | {"ns_steps": (1,)}).items():
+        if case.options.get(name, plain) != plain:
+            yield replace(case, options=case.options | {name: plain})
+    plain = {"x64": False, "set_mesh": False, "given": False, "init": "eager"}
+    for name, value in (plain | {"maxima_spec": None}).items():
+        if getattr(case, name) != value:
+            yield replace(case, **{name: value})
+    for leaf in case.leaves:
+        if leaf.spec:
+            bare = [replace(x, spec=()) if x == leaf else x for x in case.leaves]
+            yield replace(case, leaves=bare)
