@@ -32,8 +32,8 @@ from muonclip_jax.checkpoint import from_optax_state
 SEEDS, SWEEP_SEED = (0, 1, 2), 100
 #: Way on -> the optimizer, its name in the table and its line.
 WAYS = {
-    "adamw": ("adamw", "AdamW goes on", {"color": plots.COLORS["adamw"]}),
-    "estimate": ("muon", "Muon, state from AdamW's", {"color": plots.COLORS["muon"]}),
+    "adamw": ("adamw", "AdamW", {"color": plots.COLORS["adamw"]}),
+    "estimate": ("muon", "Muon, converted state", {"color": plots.COLORS["muon"]}),
     "cold": ("muon", "Muon, empty state", {"color": plots.COLORS["muon"], "linestyle": ":"}),
 }
 
@@ -156,11 +156,11 @@ def spread(values: Sequence[float | int | None], digits: int) -> str:
 
 
 def table(runs: Runs, rates: dict[str, float], steps: int) -> str:
-    """Returns held-out losses early and at the end, and steps to AdamW's end, in Markdown."""
+    """Returns losses early and at the end, and steps to AdamW's final loss, in Markdown."""
     early = [step for step in (4, 12, 40) if step < steps]
     columns = [f"after {step} steps" for step in (*early, steps)]
     lines = [
-        f"| | rate | {' | '.join(columns)} | steps to AdamW's end |",
+        f"| | rate | {' | '.join(columns)} | steps to AdamW's final loss |",
         "|---" * (3 + len(columns)) + "|",
     ]
     for way, seeded in runs.items():
@@ -187,7 +187,7 @@ def draw(runs: Runs, path: Path) -> None:
         steps = series[0][0]
         for axis, count in zip(axes, (len(steps), 1 + len(steps) // 4), strict=True):
             axis.plot(steps[:count], means[:count], marker=".", label=name, **style)
-    axes[0].set_ylabel("held-out loss, nats a byte, mean over seeds")
+    axes[0].set_ylabel("held-out loss, nats per byte, mean over seeds")
     axes[1].set_title("the first steps")
     axes[0].legend()
     plots.save(drawn, path)

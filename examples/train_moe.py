@@ -78,7 +78,7 @@ def draw(runs: dict[str, list[Record]], threshold: float, path: Path) -> None:
         style: Any = {"color": plots.COLORS[name], "label": plots.NAMES[name], "linewidth": 1.2}
         left.plot(*plots.series(records, SCORE), **style)
         middle.plot(*plots.series(records, "largest_logit"), **style)
-    left.set_ylabel("held-out loss, nats a byte")
+    left.set_ylabel("held-out loss, nats per byte")
     plots.draw_threshold(middle, threshold)
     middle.set_ylim(bottom=0)
     middle.set_ylabel("largest attention logit of the step")

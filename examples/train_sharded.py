@@ -107,8 +107,8 @@ def held(tree: Any) -> dict[int, float]:
 
 
 def table(params: Any, max_logits: Any) -> str:
-    """Returns how the parameters and maxima of one layer, and what is in no layer, lie."""
-    lines = ["| array | shape | sharded over | on a device |", "|---|---|---|---|"]
+    """Returns the shardings of one layer, of the parameters outside layers, and of the maxima."""
+    lines = ["| array | shape | sharded over | shape per device |", "|---|---|---|---|"]
     for path, leaf in jax.tree.leaves_with_path((params, max_logits)):
         name = jax.tree_util.keystr(path[1:], simple=True, separator="/")
         if not name.startswith("block_") or name.startswith("block_0/"):
@@ -133,7 +133,7 @@ def draw(path: Path, runs: dict[str, tuple[State, list[Record]]]) -> None:
         shade = {"color": color, "alpha": 0.6, "hatch": "//", "edgecolor": "white"}
         right.bar(bars, moments.values(), bottom=below, label=f"optimizer, {name}", **shade)
         ticks += [str(number) for number in params]
-    left.set_ylabel("nats a byte, training batch")
+    left.set_ylabel("nats per byte, training batch")
     left.legend()
     right.set_xticks(range(len(ticks)), ticks)
     right.set(xlabel="device", ylabel="MB held")

@@ -50,7 +50,7 @@ class MuonClipConfig:
         def __getattr__(self, name: str) -> Any: ...
 
     def __post_init__(self) -> None:
-        """Turns lists, as from a YAML or JSON file, into tuples, and checks every setting."""
+        """Converts lists, as from a YAML or JSON file, to tuples, and checks every setting."""
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _as_tuples(getattr(self, field.name)))
         try:

@@ -76,52 +76,54 @@ def muonclip(
         W <- W - lr (0.2 sqrt(max(fan_in, fan_out)) O + weight_decay W)
         W_q[h], W_k[h] scaled down where the head's maximum logit exceeds the threshold
 
-    The clip sees the maxima from before the update, so logits exceed the threshold until the next
-    step. To keep them under a bound, give 0.85 times the bound as threshold.
+    The clip uses the maxima from before the update, so logits exceed the threshold until the next
+    step. To keep them under a bound, set the threshold to 0.85 times the bound.
 
-    Rates, decays, `beta`, `qk_clip_threshold` and `qk_clip_alpha` may be numbers, traced scalars or
-    schedules of the number of updates, the other numbers traced scalars. What is neither is static:
-    where it is given, `optax.inject_hyperparams` needs its name in `static_args`.
+    Learning rates, weight decays, `beta`, `qk_clip_threshold` and `qk_clip_alpha` may be numbers,
+    traced scalars or schedules of the update count; other numbers may be traced. All other
+    arguments are static: if given, list them in `static_args` of `optax.inject_hyperparams`.
 
     Args:
         learning_rate: Learning rate of both groups.
         qk_clip_threshold: Heads whose maximum logit exceeds this are scaled down; None switches the
             clip off. With it on, `update` needs `max_logits=`.
-        qk_clip_alpha: Exponent of gamma on the query side; the key side has `1 - alpha`.
+        qk_clip_alpha: Exponent of gamma for queries; the exponent for keys is `1 - alpha`.
         qk_clip_shared_keys: Rule for keys that several heads share (see `qk_clip`).
-        qk_clip_blocks: Which attention blocks to clip (see `qk_clip`); None is all of them.
+        qk_clip_blocks: Which attention blocks to clip (see `qk_clip`); None clips all of them.
         weight_decay: Decoupled decay of the matrices, multiplied by the learning rate.
-        weight_decay_mask: Tree of bools or a function to one; None is all but norms and biases.
-        beta: Decay of Muon's momentum.
-        nesterov: Whether Muon's momentum is Nesterov's.
-        consistent_rms: RMS of Muon's updates (see `scale_by_shape`); None scales by width.
+        weight_decay_mask: Pytree of bools, or a function that returns one; None decays everything
+            except norms, gains and biases.
+        beta: Decay rate of Muon's momentum.
+        nesterov: Whether Muon uses Nesterov momentum.
+        consistent_rms: RMS of Muon's updates; None scales by `sqrt(max(1, fan_out / fan_in))` (see
+            `scale_by_shape`).
         ns_coeffs: Newton-Schulz coefficients; the default is the five steps of Kimi K2.
         ns_steps: Number of Newton-Schulz steps (see `orthogonalize`).
         ns_method: Form of the iteration (see `orthogonalize`).
         ns_dtype: Dtype of the products (see `orthogonalize`).
         ns_implementation: "xla" or the name of a kernel (see `orthogonalize`).
         preconditioning: The first rescaling (see `orthogonalize`).
-        eps: Guards Newton-Schulz against the zero matrix (see `scale_by_muon`).
+        eps: Prevents division by zero in Newton-Schulz (see `scale_by_muon`).
         mu_dtype: Dtype of the first moments of both groups; None is the parameter's.
         adam_learning_rate: Learning rate of the AdamW group; None is `learning_rate`.
         adam_b1: Decay of Adam's first moment.
         adam_b2: Decay of Adam's second moment.
         adam_eps: Adam's epsilon.
         adam_weight_decay: Decoupled decay of the AdamW group; None is `weight_decay`.
-        rules: `MatrixRules`: which group trains a leaf, and as which matrices.
+        rules: `MatrixRules`: which group trains each leaf, and how it is divided into matrices.
         param_shardings: Shardings of the parameters, for Auto mesh axes (see `scale_by_muon`).
-        axis_name: Mapped axes whose devices share the matrices (see `scale_by_muon`).
-        distribution: How devices share the matrices, and bounds on memory (see `Distribution`).
-        platform: "cpu", "gpu" or "tpu": what the program is for (see `orthogonalize`).
+        axis_name: Mapped axes over which matrices are distributed (see `scale_by_muon`).
+        distribution: How matrices are distributed over devices (see `Distribution`).
+        platform: "cpu", "gpu" or "tpu": the target platform (see `orthogonalize`).
 
     Returns:
-        The transformation. Its labels are "muon" and "adamw". With the clip on, call
+        The transformation, with labels "muon" and "adamw". With the clip on, call
         `tx.update(grads, state, params, max_logits=max_logits)`.
 
     Raises:
         TypeError: At construction for an argument of a wrong type or an unknown name.
-        ValueError: At construction for a hyperparameter outside its range; while tracing for a
-            leaf that cannot be routed, and for maxima that are missing or fit no attention block.
+        ValueError: At construction for a hyperparameter outside its range; while tracing for a leaf
+            that cannot be routed, and for maxima that are missing or match no attention block.
 
     Example:
         >>> import jax.numpy as jnp
@@ -215,50 +217,51 @@ def muon(
     distribution: Distribution | None = None,
     platform: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Muon for matrices and NAdamW for the rest: a drop-in for `optax.contrib.muon`.
+    r"""Muon for matrices and NAdamW for the rest: a drop-in replacement for `optax.contrib.muon`.
 
-    The same arguments with the same meaning, and the same trajectory up to the rounding of
-    `ns_dtype`: float32 on a CPU, 16 bits on a GPU or TPU. The coefficients are not part of the
-    state, and `ns_steps` is static. Arguments from `ns_method` on are not in Optax.
+    It has the same arguments and follows the same trajectory up to the rounding of `ns_dtype`:
+    float32 on CPUs, 16 bits on GPUs and TPUs. The coefficients are not part of the state, and
+    `ns_steps` is static. Arguments from `ns_method` on are not in Optax.
 
-    As in Optax every leaf of rank 2 goes to Muon, Flax's attention biases and embeddings too;
-    `muon_weight_dimension_numbers=muonclip_jax.infer_dimension_numbers` routes by what a leaf is.
+    As in Optax, Muon trains every leaf of rank 2, including embeddings and Flax's attention biases;
+    `muon_weight_dimension_numbers=muonclip_jax.infer_dimension_numbers` routes by name and shape.
 
     Args:
         learning_rate: Learning rate of both groups; a number or a schedule.
-        ns_coeffs: A name (Optax's "standard" and "dion" among them), a triple or rows. Static.
-        ns_steps: Number of steps; None is five for a triple and all rows. With rows it must be at
-            least their number, and all of them run, as in Optax.
-        beta: Decay of the momentum; here it may be a schedule.
+        ns_coeffs: A name (including Optax's "standard" and "dion"), a triple or rows. Static.
+        ns_steps: Number of steps; None means five for a triple, else the number of rows. With rows
+            it must be at least their number, and all of them run, as in Optax.
+        beta: Decay rate of the momentum; unlike in Optax it may be a schedule.
         eps: Added to the denominators of Newton-Schulz and of Adam, absolute as in Optax.
         weight_decay: Decoupled decay of the Muon group; a number or a schedule.
         weight_decay_mask: Tree of bools, or a function from parameters to it.
         mu_dtype: Dtype of the first moments of both groups.
-        nesterov: Whether the momentum of both groups is Nesterov's.
+        nesterov: Whether both groups use Nesterov momentum.
         adaptive: Whether to multiply by the dual norm.
         preconditioning: The first rescaling (see `orthogonalize`).
         adam_b1: Decay of Adam's first moment.
         adam_b2: Decay of Adam's second moment.
-        adam_eps_root: Adam's epsilon inside the root.
+        adam_eps_root: Adam's epsilon inside the square root.
         adam_weight_decay: Decoupled decay of the Adam group.
         adam_learning_rate: Learning rate of the Adam group; None is `learning_rate`.
-        muon_weight_dimension_numbers: Where the matrices are; None in a tree is for Adam.
-        consistent_rms: RMS of Muon's updates (see `scale_by_shape`); None scales by width.
+        muon_weight_dimension_numbers: Matrix axes of each leaf; None in a pytree means Adam.
+        consistent_rms: RMS of Muon's updates (see `scale_by_shape`).
         ns_method: Form of the iteration (see `orthogonalize`).
         ns_dtype: Dtype of the products (see `orthogonalize`).
         ns_implementation: "xla" or the name of a kernel (see `orthogonalize`).
-        rules: `MatrixRules`, in place of `muon_weight_dimension_numbers`.
+        rules: `MatrixRules`, instead of `muon_weight_dimension_numbers`.
         param_shardings: Shardings of the parameters, for Auto mesh axes (see `scale_by_muon`).
-        axis_name: Mapped axes whose devices share the matrices (see `scale_by_muon`).
-        distribution: How devices share the matrices (see `Distribution`).
+        axis_name: Mapped axes over which matrices are distributed (see `scale_by_muon`).
+        distribution: How matrices are distributed over devices (see `Distribution`).
         platform: "cpu", "gpu" or "tpu" (see `orthogonalize`).
 
     Returns:
-        The transformation. Its labels are "muon" and "adam".
+        The transformation, with labels "muon" and "adam".
 
     Raises:
         TypeError: At construction for an argument of a wrong type or an unknown name.
-        ValueError: For a bad hyperparameter, or both ways to say where the matrices are.
+        ValueError: For an invalid hyperparameter, or both `rules` and
+            `muon_weight_dimension_numbers`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -351,7 +354,7 @@ def _adam(
     nesterov: bool,
     param_shardings: Tree,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adam's direction, with its settings checked and its state placed on a mesh."""
+    """Adam's direction, with checked settings and its state sharded on a mesh."""
     check_fraction("adam_b1", b1, "the decay of Adam's first moment, such as 0.9")
     check_fraction("adam_b2", b2, "the decay of Adam's second moment, such as 0.95")
     check_non_negative("adam_eps", eps)
@@ -385,7 +388,7 @@ def _every_rank_two_leaf(params: optax.Params) -> Any:
 
 
 def _steps(ns_coeffs: Any, ns_steps: int | None) -> int | None:
-    """Optax's rule: a triple runs `ns_steps` times; rows all run, and are not more than it."""
+    """Optax's rule: a triple runs `ns_steps` times; all rows run, and `ns_steps` is no smaller."""
     if ns_steps is None:
         return None
     rows, source = resolve_coefficients(ns_coeffs)

@@ -116,7 +116,7 @@ class GPT(nn.Module):
 def next_byte_loss(
     model: nn.Module, params: Any, tokens: UInt8[Array, "batch length"]
 ) -> tuple[Float[Array, ""], Any]:
-    """Returns the mean cross-entropy in nats a byte, and what the attention recorded."""
+    """Returns the mean cross-entropy in nats per byte, and what the attention recorded."""
     out: Any = model.apply({"params": params}, tokens[:, :-1], mutable=["intermediates"])
     logits, variables = out
     return cross_entropy(jnp.asarray(logits), tokens[:, 1:]), variables["intermediates"]
@@ -125,7 +125,7 @@ def next_byte_loss(
 def cross_entropy(
     logits: Float[Array, "batch time bytes"], targets: UInt8[Array, "batch time"]
 ) -> Float[Array, ""]:
-    """Returns the mean cross-entropy in nats a byte."""
+    """Returns the mean cross-entropy in nats per byte."""
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
     targets = targets.astype(jnp.int32)[..., None]
     return -jnp.take_along_axis(log_probabilities, targets, axis=-1).mean()

@@ -74,7 +74,7 @@ def draw_loss(axis: Axes, records: Sequence[Record], score: str) -> None:
     """Draws the loss of every step's batch, and the scored one."""
     axis.plot(*series(records, "train_loss"), color="0.75", linewidth=1, label="training batch")
     axis.plot(*series(records, score), color=COLORS["muonclip"], label=score.replace("_", " "))
-    axis.set_ylabel("nats a byte")
+    axis.set_ylabel("nats per byte")
     axis.legend()
 
 

@@ -1,9 +1,9 @@
-"""Gradient accumulation with one update a step and the maxima of all micro-batches.
+"""Gradient accumulation with one update per step and the maxima of all micro-batches.
 
-Each call adds to a mean and to maxima, and a branch that only the last call of a batch takes runs
-the inner transformation, with Newton-Schulz in it. Nothing is reset after that: the first
-micro-batch of a batch overwrites what the last one left, so a reset costs no pass over memory, and
-after a step the state still shows what it was made of.
+Each call updates the mean gradient and the maxima; the last call of a batch also runs the inner
+transformation, inside `lax.cond`. Nothing is reset afterwards: the first micro-batch overwrites the
+previous mean, so a reset costs no memory traffic, and the state still has the mean of the last
+step.
 """
 
 from collections.abc import Callable
@@ -27,8 +27,8 @@ from muonclip_jax.attention.maxima import merge_max_logits
 from muonclip_jax.transforms._checks import check_every, transformation, value_at
 from muonclip_jax.transforms._placing import mesh_shardings, place_tree, replicate
 
-#: As in `optax.MultiSteps`: of the gradients, the number of steps so far and the parameters,
-#: whether to skip this micro-batch, and a tree for the state.
+#: As in `optax.MultiSteps`: maps gradients, step count and parameters to whether to skip this
+#: micro-batch, and a pytree for the state.
 ShouldSkip = Callable[[Tree, jax.Array, Tree], tuple[jax.Array, Tree]]
 
 
@@ -36,14 +36,14 @@ class AccumulateState(NamedTuple):
     """State of `accumulate`.
 
     Attributes:
-        mini_step: Micro-batches in the present mean, int32, `()`; zero after a step.
+        mini_step: Micro-batches in the current mean, int32, `()`; zero after a step.
         gradient_step: Steps so far, int32, `()`.
-        gradients: Mean over the micro-batches of this step, or of the last one where `mini_step`
-            is zero; tree of the parameters in float32 or wider.
-        max_logits: Maxima over the same micro-batches, path -> array, zeros before the first;
-            empty where none are taken.
-        inner_state: State of the inner transformation; only a step changes it.
-        skip_state: The second value of the last `should_skip_update_fn`; zeros before.
+        gradients: Mean over the micro-batches of this step, or of the previous step if `mini_step`
+            is zero; the parameters' pytree in float32 or wider.
+        max_logits: Maxima over the same micro-batches, path -> array; zeros before the first
+            micro-batch, empty without `max_logits`.
+        inner_state: State of the inner transformation; changes only at a step.
+        skip_state: Second value of the last `should_skip_update_fn` call; zeros before the first.
     """
 
     mini_step: jax.Array
@@ -65,42 +65,41 @@ def accumulate(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Accumulates gradients and maxima over micro-batches and runs `tx` once for all of them.
 
-    With gradients `G_i` and maxima `S_i` of `k` micro-batches, the last call updates with
+    With gradients `G_i` and maxima `S_i` of `k` micro-batches, the last call runs `tx` with
 
     .. math:: G = \frac1k \sum_i G_i, \qquad S_h = \max_i S_{i,h}
 
-    and the others return zeros. It differs from `optax.MultiSteps` in this:
+    and the other calls return zeros. Differences from `optax.MultiSteps`:
 
-    1. `tx` runs on the last call only, inside `lax.cond`; under MultiSteps it runs on every call.
-    2. `tx` gets the maxima of all micro-batches, by the rule of `merge_max_logits` (finite ones
-       first); under MultiSteps it gets those of the last. A skipped micro-batch is not in them.
+    1. `tx` runs only in the last call, inside `lax.cond`; MultiSteps runs it in every call.
+    2. `tx` gets the maxima over all micro-batches that were not skipped, merged as by
+       `merge_max_logits`; MultiSteps passes those of the last micro-batch.
 
-    Other extra arguments reach `tx` as the last micro-batch gave them, and so do leaves of
-    `max_logits` that are not maxima. `tx` sees the mean in the dtype of the gradients. Under
-    `jax.vmap` over states the branch becomes a selection, and Newton-Schulz runs on every call.
-    Inside `jax.shard_map` or `jax.pmap` all devices must agree on the branch, so
-    `should_skip_update_fn` must look at gradients that are reduced by then.
+    Other extra arguments, and leaves of `max_logits` that are not maxima, are passed to `tx` from
+    the last micro-batch. `tx` gets the mean in the dtype of the gradients. Under `jax.vmap` over
+    states the branch becomes a select, and Newton-Schulz runs in every call. Inside `jax.shard_map`
+    or `jax.pmap` all devices must take the same branch, so gradients must be reduced before
+    `should_skip_update_fn` uses them.
 
     Args:
-        tx: The transformation to run once a step, `muonclip(...)` for example.
-        every: Micro-batches of a step, an integer from 1; may be traced, or a schedule of the
-            number of steps so far.
-        max_logits: What the maxima that `update` gets look like: a tree of arrays or
-            `jax.ShapeDtypeStruct`, as from `jax.eval_shape` of the forward pass, or a function
-            from the parameters to one (`optax.tree.map_params` needs the tree). None: `update` gets
+        tx: The transformation to run once per step, `muonclip(...)` for example.
+        every: Micro-batches per step, at least 1; may be traced, or a schedule of the step count.
+        max_logits: Structure of the maxima that `update` receives: a pytree of arrays or
+            `jax.ShapeDtypeStruct`, as from `jax.eval_shape` of the forward pass, or a function from
+            parameters to one (`optax.tree.map_params` needs the pytree). None if `update` receives
             none.
         should_skip_update_fn: As for `optax.MultiSteps`, `optax.skip_not_finite` for example. A
             skipped micro-batch changes neither the mean nor the maxima.
-        param_shardings: As for `scale_by_muon`. Needed where the mesh has Auto axes and `init` runs
-            inside `jit` or there are maxima. Static.
+        param_shardings: As for `scale_by_muon`. Required on a mesh with Auto axes if `init` runs
+            inside `jit` or maxima are accumulated. Static.
 
     Returns:
         A transformation with state `AccumulateState`.
 
     Raises:
-        TypeError: If `tx` is no gradient transformation.
-        ValueError: If `every` or `max_logits` is not what it can be; from `update`, if maxima are
-            missing, unannounced or of another shape.
+        TypeError: If `tx` is not a gradient transformation.
+        ValueError: If `every` or `max_logits` is invalid; from `update`, if maxima are missing,
+            unexpected or have the wrong shape.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -117,7 +116,7 @@ def accumulate(
         [1. 3.]
 
     References:
-        Kimi Team, Kimi K2, arXiv 2507.20534, Algorithm 1: a head's maximum is taken over the batch.
+        Kimi Team, Kimi K2, arXiv 2507.20534, Algorithm 1: a head's maximum is over the batch.
     """
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(
@@ -233,7 +232,7 @@ def _boolean(skip: jax.Array) -> jax.Array:
 
 
 def _positions(leaves: list[tuple[str, Any]]) -> list[int]:
-    """Which leaves are maxima: those called `max_logits`, or all where none is."""
+    """Which leaves are maxima: those named `max_logits`, or all if there are none."""
     named = [i for i, (path, _) in enumerate(leaves) if MAX_LOGITS in path.split("/")]
     return named or list(range(len(leaves)))
 
@@ -255,7 +254,7 @@ def _forms(example: Tree) -> dict[str, jax.ShapeDtypeStruct]:
 def _recorded(
     max_logits: Tree, known: dict[str, jax.Array]
 ) -> tuple[dict[str, jax.Array], Callable[[dict[str, jax.Array]], Tree]]:
-    """A micro-batch's maxima by path, and a function that puts others in their places."""
+    """The maxima of a micro-batch by path, and a function that replaces them."""
     leaves, structure = flatten_with_paths(max_logits)
     positions = _positions(leaves)
     recorded = {leaves[i][0]: leaves[i][1] for i in positions}

@@ -1,9 +1,9 @@
-"""Figures of matrices from their Gram matrix, without an SVD.
+"""Metrics of matrices from their Gram matrix, without an SVD.
 
-Let `G = X X^H` for a wide `X` of `m` rows, with eigenvalues `sigma_i^2`. Two sums over them are
-read off the entries of `G`: `tr G = sum sigma_i^2` and `||G||_F^2 = sum sigma_i^4`. Their ratio
-`(tr G)^2 / ||G||_F^2` is the number of directions in `X`, weighted by energy: `k` where `k`
-singular values are equal and the others zero. Only the largest singular value needs an iteration.
+Let `G = X X^H` for a wide `X` of `m` rows, with eigenvalues `sigma_i^2`. Then
+`tr G = sum sigma_i^2` and `||G||_F^2 = sum sigma_i^4`. The ratio `(tr G)^2 / ||G||_F^2` is an
+effective rank: `k` if `k` singular values are equal and the others zero. Only the largest singular
+value needs an iteration.
 """
 
 import itertools
@@ -112,7 +112,7 @@ def _trace(product: jax.Array) -> jax.Array:
 def _scaled(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The largest entry of each matrix, and the matrix divided by it, in float32 or complex64.
 
-    Squares and fourth powers then neither overflow nor vanish, whatever the learning rate.
+    Squares and fourth powers then neither overflow nor underflow for any learning rate.
     """
     y = x.astype(jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32)
     size = jnp.max(jnp.abs(y), axis=(-2, -1))

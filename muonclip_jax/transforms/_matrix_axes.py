@@ -1,9 +1,9 @@
 """The matrix axes of every leaf, reductions along them, and `scale_by_shape`.
 
-A transformation before or behind the polar factor often needs a norm of rows, of columns or of
-whole matrices. `matrix_axes` says which axes of a leaf those are. The reductions are plain `jnp`
-reductions of the whole array with kept dimensions: they need no reshape, so they are right however
-a mesh shards the leaf, and the result broadcasts against the leaf.
+A transformation before or after the polar factor often needs a norm of rows, columns or whole
+matrices. `matrix_axes` returns the axes for these. The reductions are `jnp` reductions of the whole
+array with kept dimensions: they need no reshape, so they are correct for any sharding, and the
+result broadcasts against the leaf.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ Over = Literal["inputs", "outputs", "matrix"]
 
 @dataclasses.dataclass(frozen=True)
 class MatrixAxes:
-    """The axes of one leaf as those of its matrices, for `y = x @ W`.
+    """The matrix axes of one leaf, for `y = x @ W`.
 
     Attributes:
-        batch: Axes with a matrix for each entry: stacked layers, experts, heads of a per-head spec.
+        batch: Axes with one matrix per entry: stacked layers, experts, heads with a per-head spec.
         inputs: Axes that are summed over; their product is the fan-in.
         outputs: Axes that are produced; their product is the fan-out.
-        splits: Where axes of a fused kernel are cut into matrices of their own.
+        splits: How axes of a fused kernel are split into separate matrices.
 
     Example:
         >>> import jax.numpy as jnp
@@ -66,12 +66,12 @@ class MatrixAxes:
 
         Args:
             x: An array of the leaf's shape.
-            over: "inputs" (a number for every output), "outputs" (one for every input) or "matrix"
-                (one for every matrix).
+            over: "inputs" (one sum per output), "outputs" (one per input) or "matrix" (one per
+                matrix).
 
         Returns:
-            The sums, broadcastable against `x`: reduced axes have length one, except that an axis
-            that is cut keeps its length, each entry with the sum over its own part.
+            The sums, broadcastable against `x`: reduced axes have length one, except that a split
+            axis keeps its length, each entry with the sum over its own part.
         """
         cut = {split.axis: split for split in self.splits}
         axes = self.over(over)
@@ -92,7 +92,7 @@ class MatrixAxes:
         return jnp.sqrt(self.sum(jnp.square(jnp.abs(x)), over))
 
     def size(self, shape: tuple[int, ...], over: Over) -> np.ndarray:
-        """How many entries `sum` adds up, broadcastable against a leaf of this shape."""
+        """Number of entries that `sum` adds, broadcastable against a leaf of this shape."""
         cut = {split.axis: split for split in self.splits}
         size = np.ones((1,) * len(shape))
         for axis in self.over(over):
@@ -108,21 +108,21 @@ class MatrixAxes:
 def matrix_axes(
     tree: Tree, rules: MatrixRules | None = None, *, weight_dimension_numbers: Any = None
 ) -> Any:
-    """Finds the matrix axes of every leaf of a tree that Muon trains.
+    """Finds the matrix axes of every leaf of a pytree that Muon trains.
 
     Args:
-        tree: Parameters or updates; only paths and shapes are looked at.
+        tree: Parameters or updates; only paths and shapes are used.
         rules: As in `scale_by_muon`.
         weight_dimension_numbers: As in `scale_by_muon`.
 
     Returns:
-        The same tree with a `MatrixAxes` for every leaf, to be mapped beside it by `jax.tree.map`.
+        The same pytree with a `MatrixAxes` for every leaf, for use in `jax.tree.map`.
 
     Raises:
         ValueError: For a leaf that is not a matrix, with its path.
 
     Example:
-        Rows of every matrix brought to unit RMS, one row an output:
+        Normalize the weights of every output to unit RMS:
 
         >>> import jax, optax
         >>> import jax.numpy as jnp
@@ -179,30 +179,29 @@ def scale_by_shape(
     rules: MatrixRules | None = None,
     rule: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales updates by a factor of the shape of each matrix.
+    r"""Scales the update of each matrix by a factor that depends on its shape.
 
-    With `fan_in` rows and `fan_out` columns of `y = x @ W`, after all reduction axes and all output
-    axes have been flattened, and each part of a fused kernel by its own shape:
+    For `y = x @ W` with `fan_in` rows and `fan_out` columns after flattening input and output axes
+    (each part of a fused kernel has its own shape), the factor is
 
         sqrt(max(1, fan_out / fan_in))                  by default
         consistent_rms sqrt(max(fan_in, fan_out))       with consistent_rms
 
-    The second makes the RMS of an orthogonal update `consistent_rms` whatever the shape (Liu et al.
-    2025, Lemma 1); 0.2 lets it use AdamW's learning rate and decay.
+    The second gives an orthogonal update of any shape an RMS of `consistent_rms` (Liu et al. 2025,
+    Lemma 1); with 0.2, AdamW's learning rate and decay can be used.
 
     Args:
         weight_dimension_numbers: As in `scale_by_muon`.
         consistent_rms: RMS of a full-rank update. May be traced.
         rules: As in `scale_by_muon`.
-        rule: "width_transfer", which is the default, or "rms_to_rms": `sqrt(fan_out / fan_in)`, as
-            in Scion.
+        rule: "width_transfer" (the default) or "rms_to_rms": `sqrt(fan_out / fan_in)`, as in Scion.
 
     Returns:
         A stateless transformation.
 
     Raises:
         ValueError: If both `consistent_rms` and `rule` are given, a rule is unknown, or
-            `consistent_rms` is not positive; while tracing for a leaf that is no matrix.
+            `consistent_rms` is not positive; while tracing for a leaf that is not a matrix.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""`metrics` measures the updates of the transformation inside it."""
+"""`metrics` measures the updates of the transformation that it wraps."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -48,10 +48,10 @@ class MetricsState(NamedTuple):
 
     Attributes:
         count: Updates so far, int32, `()`.
-        sample: Name of each attribute of `MuonMetrics` -> the latest figure, one array over all
-            matrices, or attention blocks, of the model. `read_metrics` gives the entries names.
-        lowest: Of each attention block, the lowest maximum since it has been clipped in every
-            update, float32, `(blocks,)`; 0 where it was not clipped last.
+        sample: Attribute of `MuonMetrics` -> its latest value, one array over all matrices or
+            attention blocks of the model. `read_metrics` returns them by path.
+        lowest: The lowest maximum of each attention block in its current run of clipped updates,
+            float32, `(blocks,)`; 0 if the latest update did not clip it.
         inner_state: State of the inner transformation.
     """
 
@@ -71,38 +71,38 @@ def metrics(
     qk_clip_blocks: Blocks = None,
     param_shardings: Tree = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Measures the updates of a transformation, and changes nothing of it.
+    """Measures the updates of a transformation without changing them.
 
-    At the first update and every `every` updates from there, the state gets a new sample; in
-    between no matrix is looked at (`lax.cond`). `read_metrics` returns the sample under the names
-    of the parameters. With a threshold, every update also counts the updates in a row in which a
-    block was clipped and its maximum did not fall: a clip without effect, as where queries and keys
-    are normalised after the kernels that it scales.
+    The first update and then every `every`-th one stores a new sample in the state; other updates
+    measure no matrices (`lax.cond`). `read_metrics` returns the sample by parameter path. With a
+    threshold, every update also counts the consecutive updates in which a block was clipped and its
+    maximum did not decrease. Such a clip has no effect, for example because queries and keys are
+    normalised after the kernels that it scales.
 
-    What is measured is the update as `inner` returns it: around `muonclip(...)` with rate, decay
-    and clip in it, around `scale_by_muon()` alone what Newton-Schulz returned. Put `metrics` inside
-    of `accumulate` or `optax.MultiSteps`. Under `jax.vmap` over states every call measures. A
-    sample costs fewer operations than one step of Newton-Schulz.
+    The measured update is the output of `inner`: for `muonclip(...)` it includes learning rate,
+    decay and clip, for `scale_by_muon()` it is the output of Newton-Schulz. Put `metrics` inside of
+    `accumulate` or `optax.MultiSteps`. Under `jax.vmap` over states every call measures. A sample
+    costs fewer operations than one step of Newton-Schulz.
 
     Args:
         inner: The transformation to measure.
-        every: Updates from one sample to the next, an integer from 1; may be traced.
-        rules: Which leaves are Muon's, and as which matrices: `MatrixRules` as in `muonclip`.
-            Static.
+        every: Number of updates between samples, at least 1; may be traced.
+        rules: `MatrixRules` as in `muonclip`. Static.
         qk_clip_threshold: QK-Clip's threshold, a number or a schedule as given to `muonclip`.
-            Infinity for the maxima of a model without clip. None: attention is not measured.
-        qk_clip_blocks: Which attention blocks there are, as for `muonclip`. Static.
-        param_shardings: As for `scale_by_muon`. Needed where the mesh has Auto axes and `init` runs
+            Infinity records the maxima of a model without the clip. With None, attention is not
+            measured.
+        qk_clip_blocks: As for `muonclip`. Static.
+        param_shardings: As for `scale_by_muon`. Required on a mesh with Auto axes if `init` runs
             inside `jit`. Static.
 
     Returns:
-        A transformation with state `MetricsState`. It passes all extra arguments on. With a
-        threshold, `update` needs `max_logits=`.
+        A transformation with state `MetricsState` that passes all extra arguments to `inner`. With
+        a threshold, `update` needs `max_logits=`.
 
     Raises:
-        TypeError: If `inner` is no gradient transformation.
+        TypeError: If `inner` is not a gradient transformation.
         ValueError: If `every` or a setting of the clip is out of range; from `update`, if maxima
-            are missing or do not fit the attention blocks.
+            are missing or do not match the attention blocks.
 
     Example:
         >>> import jax.numpy as jnp

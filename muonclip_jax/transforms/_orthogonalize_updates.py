@@ -58,8 +58,8 @@ def orthogonalize_updates(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces each matrix of the updates by its polar factor.
 
-    `scale_by_muon` is momentum followed by this transformation. By itself it goes behind another
-    momentum, or behind a transformation that changes what is orthogonalised:
+    `scale_by_muon` is momentum followed by this transformation. Use it alone after a different
+    momentum, or after a transformation of the input to Newton-Schulz:
 
         optax.chain(optax.trace(0.95, nesterov=True), normalize_rows, orthogonalize_updates())
 
@@ -81,11 +81,11 @@ def orthogonalize_updates(
         platform: "cpu", "gpu" or "tpu" (see `orthogonalize`).
 
     Returns:
-        A stateless transformation. Updates keep their dtype and are sharded as the parameters.
+        A stateless transformation. Updates keep their dtype and are sharded like the parameters.
 
     Raises:
-        ValueError: At construction for a bad hyperparameter; while tracing for a leaf that is not a
-            matrix, with its path.
+        ValueError: At construction for an invalid hyperparameter; while tracing for a leaf that is
+            not a matrix, with its path.
 
     Example:
         >>> import jax.numpy as jnp
@@ -140,12 +140,12 @@ def orthogonalize_updates(
 
 
 class Leaves(NamedTuple):
-    """What is decided about the leaves of a tree, once an update.
+    """Decisions about the leaves of a tree, made once per update.
 
     Attributes:
         specs: Path, leaf and normalised spec of each.
-        shardings: How the parameters and the results are sharded, where there is a mesh.
-        sharded: How momentum and directions are: as the parameters, or further (ZeRO stage 1).
+        shardings: Shardings of parameters and results, on a mesh.
+        sharded: Shardings of momentum and directions: like the parameters, or further (ZeRO-1).
     """
 
     specs: list[tuple[str, Any, MatrixSpec]]
@@ -155,7 +155,7 @@ class Leaves(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Orthogonalizer:
-    """The checked settings of the polar factor, and what an update does with them."""
+    """The checked settings of the polar factor, and its application to a tree."""
 
     polar: PolarPlan
     eps: ScalarLike
@@ -219,7 +219,7 @@ class Orthogonalizer:
 
 
 def _check_equal_along(axes: tuple[str, ...], specs: list[tuple[str, Any, MatrixSpec]]) -> None:
-    """Raises where JAX knows that gradients differ along axes whose devices share the work."""
+    """Raises if gradients vary over mapped axes along which work is distributed."""
     for path, leaf, _ in specs:
         if differing := sorted(varying_axes(leaf).intersection(axes)):
             raise ValueError(

@@ -41,9 +41,9 @@ def replicate(tree: T, shardings: MeshShardings | None) -> T:
 def zeros_on_mesh(
     params: optax.Params, dtype: DTypeLike | None, shardings: MeshShardings | None
 ) -> optax.Updates:
-    """Zeros made from shapes alone, so that a traced `init` needs nothing from its arguments.
+    """Zeros that depend only on shapes, so a traced `init` does not use its arguments.
 
-    Outside of a trace every device makes its own part, and no device ever has the whole.
+    Outside of a trace every device creates its own shard.
     """
     if shardings is None or isinstance(jnp.zeros(()), Tracer):
         return place_tree(
@@ -62,8 +62,8 @@ def on_mesh(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns `tx` with updates, and with `moments` its state, sharded as `param_shardings` says.
 
-    Where the axes of a mesh are Auto, Optax's zeros under jit do not say how they are sharded and
-    are replicated, and the compiler chooses how an update leaves them. Counts are replicated.
+    On a mesh with Auto axes, Optax's zeros have no sharding under jit: `init` replicates them, and
+    the compiler chooses the sharding after an update. Counts are replicated.
     """
     tx = optax.with_extra_args_support(tx)
     if param_shardings is None:

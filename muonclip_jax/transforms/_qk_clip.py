@@ -30,8 +30,8 @@ def clip_until(step: int, threshold: ScalarOrSchedule = 100.0) -> Callable[[Any]
     """Returns a threshold schedule that switches QK-Clip off.
 
     Args:
-        step: First update without a clip.
-        threshold: The threshold before, or a schedule of it.
+        step: First update without the clip.
+        threshold: The threshold before that, a number or a schedule.
 
     Returns:
         A schedule: the threshold while `count < step`, infinity from then on.
@@ -45,8 +45,7 @@ def clip_until(step: int, threshold: ScalarOrSchedule = 100.0) -> Callable[[Any]
         (100.0, inf)
 
     References:
-        Kimi Team, Kimi K2, arXiv 2507.20534: no head triggered after the first 70 000
-        steps.
+        Kimi Team, Kimi K2, arXiv 2507.20534: no head was clipped after the first 70,000 steps.
     """
     check_scalar("step", step, "a number of updates")
     check_clip_settings(threshold, 0.5, "query", schedules=True)
@@ -66,33 +65,32 @@ def qk_clip(
     shared_keys: str = "query",
     blocks: Blocks = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips the attention logits of the weights that the update leads to.
+    """Applies QK-Clip to the updated weights, as the last transformation of a chain.
 
-    The update `u` of a clipped head becomes `clip(p + u) - p`; everything else is returned as it
-    came, bit for bit. See `apply_qk_clip` for the rule.
+    The update `u` of a clipped head becomes `clip(p + u) - p`; all other updates are returned
+    unchanged, bit for bit. See `apply_qk_clip` for the rule.
 
-    It belongs at the end of the outer chain, where the update is what `optax.apply_updates` will
-    add and where it sees queries and keys, kernels and biases; inside one branch of
-    `optax.multi_transform` it refuses. Adding `clip(p + u) - p` to `p` rounds once more than
-    `clip(p + u)`: about one float32 entry in a hundred of a clipped head differs in its last bit,
-    and parameters kept in bfloat16 lose accordingly more. Where that matters, call
-    `apply_qk_clip` after `optax.apply_updates` instead.
+    Use it at the end of the outer chain, where its input is the final update of all query and key
+    kernels and biases; inside one branch of `optax.multi_transform` it raises an error. Adding
+    `clip(p + u) - p` to `p` rounds once more than `clip(p + u)`: about one float32 entry in a
+    hundred of a clipped head differs in its last bit, and bfloat16 parameters lose accordingly
+    more. To avoid this, call `apply_qk_clip` after `optax.apply_updates` instead.
 
     Args:
-        threshold: Largest logit that stays, positive; may be traced, or a schedule of the number
-            of updates. Infinity switches the clip off, as `clip_until` does after a step.
-        alpha: Share of the queries, in [0, 1]; may be traced, or a schedule.
+        threshold: Heads whose maximum logit exceeds this are scaled down; positive, may be traced,
+            or a schedule of the update count. Infinity switches the clip off (see `clip_until`).
+        alpha: Exponent of gamma for queries, in [0, 1]; may be traced, or a schedule.
         shared_keys: As for `apply_qk_clip`; static.
         blocks: As for `apply_qk_clip`; static.
 
     Returns:
         A transformation whose `update(updates, state, params, max_logits=)` needs the parameters
-        and the maxima of the forward pass that gave the gradients.
+        and the maxima of the forward pass in which the gradients were computed.
 
     Raises:
         ValueError: If settings are out of range; from `update`, if `params` or `max_logits` is
             missing, or where `apply_qk_clip` would raise.
-        TypeError: If `blocks` is not what it can be.
+        TypeError: If `blocks` has an unsupported type.
 
     Example:
         >>> import jax.numpy as jnp, optax

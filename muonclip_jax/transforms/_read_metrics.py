@@ -1,4 +1,4 @@
-"""`read_metrics` returns what `metrics` measured under the names of the parameters."""
+"""`read_metrics` returns the measurements of `metrics` by parameter path."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,26 +15,26 @@ from muonclip_jax.transforms._metrics import OF_MATRICES, MetricsState, blocks_o
 
 
 class MuonMetrics(NamedTuple):
-    """What `metrics` measured at one update. Its structure depends on shapes alone.
+    """The measurements of `metrics` at one update. The structure depends only on shapes.
 
     Attributes:
-        step: Number of the measured update, from 0; -1 where there was none yet.
-        update_rms: Path of each leaf that Muon trains -> root mean square of the update's entries,
-            one number for every matrix of the leaf, `(matrices,)`, float32.
+        step: Index of the measured update, from 0; -1 if there is none yet.
+        update_rms: Path of each leaf that Muon trains -> root mean square of the update, one number
+            per matrix of the leaf, `(matrices,)`, float32.
         spectral_norm: Path -> largest singular value of each matrix of the update, by 64 steps of
             the power iteration.
         orthogonality_error: Path -> distance of each matrix of the update from a multiple of an
             orthogonal one: with singular values `s`, the standard deviation of `s^2 / mean(s^2)`;
             1 for the zero matrix.
-        effective_rank: Path -> number of directions in each matrix of the momentum,
-            `(sum s^2)^2 / sum s^4`; 0 where there is no momentum.
-        max_logit: Attention block -> maximum logit of its heads and stacked layers, `()`; no
-            blocks where `metrics` got no threshold.
-        min_gamma: Block -> smallest of QK-Clip's factors; 1 where nothing was clipped.
-        clipped_heads: Block -> number of heads that were clipped, over all its layers.
-        clips_without_effect: Block -> updates in a row, up to the latest one, in which it was
-            clipped and its maximum did not fall; more than some tens mean that the clip has no
-            effect there.
+        effective_rank: Path -> effective rank of each matrix of the momentum,
+            `(sum s^2)^2 / sum s^4`; 0 if there is no momentum.
+        max_logit: Attention block -> maximum logit over its heads and stacked layers, `()`; empty
+            without a threshold.
+        min_gamma: Block -> smallest factor of QK-Clip; 1 if nothing was clipped.
+        clipped_heads: Block -> number of clipped heads, over all its layers.
+        clips_without_effect: Block -> consecutive updates, up to the latest, in which it was
+            clipped and its maximum did not decrease; more than a few tens mean that the clip has no
+            effect.
     """
 
     step: jax.Array
@@ -50,17 +50,17 @@ class MuonMetrics(NamedTuple):
     def scalars(self, prefix: str = "muon", *, leaves: bool = True) -> dict[str, jax.Array]:
         """Returns flat scalars for TensorBoard, Weights & Biases or a JSON line.
 
-        Of several matrices, or blocks, it gives the root of the mean square (`update_rms`), the
-        largest (`spectral_norm`, `orthogonality_error`, `max_logit`, `clips_without_effect`), the
-        mean (`effective_rank`), the smallest (`min_gamma`) or the sum (`clipped_heads`).
+        Several matrices or blocks are combined by the root mean square (`update_rms`), the maximum
+        (`spectral_norm`, `orthogonality_error`, `max_logit`, `clips_without_effect`), the mean
+        (`effective_rank`), the minimum (`min_gamma`) or the sum (`clipped_heads`).
 
         Args:
             prefix: First part of every name.
-            leaves: Whether to add the figures of each leaf and each attention block.
+            leaves: Whether to add the values of each leaf and each attention block.
 
         Returns:
-            "prefix/update_rms" and so on over the whole model, and with `leaves`
-            "prefix/update_rms/path/of/leaf". Figures without entries have no name.
+            "prefix/update_rms" and so on for the whole model, and with `leaves`
+            "prefix/update_rms/path/of/leaf". Metrics without entries are left out.
 
         Example:
             >>> none = {}
@@ -106,22 +106,22 @@ def read_metrics(
     rules: MatrixRules | None = None,
     qk_clip_blocks: Blocks = None,
 ) -> MuonMetrics:
-    """Finds the latest sample of `metrics` in an optimizer's state and names its entries.
+    """Finds the latest sample of `metrics` in an optimizer state and returns it by path.
 
-    It works inside and outside of `jit`, and copies nothing to the host.
+    Works inside and outside of `jit`, and copies nothing to the host.
 
     Args:
-        state: The state of any chain that has `metrics` somewhere in it, once.
-        params: The parameters; only paths and shapes are looked at.
-        rules: As `metrics` got them.
-        qk_clip_blocks: As `metrics` got them.
+        state: The state of any chain that contains `metrics` once.
+        params: The parameters; only paths and shapes are used.
+        rules: As given to `metrics`.
+        qk_clip_blocks: As given to `metrics`.
 
     Returns:
-        The figures by path.
+        The metrics by path.
 
     Raises:
-        ValueError: If there is no `metrics` in the state, or more than one, or the sample is of
-            other matrices or blocks than `params` have by these rules.
+        ValueError: If the state contains no `metrics` or more than one, or the sample does not
+            match the matrices and blocks of `params` under these rules.
 
     Example:
         >>> import optax

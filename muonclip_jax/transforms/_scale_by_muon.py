@@ -42,7 +42,7 @@ class MuonState(NamedTuple):
 
     Attributes:
         count: `int32` scalar, the number of updates so far.
-        mu: The momentum, in the tree, shapes and shardings of the parameters.
+        mu: The momentum, with the structure, shapes and shardings of the parameters.
     """
 
     count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -72,7 +72,7 @@ def scale_by_muon(
     distribution: Distribution | None = None,
     platform: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Replaces each matrix of the momentum by its polar factor.
+    r"""Replaces each matrix of the gradients by the polar factor of its momentum.
 
     With gradient `G`, momentum `M` and `polar(U S V^H) = U V^H`, a step is
 
@@ -80,58 +80,59 @@ def scale_by_muon(
         U <- beta M + (1 - beta) G      (nesterov)     or  M
         O <- polar(U)
 
-    The momentum is the exponential average without bias correction: its direction is that of the
-    heavy-ball form `M <- beta M + G` of the reference implementations, and the polar factor sees
-    nothing but direction.
+    The momentum is an exponential average without bias correction. The heavy-ball form
+    `M <- beta M + G` of the reference implementations differs only in scale, which does not change
+    the polar factor.
 
-    Every leaf is orthogonalised, so route the others elsewhere (`optax.multi_transform` with
-    `label_params`). Momentum is accumulated in float32 or wider and stored as `mu_dtype`; updates
-    keep the gradient's dtype. `beta` and `eps` may be traced; everything else is static: where it
-    is given, `optax.inject_hyperparams` needs its name in `static_args`.
+    Every leaf is orthogonalised, so route other leaves to another optimizer
+    (`optax.multi_transform` with `label_params`). Momentum is accumulated in float32 or wider and
+    stored as `mu_dtype`; updates keep the gradient's dtype. `beta` and `eps` may be traced; all
+    other arguments are static: if given, list them in `static_args` of `optax.inject_hyperparams`.
 
     Args:
         ns_coeffs: Newton-Schulz coefficients: a name, a triple or rows (see `orthogonalize`). The
-            default, "keller_jordan", is the reference implementations'.
-        ns_steps: Number of steps; None takes all rows of a set, five of a triple.
-        beta: Decay of the momentum, in [0, 1); may be a schedule of the number of updates.
-        eps: Smallest divisor of a matrix once its largest entry is one: it guards the zero
-            matrix alone.
-        mu_dtype: Dtype of the stored momentum; None is the parameter's. "bfloat16" halves its
-            memory; float16 loses entries below 6e-8.
-        nesterov: Whether the momentum is Nesterov's.
+            default, "keller_jordan", is that of the reference implementations.
+        ns_steps: Number of steps; None means all rows of a set, or five steps of a triple.
+        beta: Decay rate of the momentum, in [0, 1); may be a schedule of the update count.
+        eps: Smallest divisor of a matrix whose largest entry is one; it only prevents division by
+            zero.
+        mu_dtype: Dtype of the stored momentum; None means the parameter's. "bfloat16" halves its
+            memory; float16 rounds entries below 6e-8 to zero.
+        nesterov: Whether to use Nesterov momentum.
         adaptive: Whether to multiply by the dual norm `<U, O>`, as in Bernstein and Newhouse 2024.
         preconditioning: The first rescaling (see `orthogonalize`).
-        weight_dimension_numbers: Where the matrices are: one `MuonDimensionNumbers` or
-            `MatrixSpec` for all leaves, a full, prefix or masked tree of them, or a function from
-            the tree of updates to such a tree. None: `rules` decide; where they say None, a leaf
-            of rank 2 is the matrix of its axes (0, 1).
+        weight_dimension_numbers: Matrix axes of the leaves: one `MuonDimensionNumbers` or
+            `MatrixSpec` for all leaves, a full, prefix or masked pytree of them, or a function from
+            the updates to such a pytree. With None, `rules` decide; a leaf of rank 2 for which they
+            return None is a matrix with axes (0, 1).
         bias_correction: Whether to divide momentum and gradient by `1 - beta^t`, as
-            `optax.contrib.muon` does (with `t + 1` for a Nesterov momentum); `beta` is the
-            present one of a schedule.
+            `optax.contrib.muon` does (with `t + 1` for Nesterov momentum); with a schedule, `beta`
+            is its current value.
         ns_method: "auto", "standard", "gram" or "svd" (see `orthogonalize`).
         ns_dtype: Dtype of the products (see `orthogonalize`).
         ns_implementation: "xla" or the name of a kernel (see `orthogonalize`).
-        relative_eps: False adds `eps`, as it is, to the norm, as `optax.contrib.muon` does;
-            gradients near it then give smaller updates.
-        rules: `MatrixRules`; None is the built-in inference.
-        param_shardings: Shardings of the parameters: a tree of `NamedSharding` such as
-            `jax.tree.map(lambda x: x.sharding, params)`, or a function from a tree of parameters
-            to one. Needed where the mesh has Auto axes; with Explicit axes it is read off the
-            arrays. The devices then share the matrices. It may be the tree of all parameters
-            where this transformation sees some of them.
-        axis_name: Names of mapped axes, of `jax.pmap` or `jax.shard_map`, along which gradients
-            are equal by now (by `lax.pmean`): the devices along them share the matrices.
-        distribution: Which axes of the mesh share the work, and bounds on memory (see
+        relative_eps: False adds `eps` to the norm without scaling, as `optax.contrib.muon` does;
+            gradients of that size then give smaller updates.
+        rules: `MatrixRules`; None means the built-in inference.
+        param_shardings: Shardings of the parameters: a pytree of `NamedSharding` such as
+            `jax.tree.map(lambda x: x.sharding, params)`, or a function from parameters to one.
+            Required to distribute the matrices over a mesh with Auto axes; with Explicit axes the
+            shardings are read from the arrays. It may contain more leaves than this transformation
+            receives.
+        axis_name: Names of mapped axes (`jax.pmap` or `jax.shard_map`) over which gradients are
+            already averaged by `lax.pmean`; the matrices are distributed over the devices along
+            them.
+        distribution: Over which mesh axes the matrices are distributed, and bounds on memory (see
             `Distribution`).
-        platform: "cpu", "gpu" or "tpu": what the program is for (see `orthogonalize`); None is the
-            platform of the mesh's devices, else JAX's default.
+        platform: "cpu", "gpu" or "tpu": the target platform (see `orthogonalize`); None means that
+            of the mesh's devices, else JAX's default.
 
     Returns:
         A transformation with state `MuonState`.
 
     Raises:
-        ValueError: At construction for a bad hyperparameter; while tracing for a leaf that is no
-            matrix, with its path.
+        ValueError: At construction for an invalid hyperparameter; while tracing for a leaf that is
+            not a matrix, with its path.
 
     Example:
         >>> import jax.numpy as jnp
@@ -229,7 +230,7 @@ def _average(m: jax.Array, g: jax.Array, weights: _Weights) -> jax.Array:
 
 
 def _direction(weights: _Weights, m: jax.Array, g: jax.Array) -> jax.Array:
-    """What is orthogonalised, entry by entry: the momentum, or one step ahead of it."""
+    """The input of the polar factor: the momentum, or Nesterov's look-ahead of it."""
     if len(weights) == 1:
         return (weights[0] * m).astype(g.dtype)
     return _average(m, g, weights).astype(g.dtype)

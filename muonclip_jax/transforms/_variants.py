@@ -1,4 +1,4 @@
-"""Parts of Muon's variants on `matrix_axes`: NorMuon's normalisation and Hyperball."""
+"""Variants of Muon built on `matrix_axes`: NorMuon's normalisation and Hyperball."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -50,11 +50,11 @@ def scale_by_neuron_rms(
         N = O / (sqrt(nu) + eps)
         O <- N ||O||_F / ||N||_F
 
-    It goes behind `scale_by_muon` and before `scale_by_shape`. The average needs no bias
-    correction, because a factor that all outputs share is undone by the last line.
+    Use it after `scale_by_muon` and before `scale_by_shape`. The average needs no bias correction,
+    because the last line removes any factor common to all outputs.
 
     Args:
-        b2: Decay of the second moment, in [0, 1). May be traced.
+        b2: Decay rate of the second moment, in [0, 1). May be traced.
         eps: Term added to the denominator. May be traced.
         rules: As in `scale_by_muon`.
         weight_dimension_numbers: As in `scale_by_muon`.
@@ -64,8 +64,8 @@ def scale_by_neuron_rms(
         A transformation with state `NeuronRmsState`.
 
     Raises:
-        ValueError: At construction for a bad hyperparameter; while tracing for a leaf that is not a
-            matrix, with its path.
+        ValueError: At construction for an invalid hyperparameter; while tracing for a leaf that is
+            not a matrix, with its path.
 
     Example:
         >>> import jax.numpy as jnp
@@ -137,27 +137,27 @@ def hyperball(
         V = W - learning_rate R U / ||U||_F
         W <- R V / ||V||_F
 
-    It stands in place of `scale_by_shape`, of weight decay and of the learning rate, because no
-    factor of `U` and no length of `V` plays a part. Behind `scale_by_muon` it is MuonH.
+    It replaces `scale_by_shape`, weight decay and the learning rate, because the result does not
+    depend on the norms of `U` and `V`. After `scale_by_muon` it is MuonH.
 
-    A matrix that is zero at the first update has no norm to keep. It gets the norm of LeCun's
-    initialisation, `R = sqrt(fan_out)`, as an upper bound: it grows by steps of `learning_rate R`
-    until it has that norm, and `V` is scaled down only where it is longer.
+    For a matrix that is zero at the first update, `R` is the norm of LeCun initialisation,
+    `sqrt(fan_out)`, as an upper bound: it grows by `learning_rate R` per step until it has that
+    norm, and `V` is scaled only if its norm is larger.
 
     Args:
-        learning_rate: Length of a step relative to the weights; a number or a schedule.
-        rules: As in `scale_by_muon`. A matrix is what the rules say: a layer of a stack, a part of
-            a fused kernel, a head of a per-head spec.
+        learning_rate: Step length relative to the norm of the weights; a number or a schedule.
+        rules: As in `scale_by_muon`. They define the matrices: layers of a stack, parts of a fused
+            kernel, or heads with a per-head spec.
         weight_dimension_numbers: As in `scale_by_muon`.
         param_shardings: As in `scale_by_muon`.
 
     Returns:
-        A transformation with state `HyperballState`, whose updates `optax.apply_updates` adds. Its
-        `update` needs the parameters.
+        A transformation with state `HyperballState` that returns the final update. Its `update`
+        needs the parameters.
 
     Raises:
-        ValueError: At construction for a bad learning rate; from `update` without parameters; while
-            tracing for a leaf that is not a matrix, with its path.
+        ValueError: At construction for an invalid learning rate; from `update` without parameters;
+            while tracing for a leaf that is not a matrix, with its path.
 
     Example:
         >>> import jax.numpy as jnp

@@ -25,7 +25,7 @@ def add_weight_decay(
     rules: MatrixRules | None = None,
     weight_dimension_numbers: WeightDimNumOrFn | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adds weight decay, only where the update agrees with it, or in proportion to 1 / width.
+    r"""Adds weight decay, optionally cautious or proportional to 1 / width.
 
     With the direction `U` that a later `optax.scale_by_learning_rate` subtracts,
 
@@ -33,24 +33,24 @@ def add_weight_decay(
         U <- U + weight_decay W [U W >= 0]                 cautious
         U <- U + weight_decay (base_width / fan_in) W      with base_width
 
-    Cautious decay shrinks an entry only where the update shrinks it too.
+    Cautious decay applies only to entries that the update shrinks too.
 
     Args:
         weight_decay: The decay; a number or a schedule.
         mask: As in `optax.add_decayed_weights`.
-        cautious: Whether to decay only the entries in which update and weight have one sign, or
-            one of them is zero. Static.
-        base_width: Fan-in at which `weight_decay` holds as it is: twice as wide a matrix decays
-            half as fast. None is no dependence on width. May be traced.
-        rules: As in `scale_by_muon`; only `base_width` looks at it.
-        weight_dimension_numbers: As in `scale_by_muon`; only `base_width` looks at it.
+        cautious: Whether to decay only entries in which update and weight have the same sign or one
+            of them is zero. Static.
+        base_width: Fan-in at which the decay equals `weight_decay`; a matrix with twice that fan-in
+            decays half as fast. With None, decay does not depend on width. May be traced.
+        rules: As in `scale_by_muon`; used only with `base_width`.
+        weight_dimension_numbers: As in `scale_by_muon`; used only with `base_width`.
 
     Returns:
         A transformation with the state of `optax.add_decayed_weights`. Its `update` needs the
         parameters.
 
     Raises:
-        ValueError: At construction for a bad hyperparameter; from `update` without parameters.
+        ValueError: At construction for an invalid hyperparameter; from `update` without parameters.
         TypeError: At construction for a mask that is neither a tree nor a function.
 
     Example:
