@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train comparison bench bench-attention kernels notebooks docs package test test-all fuzz test-newest test-oldest quick \
+.PHONY: help setup train comparison bench bench-attention kernels notebooks docs package test test-all fuzz test-newest test-oldest stacks quick \
 	format lint types imports clean
 
 help:  ## this list
@@ -113,6 +113,20 @@ test-newest: .venv-newest/.ready  ## the tests with the newest JAX that this PYT
 test-oldest: .venv-oldest/.ready  ## the tests with the oldest versions that pyproject.toml allows
 	.venv-oldest/bin/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
+# A training stack each, in an environment of its own: its packages and versions are in stacks/.
+# Levanter and MaxText need PYTHON=python3.12.
+STACK ?= linen
+
+.venv-stacks/%/.ready: stacks/%.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or later was found. Install one, or say make PYTHON=/path/to/python." >&2; exit 1; }
+	@test -x .venv-stacks/$*/bin/python || { echo "Making .venv-stacks/$* with $(PYTHON)"; "$(PYTHON)" -m venv .venv-stacks/$*; }
+	.venv-stacks/$*/bin/python -m pip install --quiet --upgrade pip
+	.venv-stacks/$*/bin/python -m pip install --quiet --requirement stacks/$*.txt --editable .
+	@touch $@
+
+stacks: .venv-stacks/$(STACK)/.ready  ## run a recipe of docs/stacks with the real package, e.g. STACK=equinox
+	.venv-stacks/$(STACK)/bin/python examples/stacks/train_$(STACK).py $(ARGS)
+
 # The folders whose tests compile little. What a change is about runs beside them by
 # `make quick ARGS=tests/attention`.
 QUICK := tests/routing tests/matrices/test_parts.py tests/matrices/test_stacks.py \
@@ -140,4 +154,4 @@ format: $(READY)  ## format, and repair what the linter can
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove the environment and what tools left
-	rm -rf $(VENV) $(KERNELS) .venv-newest .venv-oldest .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	rm -rf $(VENV) $(KERNELS) .venv-newest .venv-oldest .venv-stacks .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist

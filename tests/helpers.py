@@ -6,8 +6,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+try:
+    from jax.extend.core import jaxprs_in_params
+except ImportError:  # JAX before 0.10
+    from jax.core import jaxprs_in_params
 
 #: Relative tolerance by dtype for one pass through the library; a looser one says why.
 TOLERANCE = {

@@ -23,6 +23,10 @@ _WITH_JAX = (
     "chex",
     "orbax-checkpoint",
     "tensorstore",
+    # An old Flax asks for an old NumPy, and SciPy and scikit-learn are built for a NumPy.
+    "numpy",
+    "scipy",
+    "scikit-learn",
 )
 #: The tools of the tests ask for a newer one than the package does.
 _NEWER_FOR_TESTS = ("typing-extensions",)

@@ -20,6 +20,10 @@ EXAMPLES, MULTIHOST = "tests/examples/test_programs.py", "tests/examples/test_mu
 #: A pattern that a whole command matches -> the test that runs it, or a shorter form of it.
 COMMANDS = {
     r"make \w+": "tests/docs/test_commands.py::test_a_make_target_starts_its_programs",
+    # Each in an environment of its own; a test compares its page with its program.
+    r"make stacks STACK=\w+( PYTHON=\S+)?": (
+        "tests/docs/test_stacks.py::test_a_page_shows_its_recipe"
+    ),
     r"pip install '\.\[flax\]'": (
         "tests/package/test_package.py::test_the_wheel_works_in_an_empty_environment"
     ),
@@ -41,6 +45,8 @@ STARTS = {
     "make help": (),
     "make train": ("examples/train_lm.py",),
     "make test": ("ruff format --check", "ruff check", "basedpyright", "lint-imports", "pytest"),
+    "make stacks STACK=equinox": ("examples/stacks/train_equinox.py",),
+    "make stacks STACK=levanter PYTHON=python3.12": ("examples/stacks/train_levanter.py",),
     "make comparison": ("benchmarks/comparison.py", "benchmarks/report.py"),
     "make bench": (
         *("benchmarks/momentum.py", "benchmarks/step_time.py", "benchmarks/polar_time.py"),

@@ -1,0 +1,40 @@
+"""The pages of `docs/stacks` show the code of the recipes that run, whatever its indentation."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [page for page in sorted((ROOT / "docs" / "stacks").glob("*.md")) if page.stem != "index"]
+
+
+def lines_of(code: str) -> str:
+    """Code without indentation and empty lines."""
+    return "".join(f"{line.strip()}\n" for line in code.splitlines() if line.strip())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_shows_its_recipe(page):
+    script = lines_of((ROOT / "examples" / "stacks" / f"train_{page.stem}.py").read_text())
+    blocks = re.findall(r"^```py\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    assert blocks
+    for block in blocks:
+        assert lines_of(block) in script, block
+
+
+def test_every_recipe_has_a_page_and_named_versions():
+    recipes = {path.stem.removeprefix("train_") for path in ROOT.glob("examples/stacks/train_*.py")}
+    assert recipes == {page.stem for page in PAGES}
+    assert recipes == {path.stem for path in (ROOT / "stacks").glob("*.txt")}
+    for path in (ROOT / "stacks").glob("*.txt"):
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+        assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), path
+
+
+@pytest.mark.slow
+def test_the_tables_are_what_is_decided_and_recorded():
+    command = [sys.executable, "-m", "tools.stack_table", "--check"]
+    subprocess.run(command, cwd=ROOT, check=True)
