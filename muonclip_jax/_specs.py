@@ -1,10 +1,10 @@
-"""MatrixSpec and Split: how one parameter is read as matrices, and the checks against its shape.
+"""MatrixSpec and Split: how one parameter is divided into matrices, and checks against its shape.
 
-A kernel is more than its shape. `(768, 12, 64)` is twelve query heads that read 768 inputs, and as
-a matrix it has 768 rows and 12 * 64 columns; `(24, 768, 3072)` is 24 scanned layers, and 24
-matrices. `MuonDimensionNumbers`, Optax's word for it, says which axes are summed over (reduction),
-which are produced (output), and that all others are batch axes. `MatrixSpec` adds what it lacks: a
-fused kernel is several matrices side by side, and `Split` says where to cut.
+The shape alone does not determine the matrices. `(768, 12, 64)` may be a query kernel of 12 heads,
+one matrix with 768 rows and 12 * 64 columns; `(24, 768, 3072)` may be 24 scanned layers, that is 24
+matrices. Optax's `MuonDimensionNumbers` lists the axes that are summed over (reduction) and
+produced (output); all others are batch axes. `MatrixSpec` adds `Split`s for fused kernels, which
+contain several matrices.
 """
 
 import math
@@ -20,28 +20,28 @@ _PLAIN = MuonDimensionNumbers()
 
 @dataclass(frozen=True, init=False)
 class Split:
-    r"""Cuts one axis of a parameter into consecutive parts.
+    r"""Splits one axis of a parameter into consecutive parts.
 
-    The axis has `sum(sizes)` entries. Where the parts are interleaved, the axis is first seen as a
-    grid `view`, and the grid's dimension `along` is the one that is cut.
+    The axis has `sum(sizes)` entries. If the parts are interleaved, the axis is first reshaped to
+    `view`, and dimension `along` of that shape is split.
 
     Args:
         axis: The parameter's axis; negative ones count from the end.
-        sizes: How many entries, along the axis or the grid's dimension, each part has.
-        view: The grid, whose product is the axis's length; None is the axis as it is.
-        along: Which dimension of `view` is cut.
+        sizes: Length of each part, along the axis or along dimension `along` of `view`.
+        view: Shape to which the axis is reshaped; None does not reshape it.
+        along: Which dimension of `view` is split.
 
     Raises:
-        TypeError: If an axis or a size is no integer.
+        TypeError: If an axis or a size is not an integer.
         ValueError: If a size is not positive, or `along` and `view` do not fit the sizes.
 
     Example:
-        Query, key and value of 12, 4 and 4 heads of 64, joined on axis 1:
+        Query, key and value with 12, 4 and 4 heads of size 64, concatenated on axis 1:
 
         >>> Split(1, (12 * 64, 4 * 64, 4 * 64)).sizes
         (768, 256, 256)
 
-        The same three for each of 12 heads in turn:
+        Query, key and value interleaved by head, for 12 heads:
 
         >>> Split(1, (1, 1, 1), view=(12, 3, 64), along=1).view
         (12, 3, 64)
@@ -82,32 +82,32 @@ class Split:
 
     @property
     def length(self) -> int:
-        """The length that the axis must have."""
+        """The required length of the axis."""
         return sum(self.part_lengths)
 
     @property
     def part_lengths(self) -> tuple[int, ...]:
-        """How many entries of the axis each part takes."""
+        """Number of entries of the axis in each part."""
         others = 1 if self.view is None else math.prod(self.view) // self.view[self.along]
         return tuple(size * others for size in self.sizes)
 
 
 @dataclass(frozen=True, init=False)
 class MatrixSpec:
-    """Says which axes of a parameter are a matrix's rows and columns, and where fused ones part.
+    """Defines the row and column axes of a parameter's matrices, and the splits of fused kernels.
 
-    All axes that are neither reduction nor output axes are batch axes: a matrix for each of their
-    entries.
+    All other axes are batch axes, with one matrix per entry.
 
     Args:
-        dims: `MuonDimensionNumbers(reduction_axis, output_axis)`, or the pair of them; each is an
-            axis or a tuple of axes. The default is the plain matrix, rows on axis 0.
-        splits: `Split`s of reduction or output axes, at most one an axis. Every part becomes a
-            matrix of its own, with its own shape scale.
+        dims: `MuonDimensionNumbers(reduction_axis, output_axis)` or a pair
+            `(reduction_axis, output_axis)`; each is an axis or a tuple of axes. The default is an
+            ordinary matrix with rows on axis 0.
+        splits: `Split`s of reduction or output axes, at most one per axis. Every part is a separate
+            matrix with its own shape scale.
 
     Raises:
-        TypeError: If `dims` is no pair of axes, or a split is no `Split`.
-        ValueError: If two splits cut the same axis.
+        TypeError: If `dims` is not a pair of axes, or a split is not a `Split`.
+        ValueError: If two splits have the same axis.
 
     Example:
         >>> MatrixSpec((0, (1, 2))).dims
@@ -150,7 +150,7 @@ SpecLike: TypeAlias = MatrixSpec | MuonDimensionNumbers
 
 
 def is_spec(x: object) -> bool:
-    """Tells a leaf's spec from a container; `MuonDimensionNumbers` is a tuple and yet a leaf.
+    """Whether a value is a leaf's spec and not a container (`MuonDimensionNumbers` is a tuple).
 
     Example:
         >>> is_spec(MuonDimensionNumbers(0, 1)), is_spec((0, 1))
@@ -192,7 +192,7 @@ def normalize_spec(spec: SpecLike, shape: Sequence[int], path: str = "") -> Matr
 
     Raises:
         TypeError: If `spec` is neither.
-        ValueError: If an axis does not exist, is named twice, or a split does not fit.
+        ValueError: If an axis does not exist or appears twice, or a split does not fit.
 
     Example:
         >>> normalize_spec(MuonDimensionNumbers(0, (-2, -1)), (768, 12, 64)).dims
@@ -242,7 +242,7 @@ def normalize_spec(spec: SpecLike, shape: Sequence[int], path: str = "") -> Matr
 
 
 def simplify_spec(spec: MatrixSpec) -> SpecLike:
-    """Writes a spec as shortly as it goes: Optax's type without splits, an int for one axis.
+    """Returns the simplest form of a spec: Optax's type without splits, an int for one axis.
 
     Example:
         >>> simplify_spec(MatrixSpec(((0,), (1, 2))))

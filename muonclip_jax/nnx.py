@@ -1,17 +1,17 @@
 """Flax NNX: attention that records its largest logits, and their capture.
 
-A model that uses `nnx.MultiHeadAttention` needs no change at all:
+A model that uses `nnx.MultiHeadAttention` needs no change:
 
     logits, max_logits = muonclip_jax.nnx.capture_max_logits(model)(tokens)
     optimizer.update(model, grads, max_logits=max_logits)
 
-A model may also record by itself, with `attention_fn=muonclip_jax.nnx.dot_product_attention` on
-the module. It then sows `nnx.Intermediate` variables called `max_logits`, which
+A model may also record its own maxima, with `attention_fn=muonclip_jax.nnx.dot_product_attention`
+on the module. It then sows `nnx.Intermediate` variables named `max_logits`, which
 `nnx.capture(model, nnx.Intermediate)` collects at the path of the attention module. Outside of a
 capture nothing is recorded.
 
-NNX tells an attention function nothing about the module that calls it. It is found on the Python
-call stack while the function is traced, which costs nothing when the compiled program runs.
+NNX does not pass the calling module to an attention function. It is found on the Python call stack
+during tracing, which has no cost when the compiled program runs.
 """
 
 import sys
@@ -43,7 +43,7 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 def _calling_module() -> nnx.Module | None:
-    """Returns the attention module on whose behalf this runs, or None."""
+    """Returns the attention module that called the attention function, or None."""
     frame = sys._getframe(1)
     while frame is not None:
         module = frame.f_locals.get("self")
@@ -80,30 +80,30 @@ def dot_product_attention(
 ) -> Float[Array, "*B T N D"]:
     """Computes Flax's attention and sows the largest logit of every head as `max_logits`.
 
-    The arguments are those of `flax.nnx.dot_product_attention`, so that `nnx.MultiHeadAttention`
-    takes it as `attention_fn`. Without dropout and sown weights, attention is
-    `muonclip_jax.dot_product_attention`, which has the maxima at hand. Otherwise it is Flax's own,
-    and the maxima are computed beside it, block by block.
+    It has the arguments of `flax.nnx.dot_product_attention`, for use as `attention_fn` of
+    `nnx.MultiHeadAttention`. Without dropout and sown weights, attention is
+    `muonclip_jax.dot_product_attention`, which computes the maxima anyway. Otherwise it is Flax's
+    own, and the maxima are computed separately, block by block.
 
     Args:
         query: Queries `(*B, T, N, H)`.
         key: Keys `(*B, S, K, H)`; `N` must be a multiple of `K`.
         value: Values `(*B, S, K, D)`.
-        bias: Added to the logits; broadcasts to `(*B, N, T, S)`. It counts in the maxima only
-            where it forbids a pair.
-        mask: True or not zero where a pair takes part; broadcasts to `(*B, N, T, S)`.
+        bias: Added to the logits; broadcasts to `(*B, N, T, S)`. Not part of the maxima, but pairs
+            that it masks are excluded.
+        mask: False or zero for masked pairs; broadcasts to `(*B, N, T, S)`.
         broadcast_dropout: Whether batch and heads share a dropout mask.
-        dropout_rng: Key of the dropout.
-        dropout_rate: Share of weights that dropout removes. Maxima do not see dropout.
+        dropout_rng: PRNG key of dropout.
+        dropout_rate: Fraction of weights that dropout removes; maxima are before dropout.
         deterministic: Whether dropout is off.
-        dtype: What query, key and value are cast to.
-        precision: Precision of the products, where Flax's own attention computes them.
-        module: Given by Flax's module when the attention weights are to be sown too.
-        promote_dtype: Brings query, key and value to one dtype.
-        is_causal: Whether query `t` sees only keys up to `t`.
+        dtype: Dtype to which query, key and value are cast.
+        precision: Precision of the products, if Flax's own attention computes them.
+        module: Passed by Flax's module if attention weights are sown too.
+        promote_dtype: Function that casts query, key and value to a common dtype.
+        is_causal: Whether query `t` attends only to keys up to `t`.
         implementation: As in `muonclip_jax.dot_product_attention`. Set it with
             `functools.partial`.
-        record_in: The module to record in; the calling one by default.
+        record_in: The module in which to record; by default the calling one.
 
     Returns:
         The output `(*B, T, N, D)`.
@@ -161,10 +161,10 @@ def _record_captured(max_logits: Float[Array, " N"]) -> None:
 
 @contextmanager
 def _recording_modules(model: nnx.Module) -> Iterator[None]:
-    """Lets Flax's attention modules record for a while.
+    """Makes Flax's attention modules record inside the context.
 
-    Recording changes attributes of the modules, as `nnx.capture` does itself, so captures in
-    several threads take turns, and a call in a thread without a capture records nothing.
+    Recording changes attributes of the modules, as `nnx.capture` does too, so captures in several
+    threads are serialized by a lock, and a call in a thread without a capture records nothing.
     """
     changed = []
     _ONE_AT_A_TIME.acquire()
@@ -189,27 +189,27 @@ def _recording_modules(model: nnx.Module) -> Iterator[None]:
 def capture_max_logits(
     function: Callable[..., Any],
 ) -> Callable[..., tuple[Any, dict[Any, Any]]]:
-    """Makes a call of a model return the largest logit of every attention head beside its output.
+    """Makes a call of a model also return the largest logit of every attention head.
 
-    The model stays as it is and computes the same, bit for bit. `nnx.MultiHeadAttention` modules
-    record while the call runs, by computing the logits once more, block by block, from the
-    arguments of their `attention_fn`: what it scales or hides inside is not seen. A module whose
-    `attention_fn` is `muonclip_jax.nnx.dot_product_attention` has the maxima at hand and saves
-    that product. Whatever else is sown as an `nnx.Intermediate` called `max_logits` is returned
-    too. It works inside `nnx.jit` and `nnx.value_and_grad` and around them, and through
-    `nnx.remat`, `nnx.scan` and `nnx.vmap`, where maxima are stacked like kernels.
+    The model and its output do not change, bit for bit. `nnx.MultiHeadAttention` modules record
+    while the call runs, by computing the logits separately, block by block, from the arguments of
+    their `attention_fn`, without any scaling or masking inside of it. A module whose `attention_fn`
+    is `muonclip_jax.nnx.dot_product_attention` needs no separate computation. Other
+    `nnx.Intermediate` variables named `max_logits` are returned too. Works inside and around
+    `nnx.jit` and `nnx.value_and_grad`, and with `nnx.remat`, `nnx.scan` and `nnx.vmap`, where
+    maxima are stacked like kernels.
 
     Args:
         function: A model, one of its methods, or a function whose first argument is the model.
 
     Returns:
-        A function of the same arguments. It returns what `function` returns, and the tree of
-        maxima, which mirrors the paths of the attention modules.
+        A function of the same arguments that returns the result of `function`, and the tree of
+        maxima with the paths of the attention modules.
 
     Raises:
-        TypeError: If `function` cannot be called; from the returned function, if its first argument
-            is no model.
-        ValueError: From the returned function, if no attention recorded anything.
+        TypeError: If `function` is not callable; from the returned function, if its first argument
+            is not a model.
+        ValueError: From the returned function, if no attention module recorded a maximum.
 
     Example:
         >>> import jax, jax.numpy as jnp

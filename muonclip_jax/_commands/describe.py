@@ -1,4 +1,4 @@
-"""`describe`: who trains what in a checkpoint, its attention blocks, and what Muon costs."""
+"""`describe`: labels of the parameters in a checkpoint, attention blocks, and the cost of Muon."""
 
 import importlib
 import os
@@ -47,7 +47,7 @@ def describe(
 
 
 def _extent(saved: Shapes, shapes: Shapes, params: str | None) -> str:
-    """Says how much of a checkpoint was taken for parameters."""
+    """Describes which part of a checkpoint was used as parameters."""
     left = dict.fromkeys(path.partition("/")[0] for path in saved if path not in shapes)
     if left:
         return f"all but {', '.join(map(repr, left))}: no 'params' in it"

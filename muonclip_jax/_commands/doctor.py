@@ -1,4 +1,4 @@
-"""`doctor`: what is installed, what the machine has, and what the library will use on it."""
+"""`doctor`: installed packages, devices, and the defaults of the library on this machine."""
 
 import functools
 import importlib.metadata
@@ -74,7 +74,7 @@ def doctor() -> tuple[str, bool]:
 
 
 def packages() -> Iterator[Finding]:
-    """Versions, against what the package itself asks for."""
+    """Installed versions, compared with the package's requirements."""
     yield Finding(f"Python {machine.python_version()}")
     try:
         yield Finding(f"{_NAME} {importlib.metadata.version(_NAME)}", ok=True)
@@ -92,7 +92,7 @@ def packages() -> Iterator[Finding]:
 
 
 def check_version(name: str, least: str | None) -> Finding:
-    """Compares an installed version with the least one, "1.10" being newer than "1.9"."""
+    """Compares an installed version with the required one ("1.10" is newer than "1.9")."""
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -108,7 +108,7 @@ def check_version(name: str, least: str | None) -> Finding:
 
 
 def devices() -> Iterator[Finding]:
-    """What JAX computes on."""
+    """The devices of JAX."""
     found = jax.devices()
     kinds = ", ".join(dict.fromkeys(device.device_kind for device in found))
     platform = plan_platform(None)
@@ -129,7 +129,7 @@ def devices() -> Iterator[Finding]:
 
 
 def newton_schulz() -> Iterator[Finding]:
-    """What `ns_method="auto"` and `ns_dtype=None` mean here, for shapes of known models."""
+    """The choices of `ns_method="auto"` and `ns_dtype=None` here, for shapes of known models."""
     polar = plan_polar()
     for rows, columns in SHAPES:
         # The same for parameters of 16 and of 32 bits.
@@ -141,7 +141,7 @@ def newton_schulz() -> Iterator[Finding]:
 
 
 def attention() -> Iterator[Finding]:
-    """Who can compute attention with its maxima here, and who does unless told otherwise."""
+    """Implementations of attention with maxima that work here, and the default."""
     x = jax.ShapeDtypeStruct(_SEQUENCE, jnp.bfloat16)
     for name in IMPLEMENTATIONS:
         attend = functools.partial(dot_product_attention, is_causal=True, implementation=name)
@@ -156,7 +156,7 @@ def attention() -> Iterator[Finding]:
 
 
 def kernels() -> Iterator[Finding]:
-    """Which opt-in Pallas kernels can be named here."""
+    """Opt-in Pallas kernels that work here."""
     for argument, operation, names in (
         ("ns_implementation", "symmetric", SYMMETRIC),
         ("attention_max_logits", "max_logits", MAX_LOGITS),

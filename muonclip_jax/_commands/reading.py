@@ -1,4 +1,4 @@
-"""What a checkpoint on disk holds, and where in it the parameters are."""
+"""Reads the shapes in a checkpoint on disk, and finds the parameters in it."""
 
 import importlib
 import re
@@ -26,7 +26,7 @@ _OPTIMIZER = re.compile(r"(.*_)?(opt|optim|optimi[sz]er)(_?states?)?")
 def read_shapes(checkpoint: str | Path) -> Shapes:
     """Reads path -> shape and dtype of every array; those of an `.npz` file are read one by one.
 
-    A folder of Orbax is what a checkpointer saved, a step of a manager, or all steps of one, of
+    An Orbax folder may be from a checkpointer, one step of a manager, or all steps of a manager, of
     which the newest is read.
     """
     path = Path(checkpoint)
@@ -73,7 +73,7 @@ def read_shapes(checkpoint: str | Path) -> Shapes:
 
 
 def _orbax_items(path: Path) -> dict[str, Path]:
-    """The items of a checkpoint by name; "" is the only one."""
+    """The items of a checkpoint by name; "" if there is only one."""
     if (path / _ORBAX_METADATA).exists():
         return {"": path}
     folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir()]
@@ -97,12 +97,12 @@ def _orbax_items(path: Path) -> dict[str, Path]:
 def find_params(shapes: Shapes, at: str | None = None) -> tuple[str, Shapes]:
     """Finds the parameters of a checkpoint: their path, and shapes by path below it.
 
-    `at` is their path, "" for everything. None is the subtree called "params" nearest to the root;
-    where there is none, all but optimizer state and counters.
+    `at` is their path, "" for everything. None means the subtree named "params" nearest to the
+    root; if there is none, everything except optimizer state and counters.
 
     Raises:
-        ValueError: If there is nothing at that path, or more than one subtree to choose from:
-            several called "params", or copies such as an average of the weights.
+        ValueError: If there is nothing at that path, or the choice is ambiguous: several subtrees
+            named "params", or copies such as an average of the weights.
     """
     if at is None:
         at = _params_path(shapes)
@@ -134,7 +134,7 @@ def _params_path(shapes: Shapes) -> str | None:
 
 
 def _roots(shapes: Shapes) -> dict[str, Shapes]:
-    """What is below each first name of the paths."""
+    """The subtrees below each first name of the paths."""
     roots: dict[str, Shapes] = {}
     for path, form in shapes.items():
         root, _, rest = path.partition(SEPARATOR)
@@ -143,7 +143,7 @@ def _roots(shapes: Shapes) -> dict[str, Shapes]:
 
 
 def _without_state(shapes: Shapes) -> tuple[str, Shapes]:
-    """Returns what is neither optimizer state nor a counter, and where it is."""
+    """Returns everything that is neither optimizer state nor a counter, and its path."""
     roots = _roots(shapes)
     # Those that hold more than counters and random keys.
     numbers = {

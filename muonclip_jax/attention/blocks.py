@@ -1,14 +1,13 @@
 """Attention and its maxima in XLA, block by block, so that memory is linear in the sequence.
 
 Attention: softmax subtracts the maximum of every row before it exponentiates. That maximum is the
-number that QK-Clip needs, so it is kept instead of being computed again; only an additive bias,
-which is no part of the recorded logit, makes a second reduction necessary. A short sequence is one
-block. A longer one is cut into blocks of queries, one after another; a block sees the whole range
-of keys that causality and the window leave it, and its logits are computed again in the backward
-pass (`jax.checkpoint`) instead of being kept.
+number that QK-Clip needs; only an additive bias, which is not part of the recorded logit, needs a
+second reduction. A short sequence is one block. A longer one is processed sequentially in blocks of
+queries; each block uses all keys that the causal mask and the window allow, and its logits are
+recomputed in the backward pass (`jax.checkpoint`).
 
-Maxima alone: blocks of queries and of keys, the last one of an axis moved back until it fits, for
-pairs that are seen twice do not change a maximum. Blocks without allowed pairs are not visited.
+Maxima alone: blocks of queries and keys. The last block of an axis is shifted so that it fits,
+since pairs that occur twice do not change a maximum. Blocks without unmasked pairs are skipped.
 """
 
 import math
@@ -34,12 +33,12 @@ class Sizes(NamedTuple):
     """Sizes of blocks on a platform.
 
     Attributes:
-        dense: Up to so many logits attention is one block, kept for the backward pass.
-        block: Logits of one block of attention, float32. On a CPU 8 MB stay in the last cache; an
-            accelerator wants few large launches.
-        queries: Queries of a block at least. Under Auto axes it is not known how many devices share
-            a batch, so a block may be many times smaller than planned: on an accelerator it keeps
-            as many queries as fill a matrix unit.
+        dense: Up to this number of logits attention is one block, stored for the backward pass.
+        block: Float32 logits of one block of attention. On a CPU 8 MB fit into the last-level
+            cache; on an accelerator few large launches are faster.
+        queries: Minimum number of queries per block. On Auto axes the number of devices over which
+            a batch is sharded is unknown, so a block may be many times smaller per device than
+            planned: on an accelerator it has at least enough queries to fill a matrix unit.
     """
 
     dense: int
@@ -64,14 +63,14 @@ def _sizes(geometry: Geometry) -> Sizes:
 
 
 def _rows(query: jax.Array) -> int:
-    """Rows of logits a query position has; a symbolic batch counts as one sequence."""
+    """Rows of logits per query position; a symbolic batch counts as one sequence."""
     return math.prod(n for n in (query.shape[0], *query.shape[2:4]) if isinstance(n, int))
 
 
 def block_logits(
     query: Float[Array, "B t K G H"], key: Float[Array, "B s K H"], scale: ScalarLike
 ) -> Float[Array, "B K G t s"]:
-    """Returns `scale q . k`, accumulated and kept in float32 (float64 for float64 input)."""
+    """Returns `scale q . k`, accumulated and returned in float32 (float64 for float64 input)."""
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     # Named for bfloat16, so that a gradient's products, whose cotangent is float32, stay bfloat16
     # products too (https://github.com/jax-ml/jax/issues/24047). Not every platform has float16's.
@@ -83,7 +82,7 @@ def block_logits(
 
 
 class Segment(NamedTuple):
-    """Consecutive blocks of `length` queries that see `keys` keys each, from `key_starts` on."""
+    """Consecutive blocks of `length` queries with `keys` keys each, starting at `key_starts`."""
 
     start: int
     length: int
@@ -92,7 +91,7 @@ class Segment(NamedTuple):
 
 
 def plan_segments(inputs: Inputs, geometry: Geometry) -> list[Segment]:
-    """Cuts the queries of attention into blocks. Symbolic lengths make one block."""
+    """Divides the queries of attention into blocks. Symbolic lengths give one block."""
     queries, keys = inputs.query.shape[1], inputs.key.shape[1]
     rows, sizes = _rows(inputs.query), _sizes(geometry)
     symbolic = not (isinstance(queries, int) and isinstance(keys, int))
@@ -129,7 +128,7 @@ def _attend_block(
     query_start: int | jax.Array,
     key_start: int | jax.Array,
 ) -> tuple[Float[Array, "B t K G D"], Float[Array, "K G"]]:
-    """Attends from one block of queries to one range of keys, which `inputs` is cut to."""
+    """Attention of one block of queries to one range of keys; `inputs` contains only these."""
     assert inputs.value is not None
     block = Block(query_start, inputs.query.shape[1], key_start, inputs.key.shape[1])
     unbiased = logits = block_logits(inputs.query, inputs.key, inputs.scale)
@@ -156,7 +155,7 @@ def _attend_block(
 def _attend_segment(
     segment: Segment, inputs: Inputs, geometry: Geometry, fallback: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends from the blocks of one segment, one after another."""
+    """Attention of the blocks of one segment, sequentially."""
     blocks = len(segment.key_starts)
     stop = segment.start + blocks * segment.length
     queries = inputs.query[:, segment.start : stop]
@@ -212,7 +211,7 @@ def attend(
 
 
 def _plan_blocks(inputs: Inputs, geometry: Geometry) -> list[Block]:
-    """Lists equal blocks that hold every pair which geometry allows."""
+    """Lists equal blocks that contain every pair that the causal mask and the window allow."""
     queries, keys = inputs.query.shape[1], inputs.key.shape[1]
     if 0 in inputs.query.shape or 0 in inputs.key.shape:
         return []
@@ -237,7 +236,7 @@ def _plan_blocks(inputs: Inputs, geometry: Geometry) -> list[Block]:
 def max_logits(inputs: Inputs, geometry: Geometry) -> Float[Array, "K G"]:
     """Returns the largest `scale q . k` of every head over its pairs, -inf for a head without any.
 
-    The bias is not added; it only hides pairs.
+    The bias is not added; it only masks pairs.
     """
     blocks = _plan_blocks(inputs, geometry)
     if not blocks:

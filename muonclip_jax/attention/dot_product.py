@@ -1,4 +1,4 @@
-"""Attention that returns its maxima, the maxima alone, and which implementation computes them."""
+"""Attention that returns its maximum logits, the maxima alone, and their implementations."""
 
 import functools
 
@@ -32,39 +32,39 @@ def dot_product_attention(
     local_window_size: int | tuple[int, int] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "*B T N D"], Float[Array, " N"]]:
-    r"""Returns attention, and the maximum logit of every head over the pairs attended to.
+    r"""Computes attention, and the maximum logit of every head over the unmasked pairs.
 
     .. math::
         \mathrm{softmax}(\mathrm{scale}\, Q K^T + \mathrm{bias})\, V, \qquad
         S_h = \max_{b, t, s\ \mathrm{attended}} \mathrm{scale}\; q_{bth} \cdot k_{bsh}
 
-    The output and its gradients are those of `jax.nn.dot_product_attention`, whose arguments these
-    are; the maxima are those of `attention_max_logits` and carry no gradient.
+    Arguments, output and gradients are those of `jax.nn.dot_product_attention`; the maxima are
+    those of `attention_max_logits` and have no gradient.
 
     Implementations:
-        - "xla", the default: everywhere, exact, with derivatives of any order and mode. Memory is
-          linear in the sequence; the maximum is the one that softmax subtracts.
+        - "xla", the default: all platforms, exact, with derivatives of any order and mode. Memory
+          is linear in the sequence length; the maximum is the one that softmax subtracts.
         - "cudnn": NVIDIA GPUs, half precision. The maxima come from the kernel's log-sum-exp: an
-          upper bound, at most `ln(keys)` and one unit of rounding in the dtype of the output too
-          high. Refused with an additive bias, which is part of that sum.
+          upper bound, at most `ln(keys)` plus one rounding unit of the output dtype too high. An
+          additive bias is an error, because it is part of that sum.
 
     Args:
         query: Queries `(*B, T, N, H)`, with any number of batch axes.
         key: Keys `(*B, S, K, H)`; `N` must be a multiple of `K`.
         value: Values `(*B, S, K, D)`. `D` may differ from `H`.
         bias: Added to the logits; broadcasts to `(*B, N, T, S)`. Not part of the recorded maxima.
-        mask: Boolean, True where a pair takes part; broadcasts to `(*B, N, T, S)`.
+        mask: Boolean, False for masked pairs; broadcasts to `(*B, N, T, S)`.
         scale: Factor of the dot products, `1 / sqrt(H)` by default.
-        is_causal: Whether query `t` sees only keys up to `t`.
+        is_causal: Whether query `t` attends only to keys up to `t`.
         query_seq_lengths: Valid queries of each sequence `(*B,)`; the output beyond is zero.
         key_value_seq_lengths: Valid keys of each sequence `(*B,)`.
-        local_window_size: Query `t` sees keys from `t - left` to `t + right`; one number stands
-            for both.
+        local_window_size: Query `t` attends to keys from `t - left` to `t + right`; one number is
+            used for both.
         implementation: A name from the list above, or None for "xla".
 
     Returns:
-        The output, shaped like the query with the value's last axis, and the maxima `(N,)` in
-        float32. A head without any pair has -inf.
+        The output, with the shape of the query except for the value's last axis, and the maxima
+        `(N,)` in float32; -inf for a head without any unmasked pair.
 
     Raises:
         ValueError: If shapes or dtypes do not fit together, or no implementation has that name.
@@ -121,41 +121,41 @@ def attention_max_logits(
     local_window_size: int | tuple[int, int] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, " N"]:
-    r"""Returns the maximum logit of every head over the pairs attended to.
+    r"""Computes the maximum logit of every head over the unmasked pairs.
 
     .. math:: S_h = \max_{b, t, s\ \mathrm{attended}} \mathrm{scale}\; q_{bth} \cdot k_{bsh}
 
     Dot products accumulate in float32. They are computed block by block, so memory grows with
-    `T + S` and not with `T S`. No gradient flows. It runs beside any attention that keeps its
-    logits to itself.
+    `T + S` and not with `T S`. The result has no gradient. Use it with an attention implementation
+    that does not return its logits.
 
     Implementations:
-        - "xla", the default: everywhere, in plain operations that any partitioner splits.
-        - "mosaic_tpu": on TPUs, a Pallas kernel that keeps the logits in the core; tested in
-          Pallas's interpreter, not timed on a TPU. Products of float32 are made of bfloat16 unless
-          `jax.default_matmul_precision` raises that. On many devices it needs a `jax.shard_map`
-          over all axes of a mesh, or Explicit axes; under Auto axes the partitioner cannot split a
-          kernel.
+        - "xla", the default: all platforms, with ordinary operations that the partitioner can
+          shard.
+        - "mosaic_tpu": on TPUs, a Pallas kernel that keeps the logits in on-chip memory; tested in
+          Pallas's interpreter, not timed on a TPU. Float32 products use bfloat16 unless
+          `jax.default_matmul_precision` is higher. On several devices it needs a `jax.shard_map`
+          over all mesh axes, or Explicit axes; on Auto axes the partitioner cannot shard a kernel.
 
     Args:
         query: Queries `(*B, T, N, H)`, with any number of batch axes.
-        key: Keys `(*B, S, K, H)`; `N` must be a multiple of `K`, and query head `n` meets key head
+        key: Keys `(*B, S, K, H)`; `N` must be a multiple of `K`, and query head `n` uses key head
             `n // (N / K)`.
-        bias: Additive bias that broadcasts to `(*B, N, T, S)`. It is not part of the recorded
-            logit, because scaling query and key cannot change it. It counts where it hides a pair:
-            at `finfo(bias.dtype).min / 2` and below, -inf included, and at -1e9 and below.
-        mask: As for `dot_product_attention`, and so are the others.
+        bias: Additive bias that broadcasts to `(*B, N, T, S)`. It is not part of the maximum,
+            because scaling query and key does not change it. A pair is masked where the bias is at
+            most `finfo(bias.dtype).min / 2`, including -inf, or at most -1e9.
+        mask: Boolean, False for masked pairs; broadcasts to `(*B, N, T, S)`.
         scale: Factor of the dot products, `1 / sqrt(H)` by default.
-        is_causal: Whether query `t` sees only keys up to `t`.
+        is_causal: Whether query `t` attends only to keys up to `t`.
         query_seq_lengths: Valid queries of each sequence `(*B,)`.
         key_value_seq_lengths: Valid keys of each sequence `(*B,)`.
-        local_window_size: Keys to the left and to the right that a query sees.
+        local_window_size: As for `dot_product_attention`.
         implementation: A name from the list above, or None for "xla".
 
     Returns:
-        The maxima `(N,)` in float32; -inf for a head without any pair. A NaN logit makes its head's
-        maximum NaN or is left out, whichever XLA's maximum does on the platform: output and
-        gradients are NaN then anyway.
+        The maxima `(N,)` in float32; -inf for a head without any unmasked pair. Whether a NaN logit
+        makes the maximum NaN or is ignored depends on XLA's maximum on the platform; output and
+        gradients are NaN in either case.
 
     Raises:
         ValueError: If shapes or dtypes do not fit together, or no implementation has that name.

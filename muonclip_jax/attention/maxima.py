@@ -1,9 +1,9 @@
-"""How the maxima of several micro-batches and shards become one: finite numbers first.
+"""Reduction of the maxima of several micro-batches and shards: finite values take precedence.
 
-One number a head is wanted for the global batch, which is often seen in pieces, and a piece may
-overflow. QK-Clip never acts on a maximum that is not finite, so under a plain maximum one NaN would
-switch the clip off just when logits grow. Therefore the largest finite maximum counts; where there
-is none, NaN comes before +inf before -inf, so that a bad piece does not vanish either.
+The clip needs one number per head for the global batch, which is often processed in parts, and a
+part may overflow. QK-Clip ignores a maximum that is not finite, so with an ordinary maximum one NaN
+would switch the clip off while logits grow. Therefore the result is the largest finite maximum; if
+there is none, NaN takes precedence over +inf, and +inf over -inf.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ def _join(values: Float[Array, "..."], rank: Float[Array, "..."]) -> Float[Array
 
 
 def finite_max(x: Float[Array, "..."], axes: Sequence[int]) -> Float[Array, "..."]:
-    """Returns the finite-first maximum over axes.
+    """Returns the maximum over axes, with finite values first.
 
     Example:
         >>> finite_max(jnp.array([[1.0, jnp.nan], [jnp.nan, jnp.nan]]), (0,)).tolist()
@@ -44,12 +44,12 @@ def finite_max(x: Float[Array, "..."], axes: Sequence[int]) -> Float[Array, "...
 
 
 def finite_maximum(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the finite-first maximum of two arrays, elementwise."""
+    """Returns the elementwise maximum of two arrays, with finite values first."""
     return _join(*map(jnp.maximum, _separate(x), _separate(y)))
 
 
 def only_max_logits(tree: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Returns the part of nested intermediates that holds maxima, one array a module.
+    """Returns the maxima in nested intermediates, one array per module.
 
     Example:
         >>> sown = {"attention": {"max_logits": (jnp.ones(2),), "weights": (jnp.ones(3),)}}
@@ -66,17 +66,16 @@ def only_max_logits(tree: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def merge_max_logits(*trees: Tree) -> Tree:
-    """Returns the elementwise maximum of several trees of maxima, of micro-batches for example.
+    """Returns the elementwise maximum of several trees of maxima, for example of micro-batches.
 
-    The largest finite maximum counts. A NaN or +inf of one tree does not hide a finite maximum of
-    another, because QK-Clip ignores a head whose maximum is not finite; where no tree has a finite
-    one, NaN comes before +inf before -inf.
+    The result is the largest finite maximum, because QK-Clip ignores a head whose maximum is not
+    finite. If no tree has a finite one, NaN takes precedence over +inf, and +inf over -inf.
 
     Args:
-        *trees: Trees of one structure and equal shapes, as Flax returns them or otherwise.
+        *trees: Pytrees with the same structure and shapes, as returned by Flax or otherwise.
 
     Returns:
-        A tree of the same structure.
+        A pytree with the same structure.
 
     Raises:
         ValueError: If no tree is given, or if their structures or shapes differ.
@@ -111,18 +110,18 @@ def merge_max_logits(*trees: Tree) -> Tree:
 
 
 def reduce_max_logits(tree: Tree, axis_name: str | tuple[str, ...]) -> Tree:
-    """Returns the maxima over mapped axes, with one collective for the whole tree.
+    """Reduces the maxima over mapped axes, with one collective for the whole tree.
 
     For use inside `jax.shard_map`, `jax.pmap` or `jax.vmap(axis_name=...)`, where every shard has
     the maxima of its own part of the batch. Values that are not finite are treated as by
     `merge_max_logits`.
 
     Args:
-        tree: Maxima of this shard, leaves of any shapes.
-        axis_name: The mapped axis or axes that divide the batch.
+        tree: Maxima of this shard, leaves of any shape.
+        axis_name: The mapped axis or axes over which the batch is sharded.
 
     Returns:
-        The same tree, its leaves in their own dtypes, equal on all shards.
+        A pytree with the same structure and dtypes, equal on all shards.
 
     Example:
         >>> maxima = {"attention": {"max_logits": jnp.array([[1.0, 8.0], [5.0, 2.0]])}}

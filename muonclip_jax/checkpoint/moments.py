@@ -1,18 +1,18 @@
-"""States of other transformations: moments carried over by the parameter that they belong to.
+"""Converts states of other transformations: moments are matched by parameter.
 
 Muon's momentum and Adam's two moments are exponential averages of the gradient and of its square,
-kept without bias correction, whichever chain they are in. So they move from one state to another by
-name. Where Optax and `muonclip` route a leaf differently, one moment exists and another is missing.
-Adam's first moment serves as a momentum. The other way, the mean square cannot start at zero beside
-a large count: the first update would be up to `1 / sqrt(1 - b2)` times too long. It is estimated
-from the momentum. Where the gradient is mostly noise of variance `v`, an average with decay `beta`
-has the variance `v (1 - beta) / (1 + beta)`, so that, with the mean over the whole leaf,
+stored without bias correction, in every chain, so they can be copied from one state to another by
+name. If a leaf is trained by Adam in one and by Muon in the other, a moment is missing. Adam's
+first moment can be used as momentum. For Adam, the second moment cannot start at zero with a large
+count: the first update would be up to `1 / sqrt(1 - b2)` times too large. It is estimated from the
+momentum. If the gradient is mostly noise of variance `v`, an average with decay `beta` has variance
+`v (1 - beta) / (1 + beta)`, so, with the mean over the whole leaf,
 
     nu = (1 + beta) / (1 - beta) mean(mu^2)
 
-That holds for counts far above `1 / (1 - b2)` and `1 / (1 - beta)`. Earlier, or where the gradient
-is steady, it is too large: the first updates are too short, which is the safe side, until Adam's
-own average replaces it in `1 / (1 - b2)` steps.
+This holds for counts far above `1 / (1 - b2)` and `1 / (1 - beta)`. For smaller counts, or
+gradients with little noise, it is too large, so the first updates are too small, until Adam's own
+average replaces it after about `1 / (1 - b2)` steps.
 """
 
 from collections.abc import Collection, Sequence
@@ -39,12 +39,12 @@ from muonclip_jax.checkpoint.targets import abstract_state
 FIRST, SECOND = "mu", "nu"
 #: Names of numbers of updates.
 COUNTS = ("count", "gradient_step")
-#: Names of settings that a state carries along; the new transformation has its own.
+#: Names of settings that a state may contain; the new transformation has its own.
 SETTINGS = {"ns_coeffs", "hyperparams"}
 
 
 class _Read(NamedTuple):
-    """A state by what its leaves are."""
+    """The leaves of a state by kind."""
 
     moments: dict[tuple[str, str, str], str]  # (trainer, moment, parameter) -> path
     counts: list[str]  # paths of numbers of updates
@@ -61,42 +61,42 @@ def from_optax_state(
     beta: ScalarLike = 0.95,
     ignore: Sequence[str] = (),
 ) -> Tree:
-    """Turns the state of `optax.contrib.muon`, or of AdamW, into one for `tx`.
+    """Converts a state of `optax.contrib.muon` or AdamW to a state of `tx`.
 
-    Every moment goes to the parameter that it belongs to, and every count becomes the number of
-    updates that the state has seen. With `muonclip_jax.muon` and the arguments of
-    `optax.contrib.muon` training continues on the same trajectory. `muonclip` and `scale_by_muon`
-    keep the same momentum without correcting its bias, so their next updates differ as the two
-    transformations do: hardly, after `1 / (1 - beta)` steps.
+    Every moment is assigned to its parameter, and every count is set to the number of updates so
+    far. With `muonclip_jax.muon` and the arguments of `optax.contrib.muon`, training continues on
+    the same trajectory. `muonclip` and `scale_by_muon` use the same momentum without bias
+    correction, which is a negligible difference after about `1 / (1 - beta)` steps.
 
-    Where Adam trained a leaf that `tx` trains by Muon, or the other way around, it is an error that
-    names the leaf, or with `rerouted="estimate"`: Adam's first moment is the momentum, and the
-    momentum is Adam's first moment with the mean square `(1 + beta) / (1 - beta) mean(mu^2)`, right
-    for counts far above `1 / (1 - b2)` and too large before, so that first updates are shorter.
+    A leaf that changes between Adam and Muon is an error that names it, unless
+    `rerouted="estimate"`: then Adam's first moment becomes Muon's momentum; in the other direction
+    the momentum becomes Adam's first moment, with second moment
+    `(1 + beta) / (1 - beta) mean(mu^2)`, which is accurate for counts far above `1 / (1 - b2)` and
+    too large before, so that the first updates are smaller.
 
-    Whatever else the state of `tx` has (accumulated gradients, hyperparameters) is as `tx.init`
-    makes it. A leaf of `optax_state` that has no place is an error, except settings (`ns_coeffs`,
-    `hyperparams`), of which `tx` has its own.
+    Other parts of the state of `tx` (accumulated gradients, hyperparameters) are as `tx.init`
+    creates them. A leaf of `optax_state` without counterpart is an error, except settings
+    (`ns_coeffs`, `hyperparams`).
 
     Args:
-        optax_state: A state, in any chain or partition, with arrays; or the nested dicts and lists
-            that Orbax restores it to without a target. Not traced.
+        optax_state: A state of any chain or partition, with concrete arrays; or the nested dicts
+            and lists that Orbax restores without a target.
         tx: The transformation to continue with.
-        params: The parameters, in the tree that both have been made for. Arrays, or
-            `jax.ShapeDtypeStruct` where `tx` keeps nothing but moments and counts.
+        params: The parameters of both states: arrays, or `jax.ShapeDtypeStruct` if the state of
+            `tx` has only moments and counts.
         rerouted: "error" or "estimate".
-        beta: Decay of the momentum that was Muon's, for the estimate.
-        ignore: Patterns of paths in `optax_state` to leave behind.
+        beta: Decay rate of the old Muon momentum, for the estimate.
+        ignore: Patterns of paths in `optax_state` to ignore.
 
     Returns:
         A state with the structure, shapes, dtypes and shardings of `abstract_state(tx, params)`.
-        Moments are cast to the dtype that `tx` keeps them in.
+        Moments are cast to the dtypes of `tx`.
 
     Raises:
-        ValueError: With the path, if a moment is missing, was another trainer's, has another shape
-            or would be left behind; if counts differ; if a pattern matches nothing; or for an
+        ValueError: With the path, if a moment is missing, belongs to the other optimizer, has
+            another shape or is not used; if counts differ; if a pattern matches nothing; or for an
             unknown `rerouted`.
-        TypeError: If `params` has to be arrays and is not.
+        TypeError: If `params` must be arrays and is not.
 
     Example:
         >>> params = {"w": jnp.eye(2, 3), "b": jnp.zeros(3)}
@@ -190,7 +190,7 @@ def _read(state: Tree, owners: Collection[str], ignore: Sequence[str] = ()) -> _
 
 
 def _other_trainer(changed: dict[str, list[str]]) -> ValueError:
-    """Builds the error for parameters that another trainer had before."""
+    """Builds the error for parameters that the other optimizer trained before."""
     sentences = [
         f"{listed(dict.fromkeys(changed[before.lower()]))} trained by {before}, which tx trains by "
         f"{now} (to keep one there: the rule {rule})."
@@ -227,7 +227,7 @@ def _common_count(source: _Read) -> jax.Array:
 def _initial(
     tx: optax.GradientTransformation, params: Tree, paths: Sequence[str]
 ) -> dict[str, jax.Array]:
-    """Returns the leaves at `paths` as `tx.init` makes them."""
+    """Returns the leaves at `paths` as `tx.init` creates them."""
     if not paths:
         return {}
     if not all(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(params)):

@@ -1,4 +1,4 @@
-"""Whether what was saved is what is asked for."""
+"""Checks that a checkpoint matches a restore target."""
 
 from collections.abc import Collection
 
@@ -8,9 +8,9 @@ from muonclip_jax._tree import SEPARATOR, Shaped, Tree, flatten_with_paths
 
 
 def owner_of(path: str, params: Collection[str]) -> str | None:
-    """Returns the parameter whose path ends `path`, the longest where there are several, or None.
+    """Returns the parameter whose path is a suffix of `path`, the longest if several are, or None.
 
-    A last "value" is ignored: it is the box that a checkpoint without a target shows as a dict.
+    A last "value" is ignored: it is from a box, restored as a dict without a target.
 
     Example:
         >>> owner_of("0/mu/dense/kernel", {"kernel", "dense/kernel"})
@@ -42,22 +42,22 @@ def _forms(tree: Tree, which: str) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def check_saved(saved: Tree, target: Tree) -> None:
-    """Raises where a checkpoint is not the tree that is to be restored.
+    """Raises if a checkpoint does not match the restore target.
 
-    Mesh, sharding and number of devices may differ: a restore places every leaf as the target says.
-    Paths, shapes and dtypes may not differ. Call it before a restore, because a library may cast,
-    pad or leave out without a word.
+    Mesh, shardings and number of devices may differ: a restore uses the shardings of the target.
+    Paths, shapes and dtypes may not differ. Call it before restoring, because a library may
+    silently cast, pad or omit leaves.
 
     Args:
-        saved: What the checkpoint holds: its metadata (of Orbax, `manager.item_metadata(step)`),
-            or a restored tree; anything whose leaves have a shape and a dtype.
-        target: The tree to restore, of arrays or `jax.ShapeDtypeStruct`, such as
+        saved: The metadata of the checkpoint (with Orbax `manager.item_metadata(step)`) or a
+            restored pytree; every leaf needs a shape and a dtype.
+        target: The pytree to restore, of arrays or `jax.ShapeDtypeStruct`, such as
             `abstract_state(tx, params)`.
 
     Raises:
-        ValueError: If a leaf is in one of the two only, or has another shape or dtype; with
-            the paths, the first eight of a kind.
-        TypeError: If a leaf has no shape or no dtype, or `saved` is None.
+        ValueError: If a leaf is in only one of the two, or has another shape or dtype. The message
+            has the paths, at most eight of a kind.
+        TypeError: If a leaf has no shape or dtype, or `saved` is None.
 
     Example:
         >>> saved = {"w": jax.ShapeDtypeStruct((4, 4), "float32")}

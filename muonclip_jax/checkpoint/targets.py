@@ -1,4 +1,4 @@
-"""What to restore and where: trees of shapes, dtypes and shardings."""
+"""Restore targets: pytrees of shapes, dtypes and shardings."""
 
 import jax
 import optax
@@ -14,19 +14,19 @@ def abstract_params(params: Tree, param_shardings: Tree = None, mesh: Mesh | Non
 
     Args:
         params: Arrays or `jax.ShapeDtypeStruct`s, as from `jax.eval_shape` of a model's init.
-        param_shardings: A tree of `NamedSharding`, or with `mesh` of `PartitionSpec`, with an
-            entry for every leaf or for a subtree that holds it; a single one for all; or a
-            function from `params` to such a tree. An entry None is replicated. None: the
-            parameters' own.
-        mesh: The mesh that `PartitionSpec`s are for. It need not be the one of a checkpoint.
+        param_shardings: A pytree of `NamedSharding`, or with `mesh` of `PartitionSpec`, with an
+            entry for every leaf or subtree; a single one for all leaves; or a function from
+            `params` to such a pytree. None as an entry means replicated. None uses the parameters'
+            shardings.
+        mesh: The mesh of the `PartitionSpec`s. It may differ from that of the checkpoint.
 
     Returns:
-        The tree of `jax.ShapeDtypeStruct`, with shardings where they are known.
+        A pytree of `jax.ShapeDtypeStruct`, with shardings where they are known.
 
     Raises:
         TypeError: If an entry is not a sharding.
-        ValueError: With the leaf's path, if a leaf has no entry, or its entry names an axis that
-            the mesh does not have, has too many dimensions or does not divide the shape.
+        ValueError: With the leaf's path, if a leaf has no entry, or its entry has an axis that is
+            not in the mesh, has too many dimensions or does not divide the shape.
 
     Example:
         >>> mesh = jax.make_mesh((jax.device_count(),), ("fsdp",))
@@ -62,10 +62,10 @@ def abstract_state(
     param_shardings: Tree = None,
     mesh: Mesh | None = None,
 ) -> Tree:
-    """Describes the state of a transformation without making it: the target of a restore.
+    """Describes the state of a transformation without allocating it, as a restore target.
 
-    A leaf that belongs to a parameter is sharded like it, or as the transformation's own `init`
-    does (momentum under `Distribution(shard_momentum=True)`); everything else, such as counts, is
+    A leaf that belongs to a parameter is sharded like the parameter, or as by the transformation's
+    `init` (momentum with `Distribution(shard_momentum=True)`); other leaves, such as counts, are
     replicated.
 
     Args:
@@ -75,12 +75,12 @@ def abstract_state(
         mesh: As in `abstract_params`.
 
     Returns:
-        The tree that `tx.init(params)` has, of `jax.ShapeDtypeStruct`, with shardings where those
-        of the parameters are known.
+        The structure of `tx.init(params)`, with leaves `jax.ShapeDtypeStruct`, with shardings if
+        those of the parameters are known.
 
     Raises:
         TypeError: As in `abstract_params`.
-        ValueError: As in `abstract_params`, and where the parameters are on several meshes.
+        ValueError: As in `abstract_params`, or if the parameters are on several meshes.
 
     Example:
         >>> from muonclip_jax.transforms import scale_by_muon
@@ -104,7 +104,7 @@ def abstract_state(
     (on,) = meshes
     with jax.set_mesh(on):
         state = jax.eval_shape(tx.init, params)
-        # What `init` asks for shows in its compiled program, under Auto axes nowhere else.
+        # On Auto axes the shardings that `init` requests are only known from its compiled program.
         compiled = jax.jit(tx.init).lower(params).compile().output_shardings
     leaves, structure = flatten_with_paths(state)
     targets = []

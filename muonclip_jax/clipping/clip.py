@@ -34,14 +34,14 @@ def _clip_leaves(
     plans: tuple[BlockPlan, ...],
     shared_keys: str,
 ) -> tuple[dict[str, jax.Array], QKClipInfo]:
-    """Clips the leaves of the plans by path: the updates where some are given, else parameters."""
+    """Clips the planned leaves: of the updates if given, else of the parameters."""
     info = _info(recorded, threshold, plans=plans)
     factors: dict[str, jax.Array] = {}
     needed: dict[str, jax.Array] = {}
     for plan in plans:
         of_role = role_factors(info.gamma[plan.path], alpha, shared_keys, plan.kv_heads)
-        # Asked of the recordings, not of gamma: the partitioner may shard gamma like the kernels
-        # that it scales, and would have to gather the answer.
+        # Computed from the recordings, not from gamma: the partitioner may shard gamma like the
+        # kernels that it scales, and would have to gather the result.
         over = (jnp.any(is_over(x, threshold)) for x in recorded[plan.path])
         any_over = functools.reduce(jnp.logical_or, over)
         for leaf in plan.leaves:
@@ -69,7 +69,7 @@ def clip_tree(
     """Returns the clipped parameters; given updates `u`, the tree of `clip(p + u) - p` instead.
 
     Raises:
-        ValueError: If blocks, maxima and rules do not fit together, or an update is missing.
+        ValueError: If blocks, maxima and rules do not match, or an update is missing.
     """
     named = named_leaves(params)
     plans, recorded = plan_clip(named, max_logits, rules)
@@ -105,53 +105,53 @@ def apply_qk_clip(
     shared_keys: str = "query",
     blocks: Blocks = None,
 ) -> tuple[Tree, QKClipInfo]:
-    """Scales the queries and keys of heads whose largest logit passed the threshold.
+    """Scales down the queries and keys of heads whose largest logit exceeds the threshold.
 
-    With `S` a head's largest pre-softmax logit in the forward pass that was just run, and
-    `gamma = threshold / S` where `S` is over the threshold, 1 elsewhere:
+    With `S` a head's largest pre-softmax logit in the forward pass, and `gamma = threshold / S`
+    where `S` exceeds the threshold, else 1:
 
         W_q[head] *= gamma ** alpha,    W_k[head] *= gamma ** (1 - alpha)
 
-    Biases are scaled like their kernels, because `q . k` is bilinear in both. On the same batch and
-    weights, a clipped head's largest logit is then the threshold, every other head's is unchanged.
-    Heads that share their key (grouped-query attention) are clipped on the query alone; latent
-    attention's rotary key and all values stay as they are. Blocks are found by the names of their
-    projections; see `describe_attention`.
+    Biases are scaled like their kernels, because `q . k` is bilinear in both. With the weights and
+    batch of the forward pass, a clipped head's largest logit becomes the threshold, and other heads
+    are unchanged. For heads that share their key (grouped-query attention) only the query is
+    scaled; latent attention's rotary key and all values are not scaled. Blocks are found by the
+    names of their projections; see `describe_attention`.
 
-    Where queries and keys are normalised, scaling kernels changes nothing: gains that every head
-    has for itself are clipped instead, else the block is refused. A gain stored as its difference
-    from one, `1 + w`, and a normalisation without parameters cannot be seen in the tree; leave such
-    blocks out with `blocks`, or clip a tree that holds `1 + w`.
+    If queries and keys are normalised, scaling kernels has no effect: gains of each head are scaled
+    instead, and shared gains are an error. Gains stored as `w` and applied as `1 + w`, and
+    normalisation without parameters, cannot be detected; exclude such blocks with `blocks`, or clip
+    a tree with `1 + w`.
 
-    Call it after the weight update, with any optimizer:
+    Call it after the weight update of any optimizer:
 
         params = optax.apply_updates(params, updates)
         params, info = apply_qk_clip(params, max_logits)
 
     Args:
-        params: Tree of parameters: Linen, NNX, boxed or plain.
-        max_logits: The maxima: what Flax returned as `intermediates`, a tree that mirrors the
-            modules with an array at each attention block, or a flat dict from
-            "decoder/block_0/attention". Arrays are `(heads,)`, `(layers, heads)` for stacked
-            layers; axes before those, and several recordings, are reduced by the maximum. A logit
-            that the model caps (`cap * tanh(s / cap)`) is meant as it was before the cap.
-        threshold: Largest logit that stays, positive; may be traced. Infinity switches the clip
-            off, and so does a traced value that is not positive.
-        alpha: Share of the queries, in [0, 1]; may be traced.
-        shared_keys: Rule for keys that heads share: "query", "group" or "balanced". See
-            `role_factors`.
-        blocks: None for every attention block with a known layout. A pattern selects blocks by
-            path; a pair `(pattern, AttentionLayout)` says what lies at matching paths; a sequence
-            of those takes the first that matches. Blocks that are not selected stay as they are.
+        params: The parameters: of Linen, of NNX, boxed or plain.
+        max_logits: The maxima: Flax's `intermediates`, a tree of modules with an array at each
+            attention block, or a flat dict with keys such as "decoder/block_0/attention". Arrays
+            are `(heads,)`, or `(layers, heads)` for stacked layers; leading axes and several
+            recordings are reduced by the maximum. If the model caps logits (`cap * tanh(s / cap)`),
+            give the maxima before the cap.
+        threshold: Heads whose maximum logit exceeds this are scaled down; positive, may be traced.
+            Infinity switches the clip off, and so does a traced value that is not positive.
+        alpha: Exponent of gamma for queries, in [0, 1]; may be traced.
+        shared_keys: Rule for keys that several heads share: "query", "group" or "balanced" (see
+            docs/qk-clip.md).
+        blocks: None clips every attention block with a known layout. A pattern selects blocks by
+            path; a pair `(pattern, AttentionLayout)` gives the layout at matching paths; in a
+            sequence of these the first match is used. Blocks that are not selected are not clipped.
 
     Returns:
-        `(params, info)`: parameters of the same structure, dtypes and sharding, equal to the last
-        bit where no head was over the threshold, and a `QKClipInfo`.
+        `(params, info)`: parameters with the same structure, dtypes and shardings, equal bit for
+        bit where no head exceeds the threshold, and a `QKClipInfo`.
 
     Raises:
-        ValueError: If settings are out of range, a block has no maximum, a maximum no block,
-            shapes do not fit, or queries and keys are normalised with gains that heads share.
-        TypeError: If `blocks` is not what it can be.
+        ValueError: If settings are out of range, a block has no maximum, a maximum has no block,
+            shapes do not match, or queries and keys are normalised with gains that heads share.
+        TypeError: If `blocks` has an unsupported type.
 
     Example:
         >>> import jax.numpy as jnp
@@ -183,18 +183,18 @@ def qk_clip_info(
     shared_keys: str = "query",
     blocks: Blocks = None,
 ) -> QKClipInfo:
-    """Returns what `apply_qk_clip` would report, without touching a weight.
+    """Returns the `QKClipInfo` of `apply_qk_clip` without changing weights.
 
-    For the loop that clips through `muonclip(...)` or `qk_clip` and wants the figures: call it
-    inside the same `jit` with the same arguments.
+    For loops that clip inside `muonclip(...)` or `qk_clip`: call it inside the same `jit` with the
+    same arguments.
 
     Args:
-        params: Tree of parameters; only paths and shapes are looked at.
-        max_logits: As for `apply_qk_clip`, and so are the others.
-        threshold: Largest logit that stays.
-        alpha: Share of the queries.
-        shared_keys: Rule for keys that heads share.
-        blocks: Which blocks to clip, and their layouts.
+        params: The parameters; only paths and shapes are used.
+        max_logits: As for `apply_qk_clip`.
+        threshold: As for `apply_qk_clip`.
+        alpha: As for `apply_qk_clip`.
+        shared_keys: As for `apply_qk_clip`.
+        blocks: As for `apply_qk_clip`.
 
     Returns:
         The `QKClipInfo`.

@@ -29,20 +29,20 @@ def describe_attention(
     shared_keys: str = "query",
     blocks: Blocks = None,
 ) -> str:
-    """Describes the attention blocks of a tree and what QK-Clip would scale in each.
+    """Describes the attention blocks of a pytree and what QK-Clip would scale in each.
 
     Args:
-        params: Tree of parameters; `jax.ShapeDtypeStruct` leaves will do.
-        max_logits: The tree of maxima, arrays or shapes. Without it heads are counted where shapes
-            allow one reading alone, as kernels `(d_model, heads, head_dim)` with an output
-            projection `(heads, head_dim, d_model)` do.
+        params: The parameters, arrays or `jax.ShapeDtypeStruct`.
+        max_logits: The maxima, arrays or shapes. Without it the number of heads is inferred where
+            shapes determine it, as kernels `(d_model, heads, head_dim)` with an output projection
+            `(heads, head_dim, d_model)` do.
         shared_keys: As for `apply_qk_clip`.
         blocks: As for `apply_qk_clip`.
 
     Returns:
-        One paragraph a block: path, layout, heads, stacked axes, and for every leaf that is scaled
-        what scales which part. `eta` is the smallest `gamma` of the heads that share a key. A block
-        that cannot be clipped says why.
+        One paragraph per block: path, layout, heads, stacked axes, and the factors of every scaled
+        leaf. `eta` is the smallest `gamma` of the heads that share a key. For a block that cannot
+        be clipped it contains the reason.
 
     Raises:
         ValueError: If there is no attention block, or a pattern in `blocks` matches nothing.

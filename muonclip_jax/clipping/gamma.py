@@ -5,8 +5,8 @@ logit `S` of the forward pass and the threshold `tau`, where `S > tau`:
 
     gamma = tau / S,    W_q *= gamma ** alpha,    W_k *= gamma ** (1 - alpha)
 
-with `alpha = 1/2` there. Features that meet a key shared by all heads (latent attention's rotary
-part) take all of gamma on the query.
+with `alpha = 1/2` there. Query features whose key is shared by all heads (latent attention's rotary
+part) are scaled by gamma.
 """
 
 import jax
@@ -38,8 +38,8 @@ def clip_gamma(max_logits: Float[Array, "..."], threshold: ScalarLike) -> Float[
 
         gamma = tau / S   where S is finite and S > tau > 0,   1 elsewhere
 
-    A maximum or a threshold that is NaN, infinite, zero or negative never changes a weight. Such a
-    threshold is refused where it is a number, but a traced one or a schedule may give it.
+    A maximum or a threshold that is NaN, infinite, zero or negative never changes a weight. (Such a
+    number is an error as threshold, but a traced value or a schedule may produce one.)
 
     Example:
         >>> clip_gamma(jnp.asarray([150.0, 90.0, -jnp.inf]), 100.0).tolist()
@@ -52,14 +52,14 @@ def clip_gamma(max_logits: Float[Array, "..."], threshold: ScalarLike) -> Float[
 
 
 def _power(gamma: jax.Array, alpha: ScalarLike) -> jax.Array:
-    """Returns `gamma ** alpha`, exact where it is gamma or 1: a root may be off by a bit there."""
+    """Returns `gamma ** alpha`, exactly gamma for `alpha = 1`, and exactly 1 for `alpha = 0`."""
     alpha = jnp.asarray(alpha, gamma.dtype)
     power = jnp.where(alpha == 1.0, gamma, gamma**alpha)
     return jnp.where((gamma == 1.0) | (alpha == 0.0), 1.0, power)
 
 
 def _rest(gamma: jax.Array, taken: jax.Array) -> jax.Array:
-    """Returns the other factor of gamma, exactly 1 where `taken` is all of it."""
+    """Returns the remaining factor of gamma, exactly 1 where `taken` equals gamma."""
     return jnp.where(gamma == taken, 1.0, gamma / taken)
 
 
@@ -68,17 +68,18 @@ def role_factors(
 ) -> dict[str, jax.Array]:
     """Splits gamma over the roles of an attention layout.
 
-    With a key for every query head, queries take `gamma ** alpha` and keys the rest. Where heads
-    share keys, with `eta` the smallest gamma of the query heads on a key:
+    If every query head has its own key, queries are scaled by `gamma ** alpha` and keys by
+    `gamma ** (1 - alpha)`. If heads share keys, with `eta` the smallest gamma of the heads of a
+    key:
 
     | shared_keys | queries | keys | maxima afterwards |
     |---|---|---|---|
-    | "query" | gamma | as they are | the threshold where over it, else unchanged |
-    | "group" | eta ** alpha | eta ** (1 - alpha) | eta times what they were |
+    | "query" | gamma | unchanged | the threshold if above it, else unchanged |
+    | "group" | eta ** alpha | eta ** (1 - alpha) | multiplied by eta |
     | "balanced" | gamma / eta ** (1 - alpha) | eta ** (1 - alpha) | as "query" |
 
-    "query" never raises a weight and is what Kimi K2 does for the rotary key that heads share.
-    "group" is Megatron's rule. "balanced" also shrinks keys and compensates in the queries.
+    "query" never enlarges a weight and is Kimi K2's rule for the shared rotary key. "group" is
+    Megatron's rule. "balanced" also shrinks keys and compensates in the queries.
 
     Returns role -> factor `(*stack, heads)` or `(*stack, kv_heads)`; absent roles are not scaled.
 

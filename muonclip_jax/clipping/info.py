@@ -1,4 +1,4 @@
-"""What a clip saw and did, with a fixed structure."""
+"""The maxima and factors of a clip, with a fixed structure."""
 
 import functools
 from typing import NamedTuple
@@ -15,12 +15,12 @@ def _largest(x: Float[Array, "..."]) -> Float[Array, ""]:
 
 
 class QKClipInfo(NamedTuple):
-    """What a clip saw and did. Its structure depends on shapes alone, so it can leave a `jit`.
+    """The maxima and factors of a clip. A pytree whose structure depends only on shapes.
 
     Attributes:
         max_logits: Block -> largest logit of each head, `(*stack, heads)`, float32 or
             wider.
-        gamma: Block -> factor of each head's logits, 1 where nothing was done.
+        gamma: Block -> factor of each head's logits, 1 for heads that were not clipped.
         clipped_heads: Block -> number of heads with a factor below 1, over all its layers.
     """
 
@@ -32,20 +32,19 @@ class QKClipInfo(NamedTuple):
     def largest(self) -> Float[Array, ""]:
         """The largest finite logit of all heads; -inf for a model without attention.
 
-        A head whose maximum is NaN or infinite does not hide the others; it shows where there are
-        no others.
+        NaN and infinite maxima are ignored unless there are no others.
         """
         parts = [_largest(x) for x in self.max_logits.values()]
         return functools.reduce(finite_maximum, parts, jnp.asarray(-jnp.inf, jnp.float32))
 
     @property
     def total_clipped(self) -> Int[Array, ""]:
-        """How many heads were clipped in all blocks."""
+        """Number of clipped heads in all blocks."""
         return sum(self.clipped_heads.values(), start=jnp.zeros((), jnp.int32))
 
     @property
     def total_heads(self) -> int:
-        """How many heads there are, clipped or not."""
+        """Number of heads, clipped or not."""
         return sum(gamma.size for gamma in self.gamma.values())
 
     def scalars(self, prefix: str = "qk_clip", *, blocks: bool = True) -> dict[str, jax.Array]:
@@ -55,7 +54,7 @@ class QKClipInfo(NamedTuple):
 
         Args:
             prefix: First part of every name.
-            blocks: Whether to add the figures of each block.
+            blocks: Whether to add the values of each block.
 
         Returns:
             "prefix/max_logit", "prefix/min_gamma", "prefix/clipped_heads",

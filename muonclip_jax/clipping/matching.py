@@ -1,8 +1,8 @@
 """Which attention block each recorded maximum belongs to, and what a clip scales in each block.
 
-Maxima come as what Flax returns (nested dicts of tuples named `max_logits`), as an NNX state of
-boxed tuples, as a tree that mirrors the modules, or as a flat dict by path. All become a dict from
-the block's path, such as "decoder/block_0/attention", to arrays `(..., *stack, heads)`.
+Maxima may be Flax's intermediates (nested dicts of tuples named `max_logits`), an NNX state of
+boxed tuples, a tree of modules, or a flat dict by path. All are converted to a dict from the
+block's path, such as "decoder/block_0/attention", to arrays `(..., *stack, heads)`.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ class NamedLeaves:
         return dict(zip(self.paths, self.leaves, strict=True))
 
     def replaced(self, new: Mapping[str, jax.Array]) -> Tree:
-        """Returns the tree with some leaves exchanged."""
+        """Returns the tree with some leaves replaced."""
         pairs = zip(self.paths, self.leaves, strict=True)
         return jax.tree.unflatten(self.treedef, [new.get(path, leaf) for path, leaf in pairs])
 
@@ -89,7 +89,7 @@ def _inside(path: str, block: str) -> bool:
 
 
 def find_in(params: NamedLeaves, rules: tuple[Rule, ...] | None) -> list[FoundBlock]:
-    """Finds the attention blocks of a tree by names and shapes alone.
+    """Finds the attention blocks of a tree by names and shapes.
 
     Raises:
         ValueError: If there is none, a rule matches nothing, or parts of one are masked.
@@ -138,10 +138,10 @@ def _module(names: Sequence[str]) -> str:
 
 
 def read_maxima(max_logits: Tree) -> tuple[Recorded, bool]:
-    """Returns what was recorded for each module, and whether it is called `max_logits`.
+    """Returns the recorded maxima of each module, and whether they are named `max_logits`.
 
-    Where any leaf is called `max_logits`, only such leaves count. Otherwise every leaf must be an
-    array at the path of its attention block, "" for a model that is itself the attention. Outer
+    If any leaf is named `max_logits`, only such leaves are used. Otherwise every leaf must be an
+    array at the path of its attention block, "" if the model itself is the attention block. Outer
     "params" and "intermediates" levels, boxes and NNX states are ignored.
 
     Raises:
@@ -186,11 +186,11 @@ def match_maxima(
     masked: Sequence[str],
     rules: tuple[Rule, ...] | None,
 ) -> Recorded:
-    """Returns what was recorded for each selected block, by its path.
+    """Returns the recordings of each selected block, by path.
 
-    A recording belongs to the block of its own path. One called `max_logits` may also come from a
-    submodule: if no block has its path, it belongs to the nearest block around it. A block that is
-    masked as a whole, frozen for example, is not among those that `rules` select.
+    A recording belongs to the block with the same path. One named `max_logits` may also come from a
+    submodule: if no block has its path, it belongs to the nearest enclosing block. A block that is
+    masked as a whole, for example frozen, is not selected.
 
     Raises:
         ValueError: If a recording has no block, or a selected block no recording.
@@ -229,7 +229,7 @@ def merge_recordings(arrays: Sequence[jax.Array], shape: tuple[int, ...], path: 
     """Returns the maximum over recordings and over the axes before `shape`, in float32 or wider.
 
     `arrays` are the recordings of the module at `path`, each `(..., *stack, heads)`, and `shape` is
-    `(*stack, heads)`. Finite maxima come first: a NaN of one piece of the batch hides no other.
+    `(*stack, heads)`. Finite maxima take precedence over NaN and infinity.
 
     Raises:
         ValueError: If a recording has another shape, or may be whole logits.
@@ -255,10 +255,10 @@ def merge_recordings(arrays: Sequence[jax.Array], shape: tuple[int, ...], path: 
 def plan_clip(
     params: NamedLeaves, max_logits: Tree, rules: tuple[Rule, ...] | None
 ) -> tuple[tuple[BlockPlan, ...], Recorded]:
-    """Plans a clip: what is scaled in each block, and what was recorded for it.
+    """Plans a clip: what is scaled in each block, and the recordings of the block.
 
     Raises:
-        ValueError: If blocks, maxima and rules do not fit together.
+        ValueError: If blocks, maxima and rules do not match.
     """
     if not params.paths:
         return (), {}

@@ -1,7 +1,7 @@
-"""The array operation of a clip: a leaf times a broadcast factor, gamma's share for its heads.
+"""The array operation of a clip: a leaf times a broadcast factor, a power of gamma for its heads.
 
-A factor is as small as the maxima. Where heads are sharded alike in maxima and weights, the factor
-is laid out without communication; elsewhere the factor is resharded, never a weight.
+A factor is as small as the maxima. If heads are sharded the same way in maxima and weights, this
+needs no communication; otherwise the factor is resharded, never a weight.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from muonclip_jax.heads.plan import LeafPlan
 
 
 def leaf_factor(leaf: LeafPlan, factors: Mapping[str, jax.Array]) -> Float[Array, "..."]:
-    """Lays the heads' factors out along a leaf's features.
+    """Broadcasts the factors of the heads to the features of a leaf.
 
     The result broadcasts against the leaf, with size 1 along its input axis. `factors` is
     role -> `(*stack, heads of that role)`; an absent role is not scaled.
@@ -38,7 +38,7 @@ def leaf_factor(leaf: LeafPlan, factors: Mapping[str, jax.Array]) -> Float[Array
 def _feature_row(
     leaf: LeafPlan, factors: Mapping[str, jax.Array], stack: tuple[int, ...]
 ) -> Float[Array, "..."]:
-    """The factors along the features in one row, `(*stack, features)`."""
+    """The factors of all features in one row, `(*stack, features)`."""
     dtype = next(iter(factors.values())).dtype
     one_role = leaf.repeat == len(leaf.segments) == len(leaf.feature_axes) == 1
     rows: list[jax.Array] = []
@@ -56,7 +56,7 @@ def _feature_row(
 
 
 def _replicated(x: jax.Array) -> jax.Array:
-    """Gathers what Explicit axes shard: an axis that they shard cannot be split."""
+    """Replicates an array over Explicit axes, because a sharded axis cannot be split."""
     sharding = jax.typeof(x).sharding
     if AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
         return jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
@@ -64,7 +64,7 @@ def _replicated(x: jax.Array) -> jax.Array:
 
 
 def _sharded_like(factor: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Brings a factor to the sharding of the leaf that it multiplies, where axes are Explicit."""
+    """Reshards a factor like the leaf that it multiplies, on Explicit axes."""
     sharding = jax.typeof(x).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return factor
@@ -101,9 +101,9 @@ def clip_leaf(
     u: Float[Array, "..."] | None,
     factor: Float[Array, "..."],
 ) -> Float[Array, "..."]:
-    """Clips a parameter, or the update `u` that will be added to it, where it is needed.
+    """Clips a parameter, or the update `u` that will be added to it, if any head needs it.
 
-    Most steps clip no head of most blocks; donated memory is then neither read nor written.
+    Most steps clip no head of most blocks; the weights are then neither read nor written.
     """
     # Inside a checked `jax.shard_map` both branches must vary over the same mesh axes.
     old = p if u is None else u
@@ -116,10 +116,10 @@ def clip_leaf(
 
 
 def check_reduced(leaves: Mapping[str, jax.Array], factors: Mapping[str, jax.Array]) -> None:
-    """Raises where maxima differ between devices that hold the same weights.
+    """Raises if maxima vary over mesh axes along which the weights are replicated.
 
-    Inside a checked `jax.shard_map` types tell over which mesh axes arrays vary. A factor that
-    varies where its leaf does not would clip every copy of the weights in its own way.
+    Inside a checked `jax.shard_map` the types show over which mesh axes arrays vary. Such a factor
+    would make the replicas of the weights different.
     """
     for path, factor in factors.items():
         axes = tuple(sorted(varying_axes(factor) - varying_axes(leaves[path])))

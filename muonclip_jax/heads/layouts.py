@@ -1,30 +1,29 @@
-"""Attention layouts: which features of which projection belong to which head, as values.
+"""Attention layouts: which features of which projection belong to which head.
 
-The largest logit of a head is `scale * q . k`, so a head is brought under a threshold by scaling
-what makes its queries and its keys. Where that is, differs from model to model:
+The largest logit of a head is `scale * q . k`, so it is reduced by scaling the weights of its
+queries and keys. Their position depends on the model:
 
 * Grouped-query attention has fewer key heads, each shared by a group of query heads.
-* A fused projection makes queries, keys and values, one after the other (GPT-2), head by head
-  (`q k v q k v ...`, BLOOM), or group by group (Falcon).
-* Multi-head latent attention (DeepSeek, Kimi) has per head a part without rotation, with a key of
-  its own, and a rotary part whose key all heads share. The shared key is left alone, so that
-  part of the query takes the whole factor.
-* A gate may share the query's kernel, values may share the key's. Both stay as they are.
+* A fused projection produces queries, keys and values, concatenated (GPT-2), interleaved by head
+  (`q k v q k v ...`, BLOOM), or interleaved by group (Falcon).
+* In multi-head latent attention (DeepSeek, Kimi) each head has its own key for the part without
+  rotary positions, and all heads share one rotary key. The shared key is not scaled, so the rotary
+  part of the query is scaled by gamma.
+* A kernel may also produce a gate with the query, or values with the key. Neither is scaled.
 
-So a layout is a tuple of `Projection`s, and a projection is a tuple of parts, each with a role:
+A layout is a tuple of `Projection`s, and a projection is a tuple of parts, each with a role:
 
 | role | heads | scaled by |
 |---|---|---|
-| "query" | query heads | gamma ** alpha; gamma where heads share the key |
-| "query_alone" | query heads | gamma: its key cannot be scaled for this head alone |
-| "key" | key heads | gamma ** (1 - alpha); nothing where heads share it |
+| "query" | query heads | gamma ** alpha; gamma if heads share the key |
+| "query_alone" | query heads | gamma, because all heads share its key |
+| "key" | key heads | gamma ** (1 - alpha); nothing if heads share it |
 | "gate" | query heads | nothing |
 | "value" | key heads | nothing |
 
-Heads may lie on one axis, on several (`(key heads, group, size)`, as in haliax) or be merged with
-their features; the axes are read in order. Rotary embeddings rotate pairs of features inside a
-head; scaling a whole head commutes with that. Sizes are not part of a layout unless shapes cannot
-tell them: the number of query heads comes from the recorded maxima.
+Heads may be one axis, several (`(key heads, group, size)`, as in haliax) or merged with their
+features; axes are used in order. Rotary embeddings commute with scaling a head. A layout contains
+sizes only if they cannot be inferred from shapes; the number of query heads comes from the maxima.
 """
 
 import dataclasses
@@ -45,21 +44,21 @@ _ORDERS = (False, True, "group")
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """One projection of an attention block and what its output features are.
+    """One projection of an attention block and the roles of its output features.
 
     Args:
-        path: Where the projection is, relative to the block: "query", "c_attn", "core/wq".
-        parts: Roles of its output features in the order in which they lie.
-        interleaved: False where every part lists all its heads before the next part begins;
-            True where the parts alternate head by head, or, where queries lie beside shared
-            keys, group by group; "group" where queries and gates alternate by key head.
-        sizes: Features a head of each part; None where shapes tell.
-        input_axis: The kernel's input axis without stacked axes. None goes by the leaf's name:
-            the first for "kernel" and "w", the last for "weight", as in PyTorch and Equinox. A
-            tuple lists candidates among which shapes decide.
+        path: Path of the projection relative to the block: "query", "c_attn", "core/wq".
+        parts: Roles of its output features, in order.
+        interleaved: False if the parts are concatenated, each with all its heads. True if they are
+            interleaved by head, or by group where several queries share a key. "group" if queries
+            and gates are interleaved by key head.
+        sizes: Features per head of each part; None infers them from shapes.
+        input_axis: The kernel's input axis, without stacked axes. None uses the leaf's name: the
+            first for "kernel" and "w", the last for "weight", as in PyTorch and Equinox. With a
+            tuple of candidates, shapes decide.
 
     Raises:
-        ValueError: If a role or an order is unknown, or the sizes do not fit the parts.
+        ValueError: If a role or an order is unknown, or the sizes do not match the parts.
 
     Example:
         >>> Projection("Wqkv", ("query", "key", "value"), interleaved=True).parts
@@ -97,20 +96,20 @@ class Projection:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionLayout:
-    """How one kind of attention block holds its heads.
+    """The position of the heads in the weights of one kind of attention block.
 
     Args:
-        projections: The projections that make queries and keys.
-        name: What `describe_attention` calls the layout.
-        head_dim: Features of one query and key head where shapes cannot tell.
-        kv_heads: Key heads where shapes cannot tell.
-        stack_axes: Axes over which every leaf of the block is stacked (layers, pipeline stages),
-            counted in each leaf. None: from shapes, the first axes where several fit.
-        latent: For latent attention, the projections `(down, up)` of keys: `down` makes the
-            latent and the shared rotary key, so its surplus over the latent is the rotary size.
+        projections: The projections that produce queries and keys.
+        name: Name of the layout in `describe_attention`.
+        head_dim: Size of a query and key head, if it cannot be inferred from shapes.
+        kv_heads: Number of key heads, if it cannot be inferred from shapes.
+        stack_axes: Axes over which every leaf of the block is stacked (layers, pipeline stages).
+            None infers them from shapes; if several fit, the first ones.
+        latent: For latent attention, the projections `(down, up)` of keys. `down` produces the
+            latent and the shared rotary key, so the rotary size is its size minus the latent's.
 
     Raises:
-        ValueError: If no projection makes a query.
+        ValueError: If no projection produces a query.
 
     Example:
         >>> layout = AttentionLayout(
@@ -143,7 +142,7 @@ class AttentionLayout:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Paths that a block must have, relative to it, to be of this layout."""
+        """Paths, relative to the block, that a block with this layout must have."""
         return tuple(p.path for p in self.projections) + (self.latent or ())
 
     @property
@@ -158,7 +157,7 @@ class AttentionLayout:
 
 
 def spelling(name: str) -> str:
-    """Returns a name in the one spelling in which names are compared.
+    """Returns a name in normalised spelling, for comparisons.
 
     Example:
         >>> [spelling(name) for name in ("MoeBlock_0", "Wq", "out-proj")]

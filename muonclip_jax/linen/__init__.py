@@ -1,18 +1,18 @@
 """Flax Linen: attention that records its largest logits, their capture, and a train state.
 
-A model that uses Flax's own attention modules needs no change at all:
+A model that uses Flax's own attention modules needs no change:
 
     apply = muonclip_jax.linen.capture_max_logits(model.apply)
     logits, max_logits = apply({"params": params}, tokens)
 
-A model may also record by itself, with `attention_fn=muonclip_jax.linen.dot_product_attention` on
-the module, or by calling that function. The maxima are sown into `intermediates` as `max_logits`
-at the path of the module whose query and key kernels the clip scales, and come back from
-`model.apply(..., mutable=["intermediates"])`.
+A model may also record its own maxima, with
+`attention_fn=muonclip_jax.linen.dot_product_attention` on the module, or by calling that function.
+The maxima are sown into `intermediates` as `max_logits` at the path of the module whose query and
+key kernels the clip scales, and are returned by `model.apply(..., mutable=["intermediates"])`.
 
-Either way one call returns the maxima of the pass that was run, with its masks, its dropout and
-its decoding cache. Under `nn.scan` and `nn.vmap` they are stacked like the kernels, provided that
-`variable_axes` names `intermediates` beside `params`.
+In both cases the maxima are those of the same forward pass, with its masks, dropout and decoding
+cache. Under `nn.scan` and `nn.vmap` they are stacked like the kernels, if `variable_axes` contains
+`intermediates` in addition to `params`.
 """
 
 from muonclip_jax.linen.attention import dot_product_attention as dot_product_attention

@@ -21,12 +21,12 @@ from muonclip_jax.attention.pairs import bias_permits, permitted_max
 
 COLLECTION = "intermediates"
 
-# Whether a capture is under way: what cannot be recorded is an error then.
+# Whether a capture is active: then failing to record is an error.
 capturing: ContextVar[bool] = ContextVar("capturing", default=False)
 
 
 class _Probe(nn.Module):
-    """An empty module: Linen gives it the module that is being called as its parent."""
+    """An empty module, whose parent is the module that is being called."""
 
 
 def calling_module() -> nn.Module | None:
@@ -42,7 +42,7 @@ def calling_module() -> nn.Module | None:
 
 
 def record_in_module(module: nn.Module | None, max_logits: Float[Array, " N"]) -> None:
-    """Sows maxima at the module's own path, where somebody collects them."""
+    """Sows maxima at the module's own path, if `intermediates` are collected."""
     if module is None or module.scope is None or module.is_initializing():
         return
     if not module.sow(COLLECTION, MAX_LOGITS, max_logits) and capturing.get():
@@ -68,8 +68,8 @@ def flax_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Runs Flax's own attention, and takes the maxima from the logits that it computes.
 
-    Flax lets the caller supply the product that makes the logits. This one is Flax's own, so that
-    the output has the same bits.
+    Flax takes the product that computes the logits as an argument. This one wraps Flax's own, so
+    the output is the same bit for bit.
     """
     plain = functools.partial(
         jnp.einsum, precision=precision, _dot_general=einsum_dot_general or lax.dot_general
@@ -120,41 +120,41 @@ def dot_product_attention(
 ) -> Float[Array, "*B T N D"]:
     """Computes Flax's attention and sows the largest logit of every head as `max_logits`.
 
-    The arguments are those of `flax.linen.dot_product_attention`, so that Flax's modules take it
-    as `attention_fn`. Without dropout, sown weights and products of the user's own, attention is
-    `muonclip_jax.dot_product_attention`: its memory is linear in the sequence, key heads may be
-    shared, and logits and softmax are in float32 whatever the dtype. With any of those it is
-    Flax's own attention, and the maxima are taken from the logits that it computes.
+    It has the arguments of `flax.linen.dot_product_attention`, for use as `attention_fn` of Flax's
+    modules. Without dropout, sown weights and custom products, attention is
+    `muonclip_jax.dot_product_attention`: memory is linear in the sequence length, key heads may be
+    shared, and logits and softmax are in float32 for every dtype. Otherwise it is Flax's own
+    attention, and the maxima are taken from the logits that it computes.
 
     Args:
         query: Queries `(*B, T, N, H)`.
         key: Keys `(*B, S, K, H)`.
         value: Values `(*B, S, K, D)`.
-        bias: Added to the logits; broadcasts to `(*B, N, T, S)`. It counts in the maxima only
-            where it forbids a pair.
-        mask: True or not zero where a pair takes part; broadcasts to `(*B, N, T, S)`.
+        bias: Added to the logits; broadcasts to `(*B, N, T, S)`. Not part of the maxima, but pairs
+            that it masks are excluded.
+        mask: False or zero for masked pairs; broadcasts to `(*B, N, T, S)`.
         broadcast_dropout: Whether batch and heads share a dropout mask.
-        dropout_rng: Key of the dropout.
-        dropout_rate: Share of weights that dropout removes. Maxima do not see dropout.
+        dropout_rng: PRNG key of dropout.
+        dropout_rate: Fraction of weights that dropout removes; maxima are before dropout.
         deterministic: Whether dropout is off.
-        dtype: What query, key and value are cast to.
+        dtype: Dtype to which query, key and value are cast.
         precision: Precision of the products.
-        module: Given by Flax's modules when the attention weights are to be sown too.
+        module: Passed by Flax's modules if attention weights are sown too.
         force_fp32_for_softmax: Whether Flax's own attention computes softmax in float32.
         einsum_dot_general: The `dot_general` of the products.
-        qk_attn_weights_einsum: The product that makes the logits.
+        qk_attn_weights_einsum: The product that computes the logits.
         attn_weights_value_einsum: The product of weights and values.
         implementation: As in `muonclip_jax.dot_product_attention`. Set it with
             `functools.partial`.
-        record_in: The module to record in. The module that is being called by default, which
-            Linen tells in `@nn.compact` methods only. Outside of a module nothing is recorded.
+        record_in: The module in which to record; by default the module that is being called, which
+            Linen provides only in `@nn.compact` methods. Outside of a module nothing is recorded.
 
     Returns:
         The output `(*B, T, N, D)`.
 
     Raises:
-        ValueError: If the calling module cannot be told, or during a capture if the maxima cannot
-            leave a transformation.
+        ValueError: If the calling module cannot be determined, or during a capture if a
+            transformation does not return the maxima.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp

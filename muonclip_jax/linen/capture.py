@@ -1,4 +1,4 @@
-"""Capturing the maxima of a Linen model that stays as it is."""
+"""Capturing the maxima of an unmodified Linen model."""
 
 import functools
 import inspect
@@ -25,7 +25,7 @@ from muonclip_jax.linen.attention import (
 
 @functools.wraps(nn.dot_product_attention)
 def _flax_recording(*arguments: Any, **keywords: Any) -> jax.Array:
-    """Flax's default attention: the same bits, and the maxima of its own logits."""
+    """Flax's default attention, bit for bit, and the maxima of its own logits."""
     call = inspect.signature(nn.dot_product_attention).bind(*arguments, **keywords)
     out, max_logits = flax_attention(**call.arguments)
     _record(max_logits)
@@ -37,7 +37,7 @@ def _record(max_logits: jax.Array) -> None:
 
 
 def _recording(attention_fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Returns an attention function that computes the same and records."""
+    """Returns an attention function with the same output that records maxima."""
     if records(attention_fn, dot_product_attention):
         return attention_fn
     if attention_fn is nn.dot_product_attention:
@@ -51,7 +51,7 @@ def _record_flax_attention(
     keywords: Mapping[str, Any],
     context: nn.module.InterceptorContext,
 ) -> Any:
-    """Lets Flax's attention modules record while one of their calls runs."""
+    """Makes Flax's attention modules record while one of their calls runs."""
     module = context.module
     if not isinstance(module, nn.MultiHeadDotProductAttention) or context.method_name != "__call__":
         return method(*arguments, **keywords)
@@ -75,26 +75,25 @@ def _capture() -> Iterator[None]:
 
 
 def capture_max_logits(apply_fn: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """Makes `model.apply` return the largest logit of every attention head beside its output.
+    """Makes `model.apply` also return the largest logit of every attention head.
 
-    The model stays as it is and computes the same, bit for bit. Flax's attention modules, and those
-    derived from them, record while the call runs: with Flax's default `attention_fn` from the very
-    logits that attention computes, with another one by computing them once more, block by block,
-    from its arguments: what it scales or hides inside is not seen. Whatever else is sown as
-    `max_logits` is returned too. Pure: it works under `jit`, `value_and_grad`, `nn.remat`,
-    `nn.scan` and `nn.vmap`.
+    The model and its output do not change, bit for bit. Flax's attention modules and their
+    subclasses record while the call runs: with Flax's default `attention_fn` the maxima are those
+    of its logits; with another one they are computed separately, block by block, from its
+    arguments, without any scaling or masking inside of it. Other entries sown as `max_logits` are
+    returned too. Works under `jit`, `value_and_grad`, `nn.remat`, `nn.scan` and `nn.vmap`.
 
     Args:
-        apply_fn: `model.apply`, or a function that takes variables first and `mutable=` as it does.
+        apply_fn: `model.apply`, or a function with the same first argument and `mutable=`.
 
     Returns:
-        A function of the same arguments. It returns what `apply_fn` returns, and the tree of
-        maxima, which mirrors the paths of the attention modules.
+        A function of the same arguments that returns the result of `apply_fn`, and the tree of
+        maxima with the paths of the attention modules.
 
     Raises:
-        TypeError: If `apply_fn` is a model, a jitted function or no function at all.
-        ValueError: From the returned function: if no attention recorded anything, or if a maximum
-            cannot leave a transformation that does not carry `intermediates`.
+        TypeError: If `apply_fn` is a model, a jitted function or not a function.
+        ValueError: From the returned function: if no attention module recorded a maximum, or if a
+            transformation such as `nn.scan` does not return `intermediates`.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -133,7 +132,7 @@ def capture_max_logits(apply_fn: Callable[..., Any]) -> Callable[..., tuple[Any,
                 f"{type(variables).__name__}. Write capture_max_logits(model.apply)(variables, "
                 "inputs); an NNX model goes to muonclip_jax.nnx.capture_max_logits(model)."
             )
-        # What an earlier call recorded is not this one's.
+        # Recordings of earlier calls are dropped.
         variables = {name: tree for name, tree in variables.items() if name != COLLECTION}
         with _capture():
             out, state = apply_fn(

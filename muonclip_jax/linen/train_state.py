@@ -14,10 +14,9 @@ from muonclip_jax._tree import Tree
 
 
 class TrainState(train_state.TrainState):
-    """Flax's train state, whose `apply_gradients` forwards what the optimizer asks for.
+    """Flax's train state with an `apply_gradients` that passes extra arguments to the optimizer.
 
-    Flax's own passes `tx.update` the gradients and parameters alone, so that `max_logits` never
-    reaches the clip.
+    Flax's own passes only gradients, state and parameters to `tx.update`, without `max_logits`.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -28,7 +27,7 @@ class TrainState(train_state.TrainState):
         [[0.0, 0.0], [0.0, 0.0]]
     """
 
-    # Flax's fields once more: it declares parameters a FrozenDict, which they need not be.
+    # Flax's field again: it declares parameters a FrozenDict, which they need not be.
     step: int | jax.Array
     apply_fn: Callable = struct.field(pytree_node=False)
     params: Tree = struct.field(pytree_node=True)
@@ -40,9 +39,8 @@ class TrainState(train_state.TrainState):
 
         Args:
             grads: Gradients, in the tree of the parameters.
-            **kwargs: Fields of this dataclass are replaced. Everything else, `max_logits=` above
-                all, goes to `tx.update`; a transformation that takes no extra arguments does not
-                see it.
+            **kwargs: Fields of this dataclass are replaced. All others, such as `max_logits=`, are
+                passed to `tx.update`, if it takes extra arguments.
 
         Returns:
             The new train state.
@@ -61,10 +59,10 @@ class TrainState(train_state.TrainState):
 
 
 def _takes_keywords(tx: optax.GradientTransformation) -> bool:
-    """Whether `tx.update` takes extra arguments, also where its type does not say so.
+    """Whether `tx.update` takes extra arguments, even if its type does not declare them.
 
-    `optax.MultiSteps` is of a type of its own, and its `gradient_transformation()` of the type of
-    those that take none; `optax.with_extra_args_support` would drop what both would pass on.
+    `optax.MultiSteps` has its own type, and its `gradient_transformation()` the type without extra
+    arguments; `optax.with_extra_args_support` would drop the arguments that both pass on.
     """
     parameters = inspect.signature(tx.update).parameters.values()
     return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)

@@ -1,4 +1,4 @@
-"""A printable table of what Newton-Schulz costs a step, by shape of matrix."""
+"""A printable table of the cost of Newton-Schulz per step, by matrix shape."""
 
 from collections import Counter
 from typing import Any
@@ -24,25 +24,23 @@ def describe_cost(
     ns_dtype: Any = DEFAULT_DTYPE,
     platform: str | None = None,
 ) -> str:
-    """Counts the floating-point operations of a step of Muon on a tree of parameters.
+    """Counts the floating-point operations of Newton-Schulz in one step.
 
     Args:
-        params: The tree of parameters; only shapes and dtypes are looked at.
-        rules: A `MatrixRules`; None is `MatrixRules()`.
+        params: The parameters; only shapes and dtypes are used.
+        rules: A `MatrixRules`; None means `MatrixRules()`.
         ns_coeffs: As for `muonclip`.
         ns_steps: As for `muonclip`.
         ns_method: As for `muonclip`.
         ns_dtype: As for `muonclip`.
-        platform: "cpu", "gpu" or "tpu": what it is counted for. None is the platform that JAX
-            computes on now.
+        platform: "cpu", "gpu" or "tpu": the target platform. None means JAX's default.
 
     Returns:
-        A line for every shape of matrix, with the method and the dtype of its products, the
-        operations of one matrix and of all; and a line with the sum. The exact polar factor
-        ("svd") is not counted.
+        A line for every matrix shape, with method, dtype of the products, and operations of one
+        matrix and of all; and a line with the sum. The exact polar factor ("svd") is not counted.
 
     Raises:
-        ValueError: If a leaf of rank three or more is not known, or an argument is wrong.
+        ValueError: If a leaf of rank three or more is not recognised, or an argument is invalid.
 
     Example:
         >>> import jax

@@ -1,7 +1,7 @@
 """The polar factor of a stack of matrices.
 
-Every matrix is `X = U S V^H`. Muon wants `U V^H`; Newton-Schulz comes near that with products
-alone: it applies an odd polynomial, step by step, to all singular values at once.
+Muon replaces a matrix `X = U S V^H` by its polar factor `U V^H`. Newton-Schulz approximates it with
+matrix products: each step applies an odd polynomial to all singular values.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ def apply_polar(
     x: Inexact[Array, "*batch m n"],
     eps: jax.typing.ArrayLike = defaults.DEFAULT_EPS,
 ) -> Inexact[Array, "*batch m n"]:
-    """Orthogonalises each matrix of `x` as `plan` says."""
+    """Orthogonalises each matrix of `x` according to `plan`."""
     if x.ndim < 2:
         raise ValueError(
             f"orthogonalize needs an array of shape (..., m, n), got shape {x.shape}. A vector has "
@@ -58,7 +58,7 @@ def apply_polar(
 
 
 def _svd(x: jax.Array, plan: ResolvedPlan) -> jax.Array:
-    """Computes `U V^H` of `X = U S V^H` over the singular values that are not zero to rounding."""
+    """Computes `U V^H` of `X = U S V^H`, without singular values that are zero up to rounding."""
     X, _ = iteration.scale_by_power_of_two(x.astype(jnp.promote_types(plan.dtype, x.dtype)))
     u, s, vh = jnp.linalg.svd(X.astype(plan.dtype), full_matrices=False)
     rounding = max(X.shape[-2:]) * jnp.finfo(plan.dtype).eps
@@ -72,10 +72,11 @@ def apply_polar_by_columns(
     axes: tuple[str, ...],
     eps: jax.typing.ArrayLike = defaults.DEFAULT_EPS,
 ) -> Inexact[Array, "*batch m share"]:
-    """Orthogonalises matrices of which every device along `axes` has some columns.
+    """Orthogonalises matrices whose columns are sharded over `axes`.
 
-    The whole matrices are at least as wide as high. Always the plain iteration: the Gram form's
-    products are all of the small kind, which have to be sent. For "svd" devices gather the matrix.
+    The matrices are at least as wide as high. This always uses the plain iteration, because the
+    Gram form has only small products, whose results must be communicated. For "svd" the matrix is
+    all-gathered.
     """
     share = x.shape[-1]
     if plan.method == "svd":
@@ -100,45 +101,46 @@ def orthogonalize(
     ns_implementation: str = "xla",
     platform: str | None = None,
 ) -> Inexact[Array, "*batch m n"]:
-    r"""Brings the singular values of each matrix near one: an approximate polar factor.
+    r"""Computes an approximate polar factor of each matrix by Newton-Schulz.
 
-    For `X = U S V^H` returns `U f(S) V^H`, where `f` composes the odd quintics
-    `a x + b x^3 + c x^5` of the coefficient rows on singular values divided by a bound on the
-    largest. The result does not depend on the scale of `x`, and the zero matrix gives zero.
+    For `X = U S V^H` returns `U f(S) V^H`, where `f` is the composition of the odd quintics
+    `a x + b x^3 + c x^5` of the coefficient rows, applied to the singular values divided by a bound
+    on the largest. The result does not depend on the scale of `x`, and the zero matrix gives zero.
 
     Args:
         x: `(..., m, n)`, real or complex; leading axes are batch.
         ns_coeffs: A name of `COEFFICIENT_SETS` or `ALIASES`, a triple `(a, b, c)`, or rows of shape
             `(T, 3)`. The default, "keller_jordan", is the reference implementations';
             docs/settings.md compares sets by training, docs/performance.md by quality and cost.
-        ns_steps: Number of steps. None takes all rows of a set and five of a triple; fewer take the
-            first rows; more go on as the set's source does, if it does.
+        ns_steps: Number of steps. None means all rows of a set, or five steps of a triple. Fewer
+            steps use the first rows; more are allowed only for sets whose source defines them.
         ns_method: "standard" (plain), "gram" (iterates on the small Gram matrix; fewer operations
-            on oblong matrices), "auto" (whichever is cheaper and safe in its dtype), or "svd" (the
-            exact polar factor; coefficients and preconditioning play no part).
-        ns_dtype: What the products compute in: "float32", "bfloat16", "float16", "float64"; they
-            accumulate in float32 or wider. None takes the input's own precision for 64-bit and
+            for non-square matrices), "auto" (whichever is cheaper and safe in its dtype), or "svd"
+            (the exact polar factor, independent of coefficients and preconditioning).
+        ns_dtype: Dtype of the products: "float32", "bfloat16", "float16", "float64"; they
+            accumulate in float32 or wider. None means the input's own precision for 64-bit and
             complex input; else float32 on a CPU, float16 on a GPU, and on a TPU bfloat16 (float32
             for the Gram form). docs/performance.md has the error of each.
         preconditioning: "frobenius", "spectral", "aol", "schatten" (Schatten-4, as in Optax) or
-            "schatten8". None takes the one that the set was made for: "aol" for "turbo",
+            "schatten8". None means the one for which the set was derived: "aol" for "turbo",
             "schatten8" for "minimax4", else "frobenius".
-        eps: Smallest divisor once the largest entry is one; it guards the zero matrix alone.
-        ns_implementation: Who computes the symmetric products: "xla", or a Pallas kernel that
+        eps: Smallest divisor of a matrix whose largest entry is one; it only prevents division by
+            zero.
+        ns_implementation: Implementation of the symmetric products: "xla", or a Pallas kernel that
             computes one triangle of them, "mosaic_gpu" (Hopper GPUs, 16 bits) or "mosaic_tpu"
             (TPUs, bfloat16 and float32; not timed). On an H100 the first takes half of XLA's time
             from 2048 rows on or in batches, and as long for a single small matrix.
-        platform: "cpu", "gpu" or "tpu": what dtype and form are chosen for. None is the platform of
-            the mesh's devices where the mesh is known, else that of concrete arrays, else JAX's
-            default. A program traced with None is refused when it is lowered for another platform
-            (`jax.export`); with "cpu" it computes in float32 and can be lowered for any.
+        platform: "cpu", "gpu" or "tpu": the platform for which dtype and form are chosen. None
+            means the platform of the mesh's devices, else that of concrete arrays, else JAX's
+            default. Lowering a program traced with None for another platform (`jax.export`) is an
+            error; with "cpu" it computes in float32 and can be lowered for any platform.
 
     Returns:
-        As `x`, in shape and dtype.
+        An array with the shape and dtype of `x`.
 
     Raises:
-        TypeError: If `x` is no floating-point array, or an argument has the wrong type.
-        ValueError: If a name, shape or combination is wrong.
+        TypeError: If `x` is not a floating-point array, or an argument has the wrong type.
+        ValueError: If a name, shape or combination is invalid.
 
     Example:
         >>> import jax.numpy as jnp

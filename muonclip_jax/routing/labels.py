@@ -1,4 +1,4 @@
-"""What rules say of a whole tree: labels, dimension numbers, decay, and a table to print."""
+"""Results of the rules for a whole tree: labels, dimension numbers, decay, and a printed table."""
 
 import math
 import re
@@ -26,17 +26,17 @@ _Decided = TypeVar("_Decided")
 
 
 def label_params(params: Tree, rules: MatrixRules | None = None) -> Tree:
-    """Labels every leaf "muon" or "adamw"; `optax.multi_transform` takes it as it is.
+    """Labels every leaf "muon" or "adamw", for use in `optax.multi_transform`.
 
     Args:
-        params: The tree of parameters; only shapes are looked at.
-        rules: A `MatrixRules`; None is `MatrixRules()`.
+        params: The parameters; only shapes are used.
+        rules: A `MatrixRules`; None means `MatrixRules()`.
 
     Returns:
-        The same tree of strings.
+        A pytree of strings with the structure of `params`.
 
     Raises:
-        ValueError: If a leaf of rank three or more is not known, or a rule matches nothing.
+        ValueError: If a leaf of rank three or more is not recognised, or a rule matches nothing.
 
     Example:
         >>> import jax.numpy as jnp
@@ -50,21 +50,19 @@ def label_params(params: Tree, rules: MatrixRules | None = None) -> Tree:
 
 
 def infer_dimension_numbers(params: Tree, rules: MatrixRules | None = None) -> Tree:
-    """Says for every leaf which axes form its matrices; None is a leaf that AdamW trains.
+    """Returns the matrix axes of every leaf; None for a leaf that AdamW trains.
 
-    Optax's own `optax.contrib.muon` takes it as `muon_weight_dimension_numbers` wherever no kernel
-    is split.
+    If no kernel is split, `optax.contrib.muon` accepts it as `muon_weight_dimension_numbers` too.
 
     Args:
-        params: The tree of parameters, or a masked or partial one; only shapes are looked at.
-        rules: A `MatrixRules`; None is `MatrixRules()`.
+        params: The parameters, or a masked or partial pytree of them; only shapes are used.
+        rules: A `MatrixRules`; None means `MatrixRules()`.
 
     Returns:
-        The same tree of `optax.contrib.MuonDimensionNumbers`, `MatrixSpec` (where a fused kernel
-        is split) or None.
+        A pytree of `optax.contrib.MuonDimensionNumbers`, `MatrixSpec` (for split kernels) or None.
 
     Raises:
-        ValueError: If a leaf of rank three or more is not known.
+        ValueError: If a leaf of rank three or more is not recognised.
 
     Example:
         >>> import jax.numpy as jnp
@@ -79,18 +77,18 @@ def infer_dimension_numbers(params: Tree, rules: MatrixRules | None = None) -> T
 
 
 def describe_labels(params: Tree, rules: MatrixRules | None = None) -> str:
-    """Prints path, shape, label, matrices and the reason of every leaf.
+    """Returns a table of path, shape, label, matrices and reason of every leaf.
 
     Args:
-        params: The tree of parameters; only shapes are looked at.
-        rules: A `MatrixRules`; None is `MatrixRules()`.
+        params: The parameters; only shapes are used.
+        rules: A `MatrixRules`; None means `MatrixRules()`.
 
     Returns:
-        The table, with a line that counts leaves and numbers below it, and a line for each leaf
-        that Muon trains and that may be an output layer or a table of embeddings.
+        The table, followed by counts of leaves and parameters, and a line for each leaf trained by
+        Muon that may be an output layer or an embedding table.
 
     Raises:
-        ValueError: If a leaf of rank three or more is not known, or a rule matches nothing.
+        ValueError: If a leaf of rank three or more is not recognised, or a rule matches nothing.
 
     Example:
         >>> import jax.numpy as jnp
@@ -142,9 +140,9 @@ def describe_labels(params: Tree, rules: MatrixRules | None = None) -> str:
 def decay_mask(params: Tree, rules: MatrixRules | None = None) -> Tree:
     """Returns the same tree of bools: True where weight decay applies.
 
-    A leaf that Muon trains decays. Of the others, norms, gains, biases and all vectors do not,
-    stacked over layers or not; embeddings, heads and routers do. Kimi K2 (arXiv 2507.20534) decays
-    by 0.1 and leaves norms and biases out, as is usual.
+    Leaves trained by Muon decay, and so do embeddings, output heads and routers. Norms, gains,
+    biases and other vectors do not, stacked over layers or not. Kimi K2 (arXiv 2507.20534) uses a
+    decay of 0.1 without norms and biases.
     """
     decided = as_rules(rules).decisions(params)
     decays = [decision.spec is not None or decision.decays for _, _, decision in decided]
@@ -155,10 +153,10 @@ def route_once(
     decide: Callable[[optax.Params], _Decided],
     build: Callable[[_Decided], optax.GradientTransformationExtraArgs],
 ) -> optax.GradientTransformationExtraArgs:
-    """Builds a transformation with decisions made on the whole tree, whenever it is given one.
+    """Builds a transformation with decisions made on the whole tree, whenever it gets one.
 
-    `optax.multi_transform` masks what belongs to another part, and less can be read from a masked
-    tree. The state must depend on the decisions by the tree alone.
+    `optax.multi_transform` masks the leaves of other groups, and less can be inferred from a masked
+    tree.
     """
 
     def update_fn(
@@ -176,7 +174,7 @@ def route_once(
 
 
 def spec_tree(given: Tree, params: Tree) -> Tree:
-    """The tree of specs that is given as it is or as a function of the parameters."""
+    """The tree of specs, which may be given as a function of the parameters."""
     return tree_from(given, params, _is_entry)
 
 
@@ -185,12 +183,12 @@ def resolve_specs(
 ) -> list[tuple[str, Any, MatrixSpec | None]]:
     """Finds the spec of every leaf of `params`.
 
-    The tree of specs may be a prefix ("all of `decoder` like this"), may have None ("not this
-    one"), and may have masked nodes where `optax.masked` or `optax.multi_transform` cut leaves out
-    of either tree. Paths decide what belongs together, so boxes and containers need not agree.
+    The tree of specs may be a prefix, may contain None (not trained by Muon), and either tree may
+    contain masked nodes from `optax.masked` or `optax.multi_transform`. Leaves are matched by path,
+    so boxes and containers may differ.
 
     Args:
-        params: The tree of parameters, or a masked one; only shapes are looked at.
+        params: The parameters, or a masked pytree of them; only shapes are used.
         weight_dimension_numbers: None (the rules decide); one `MatrixSpec` or
             `MuonDimensionNumbers` for all leaves; a tree of them; or a function from `params` to
             one of these.
@@ -201,7 +199,7 @@ def resolve_specs(
         normalised; None is a leaf that AdamW trains.
 
     Raises:
-        TypeError: If an entry of the tree is no spec.
+        TypeError: If an entry of the tree is not a spec.
         ValueError: If a leaf has no entry, an entry has no leaf, or a spec does not fit its leaf.
     """
     given = spec_tree(weight_dimension_numbers, params)
@@ -246,9 +244,9 @@ def resolve_specs(
 def resolve_muon_specs(
     params: Tree, weight_dimension_numbers: Tree = None, rules: MatrixRules | None = None
 ) -> list[tuple[str, Any, MatrixSpec]]:
-    """Finds the matrices of every leaf of a tree that Muon trains as a whole, as `resolve_specs`.
+    """As `resolve_specs`, for a tree in which Muon trains every leaf.
 
-    Where nothing says otherwise, a leaf of two axes is a matrix.
+    A leaf with two axes and no spec is a matrix.
 
     Raises:
         ValueError: If a leaf has fewer than two axes, or more and no spec.

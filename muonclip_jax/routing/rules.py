@@ -1,4 +1,4 @@
-"""MatrixRules: one value that decides for every leaf how it becomes matrices and who trains it."""
+"""MatrixRules: which optimizer trains each leaf, and how a leaf is divided into matrices."""
 
 import re
 from collections.abc import Iterable
@@ -28,36 +28,36 @@ MUON, ADAMW = "muon", "adamw"
 
 @dataclass(frozen=True, init=False)
 class MatrixRules:
-    """How leaves become matrices and who trains them; hashable, so it may be a static argument.
+    """Which optimizer trains each leaf, and how leaves are divided into matrices. Hashable.
 
-    The user's rules come first, the first one that matches wins; then what the tree shows, and
-    names that the libraries share (`routing/table.py`).
+    The first matching user rule decides. Without one, routing is inferred from the structure of the
+    pytree and from common parameter names (`routing/table.py`).
 
-    With `attention="split"` or "per_head" the kernels of attention blocks are cut further, each
-    part with the scale of its own shape. Sizes of parts show only in a block as a whole, so the
-    kernels of one block must be there together; of a masked tree those that AdamW trains may be
-    missing. "per_head" cuts queries, keys, values and gates, not the output projection.
+    With `attention="split"` or "per_head", attention kernels are split into parts, each with its
+    own shape scale. The sizes of the parts are inferred from all kernels of a block together, so
+    they must all be present; in a masked pytree, those that AdamW trains may be missing. "per_head"
+    splits queries, keys, values and gates, but not the output projection.
 
     Args:
         rules: Pairs of a regular expression, searched in the "/"-joined path, and a `MatrixSpec`,
             `MuonDimensionNumbers` or None (AdamW).
-        scan_axis: The parameter axis that holds stacked layers, the `variable_axes` of `nn.scan`:
-            an axis, a tuple of axes for nested scans, or pairs of a pattern and axes. None reads it
-            from each stack.
-        attention: "merged": all heads of a projection are one matrix; "split": fused kernels fall
-            into queries, keys, values and gates, those of latent attention also into the parts
-            with and without rotation and into latent and shared key; "per_head": every head of
-            each of those is a matrix.
-        head_dim: Features of one query head, where kernels `(d_model, heads * head_dim)` do not
-            show it. Only with `attention`.
-        blocks: Which attention blocks to cut and what their layouts are, as for `apply_qk_clip`;
-            None is every block with a known layout. Only with `attention`.
+        scan_axis: The parameter axis of stacked layers, as in `variable_axes` of `nn.scan`: an
+            axis, a tuple of axes for nested scans, or pairs of a pattern and axes. None infers it
+            for each stack.
+        attention: "merged": all heads of a projection form one matrix. "split": fused kernels are
+            split into queries, keys, values and gates, those of latent attention also into rotary
+            and other parts, and into latent and shared key. "per_head": every head of each part is
+            a matrix.
+        head_dim: Size of a query head, for kernels `(d_model, heads * head_dim)` from which it
+            cannot be inferred. Only with "split" or "per_head".
+        blocks: Which attention blocks to split, and their layouts, as for `apply_qk_clip`; None
+            splits every block with a known layout. Only with "split" or "per_head".
 
     Raises:
-        TypeError: If a rule is no such pair, `blocks` is not what it can be, `scan_axis` is no
-            axis, or `head_dim` is no integer.
-        ValueError: If a pattern is no regular expression, `attention` is unknown, or `head_dim` or
-            `blocks` is given without it.
+        TypeError: If a rule is not such a pair, `blocks` has an unsupported type, `scan_axis` is
+            not an axis, or `head_dim` is not an integer.
+        ValueError: If a pattern is not a regular expression, `attention` is unknown, or `head_dim`
+            or `blocks` is given with "merged".
 
     Example:
         >>> import jax
@@ -69,7 +69,7 @@ class MatrixRules:
         >>> rules.dimension_numbers(params)["stem"]["w"]
         MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))
 
-        Every head of an attention projection by itself:
+        Every head of an attention projection as a separate matrix:
 
         >>> kernel = jax.ShapeDtypeStruct((64, 4, 16), "float32")
         >>> params = {"attn": {name: {"kernel": kernel} for name in ("query", "key", "value")}}
@@ -118,11 +118,11 @@ class MatrixRules:
         object.__setattr__(self, "blocks", block_rules(blocks))
 
     def decisions(self, params: Tree) -> list[tuple[str, Any, Decision]]:
-        """Decides for every leaf, in the order in which `params` flattens.
+        """Returns the decision for every leaf, in flattening order.
 
         Raises:
-            ValueError: If it is open which axes of a leaf form matrices, or an attention block that
-                is to be cut cannot be read.
+            ValueError: If the matrix axes of a leaf are ambiguous, or an attention block cannot be
+                split.
         """
         leaves, values = read_tree(params)
         hidden: tuple[str, ...] = ()
@@ -137,18 +137,19 @@ class MatrixRules:
         ]
 
     def resolve(self, params: Tree) -> "ResolvedRules":
-        """The decisions for a whole tree, for parts that see less of it."""
+        """Returns the decisions for a whole tree, for transformations that get a part of it."""
         self.check_all_matched(params)
         return ResolvedRules(tuple((path, found) for path, _, found in self.decisions(params)))
 
     def labels(self, params: Tree) -> Tree:
-        """The same tree of "muon" and "adamw".
+        """Returns a pytree of "muon" and "adamw".
 
         Args:
-            params: The tree of parameters; only shapes are looked at.
+            params: The parameters; only shapes are used.
 
         Raises:
-            ValueError: If a leaf of rank three or more is not known, or a rule matches nothing.
+            ValueError: If a leaf of rank three or more is not recognised, or a rule matches
+                nothing.
         """
         decided = self.decisions(params)
         self.check_all_matched(params)
@@ -156,23 +157,22 @@ class MatrixRules:
         return jax.tree.unflatten(jax.tree.structure(params), labels)
 
     def dimension_numbers(self, params: Tree) -> Tree:
-        """The same tree of `MuonDimensionNumbers`, `MatrixSpec` (where split) or None.
+        """Returns a pytree of `MuonDimensionNumbers`, `MatrixSpec` (if split) or None (AdamW).
 
         Args:
-            params: The tree of parameters, or a masked or partial one.
+            params: The parameters, or a masked or partial pytree of them.
 
         Raises:
-            ValueError: If a leaf of rank three or more is not known.
+            ValueError: If a leaf of rank three or more is not recognised.
         """
         specs = [decision.spec for _, _, decision in self.decisions(params)]
         leaves = [None if spec is None else simplify_spec(spec) for spec in specs]
         return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
     def check_all_matched(self, params: Tree) -> None:
-        """Raises if a rule matches no leaf of a full tree, or nothing of it is attention to cut.
+        """Raises if a rule matches no leaf of a full tree, or it has no attention to split.
 
-        A masked tree is partial, and `optax.tree.map_params` calls `init` with an empty one: they
-        are not asked.
+        Masked trees, and empty ones (as from `optax.tree.map_params`), are not checked.
         """
         nodes = flatten_with_paths(params, is_leaf=is_masked)[0]
         if not nodes or any(is_masked(node) for _, node in nodes):
@@ -194,10 +194,10 @@ class MatrixRules:
 
 @dataclass(frozen=True, init=False)
 class ResolvedRules(MatrixRules):
-    """The decisions for the leaves of one tree, by path: what `MatrixRules` say of all of it.
+    """The decisions of `MatrixRules` for the leaves of one tree, by path.
 
-    Transformations that see a part of the tree take it in the place of the rules: a masked tree has
-    no embeddings, no norms and no biases, so that less can be read from it than from the whole one.
+    Transformations that get a part of the tree use it instead of the rules: a masked tree has no
+    embeddings, norms and biases, so less can be inferred from it than from the whole tree.
     """
 
     by_path: tuple[tuple[str, Decision], ...] = ()
@@ -219,7 +219,7 @@ class ResolvedRules(MatrixRules):
         return [(path, leaf, found[path]) for path, leaf in leaves]
 
     def check_all_matched(self, params: Tree) -> None:
-        """The rules were asked on the whole tree."""
+        """Does nothing: the rules were checked on the whole tree."""
 
 
 def as_rules(rules: object) -> MatrixRules:

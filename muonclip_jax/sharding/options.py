@@ -1,4 +1,4 @@
-"""`Distribution`: what a caller may say about how devices share the work."""
+"""`Distribution`: options for distributing orthogonalisation over devices."""
 
 from dataclasses import dataclass
 
@@ -7,28 +7,29 @@ from muonclip_jax.sharding.mesh_shardings import Axes
 
 @dataclass(frozen=True)
 class Distribution:
-    """How the devices of a mesh share the orthogonalisation.
+    """How orthogonalisation is distributed over the devices of a mesh.
 
     Attributes:
-        axes: The mesh axes whose devices share the work. Along the others the work is repeated, and
-            a matrix that they shard is gathered. None is all axes; but DCN axes (along which every
-            device has another `device.slice_index`) share only the matrices that they shard, which
-            have to cross the slow network in any case.
-        max_matrix_bytes: A matrix larger than this (in the gradient's dtype) is never whole on one
-            device: a group of devices shares its columns.
-        max_stack_bytes: Bound on the stack of whole matrices that a device works on at once; a
-            single matrix may exceed it. It bounds temporary memory. Without a mesh it is an upper
-            bound too; stacks are smaller on a CPU and on a device of little memory.
-        flops_per_byte: How many floating-point operations take as long as sending a byte to another
-            device. Where there are fewer matrices than devices, the devices along some mesh axes
-            share the columns of each matrix if that is faster by this measure. Infinity never
-            splits for speed. The default is near that of current accelerators in 16-bit arithmetic.
-        shard_momentum: Whether to shard the momentum also over the axes that replicate its
-            parameter (ZeRO-1); updates are sharded as the parameters are.
+        axes: The mesh axes over which matrices are distributed. Along other axes the work is
+            replicated, and matrices sharded over them are all-gathered. None means all axes, except
+            that only matrices sharded over a DCN axis (along which `device.slice_index` differs)
+            are distributed over it, since they must cross the slow network anyway.
+        max_matrix_bytes: A matrix larger than this (in the gradient's dtype) is never gathered on
+            one device: its columns are distributed over a group of devices.
+        max_stack_bytes: Maximum size of the stack of whole matrices that a device processes at
+            once, which bounds temporary memory; a single matrix may exceed it. Without a mesh it is
+            an upper bound; stacks are smaller on CPUs and on devices with little memory.
+        flops_per_byte: Number of floating-point operations that take as long as sending one byte to
+            another device. If there are fewer matrices than devices, the columns of each matrix are
+            distributed along some mesh axes where this is faster by this estimate. Infinity never
+            splits matrices for speed. The default is typical of current accelerators in 16-bit
+            arithmetic.
+        shard_momentum: Whether to also shard the momentum over the mesh axes along which its
+            parameter is replicated (ZeRO-1); updates are sharded like the parameters.
 
     Raises:
-        ValueError: At construction, for a bound that is not positive, or an axis named twice.
-        TypeError: At construction, for axes that are no tuple.
+        ValueError: At construction, for a bound that is not positive, or a repeated axis.
+        TypeError: At construction, for axes that are not a tuple.
 
     Example:
         >>> Distribution(axes=("fsdp",)).axes
