@@ -39,14 +39,10 @@ $(VENV)/.bench: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	@touch $@
 
-MOMENTUM := runs/bench/momentum.npz
-
 bench: $(VENV)/.bench  ## measure on this CPU (under 15 minutes, keep it idle): docs/performance.md; ARGS="--optax PATH": another checkout too
-	$(BIN)/python benchmarks/momentum.py --out $(MOMENTUM)
 	$(BIN)/python benchmarks/step_time.py $(ARGS)
-	$(BIN)/python benchmarks/polar_time.py
 	$(BIN)/python benchmarks/compile_time.py
-	$(BIN)/python benchmarks/polar_quality.py --momentum $(MOMENTUM)
+	$(BIN)/python benchmarks/polar_quality.py
 	$(BIN)/python benchmarks/report.py
 
 bench-attention: $(READY)  ## what the clip and the recording of its maxima cost (keep it idle)

@@ -92,13 +92,8 @@ def measure(length: int, head_dim: int, is_causal: bool, dtype: str, rounds: int
     exact = attention_max_logits(*arguments[:2], is_causal=is_causal, implementation="xla")
     check(answers, exact, 1e-4 if on_cpu else 3e-2)
 
-    def run(step: Callable[..., Any]) -> Any:
-        for _ in range(repeats - 1):
-            step(*arguments)
-        return step(*arguments)
-
-    runs = {name: functools.partial(run, step) for name, step in steps.items()}
-    times = interleave(runs, rounds, warmup=0 if on_cpu else 1)
+    runs = {name: functools.partial(step, *arguments) for name, step in steps.items()}
+    times = interleave(runs, rounds, warmup=0 if on_cpu else 1, in_a_row=repeats)
     known = {
         name: (times[a], times[b]) for name, (a, b) in RATIOS.items() if a in times and b in times
     }
@@ -107,8 +102,8 @@ def measure(length: int, head_dim: int, is_causal: bool, dtype: str, rounds: int
         "dtype": dtype,
         "is_causal": is_causal,
         "rounds": rounds,
-        "median_seconds": {n: statistics.median(t) / repeats for n, t in times.items()},
-        "fastest_seconds": {n: min(t) / repeats for n, t in times.items()},
+        "median_seconds": {n: statistics.median(t) for n, t in times.items()},
+        "fastest_seconds": {n: min(t) for n, t in times.items()},
         # Runs of the same round: what the machine does to both cancels.
         **{name: ratio(a, b)["median"] for name, (a, b) in known.items()},
         **{f"fastest_{name}": min(a) / min(b) for name, (a, b) in known.items()},

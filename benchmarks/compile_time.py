@@ -10,14 +10,12 @@ and its temporary memory.
 import argparse
 import json
 import re
-import subprocess
-import sys
 import time
 from typing import Any
 
 import jax
 
-from benchmarks.harness import ROOT, parser, ratio, store, summary
+from benchmarks.harness import in_a_process, parser, ratio, store, summary
 from benchmarks.models import layers_of_256
 from benchmarks.optimizers import OPTAX, OPTIMIZERS, OURS, jitted_step
 
@@ -51,15 +49,6 @@ def measure(contender: str, layers: int) -> dict[str, Any]:
     }
 
 
-def measure_apart(contender: str, layers: int) -> dict[str, Any]:
-    """Does the same in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.compile_time", "--measure", contender, str(layers)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    if done.returncode:
-        raise RuntimeError(f"{contender} at {layers} layers failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def rows_of(depths: dict[str, tuple[int, ...]], rounds: int) -> list[dict[str, Any]]:
     """Measures every contender at its depths, `rounds` times, contenders interleaved.
 
@@ -70,7 +59,9 @@ def rows_of(depths: dict[str, tuple[int, ...]], rounds: int) -> list[dict[str, A
         names = [name for name, some in depths.items() if layers in some]
         for turn in range(rounds):
             for name in names[:: 1 if turn % 2 == 0 else -1]:
-                found.setdefault((layers, name), []).append(measure_apart(name, layers))
+                found.setdefault((layers, name), []).append(
+                    in_a_process("benchmarks.compile_time", "--measure", name, str(layers))
+                )
         for name in names:
             median = summary([one["total"] for one in found[layers, name]])["median"]
             print(f"{layers} layers, {name}: {median:.2f} s", flush=True)

@@ -6,13 +6,11 @@ be computed, half of it.
 """
 
 import itertools
-from collections.abc import Mapping
 
 from muonclip_jax.newton_schulz.plan import ResolvedPlan
 
-#: The three kinds of products on an `(m, n)` matrix with `m <= n`: `X X^T`, two symmetric `(m, m)`
+#: The kinds of products on an `(m, n)` matrix with `m <= n`: `X X^T`, two symmetric `(m, m)`
 #: matrices, and one of them with `X`. The first two kinds are symmetric.
-KINDS = ("gram", "square", "update")
 _NEEDED = {"gram": 0.5, "square": 0.5, "update": 1.0}
 
 
@@ -49,15 +47,3 @@ def needed_flops(plan: ResolvedPlan, rows: int, columns: int) -> float:
     """Counts the operations of all products on one matrix, symmetric ones half."""
     flops = product_flops(rows, columns)
     return sum(_NEEDED[kind] * count * flops[kind] for kind, count in count_products(plan).items())
-
-
-def seconds_at(
-    plan: ResolvedPlan, product_seconds: Mapping[str, float], *, needed: bool = False
-) -> float:
-    """Returns how long the products alone would take, each at its measured time.
-
-    With `needed` symmetric ones count half.
-    """
-    counts = count_products(plan)
-    shares = _NEEDED if needed else dict.fromkeys(KINDS, 1.0)
-    return sum(shares[kind] * counts[kind] * product_seconds[kind] for kind in KINDS)

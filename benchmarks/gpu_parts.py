@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common.data import load_corpus
+from common.data import load_corpus, scoring_batch
 from common.model import GPT, ModelConfig, next_byte_loss
 
 import muonclip_jax as mc
@@ -26,7 +26,7 @@ from benchmarks.counting import needed_flops
 from benchmarks.harness import interleave, ratio, summary
 from benchmarks.matrices import Reference, over_all, spectra
 from benchmarks.models import MODELS, Model
-from benchmarks.optimizers import FAST, LEARNING_RATE, OPTAX, OPTIMIZERS, OURS
+from benchmarks.optimizers import FAST, OPTAX, OPTIMIZERS, OURS, ours
 from muonclip_jax.kernels import SYMMETRIC
 from muonclip_jax.newton_schulz import apply_polar, plan_polar
 from muonclip_jax.newton_schulz.products import gram, symmetric_product
@@ -159,26 +159,16 @@ def _scales() -> Iterator[Row]:
 # --- steps --------------------------------------------------------------------------------------
 
 
-def _muon(**settings: Any) -> Callable[[Any], Any]:
-    return lambda dims: mc.muon(LEARNING_RATE, muon_weight_dimension_numbers=dims, **settings)
-
-
 IN_A_ROW = 10
 FLOAT32 = "ours, float32"
-KERNEL = "ours, minimax4, mosaic_gpu"
-BFLOAT16 = {"ns_coeffs": "minimax4", "ns_dtype": "bfloat16", "ns_method": "standard"}
-#: What `plan_polar` is told by the contenders whose operations are counted.
-COUNTED: Mapping[str, Mapping[str, Any]] = {
-    OURS: {"ns_coeffs": "keller_jordan"},
+KERNEL = {"ns_implementation": "mosaic_gpu"}
+#: Settings of ours, most valuable first.
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
     FAST: {"ns_coeffs": "minimax4"},
-    KERNEL: {"ns_coeffs": "minimax4"},
-    "ours, minimax4, bfloat16": BFLOAT16,
+    "ours, minimax4, mosaic_gpu": {"ns_coeffs": "minimax4", **KERNEL},
+    OURS: {"ns_coeffs": "keller_jordan"},
+    "ours, minimax4, bfloat16": {"ns_coeffs": "minimax4", **CHECKED["bfloat16, plain"]},
     FLOAT32: {"ns_coeffs": "keller_jordan", "ns_dtype": "float32"},
-}
-_NOT_THE_DEFAULT = {
-    "ours, minimax4, bfloat16": _muon(**BFLOAT16),
-    KERNEL: _muon(ns_coeffs="minimax4", ns_implementation="mosaic_gpu"),
-    FLOAT32: _muon(ns_coeffs="keller_jordan", ns_dtype="float32"),
 }
 
 
@@ -189,22 +179,8 @@ def ceiling(smoke: bool) -> float:
     product = jax.jit(
         lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32).astype("f2")
     )
-    seconds = _seconds_a_call({"": functools.partial(product, x, x)}, repeats, 3)[""]
+    seconds = interleave({"": functools.partial(product, x, x)}, 3, in_a_row=repeats)[""]
     return 2 * n**3 / statistics.median(seconds)
-
-
-def _seconds_a_call(
-    functions: Mapping[str, Callable[[], Any]], repeats: int, rounds: int
-) -> dict[str, list[float]]:
-    """Times interleaved functions, each several times in a row to hide what launching costs."""
-
-    def several(function: Callable[[], Any]) -> Any:
-        for _ in range(repeats - 1):
-            function()
-        return function()
-
-    timed = interleave({n: functools.partial(several, f) for n, f in functions.items()}, rounds)
-    return {name: [s / repeats for s in seconds] for name, seconds in timed.items()}
 
 
 def steps(smoke: bool, left: Left) -> Iterator[Row]:
@@ -223,81 +199,45 @@ def _steps_of(
     grads = step_time.random_gradients(model.tree(dtype))
     numbers = model.dimension_numbers()
     factories = {key: OPTIMIZERS[key] for key in (FAST, OPTAX, "optax.adamw")}
-    factories |= {KERNEL: _NOT_THE_DEFAULT[KERNEL], OURS: OPTIMIZERS[OURS]} | _NOT_THE_DEFAULT
-    if name == "1.3b":  # a float32 step is of no use there
-        del factories[FLOAT32]
+    factories |= {key: functools.partial(ours, **settings) for key, settings in SETTINGS.items()}
+    makers: dict[str, Callable[[], Any]] = {
+        key: lambda factory=factory: step_time.JaxStep(factory(numbers), grads)
+        for key, factory in factories.items()
+    }
+    if importlib.util.find_spec("torch"):
+        made = step_time.torch_steps(grads, numbers)
+        makers |= {key: lambda step=step: step for key, step in made.items()}
+    for slow in ("torch.optim.Muon, float32", *([FLOAT32] if name == "1.3b" else [])):
+        makers.pop(slow, None)
     contenders: dict[str, Any] = {}
     compiling: dict[str, float] = {}
-    for contender, factory in factories.items():
+    for contender, make in makers.items():
         start = time.perf_counter()
         if left() < 0:
             break
         try:
-            contenders[contender] = step_time.JaxStep(factory(numbers), grads)
-            compiling[contender] = time.perf_counter() - start
-            contenders[contender]()
-        except Exception as error:
-            contenders.pop(contender, None)
-            yield {"model": name, "contender": contender, "error": str(error)[:300]}
-    for contender, step in _torch_steps(grads, numbers).items():
-        start = time.perf_counter()
-        if left() < 0:
-            break
-        try:
+            step = make()
             step()
-            contenders[contender] = step
-            compiling[contender] = time.perf_counter() - start
         except Exception as error:
             yield {"model": name, "contender": contender, "error": str(error)[:300]}
-    # Float64 on the host: minutes for the larger model.
-    found = {} if name == "1.3b" else step_time.answers(contenders, model, grads)
-    # Several in a row, as in training: the next step is dispatched while one runs.
-    in_a_row = {key: functools.partial(_several, step) for key, step in contenders.items()}
-    times = interleave(in_a_row, 1 if smoke else 7)
-    seconds = {key: [value / IN_A_ROW for value in values] for key, values in times.items()}
-    for contender, step in contenders.items():
-        row: Row = {
-            "model": name,
-            "dtype": dtype,
-            "contender": contender,
-            "in_a_row": IN_A_ROW,
-            "seconds": summary(seconds[contender]),
-            "over_fast": ratio(seconds[contender], seconds[FAST]),
-            "compile_seconds": compiling[contender],
-        }
-        if isinstance(step, step_time.JaxStep):
-            row["temporary_bytes"] = step.temporary_bytes()
-        if contender in COUNTED:
-            plan = plan_polar(**COUNTED[contender])
+            continue
+        contenders[contender] = step
+        compiling[contender] = time.perf_counter() - start
+    # Answers in float64 on the host take minutes for the larger model.
+    compared = model.with_layers(0) if name == "1.3b" else model
+    rounds = 1 if smoke else 7
+    for row in step_time.measure(contenders, compared, grads, rounds, in_a_row=IN_A_ROW):
+        contender = row["contender"]
+        row |= {"model": name, "dtype": dtype, "in_a_row": IN_A_ROW}
+        row["compile_seconds"] = compiling[contender]
+        if contender in SETTINGS:
+            plan = plan_polar(**{k: v for k, v in SETTINGS[contender].items() if k not in KERNEL})
             needed = sum(
                 count * needed_flops(plan.resolve(shape, dtype), *shape)
                 for shape, count in model.matrices().items()
             )
             row["needed_share_of_ceiling"] = needed / row["seconds"]["median"] / peak
-        yield row | found.get(contender, {})
-
-
-def _several(step: Any) -> None:
-    for _ in range(IN_A_ROW - 1):
-        step.start()
-    step()
-
-
-def _torch_steps(grads: Any, numbers: Any) -> dict[str, Any]:
-    """Returns torch's steps that are worth their time here, not yet compiled."""
-    if not importlib.util.find_spec("torch"):
-        return {}
-    from benchmarks import torch_muon
-
-    matrices = {path for path, spec in step_time.flat(numbers).items() if spec is not None}
-    torch_muon.prepare()
-    tensors = torch_muon.gradients(step_time.flat(grads), matrices)
-    functions = torch_muon.newton_schulz_functions()
-    functions.pop("torch.optim.Muon, float32")
-    return {
-        name: torch_muon.Step(tensors, matrices, LEARNING_RATE, function)
-        for name, function in functions.items()
-    }
+        yield row
 
 
 # --- kernels ------------------------------------------------------------------------------------
@@ -348,7 +288,7 @@ def _symmetric_row(x: jax.Array, names: list[str], smoke: bool) -> Row:
             "error": float(np.abs(first - exact).max() / np.abs(exact).max()),
             "symmetric": bool((result == jnp.swapaxes(result, 1, 2)).all()),
         }
-    seconds = _seconds_a_call(functions, 2 if smoke else 20, 3 if smoke else 7)
+    seconds = interleave(functions, 3 if smoke else 7, in_a_row=2 if smoke else 20)
     for name, times in seconds.items():
         row[name] |= {
             "seconds": summary(times),
@@ -377,10 +317,12 @@ def recording(smoke: bool, left: Left) -> Iterator[Row]:
 
 #: Peak rates that are tried in short runs: the most steps go to the comparison itself.
 RATES = {"adamw": (1e-3, 2e-3), "muonclip": (2e-3, 4e-3)}
+#: Without an optimizer, for the share of the step that one takes.
+NONE = "none"
 
 
 def run(smoke: bool, left: Left) -> Iterator[Row]:
-    """Trains GPT-2 small's shape on bytes: AdamW and MuonClip at the best of three rates."""
+    """Trains GPT-2 small's shape on bytes: AdamW and MuonClip at the better of two rates."""
     config = ModelConfig(12, 768, 12, 12, 2048, attention="cudnn" if on_gpu() else None)
     if smoke:
         config = ModelConfig(1, 16, 2, 2, 32)
@@ -388,8 +330,10 @@ def run(smoke: bool, left: Left) -> Iterator[Row]:
     batch, length, chunk, short = (2, 16, 2, 4) if smoke else (16, 1024, 25, 75)
     trainer = _Trainer(config, batch, length, chunk)
     with ThreadPoolExecutor() as pool:
-        list(pool.map(trainer.compile, (*RATES, "none")))
-    seconds = {name: trainer.seconds_a_step(name) for name in (*RATES, "none")}
+        list(pool.map(trainer.compile, (*RATES, NONE)))
+    seconds = {}
+    for name in (*RATES, NONE):  # the second run of a chunk: what is first used is set up
+        seconds[name] = trainer.train(name, 1e-4, 2 * chunk)["chunk_seconds"][-1] / chunk
     yield {"what": "step", "seconds": seconds, "tokens": batch * length, "sizes": str(config)}
     best = {}
     for name, rates in RATES.items():
@@ -401,13 +345,8 @@ def run(smoke: bool, left: Left) -> Iterator[Row]:
     per_step = sum(seconds[name] for name in RATES)
     steps = 4 if smoke else int((left() - 15) / per_step / chunk) * chunk
     for name, rate in best.items():
-        yield {
-            "what": "run",
-            "optimizer": name,
-            "rate": rate,
-            "steps": steps,
-            **trainer.train(name, rate, steps),
-        }
+        trained = trainer.train(name, rate, steps)
+        yield {"what": "run", "optimizer": name, "rate": rate, "steps": steps, **trained}
 
 
 class _Trainer:
@@ -417,9 +356,8 @@ class _Trainer:
         corpus = load_corpus()
         self.model = GPT(config)
         self.text = jnp.asarray(corpus.train)
-        scored = np.linspace(0, len(corpus.validation) - length - 1, 2 * batch).astype(int)
-        windows = corpus.validation[scored[:, None] + np.arange(length + 1)]
-        self.scored = jnp.asarray(windows.reshape(2, batch, length + 1))
+        scored = scoring_batch(corpus.validation, windows=2 * batch, length=length)
+        self.scored = jnp.asarray(scored).reshape(2, batch, length + 1)
         self.batch, self.length, self.chunk = batch, length, chunk
         self.chunks: dict[str, Any] = {}
         self.score = jax.jit(
@@ -430,21 +368,18 @@ class _Trainer:
         low = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params) if on_gpu() else params
         return next_byte_loss(self.model, low, tokens)
 
-    def _optimizer(self, name: str, rate: jax.typing.ArrayLike, steps: jax.typing.ArrayLike) -> Any:
+    def _optimizer(self, name: str, rate: Any, steps: Any) -> Any:
         def schedule(count: Any) -> Any:
             warmup = jnp.minimum(1.0, (count + 1) / (0.05 * steps))
             return rate * warmup * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(1, count / steps)))
 
-        if name == "none":
-            return optax.with_extra_args_support(optax.set_to_zero())
         if name == "muonclip":
             return mc.muonclip(schedule, weight_decay=0.1, qk_clip_threshold=100.0)
-        return optax.with_extra_args_support(optax.adamw(schedule, b2=0.95, weight_decay=0.1))
+        adamw = optax.adamw(schedule, b2=0.95, weight_decay=0.1)
+        return optax.with_extra_args_support(optax.set_to_zero() if name == NONE else adamw)
 
-    def compile(self, name: str) -> Any:
-        """Returns the compiled chunk of an optimizer's steps."""
-        if name in self.chunks:
-            return self.chunks[name]
+    def compile(self, name: str) -> None:
+        """Compiles the chunk of an optimizer's steps."""
 
         def step(rate: jax.Array, steps: jax.Array, carry: Any, key: jax.Array) -> Any:
             params, state = carry
@@ -463,9 +398,7 @@ class _Trainer:
 
         shapes = jax.eval_shape(functools.partial(self.init, name))
         keys = jax.random.split(jax.random.key(0), self.chunk)
-        lowered = jax.jit(chunk, donate_argnums=0).lower(shapes, keys, 1.0, 1.0)
-        self.chunks[name] = lowered.compile()
-        return self.chunks[name]
+        self.chunks[name] = jax.jit(chunk, donate_argnums=0).lower(shapes, keys, 1.0, 1.0).compile()
 
     def init(self, name: str) -> Any:
         """Returns parameters and state before the first step."""
@@ -474,29 +407,20 @@ class _Trainer:
         params = jax.jit(model.init)(jax.random.key(0), self.scored[0, :1, :65])["params"]
         return params, jax.jit(self._optimizer(name, 1.0, 1.0).init)(params)
 
-    def seconds_a_step(self, name: str) -> float:
-        """Times one chunk, after one that compiles."""
-        carry, times = self.init(name), []
-        for number in range(3):
+    def train(self, name: str, rate: float, steps: int) -> Row:
+        """Trains and returns losses, largest logits and seconds of every chunk."""
+        carry = self.init(name)
+        names = ("step", "train_loss", "validation_loss", "largest_logit", "chunk_seconds")
+        columns: dict[str, list[Any]] = {column: [] for column in names}
+        for number in range(steps // self.chunk):
             keys = jax.random.split(jax.random.key(number), self.chunk)
             start = time.perf_counter()
-            carry, (losses, _) = self.compile(name)(carry, keys, 1e-4, 1000.0)
-            float(losses[-1])
-            times.append((time.perf_counter() - start) / self.chunk)
-        return min(times[1:])
-
-    def train(self, name: str, rate: float, steps: int) -> Row:
-        """Trains and returns losses and largest logits after every chunk."""
-        carry = self.init(name)
-        row: Row = {"step": [], "train_loss": [], "validation_loss": [], "largest_logit": []}
-        elapsed = 0.0
-        for number in range(steps // self.chunk):
-            keys = jax.random.split(jax.random.key(100 + number), self.chunk)
-            start = time.perf_counter()
-            carry, (losses, largest) = self.compile(name)(carry, keys, rate, float(steps))
-            row["train_loss"].append(float(losses.mean()))
-            elapsed += time.perf_counter() - start
-            row["largest_logit"].append(float(largest.max()))
-            row["step"].append((number + 1) * self.chunk)
-            row["validation_loss"].append(float(self.score(carry[0])))
-        return row | {"seconds": elapsed}
+            carry, (losses, largest) = self.chunks[name](carry, keys, rate, float(steps))
+            loss = float(losses.mean())
+            elapsed = time.perf_counter() - start
+            values = (float(self.score(carry[0])), float(largest.max()), elapsed)
+            for column, value in zip(
+                names, ((number + 1) * self.chunk, loss, *values), strict=True
+            ):
+                columns[column].append(value)
+        return columns | {"seconds": sum(columns["chunk_seconds"])}

@@ -1,8 +1,7 @@
-"""What every benchmark shares: timing in turns, ratios with their spread, machine and versions.
+"""What every benchmark shares: interleaved timing, ratios with their spread, machine, versions.
 
-Contenders run in turns within one process, so that whatever the machine does, it does to all of
-them; a ratio is taken between runs of the same round, and its median and range are kept. A run ends
-when the device is done.
+Contenders are interleaved in one process, so machine noise affects all of them equally; a ratio is
+taken between runs of the same round, and its median and range are kept.
 """
 
 import argparse
@@ -10,7 +9,9 @@ import gc
 import json
 import os
 import platform
+import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,12 +49,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Returns the versions of those packages that are installed.
-
-    Example:
-        >>> list(versions(["jax", "no such package"]))
-        ['jax']
-    """
+    """Returns the versions of those packages that are installed."""
     found = {}
     for name in packages:
         try:
@@ -73,28 +69,30 @@ def _processor() -> str:
 
 
 def interleave(
-    contenders: Mapping[str, Callable[[], Any]], rounds: int, *, warmup: int = 1
+    contenders: Mapping[str, Callable[[], Any]], rounds: int, *, warmup: int = 1, in_a_row: int = 1
 ) -> dict[str, list[float]]:
-    """Times contenders in turns, every second round in the opposite order.
+    """Times interleaved contenders, every second round in the opposite order.
 
     Args:
         contenders: Functions by name; each returns when its work is done, or returns JAX arrays,
             which are then waited for.
         rounds: How often each is timed.
         warmup: How often each runs before, untimed.
+        in_a_row: Calls of one timing, which hide what launching costs; the last one is waited for.
 
     Returns:
-        Seconds by name, one for each round.
+        Seconds a call by name, one for each round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     gc.collect()
     for turn in range(-warmup, rounds):
         for name in list(contenders)[:: 1 if turn % 2 == 0 else -1]:
             start = time.perf_counter()
+            for _ in range(in_a_row - 1):
+                contenders[name]()
             jax.block_until_ready(contenders[name]())
-            elapsed = time.perf_counter() - start
             if turn >= 0:
-                seconds[name].append(elapsed)
+                seconds[name].append((time.perf_counter() - start) / in_a_row)
     return seconds
 
 
@@ -116,6 +114,26 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str,
         3.0
     """
     return summary([a / b for a, b in zip(numerator, denominator, strict=True)])
+
+
+def in_a_process(*command: str, timeout: float | None = None) -> Any:
+    """Runs a module of the benchmarks in a new process, and returns the JSON of its last line.
+
+    Raises:
+        RuntimeError: If it fails; with the error that it printed.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        timeout=timeout,
+    )
+    if done.returncode:
+        said = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", done.stderr, re.MULTILINE)
+        raise RuntimeError(said[-1] if said else f"exit {done.returncode}: {done.stderr[-300:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def parser(description: str | None, name: str) -> argparse.ArgumentParser:

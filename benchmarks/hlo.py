@@ -9,8 +9,8 @@ branches of a conditional the costliest counts, for that is what the slowest dev
 import dataclasses
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,62 +32,65 @@ _OPERATION = re.compile(r"^ ([\w-]+)\(")
 _TRIPS = re.compile(r'known_trip_count"?:?\s*\{"n":"(\d+)"')
 
 
+class Collective(NamedTuple):
+    """Collectives of one kind: how many run, and the bytes that the device sends."""
+
+    kind: str
+    in_loop: bool
+    runs: int
+    sent: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Tally:
     """What a program, or a part of it, does on one device.
 
     Attributes:
         flops: Floating-point operations of its products.
-        counts: `(kind, in a loop)` -> how many collectives run.
-        sent: The same -> bytes that the device sends, by the ring algorithm of each kind.
+        collectives: What it exchanges, by the ring algorithm of each kind.
         loops: How many loops there are.
         unknown_loops: How many of them run an unknown number of times; those count once.
     """
 
     flops: float = 0.0
-    counts: Mapping[tuple[str, bool], int] = dataclasses.field(default_factory=Counter)
-    sent: Mapping[tuple[str, bool], float] = dataclasses.field(default_factory=Counter)
+    collectives: tuple[Collective, ...] = ()
     loops: int = 0
     unknown_loops: int = 0
 
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(
             self.flops + other.flops,
-            Counter(self.counts) + Counter(other.counts),
-            Counter(self.sent) + Counter(other.sent),
+            self.collectives + other.collectives,
             self.loops + other.loops,
             self.unknown_loops + other.unknown_loops,
         )
 
     def looped(self, trips: int, known: bool) -> "Tally":
         """The tally of a loop with this body."""
-        counts: dict[tuple[str, bool], int] = {}
-        sent: dict[tuple[str, bool], float] = {}
-        for (kind, _), number in self.counts.items():
-            counts[kind, True] = counts.get((kind, True), 0) + number * trips
-        for (kind, _), number in self.sent.items():
-            sent[kind, True] = sent.get((kind, True), 0.0) + number * trips
+        collectives = tuple(
+            Collective(each.kind, True, trips * each.runs, trips * each.sent)
+            for each in self.collectives
+        )
         loops, unknown = self.loops + 1, self.unknown_loops + (not known)
-        return Tally(self.flops * trips, counts, sent, loops, unknown)
+        return Tally(self.flops * trips, collectives, loops, unknown)
 
     @property
     def bytes_sent(self) -> float:
         """All bytes that the device sends."""
-        return sum(self.sent.values())
+        return sum(each.sent for each in self.collectives)
 
     def by_kind(self, in_loops: bool | None = None) -> dict[str, dict[str, float]]:
         """Kind -> count and bytes; of those in loops, outside of them, or (None) all."""
         kinds: dict[str, dict[str, float]] = {}
-        for (kind, looped), number in sorted(self.counts.items()):
-            if in_loops in (None, looped):
-                row = kinds.setdefault(kind, {"count": 0, "bytes": 0.0})
-                row["count"] += number
-                row["bytes"] += self.sent[kind, looped]
+        for each in sorted(self.collectives):
+            if in_loops in (None, each.in_loop):
+                row = kinds.setdefault(each.kind, {"count": 0, "bytes": 0.0})
+                row["count"] += each.runs
+                row["bytes"] += each.sent
         return kinds
 
 
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
+class _Instruction(NamedTuple):
     name: str
     type: str
     operation: str
@@ -96,16 +99,7 @@ class _Instruction:
 
 
 def tally(text: str | None) -> Tally:
-    """Reads a program.
-
-    Args:
-        text: `Compiled.as_text()`.
-
-    Returns:
-        What one device does.
-
-    Raises:
-        ValueError: If there is no text.
+    """Returns what one device does in a program, `Compiled.as_text()`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -145,17 +139,9 @@ def tally(text: str | None) -> Tally:
 
 
 def device_groups(text: str | None) -> list[tuple[int, ...]]:
-    """Which devices exchange data with each other in a program.
+    """Returns the groups of all collectives of a program, and the pairs of those that permute.
 
-    Args:
-        text: `Compiled.as_text()`.
-
-    Returns:
-        The groups of all its collectives, and the pairs of those that permute. A device has the
-        number of its place in the mesh of the program.
-
-    Raises:
-        ValueError: If there is no text.
+    A device has the number of its place in the mesh of the program.
 
     Example:
         >>> import jax
@@ -232,10 +218,8 @@ def _one(instruction: _Instruction, others: Mapping[str, _Instruction], devices:
     """What an instruction does by itself, without the computations that it calls."""
     kind = instruction.operation.removesuffix("-start")
     if kind in COLLECTIVES:
-        key = (kind, False)
-        return Tally(
-            counts=Counter({key: 1}), sent=Counter({key: _sent(kind, instruction, devices)})
-        )
+        sent = _sent(kind, instruction, devices)
+        return Tally(collectives=(Collective(kind, False, 1, sent),))
     if instruction.operation in ("dot", "convolution"):
         operands = [
             _dims(others[name].type if name in others else operand)
@@ -246,7 +230,7 @@ def _one(instruction: _Instruction, others: Mapping[str, _Instruction], devices:
         return Tally(flops=count(instruction, operands))
     if "__cublas$" in instruction.attributes:
         lhs = _dims(others[re.findall(r"%?([\w.-]+)", instruction.operands)[0]].type)
-        return Tally(flops=_library_product(instruction, lhs))
+        return Tally(flops=_dot(instruction, [lhs]))
     return Tally()
 
 
@@ -281,17 +265,12 @@ def _sent(kind: str, instruction: _Instruction, devices: int) -> float:
 
 
 def _dot(instruction: _Instruction, operands: list[tuple[int, ...]]) -> float:
-    numbers = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-    axes = [int(axis) for axis in numbers[1].split(",") if axis] if numbers else []
-    contracted = math.prod(operands[0][axis] for axis in axes)
-    return 2.0 * math.prod(_dims(instruction.type)) * contracted
-
-
-def _library_product(instruction: _Instruction, lhs: tuple[int, ...]) -> float:
-    numbers = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
+    """A product of XLA's, or of a library: of its results the first one is the product."""
+    numbers = re.search(
+        r'lhs_contracting_dim(?:ension)?s"?[=:][{[]([\d,"]*)[}\]]', instruction.attributes
+    )
     axes = [int(axis) for axis in re.findall(r"\d+", numbers[1])] if numbers else []
-    contracted = math.prod(lhs[axis] for axis in axes)
-    # The first result is the product, what follows is the library's workspace.
+    contracted = math.prod(operands[0][axis] for axis in axes)
     return 2.0 * math.prod(_dims(instruction.type)) * contracted
 
 

@@ -1,7 +1,6 @@
 """Matrices to orthogonalise, by family, and how near a result comes to their polar factor."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -59,32 +58,8 @@ def minimax_rows(lower: float, steps: int, cushion: float = 0.0) -> list[tuple[f
     return rows
 
 
-def load_momentum(path: Path) -> dict[Shape, np.ndarray]:
-    """Reads the matrices that `momentum.py` saved: stacks `(count, rows, columns)`, wide, by shape.
-
-    Raises:
-        ValueError: If there is no matrix other than zero.
-    """
-    groups: dict[Shape, list[np.ndarray]] = {}
-    with np.load(path) as archive:
-        for name in archive.files:
-            x = np.asarray(archive[name], np.float64)
-            if x.ndim == 2 and x.any():
-                x = x if x.shape[0] <= x.shape[1] else x.T
-                groups.setdefault((x.shape[0], x.shape[1]), []).append(x)
-    if not groups:
-        raise ValueError(
-            f"{path} holds no matrix that is not zero; benchmarks/momentum.py makes it."
-        )
-    return {shape: np.stack(found) for shape, found in groups.items()}
-
-
 class Reference:
-    """The exact polar factors of a stack of matrices, kept to compare many results with.
-
-    Args:
-        x: `(count, rows, columns)`, wide.
-    """
+    """The exact polar factors of wide matrices `(count, rows, columns)`, as a reference."""
 
     def __init__(self, x: np.ndarray):
         self.x = np.asarray(x, np.float64)
@@ -93,16 +68,11 @@ class Reference:
         self.polar = (self.left * self.keep[:, None, :]) @ self.right
 
     def quality(self, y: np.ndarray) -> list[dict[str, float]]:
-        """Measures each result.
-
-        Args:
-            y: `(count, rows, columns)`, the results.
+        """Measures each of `(count, rows, columns)` results; all NaN where one is not finite.
 
         Returns:
-            For each matrix `largest`, the largest singular value; `worst` and `rms`, the largest
-            distance and the root mean square of the distances of its singular values from one;
-            `mean`, the mean distance; `cosine` to the exact polar factor. All NaN where `y` is not
-            finite.
+            `largest` singular value; of the distances of the singular values from one `worst`,
+            `rms` and `mean`; `cosine` to the exact polar factor.
         """
         found = []
         for i, result in enumerate(np.asarray(y, np.float64)):

@@ -1,5 +1,6 @@
 """The optimizers that are compared, and the step that all of them take."""
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Mapping
@@ -13,30 +14,21 @@ import optax
 import muonclip_jax as mc
 
 LEARNING_RATE = 0.02
-#: What every row of "the same polynomial" has, as Optax and torch want it.
-KELLER_JORDAN = (3.4445, -4.7750, 2.0315)
 OURS = "ours"
 FAST = "ours, minimax4"
 OPTAX = "optax.contrib.muon"
 
-#: What `mc.orthogonalize` is told by the two settings of ours.
-POLAR_SETTINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        OURS: {"ns_coeffs": "keller_jordan"},
-        FAST: {"ns_coeffs": "minimax4"},
-    }
-)
 
-
-def _ours(**settings: Any) -> Callable[[Any], Any]:
-    return lambda dims: mc.muon(LEARNING_RATE, muon_weight_dimension_numbers=dims, **settings)
+def ours(numbers: Any, **settings: Any) -> Any:
+    """Returns `mc.muon` for a tree of `MuonDimensionNumbers`."""
+    return mc.muon(LEARNING_RATE, muon_weight_dimension_numbers=numbers, **settings)
 
 
 #: From a tree of `MuonDimensionNumbers` and None to an optimizer; not all of them look at it.
 OPTIMIZERS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
     {
-        OURS: _ours(**POLAR_SETTINGS[OURS]),
-        FAST: _ours(**POLAR_SETTINGS[FAST]),
+        OURS: functools.partial(ours, ns_coeffs="keller_jordan"),
+        FAST: functools.partial(ours, ns_coeffs="minimax4"),
         OPTAX: lambda dims: optax.contrib.muon(LEARNING_RATE, muon_weight_dimension_numbers=dims),
         "optax.adamw": lambda _: optax.adamw(LEARNING_RATE),
         "momentum SGD": lambda _: optax.sgd(LEARNING_RATE, momentum=0.95, nesterov=True),

@@ -18,7 +18,6 @@ import json
 import platform
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,13 +28,16 @@ import optax
 
 import muonclip_jax as mc
 from benchmarks import compilers, hlo, pod_models, report_tables
-from benchmarks.harness import compact, versions
+from benchmarks.harness import ROOT, compact, in_a_process, versions
 from benchmarks.pod_models import LAYOUTS, MAXIMA, MODELS, Layout
 from muonclip_jax import checkpoint
 
-RESULTS = Path(__file__).parent / "results" / "pods.json"
+RESULTS = ROOT / "benchmarks" / "results" / "pods.json"
 #: TPU slices by their number of devices.
 SLICES = {64: "v5p:4x4x4", 512: "v5p:8x8x8", 1024: "v5p:8x8x16"}
+#: At the default 2**28, Kimi K2's experts take 17 rounds, and the program compiles for long.
+STACK_BYTES = {"7B dense": 2**28, "Kimi K2": 2**30}
+OPTIMIZERS = ("muonclip_jax.muonclip", "optax.contrib.muon", "optax.adamw")
 #: What takes part.
 PACKAGES = ("jax", "jaxlib", "optax", "libtpu", "jax-cuda13-plugin", "muonclip_jax")
 
@@ -69,33 +71,16 @@ def rows() -> Iterator[Row]:
                 yield Row(model, layout, machine, optimizer)
 
 
-def _muonclip(model: Any, shardings: Any, options: Any) -> Any:
-    del model
-    return mc.muonclip(1e-3, param_shardings=shardings, distribution=options)
-
-
-def _optax_muon(model: Any, shardings: Any, options: Any) -> Any:
-    del shardings, options
+def optimizer(row: Row, model: Any, shardings: Any) -> Any:
+    """Returns a row's transformation."""
+    if row.optimizer == "optax.adamw":
+        return optax.adamw(1e-3)
+    if row.optimizer == "muonclip_jax.muonclip":
+        options = mc.Distribution(max_stack_bytes=STACK_BYTES[row.model])
+        return mc.muonclip(1e-3, param_shardings=shardings, distribution=options)
     # The same matrices for both libraries.
     numbers = mc.infer_dimension_numbers(pod_models.shapes(model))
     return optax.contrib.muon(1e-3, consistent_rms=0.2, muon_weight_dimension_numbers=numbers)
-
-
-def _adamw(model: Any, shardings: Any, options: Any) -> Any:
-    del model, shardings, options
-    return optax.adamw(1e-3)
-
-
-#: Name -> `(model, shardings, options) -> transformation`.
-OPTIMIZERS = {
-    "muonclip_jax.muonclip": _muonclip,
-    "optax.contrib.muon": _optax_muon,
-    "optax.adamw": _adamw,
-}
-
-
-#: At the default 2**28, Kimi K2's experts take 17 rounds, and the program compiles for long.
-STACK_BYTES = {"7B dense": 2**28, "Kimi K2": 2**30}
 
 
 def compile_step(row: Row) -> Any:
@@ -109,8 +94,7 @@ def compile_step(row: Row) -> Any:
     mesh = layout.on(devices)
     shardings = pod_models.shardings_of(model, layout, mesh)
     params = pod_models.shapes(model, shardings)
-    distribution = mc.Distribution(max_stack_bytes=STACK_BYTES[row.model])
-    tx = OPTIMIZERS[row.optimizer](model, shardings, distribution)
+    tx = optimizer(row, model, shardings)
     extra = {}
     if row.optimizer.endswith("muonclip"):
         maxima = MAXIMA[row.model]()
@@ -141,50 +125,23 @@ def measure(row: Row) -> dict[str, Any]:
     memory, costs = program.memory_analysis(), program.cost_analysis() or {}
     return {
         "flops": counted.flops,
-        "flops_by_compiler": costs.get("flops"),
         "optimal_seconds": costs.get("optimal_seconds"),
-        "bytes_accessed": costs.get("bytes accessed"),
         "collectives": counted.by_kind(),
-        "collectives_in_loops": counted.by_kind(in_loops=True),
         "bytes_sent": counted.bytes_sent,
-        "loops": counted.loops,
-        "loops_of_unknown_length": counted.unknown_loops,
         "temp_bytes": memory.temp_size_in_bytes,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes,
-        "aliased_bytes": memory.alias_size_in_bytes,
         "compile_seconds": round(seconds, 1),
     }
 
 
-def in_a_process(row: Row, timeout: float) -> dict[str, Any]:
+def in_its_process(row: Row, timeout: float) -> dict[str, Any]:
     """Runs `measure` in a process of its own; what went wrong is a result too."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.pods",
-        "--row",
-        json.dumps(dataclasses.astuple(row)),
-    ]
     try:
-        child = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            cwd=Path(__file__).parents[1],
-            check=False,
-        )
+        described = json.dumps(dataclasses.astuple(row))
+        return in_a_process("benchmarks.pods", "--row", described, timeout=timeout)
     except subprocess.TimeoutExpired:
         return {"refusal": f"not compiled within {timeout:.0f} s"}
-    if child.returncode == 0:
-        return json.loads(child.stdout.splitlines()[-1])
-    return {"refusal": _refusal(child.stderr, child.returncode)}
-
-
-def _refusal(text: str, code: int) -> str:
-    said = [line for line in text.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    return (said[-1] if said else f"exit status {code}: {text[-300:]}")[:600]
+    except RuntimeError as error:
+        return {"refusal": str(error)[:600]}
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -245,7 +202,7 @@ def main() -> None:
             else not re.search(options.only, row.name)
         ):
             continue
-        result = in_a_process(row, options.timeout)
+        result = in_its_process(row, options.timeout)
         print(row.name, result, flush=True)
         results["rows"][row.name] = result
         results["rows"] = {name: results["rows"][name] for name in order if name in results["rows"]}

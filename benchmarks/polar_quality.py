@@ -1,7 +1,6 @@
 """Measures how near each coefficient set comes to the polar factor, in each dtype and form.
 
-    python benchmarks/momentum.py
-    python benchmarks/polar_quality.py --momentum runs/bench/momentum.npz
+    python benchmarks/polar_quality.py
 
 For matrices of several spectra, and for the momentum of a training run: the largest singular value,
 the worst, the mean and the root mean square distance of a singular value from one, the cosine to
@@ -18,7 +17,6 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_allow_excess
 
 import functools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,11 +29,11 @@ from benchmarks.matrices import (
     Reference,
     Shape,
     diverges,
-    load_momentum,
     minimax_rows,
     over_all,
     spectra,
 )
+from benchmarks.momentum import momentum_by_shape
 from muonclip_jax.newton_schulz import COEFFICIENT_SETS, PolarPlan, apply_polar, plan_polar
 from muonclip_jax.newton_schulz.coefficients import evaluate
 
@@ -88,17 +86,15 @@ def exact_polynomial(plan: PolarPlan, reference: Reference) -> np.ndarray:
     return (left * evaluate(plan.rows, values)[:, None, :]) @ right
 
 
-def groups(momentum: Path | None, smoke: bool) -> dict[Shape, dict[str, np.ndarray]]:
+def groups(smoke: bool) -> dict[Shape, dict[str, np.ndarray]]:
     """Returns the matrices by shape and family, each family a stack."""
     found = {
         shape: {name: x[None] for name, x in spectra(*shape).items()}
         for shape in (((32, 64),) if smoke else SHAPES)
     }
-    if momentum is not None:
-        for shape, stack in load_momentum(momentum).items():
-            if shape not in found:
-                found[shape] = {name: x[None] for name, x in spectra(*shape).items()}
-            found[shape][MOMENTUM] = stack
+    for shape, stack in momentum_by_shape(smoke=smoke).items():
+        families = {name: x[None] for name, x in spectra(*shape).items()}
+        found.setdefault(shape, families)[MOMENTUM] = stack
     return found
 
 
@@ -151,13 +147,11 @@ def measure(families: dict[str, np.ndarray], smoke: bool, rounds: int) -> list[d
 
 def main() -> None:
     """Measures, prints and stores."""
-    made = parser(__doc__, "polar_quality")
-    made.add_argument("--momentum", type=Path, help="the .npz of benchmarks/momentum.py")
-    options = made.parse_args()
+    options = parser(__doc__, "polar_quality").parse_args()
     rounds = 1 if options.smoke else options.rounds
     records = []
     counts: dict[str, int] = {}
-    for shape, families in groups(options.momentum, options.smoke).items():
+    for shape, families in groups(options.smoke).items():
         for name, stack in families.items():
             counts[name] = counts.get(name, 0) + len(stack)
         found = measure(families, options.smoke, rounds)

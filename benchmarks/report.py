@@ -20,7 +20,7 @@ from benchmarks.harness import RESULTS, ROOT
 
 Results = Mapping[str, Any]
 PICTURE = Path("docs/images/comparison.png")
-_TIMED = ("step_time", "compile_time", "polar_time", "polar_quality")
+_TIMED = ("step_time", "compile_time", "polar_quality")
 _ATTENTION = ("clip_cost", "attention_recording")
 _GPU = tuple(f"gpu_{part}" for part in ("right", "steps", "kernels", "recording", "run"))
 #: What makes a result, by name.
@@ -86,7 +86,6 @@ PAGES: Mapping[str, Blocks] = {
         "machine": functools.partial(_machines, names=(*_TIMED, *_ATTENTION, "gpu_steps")),
         "compile": _from(report_tables.compile_table, "compile_time"),
         "step": _from(report_tables.step_table, "step_time"),
-        "polar": _from(report_tables.polar_table, "polar_time"),
         "quality": _from(report_quality.quality_table, "polar_quality"),
         "rounding": _from(report_quality.rounding_table, "polar_quality"),
         "clip": _from(report_tables.clip_table, "clip_cost"),
@@ -94,23 +93,15 @@ PAGES: Mapping[str, Blocks] = {
         "GPU right": _from(report_gpu.right_table, "gpu_right"),
         "GPU steps": _from(report_gpu.steps_table, "gpu_steps"),
         "GPU kernels": _from(report_gpu.kernels_table, "gpu_kernels"),
-        "GPU recording": _from(report_gpu.recording_table, "gpu_recording"),
+        "GPU recording": _from(report_tables.recording_table, "gpu_recording"),
         "GPU run": _from(report_gpu.run_table, "gpu_run"),
-    },
-    "docs/quality.md": {
-        dtype: _from(functools.partial(report_quality.errors_table, dtype=dtype), "polar_quality")
-        for dtype in ("float32", "float16", "bfloat16")
     },
     "docs/scaling.md": {"pods": _from(pods.described_table, "pods")},
 }
 
 
 def written(page: str, results: Results, blocks: Blocks) -> str:
-    """Returns the page with every block written anew.
-
-    Raises:
-        ValueError: If the page has no markers for a block.
-    """
+    """Returns the page with every block written anew."""
     for name, block in blocks.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end {name} -->)", re.DOTALL)
         text = block(results)

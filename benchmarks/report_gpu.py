@@ -94,26 +94,6 @@ def kernels_table(stored: Stored) -> str:
     return table([*head, "XLA's error", "kernel's error", "symmetric to the bit"], lines)
 
 
-def recording_table(stored: Stored) -> str:
-    """What recording the maxima adds to attention's forward and backward pass."""
-    lines = []
-    for row in stored["rows"]:
-        length, size = row["shape"][1], row["shape"][3]
-        causal = "causal" if row["is_causal"] else "all pairs"
-        milliseconds = {name: 1e3 * s for name, s in row["median_seconds"].items()}
-        cells = [f"T = {length}, head size {size}, {causal}"]
-        for name, ratio in (
-            ("recording", "recording_over_without"),
-            ("cudnn and bound", "cudnn_and_bound_over_cudnn"),
-        ):
-            known = name in milliseconds
-            cells.append(f"{milliseconds[name]:.2f}" if known else "")
-            cells.append(f"{100 * (row[ratio] - 1):+.1f} %" if known else "")
-        lines.append(cells)
-    head = ["", "XLA, recording: ms", "over XLA's without"]
-    return table([*head, "cuDNN and its bound: ms", "over cuDNN's alone"], lines)
-
-
 def run_table(stored: Stored) -> str:
     """The training run of GPT-2 small's shape."""
     lines = [

@@ -75,23 +75,6 @@ def quality_table(stored: Mapping[str, Any]) -> str:
     return table(["", "steps", "FLOPs", "µs", "largest", *present, "diverges"], lines)
 
 
-def errors_table(stored: Mapping[str, Any], dtype: str) -> str:
-    """Worst and mean distance of a singular value from one, in the form that "auto" takes."""
-    present = [f for f in FAMILIES if f in stored["families"]]
-    lines = []
-    for name in names(stored):
-        records = auto_records(stored, name, dtype)
-        if not records:
-            continue
-        cells = []
-        for family in present:
-            worst, mean = (_over(records, family, key) for key in ("worst", "mean"))
-            cells.append(f"{np.max(worst):.2f} / {np.mean(mean):.3f}" if worst else "")
-        start = [name, f"{cost(records):.2f}", f"{_microseconds(records):.0f}"]
-        lines.append([*start, *cells])
-    return table(["", "FLOPs", "µs", *present], lines)
-
-
 def _microseconds(records: list[Mapping[str, Any]]) -> float:
     return 1e6 * sum(r["seconds_per_matrix"] for r in records) / len(records)
 

@@ -86,41 +86,11 @@ def _near(quality: Mapping[str, float] | None) -> str:
     return "" if quality is None else f"{quality['rms']:.3f} / {quality['mean_cosine']:.4f}"
 
 
-def polar_table(stored: Stored) -> str:
-    """Times of single polar factors."""
-    lines = []
-    for row in stored["rows"]:
-        whole, needed = (
-            f"{100 * row[key]:.0f} %" if key in row else ""
-            for key in ("whole_products_over_time", "needed_products_over_time")
-        )
-        rate = row.get("flops_per_second")
-        milliseconds = {k: _scaled(v) for k, v in row["seconds_per_matrix"].items()}
-        lines.append(
-            [
-                "{} x {}".format(*row["shape"]),
-                row["contender"] + (f" ({row['method']})" if "method" in row else ""),
-                ranged(milliseconds, 1),
-                "" if rate else ranged(row["optax_over_this"], 2),
-                f"{rate / 1e9:.0f}" if rate else "",
-                whole,
-                needed,
-            ]
-        )
-    head = ["shape", "", "ms", "Optax over this", "GFLOP/s", "whole products / time"]
-    return table([*head, "needed products / time"], lines)
-
-
-def _scaled(value: Any) -> Any:
-    return [1e3 * v for v in value] if isinstance(value, list) else 1e3 * value
-
-
 def clip_table(stored: Stored) -> str:
     """The clip over one pass through the query and key kernels."""
     kinds = list(stored["rows"][0]["over_yardstick"])
     lines = [
         [
-            f"`{row['what']}`",
             row["tree"],
             row["dtype"],
             f"{row['bytes'] / 1e6:.0f}",
@@ -128,20 +98,31 @@ def clip_table(stored: Stored) -> str:
         ]
         for row in stored["rows"]
     ]
-    return table(["", "tree", "dtype", "MB of q and k", *(f"{kind} over" for kind in kinds)], lines)
+    return table(["tree", "dtype", "MB of q and k", *(f"{kind} over" for kind in kinds)], lines)
+
+
+#: What recording adds, by the name of a stored ratio: which program, over what.
+_RECORDING = {
+    "recording_over_without": ("recording", "ms", "over the same without recording"),
+    "recording_over_jax_nn": (None, "", "over `jax.nn.dot_product_attention`"),
+    "cudnn_and_bound_over_cudnn": ("cudnn and bound", "cuDNN and its bound, ms", "over cuDNN's"),
+}
 
 
 def recording_table(stored: Stored) -> str:
     """A training step of attention with its maxima over one without."""
+    known = {k: v for k, v in _RECORDING.items() if any(k in row for row in stored["rows"])}
+    head = [""]
+    for program, milliseconds, over in known.values():
+        head += [milliseconds, over] if program else [over]
     lines = []
     for row in stored["rows"]:
-        without, beside = (
-            f"{100 * (row[name] - 1):+.1f} % ({100 * (row['fastest_' + name] - 1):+.1f} %)"
-            for name in ("recording_over_without", "recording_over_jax_nn")
-        )
-        seconds = row["median_seconds"]["recording"]
         causal = "causal" if row["is_causal"] else "all pairs"
-        shape = f"T = {row['shape'][1]}, head size {row['shape'][3]}, {causal}"
-        lines.append([shape, f"{seconds:.2f}", without, beside])
-    head = ["", "s", "over the same without recording", "over `jax.nn.dot_product_attention`"]
+        cells = [f"T = {row['shape'][1]}, head size {row['shape'][3]}, {causal}"]
+        for name, (program, *_) in known.items():
+            if program:
+                cells.append(f"{1e3 * row['median_seconds'][program]:.2f}")
+            ratios = [f"{100 * (row[k] - 1):+.1f} %" for k in (name, f"fastest_{name}") if k in row]
+            cells.append("{} ({})".format(*ratios) if ratios else "")
+        lines.append(cells)
     return table(head, lines)

@@ -1,4 +1,4 @@
-"""One step of each optimizer on the tree of a named model, in turns, with the answers compared.
+"""One step of each optimizer on the tree of a named model, interleaved, with answers compared.
 
     python benchmarks/step_time.py
     python benchmarks/step_time.py --model 1.3b --rounds 11          on a GPU
@@ -10,6 +10,7 @@ and orthogonalise at least as well; `optax.contrib.muon`, `optax.adamw`, momentu
 random gradients, on the same cores; embeddings and head go to AdamW.
 """
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -41,8 +42,6 @@ from benchmarks.optimizers import (
 torch_muon: Any = (
     importlib.import_module("benchmarks.torch_muon") if importlib.util.find_spec("torch") else None
 )
-
-JAX_CONTENDERS = (OURS, FAST, OPTAX, "optax.adamw", "momentum SGD")
 
 
 def random_gradients(tree: Any, seed: int = 0) -> Any:
@@ -90,34 +89,29 @@ class JaxStep:
         return None if memory is None else memory.temp_size_in_bytes
 
 
-def contenders(
-    model: Model, grads: Any, wanted: list[str] | None, optax_path: Path | None
-) -> dict[str, Any]:
-    """Builds all steps; those that `wanted` does not name are left out."""
-
-    def is_wanted(name: str) -> bool:
-        return not wanted or any(part in name for part in wanted)
-
+def contenders(model: Model, grads: Any, optax_path: Path | None) -> dict[str, Any]:
+    """Builds all steps."""
     numbers = model.dimension_numbers()
     steps: dict[str, Any] = {
-        name: JaxStep(OPTIMIZERS[name](numbers), grads)
-        for name in JAX_CONTENDERS
-        if is_wanted(name)
+        name: JaxStep(factory(numbers), grads) for name, factory in OPTIMIZERS.items()
     }
     if optax_path is not None:
         steps[f"{OPTAX} of {optax_path}"] = JaxStep(optax_at(optax_path)(numbers), grads)
     if torch_muon is None:
         print("torch is not installed: its contenders are left out", flush=True)
         return steps
+    return steps | torch_steps(grads, numbers)
+
+
+def torch_steps(grads: Any, numbers: Any) -> dict[str, Any]:
+    """Returns torch's steps, which copy the gradients."""
     matrices = {path for path, spec in flat(numbers).items() if spec is not None}
-    functions = torch_muon.newton_schulz_functions()
-    functions = {name: function for name, function in functions.items() if is_wanted(name)}
-    if functions:
-        torch_muon.prepare()
-        tensors = torch_muon.gradients(flat(grads), matrices)
-        for name, function in functions.items():
-            steps[name] = torch_muon.Step(tensors, matrices, LEARNING_RATE, function)
-    return steps
+    torch_muon.prepare()
+    tensors = torch_muon.gradients(flat(grads), matrices)
+    return {
+        name: torch_muon.Step(tensors, matrices, LEARNING_RATE, function)
+        for name, function in torch_muon.newton_schulz_functions().items()
+    }
 
 
 def answers(steps: Mapping[str, Any], model: Model, grads: Any) -> dict[str, Any]:
@@ -163,49 +157,61 @@ def _difference(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.linalg.norm(x - y) / np.linalg.norm(y))
 
 
+def measure(
+    steps: Mapping[str, Any], model: Model, grads: Any, rounds: int, *, in_a_row: int = 1
+) -> list[dict[str, Any]]:
+    """Times interleaved steps, each several times in a row, after comparing their answers.
+
+    `model` says whose answers are compared: none of a model without layers.
+    """
+    found = answers(steps, model, grads) if model.layers else {}
+
+    def several(step: Any) -> None:
+        for _ in range(in_a_row - 1):
+            step.start()
+        step()
+
+    runs = {name: functools.partial(several, step) for name, step in steps.items()}
+    times = interleave(runs, rounds, warmup=int(in_a_row > 1))
+    seconds = {name: [value / in_a_row for value in values] for name, values in times.items()}
+    rows = []
+    for name, step in steps.items():
+        row: dict[str, Any] = {"contender": name, "seconds": summary(seconds[name])}
+        for key, baseline in (("over_ours", OURS), ("over_fast", FAST)):
+            if baseline in steps:
+                row[key] = ratio(seconds[name], seconds[baseline])
+        if isinstance(step, JaxStep):
+            row["temporary_bytes"] = step.temporary_bytes()
+        rows.append(row | found.get(name, {}))
+    return rows
+
+
 def main() -> None:
     """Measures, prints and stores."""
     made = parser(__doc__, "step_time")
     made.add_argument("--model", choices=tuple(MODELS), default="gpt2-small")
-    made.add_argument("--layers", type=int, help="that many instead of the model's")
     made.add_argument("--dtype", default="float32", help="of parameters and gradients")
-    made.add_argument("--contenders", nargs="+", help="only those whose names contain one of these")
     made.add_argument("--optax", type=Path, help="the folder of another checkout of Optax, beside")
     options = made.parse_args()
-    model = MODELS["layers-of-256"] if options.smoke else MODELS[options.model]
-    if options.smoke or options.layers:
-        model = model.with_layers(options.layers or 1)
+    name = "layers-of-256" if options.smoke else options.model
+    model = MODELS[name].with_layers(1) if options.smoke else MODELS[name]
     grads = random_gradients(model.tree(options.dtype))
-    steps = contenders(model, grads, options.contenders, options.optax)
-    for name, step in steps.items():  # the first step, whose answer is known
+    steps = contenders(model, grads, options.optax)
+    for contender, step in steps.items():  # the first step, whose answer is known
         step()
-        print(f"first step done: {name}", flush=True)
-    found = answers(steps, model, grads)
-    seconds = interleave(steps, 1 if options.smoke else options.rounds, warmup=0)
-    itemsize = jnp.dtype(options.dtype).itemsize
-    rows = []
-    for name, step in steps.items():
-        row: dict[str, Any] = {"contender": name, "seconds": summary(seconds[name])}
-        if OURS in steps:
-            row["over_ours"] = ratio(seconds[name], seconds[OURS])
-        if FAST in steps:
-            row["over_fast"] = ratio(seconds[name], seconds[FAST])
-        if isinstance(step, JaxStep):
-            row["temporary_bytes"] = step.temporary_bytes()
-        rows.append(row | found.get(name, {}))
-        print(f"{name}: {row['seconds']['median']:.3f} s", flush=True)
+        print(f"first step done: {contender}", flush=True)
+    rows = measure(steps, model, grads, 1 if options.smoke else options.rounds)
+    for row in rows:
+        print(f"{row['contender']}: {row['seconds']['median']:.3f} s", flush=True)
     content = {
-        "model": "layers-of-256" if options.smoke else options.model,
+        "model": name,
         "layers": model.layers,
         "dtype": options.dtype,
-        "matrix_bytes": itemsize * model.entries(),
+        "matrix_bytes": jnp.dtype(options.dtype).itemsize * model.entries(),
         "rows": rows,
     }
-    store(
-        "step_time" if options.model == "gpt2-small" else f"step_time_{options.model}",
-        content,
-        options,
-    )
+    suffix = "" if options.model == "gpt2-small" else f"_{options.model}"
+    store(f"step_time{suffix}", content, options)
 
 
 if __name__ == "__main__":

@@ -64,17 +64,6 @@ def prepare() -> None:
     torch.set_float32_matmul_precision("highest")
 
 
-def synchronize() -> None:
-    """Waits for the device."""
-    if device() == "cuda":
-        torch.cuda.synchronize()
-
-
-def tensor(x: Any) -> Any:
-    """Copies a JAX array into a tensor on torch's device."""
-    return torch.from_numpy(np.array(x)).to(device())
-
-
 def gradients(grads: Mapping[str, jax.Array], matrices: set[str]) -> dict[str, Any]:
     """Copies gradients into tensors that all torch contenders share, matrices transposed.
 
@@ -129,7 +118,8 @@ class Step:
     def __call__(self) -> None:
         """Takes one step and waits for it."""
         self.start()
-        synchronize()
+        if device() == "cuda":
+            torch.cuda.synchronize()
 
     def value(self, path: str) -> np.ndarray:
         """Returns a parameter as JAX would hold it."""

@@ -34,27 +34,12 @@ CODE, BIBLE = 0, 1
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What decides the numbers of one run.
+    """What decides the numbers of one run; the rise is linear, the fall half a cosine to zero."""
 
-    Attributes:
-        optimizer: A name of `OPTIMIZERS`.
-        rate: Peak rate of the matrices.
-        decay: Decoupled weight decay of all that decays.
-        adam_rate: Peak rate of what AdamW trains; None is `rate`.
-        b2: AdamW's.
-        warmup: Steps of the linear rise; then half a cosine to zero.
-        threshold: QK-Clip's.
-        steps: How many.
-        seed: Of the parameters and batches.
-        text: `CODE` or `BIBLE`.
-        width, layers, qk_norm: Of the model.
-        start: None, or the run whose last parameters this one starts from.
-    """
-
-    optimizer: str
-    rate: float
-    decay: float
-    adam_rate: float | None = None
+    optimizer: str  # a name of `OPTIMIZERS`
+    rate: float  # of the matrices, at the peak
+    decay: float  # of all but vectors
+    adam_rate: float | None = None  # of what AdamW trains; None is `rate`
     b2: float = 0.95
     warmup: int = 20
     threshold: float = 20.0
@@ -64,7 +49,7 @@ class Run:
     width: int = 96
     layers: int = 4
     qk_norm: bool = False
-    start: "Run | None" = None
+    start: "Run | None" = None  # whose last parameters this one begins with
 
     @property
     def program(self) -> tuple[str, int, int, bool]:
@@ -165,26 +150,19 @@ def hyperball(numbers: Numbers) -> Any:
     return variant(numbers, mc.hyperball(schedule(numbers, numbers["rate"])))
 
 
-def width_rule(numbers: Numbers) -> Any:
-    """Muon scaled by the root of out over in, where that is more than one."""
-    return muonclip(numbers, clip=False, consistent_rms=None)
-
-
+muon = functools.partial(muonclip, clip=False)
 OPTIMIZERS: Mapping[str, Callable[[Numbers], Any]] = {
     "adamw": adamw,
-    "muon": functools.partial(muonclip, clip=False),
+    "muon": muon,
     "muonclip": muonclip,
     "normuon": normuon,
     "hyperball": hyperball,
     "cautious": cautious,
-    "width rule": width_rule,
-    "polar_express 5": functools.partial(
-        muonclip, clip=False, ns_coeffs="polar_express", ns_steps=5
-    ),
-    **{
-        name: functools.partial(muonclip, clip=False, ns_coeffs=name)
-        for name in ("keller_jordan", "you", "deepseek_v4")
-    },
+    "width rule": functools.partial(muon, consistent_rms=None),
+    "polar_express 5": functools.partial(muon, ns_coeffs="polar_express", ns_steps=5),
+    "keller_jordan": functools.partial(muon, ns_coeffs="keller_jordan"),
+    "you": functools.partial(muon, ns_coeffs="you"),
+    "deepseek_v4": functools.partial(muon, ns_coeffs="deepseek_v4"),
 }
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.matrices import Reference, diverges, load_momentum, over_all, spectra
+from benchmarks.matrices import Reference, diverges, over_all, spectra
 
 
 def test_the_polar_factor_itself_is_perfect():
@@ -48,15 +48,3 @@ def test_spectra_have_the_condition_of_their_name():
     for power in (3, 4, 5, 6):
         assert np.linalg.cond(found[f"cond 1e{power}"]) == pytest.approx(10.0**power)
     assert np.linalg.matrix_rank(found["rank one"]) == 1
-
-
-def test_momentum_is_read_wide_and_by_shape(tmp_path):
-    rng = np.random.default_rng(0)
-    tall, wide = rng.normal(size=(5, 3)), rng.normal(size=(3, 5))
-    np.savez(tmp_path / "m.npz", a=tall, b=wide, zero=np.zeros((3, 5)), vector=np.ones(3))
-    groups = load_momentum(tmp_path / "m.npz")
-    assert {shape: len(stack) for shape, stack in groups.items()} == {(3, 5): 2}
-    np.testing.assert_array_equal(groups[3, 5][0], tall.T)
-    np.savez(tmp_path / "none.npz", zero=np.zeros((3, 5)))
-    with pytest.raises(ValueError, match="holds no matrix"):
-        load_momentum(tmp_path / "none.npz")

@@ -28,20 +28,6 @@ def test_parameters_are_those_of_the_model(name, published, left_out):
     assert parameters(name) == pytest.approx(published, rel=left_out)
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
-def test_matrices_are_those_of_the_tree(name):
-    model = MODELS[name]
-    tree, numbers = model.tree(), model.dimension_numbers()
-
-    def entries(spec, leaf):
-        return 0 if spec is None else math.prod(leaf.shape)
-
-    counted = jax.tree.map(
-        entries, numbers, tree, is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers)
-    )
-    assert sum(jax.tree.leaves(counted)) == model.entries()
-
-
 def test_layers_of_256():
     assert layers_of_256(48).matrices() == {(256, 256): 192, (256, 1024): 96}
     assert len(jax.tree.leaves(layers_of_256(48).tree())) == 288

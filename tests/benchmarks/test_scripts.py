@@ -24,7 +24,6 @@ from benchmarks.report_training import clip_table, coefficients_table, compariso
 ROOT = Path(__file__).parents[2]
 SCRIPTS = (
     "step_time",
-    "polar_time",
     "compile_time",
     "polar_quality",
     "clip_cost",
@@ -55,28 +54,13 @@ def run(script: str, *options: object) -> subprocess.CompletedProcess[str]:
 def results(tmp_path_factory) -> Path:
     """A folder with what every script says about tiny shapes."""
     folder = tmp_path_factory.mktemp("results")
-    momentum = tmp_path_factory.mktemp("momentum") / "momentum.npz"
-    runs: list[tuple[object, ...]] = [("momentum", "--smoke", "--out", momentum)]
     for script in SCRIPTS:
-        options: tuple[object, ...] = ()
-        if script == "polar_quality":
-            options = ("--momentum", momentum)
-        elif script == "clip_cost":
-            options = ("--dtypes", "float32")
-        runs.append((script, "--smoke", "--out", folder, *options))
-    for command in runs:
-        done = run(str(command[0]), *command[1:])
+        done = run(script, "--smoke", "--out", folder)
         assert done.returncode == 0, done.stderr
-    return folder
-
-
-@pytest.mark.slow
-def test_results_say_where_they_come_from(results):
-    for script in SCRIPTS:
-        stored = json.loads((results / f"{script}.json").read_text())
-        assert stored["machine"]["cores"] >= 1
+        stored = json.loads((folder / f"{script}.json").read_text())
         assert {"jax", "jaxlib", "optax"} <= set(stored["machine"]["versions"])
         assert script in stored["command"]
+    return folder
 
 
 @pytest.mark.slow
@@ -91,15 +75,6 @@ def test_the_step_is_checked_against_optax(results):
         assert 1e-4 < rows["torch.optim.Muon, bfloat16"]["difference_from_optax"] < 0.2
     for row in rows.values():
         assert row["seconds"]["median"] > 0
-
-
-@pytest.mark.slow
-def test_compile_times_count_instructions_and_memory(results):
-    rows = json.loads((results / "compile_time.json").read_text())["rows"]
-    found = {(row["layers"], row["contender"]): row for row in rows}
-    assert found[2, "ours"]["instructions"] > 0
-    assert found[1, "optax.contrib.muon"]["temporary_bytes"] > 0
-    assert found[2, "ours"]["growth"]["median"] > 0
 
 
 @pytest.mark.slow

@@ -49,8 +49,8 @@ STARTS = {
     "make stacks STACK=levanter PYTHON=python3.12": ("examples/stacks/train_levanter.py",),
     "make comparison": ("benchmarks/comparison.py", "benchmarks/report.py"),
     "make bench": (
-        *("benchmarks/momentum.py", "benchmarks/step_time.py", "benchmarks/polar_time.py"),
-        *("benchmarks/compile_time.py", "benchmarks/polar_quality.py", "benchmarks/report.py"),
+        *("benchmarks/step_time.py", "benchmarks/compile_time.py"),
+        *("benchmarks/polar_quality.py", "benchmarks/report.py"),
     ),
 }
 
