@@ -1,10 +1,8 @@
 """What recording the largest logits costs a training step of attention.
 
-Programs compute the output and the gradients of query, key and value: ours, which returns the
-maxima too; ours whose maxima are not used, so that XLA drops them; and
-`jax.nn.dot_product_attention`. On a GPU also cuDNN's with the bound, against cuDNN's alone. They
-are interleaved, so that machine noise affects all of them equally, and medians are compared. The
-shapes are those of GPT-2's heads (64) and of Llama's (128).
+Programs compute the output and the gradients: ours, which returns the maxima too; ours whose maxima
+are not used, so that XLA drops them; `jax.nn.dot_product_attention`; on a GPU cuDNN's with and
+without the bound. The shapes are those of GPT-2's heads (64) and of Llama's (128).
 
     PYTHONPATH=. python benchmarks/attention_recording.py [--smoke]
 """

@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.harness import RESULTS, compact
+from benchmarks.harness import RESULTS, write
 from benchmarks.training_runs import BIBLE, CHUNK, Queue, Run
 
 SEEDS = (0, 1, 2)
@@ -227,7 +227,7 @@ def main() -> None:
         compare(queue, tables, options.smoke)
     finally:
         queue.pool.shutdown(wait=False, cancel_futures=True)
-        (options.out / "comparison.json").write_text(compact(tables) + "\n")
+        write(options.out / "comparison.json", tables)
 
 
 if __name__ == "__main__":

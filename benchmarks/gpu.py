@@ -28,7 +28,7 @@ SHARES = {"right": 0.15, "steps": 0.55, "kernels": 0.45, "recording": 0.5, "run"
 def run_part(name: str, seconds: float, out: Path, smoke: bool) -> None:
     """Runs one part and writes its rows as they come, until they end or the time is over."""
     from benchmarks import gpu_parts
-    from benchmarks.harness import compact, machine
+    from benchmarks.harness import machine, write
 
     deadline = time.monotonic() + seconds
     part: Callable[..., Iterator[dict[str, Any]]] = getattr(gpu_parts, name)
@@ -38,7 +38,7 @@ def run_part(name: str, seconds: float, out: Path, smoke: bool) -> None:
         for row in part(smoke, lambda: deadline - time.monotonic()):
             rows.append(row)
             print(name, row, flush=True)
-            _write(out / f"gpu_{name}.json", compact({"machine": machine(), "rows": rows}))
+            write(out / f"gpu_{name}.json", {"machine": machine(), "rows": rows})
             if time.monotonic() > deadline:
                 stopped = "its time was over"
                 break
@@ -48,11 +48,6 @@ def run_part(name: str, seconds: float, out: Path, smoke: bool) -> None:
         if smoke:
             raise
     print(f"{name}: {len(rows)} rows; stopped by {stopped}", flush=True)
-
-
-def _write(path: Path, text: str) -> None:
-    path.with_suffix(".new").write_text(text + "\n")
-    path.with_suffix(".new").replace(path)
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from benchmarks.harness import interleave, ratio, summary
 from benchmarks.matrices import Reference, over_all, spectra
 from benchmarks.models import MODELS, Model
 from benchmarks.optimizers import FAST, OPTAX, OPTIMIZERS, OURS, ours
+from benchmarks.training_runs import train_step
 from muonclip_jax.kernels import SYMMETRIC
 from muonclip_jax.newton_schulz import apply_polar, plan_polar
 from muonclip_jax.newton_schulz.products import gram, symmetric_product
@@ -39,8 +40,6 @@ def on_gpu() -> bool:
     """Whether JAX computes on a GPU."""
     return jax.default_backend() == "gpu"
 
-
-# --- right --------------------------------------------------------------------------------------
 
 #: Settings whose answers are checked: the default of `muonclip`, and those one word away.
 CHECKED: Mapping[str, Mapping[str, Any]] = {
@@ -156,9 +155,6 @@ def _scales() -> Iterator[Row]:
         }
 
 
-# --- steps --------------------------------------------------------------------------------------
-
-
 IN_A_ROW = 10
 FLOAT32 = "ours, float32"
 KERNEL = {"ns_implementation": "mosaic_gpu"}
@@ -240,9 +236,6 @@ def _steps_of(
         yield row
 
 
-# --- kernels ------------------------------------------------------------------------------------
-
-
 def kernels(smoke: bool, left: Left) -> Iterator[Row]:
     """The symmetric product by the kernel against XLA's: numbers first, then time."""
     cases = [(1, 2048), (1, 4096), (12, 768), (1, 768), (1, 1024), (12, 2048), (1, 8192), (1, 1000)]
@@ -298,9 +291,6 @@ def _symmetric_row(x: jax.Array, names: list[str], smoke: bool) -> Row:
     return row
 
 
-# --- recording ----------------------------------------------------------------------------------
-
-
 def recording(smoke: bool, left: Left) -> Iterator[Row]:
     """What recording the maxima costs attention's forward and backward pass."""
     cases = [(2048, 64), (8192, 64), (2048, 128), (8192, 128)]
@@ -312,8 +302,6 @@ def recording(smoke: bool, left: Left) -> Iterator[Row]:
         dtype = "bfloat16" if on_gpu() else "float32"
         yield attention_recording.measure(length, head_dim, causal, dtype, 1 if smoke else 5)
 
-
-# --- run ----------------------------------------------------------------------------------------
 
 #: Peak rates that are tried in short runs: the most steps go to the comparison itself.
 RATES = {"adamw": (1e-3, 2e-3), "muonclip": (2e-3, 4e-3)}
@@ -344,7 +332,7 @@ def run(smoke: bool, left: Left) -> Iterator[Row]:
         best[name] = min(losses, key=losses.__getitem__)
     per_step = sum(seconds[name] for name in RATES)
     steps = 4 if smoke else int((left() - 15) / per_step / chunk) * chunk
-    for name, rate in best.items():
+    for name, rate in best.items() if steps > 0 else ():
         trained = trainer.train(name, rate, steps)
         yield {"what": "run", "optimizer": name, "rate": rate, "steps": steps, **trained}
 
@@ -382,16 +370,10 @@ class _Trainer:
         """Compiles the chunk of an optimizer's steps."""
 
         def step(rate: jax.Array, steps: jax.Array, carry: Any, key: jax.Array) -> Any:
-            params, state = carry
             starts = jax.random.randint(key, (self.batch, 1), 0, len(self.text) - self.length)
             tokens = self.text[starts + jnp.arange(self.length + 1)]
-            (loss, maxima), grads = jax.value_and_grad(
-                lambda p: self._loss(p, tokens), has_aux=True
-            )(params)
             tx = self._optimizer(name, rate, steps)
-            updates, state = tx.update(grads, state, params, max_logits=maxima)
-            largest = jnp.max(jnp.stack(jax.tree.leaves(maxima)))
-            return (optax.apply_updates(params, updates), state), (loss, largest)
+            return train_step(tx, lambda p: self._loss(p, tokens), carry)
 
         def chunk(carry: Any, keys: jax.Array, rate: jax.Array, steps: jax.Array) -> Any:
             return jax.lax.scan(functools.partial(step, rate, steps), carry, keys)

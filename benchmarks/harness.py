@@ -60,12 +60,9 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)", info.read_text() if info.exists() else "", re.M)
+    return found[1].strip() if found else platform.processor()
 
 
 def interleave(
@@ -97,31 +94,17 @@ def interleave(
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Returns median and extremes.
-
-    Example:
-        >>> summary([3.0, 1.0, 2.0])
-        {'median': 2.0, 'range': [1.0, 3.0]}
-    """
+    """Returns median and extremes."""
     return {"median": statistics.median(values), "range": [min(values), max(values)]}
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, Any]:
-    """Returns median and range of the ratios between runs of the same round.
-
-    Example:
-        >>> ratio([2.0, 9.0, 8.0], [1.0, 3.0, 2.0])["median"]
-        3.0
-    """
+    """Returns median and range of the ratios between runs of the same round."""
     return summary([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 
 def in_a_process(*command: str, timeout: float | None = None) -> Any:
-    """Runs a module of the benchmarks in a new process, and returns the JSON of its last line.
-
-    Raises:
-        RuntimeError: If it fails; with the error that it printed.
-    """
+    """Runs a module of the benchmarks in a new process, and returns the JSON of its last line."""
     done = subprocess.run(
         [sys.executable, "-m", *command],
         capture_output=True,
@@ -151,18 +134,7 @@ def parser(description: str | None, name: str) -> argparse.ArgumentParser:
 
 
 def compact(content: Mapping[str, Any]) -> str:
-    """Returns JSON with one line for every row of a table, numbers to eight digits.
-
-    Example:
-        >>> print(compact({"width": 64, "rows": [{"a": 1}, {"a": 1 / 3}]}))
-        {
-         "width": 64,
-         "rows": [
-          {"a": 1},
-          {"a": 0.33333333}
-         ]
-        }
-    """
+    """Returns JSON with one line for every row of a table, numbers to eight digits."""
 
     def line(value: Any) -> str:
         return json.dumps(_rounded(value))
@@ -187,6 +159,13 @@ def _rounded(value: Any) -> Any:
     return [_rounded(each) for each in value] if isinstance(value, list | tuple) else value
 
 
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON; a file that is there is replaced at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".new").write_text(compact(content) + "\n")
+    path.with_suffix(".new").replace(path)
+
+
 def store(name: str, content: Mapping[str, Any], options: argparse.Namespace) -> None:
     """Writes `NAME.json`, off the CPU `NAME_PLATFORM.json`, with machine, versions and command.
 
@@ -195,7 +174,6 @@ def store(name: str, content: Mapping[str, Any], options: argparse.Namespace) ->
     folder = options.out or (None if options.smoke else RESULTS)
     if folder is None:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     described = {
         "machine": machine(),
         "command": " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
@@ -203,5 +181,5 @@ def store(name: str, content: Mapping[str, Any], options: argparse.Namespace) ->
     }
     platform_name = jax.default_backend()
     path = folder / (f"{name}.json" if platform_name == "cpu" else f"{name}_{platform_name}.json")
-    path.write_text(compact(described) + "\n")
+    write(path, described)
     print(f"written to {path}", flush=True)

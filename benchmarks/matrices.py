@@ -27,10 +27,7 @@ def spectra(m: int, n: int) -> dict[str, np.ndarray]:
     return {
         "gaussian": rng.normal(size=(m, n)),
         "low rank + 1 % noise": low_rank + 0.01 * rng.normal(size=(m, n)),
-        "cond 1e3": with_values(np.logspace(0, -3, small)),
-        "cond 1e4": with_values(np.logspace(0, -4, small)),
-        "cond 1e5": with_values(np.logspace(0, -5, small)),
-        "cond 1e6": with_values(np.logspace(0, -6, small)),
+        **{f"cond 1e{p}": with_values(np.logspace(0, -p, small)) for p in (3, 4, 5, 6)},
         "power law": with_values(1 / np.arange(1, small + 1)),
         "rank one": np.outer(rng.normal(size=m), rng.normal(size=n)),
     }

@@ -17,17 +17,11 @@ from optax.contrib import MuonDimensionNumbers
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model's parameters by shape.
-
-    Attributes:
-        layers: How many layers there are.
-        layer: Path within a layer and shape `(in, out)` of each matrix.
-        rest: Paths and shapes of what AdamW trains.
-    """
+    """A model's parameters by shape."""
 
     layers: int
-    layer: Mapping[str, tuple[int, int]]
-    rest: Mapping[str, tuple[int, ...]]
+    layer: Mapping[str, tuple[int, int]]  # path within a layer: `(in, out)` of each matrix
+    rest: Mapping[str, tuple[int, ...]]  # what AdamW trains
 
     def with_layers(self, layers: int) -> "Model":
         """Returns the same model with that many layers."""

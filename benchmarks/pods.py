@@ -13,7 +13,6 @@ TPU compiler's own estimate of a step that waits for nothing; there is none for 
 """
 
 import argparse
-import dataclasses
 import json
 import platform
 import re
@@ -21,14 +20,14 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
 import muonclip_jax as mc
 from benchmarks import compilers, hlo, pod_models, report_tables
-from benchmarks.harness import ROOT, compact, in_a_process, versions
+from benchmarks.harness import ROOT, in_a_process, versions, write
 from benchmarks.pod_models import LAYOUTS, MAXIMA, MODELS, Layout
 from muonclip_jax import checkpoint
 
@@ -42,8 +41,7 @@ OPTIMIZERS = ("muonclip_jax.muonclip", "optax.contrib.muon", "optax.adamw")
 PACKAGES = ("jax", "jaxlib", "optax", "libtpu", "jax-cuda13-plugin", "muonclip_jax")
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One program: a model laid out on a machine, and the optimizer."""
 
     model: str
@@ -54,7 +52,7 @@ class Row:
     @property
     def name(self) -> str:
         """What `--only` searches."""
-        return " | ".join(dataclasses.astuple(self))
+        return " | ".join(self)
 
     @property
     def on(self) -> Layout:
@@ -108,12 +106,9 @@ def compile_step(row: Row) -> Any:
 
     with compilers.compiling_for("gpu" if is_gpu else "tpu"):
         state = checkpoint.abstract_state(tx, params)
-        jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=_shardings_of((params, state)))
+        shardings = jax.tree.map(lambda x: x.sharding, (params, state))
+        jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings)
         return jitted.lower(params, state, params, extra).compile()
-
-
-def _shardings_of(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def measure(row: Row) -> dict[str, Any]:
@@ -136,8 +131,7 @@ def measure(row: Row) -> dict[str, Any]:
 def in_its_process(row: Row, timeout: float) -> dict[str, Any]:
     """Runs `measure` in a process of its own; what went wrong is a result too."""
     try:
-        described = json.dumps(dataclasses.astuple(row))
-        return in_a_process("benchmarks.pods", "--row", described, timeout=timeout)
+        return in_a_process("benchmarks.pods", "--row", json.dumps(row), timeout=timeout)
     except subprocess.TimeoutExpired:
         return {"refusal": f"not compiled within {timeout:.0f} s"}
     except RuntimeError as error:
@@ -145,7 +139,8 @@ def in_its_process(row: Row, timeout: float) -> dict[str, Any]:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The results as Markdown."""
+    """The versions of the compilers, and the results as Markdown."""
+    used = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     head = ["model, machine", "sharding", "optimizer", "TFLOPs", "optimal s", "temporary GB"]
     lines: list[list[str]] = []
     before: tuple[str, str] = ("", "")
@@ -156,13 +151,8 @@ def table(results: Mapping[str, Any]) -> str:
         shown = list(place) if place != before else ["", ""]
         before = place
         lines.append([*shown, f"`{row.optimizer}`", *_cells(results["rows"][row.name])])
-    return report_tables.table([*head, "sent GB", "collectives"], lines)
-
-
-def described_table(results: Mapping[str, Any]) -> str:
-    """The same, below the versions of the compilers."""
-    used = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    return f"Compiled with {used}.\n\n{table(results)}"
+    text = report_tables.table([*head, "sent GB", "collectives"], lines)
+    return f"Compiled with {used}.\n\n{text}"
 
 
 def _cells(result: Mapping[str, Any]) -> list[str]:
@@ -206,7 +196,7 @@ def main() -> None:
         print(row.name, result, flush=True)
         results["rows"][row.name] = result
         results["rows"] = {name: results["rows"][name] for name in order if name in results["rows"]}
-        options.out.write_text(compact(results) + "\n")
+        write(options.out, results)
     print(table(results))
 
 

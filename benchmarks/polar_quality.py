@@ -2,10 +2,9 @@
 
     python benchmarks/polar_quality.py
 
-For matrices of several spectra, and for the momentum of a training run: the largest singular value,
-the worst, the mean and the root mean square distance of a singular value from one, the cosine to
-the exact polar factor, and the distance from the same polynomial evaluated in float64 (that is what
-rounding does). The cosine is what an update keeps of the direction it should have.
+For matrices of several spectra and for the momentum of a training run: distances of the singular
+values from one, the cosine to the exact polar factor, and the distance from the same polynomial
+evaluated in float64, which is what rounding does.
 """
 
 import os

