@@ -154,7 +154,10 @@ def parts(winners: dict[str, Run]) -> dict[str, list[Run]]:
         "bible": _seeds_of(winners.values(), text=BIBLE),
         "qk_norm": _seeds_of(norm),
         "thresholds": _seeds_of(thresholds),
-        "coefficients": _seeds_of(replace(muon, optimizer=name) for name in SETS),
+        "coefficients": _seeds_of(replace(muon, optimizer=name) for name in SETS)
+        + [
+            replace(muon, optimizer=n, seed=s) for n in ("muon", "keller_jordan") for s in (3, 4, 5)
+        ],
         "fine_tuning": _fine_tuning(winners),
         "long": [run for name in ("adamw", "muon", "muonclip") for run in _long(winners[name])],
         "transfer": list(_transfer(winners)),

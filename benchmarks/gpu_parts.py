@@ -46,7 +46,7 @@ CHECKED: Mapping[str, Mapping[str, Any]] = {
     "default": {},
     "bfloat16, plain": {"ns_dtype": "bfloat16", "ns_method": "standard"},
     "float32": {"ns_dtype": "float32"},
-    "keller_jordan": {"ns_coeffs": "keller_jordan"},
+    "minimax4": {"ns_coeffs": "minimax4"},
 }
 
 
