@@ -51,8 +51,5 @@ def _programs_are_freed() -> Iterator[None]:
     jax.clear_caches()
 
 
-# They need torch and others' code; the tests read the files that they wrote.
-collect_ignore = [
-    "tests/golden/write_migration_goldens.py",
-    "tests/golden/write_torch_goldens.py",
-]
+# Needs torch and others' code; the tests read the files that it wrote.
+collect_ignore = ["tests/golden/write_goldens.py"]

@@ -6,6 +6,7 @@ The oracle is the training of `train_lm.py`: Linen, a Python loop over layers, o
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,12 +59,7 @@ class Expected:
                 np.testing.assert_allclose(record[name], value, rtol=2e-5, err_msg=name)
         moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), self.first, self.last)
         assert min(jax.tree.leaves(moved)) > 1e-3
-        assert jax.tree.structure(params) == jax.tree.structure(self.last)
-        for (path, leaf), value in zip(
-            jax.tree.leaves_with_path(params), jax.tree.leaves(self.last), strict=True
-        ):
-            name = jax.tree_util.keystr(path)
-            np.testing.assert_allclose(leaf, value, rtol=0, atol=2e-5, err_msg=name)
+        chex.assert_trees_all_close(params, self.last, rtol=0, atol=2e-5)
 
 
 @pytest.fixture(scope="module")

@@ -10,19 +10,9 @@ from common.moe import Experts, LatentAttention, MoEConfig, MoELM, Router, balan
 
 import muonclip_jax as mc
 
-TINY = MoEConfig(
-    layers=2,
-    width=16,
-    heads=2,
-    query_latent=12,
-    key_value_latent=8,
-    plain=4,
-    rotated=2,
-    value=6,
-    experts=4,
-    expert_hidden=8,
-    dense_hidden=16,
-)
+SIZES = {"layers": 2, "width": 16, "heads": 2, "query_latent": 12, "key_value_latent": 8}
+SIZES |= {"plain": 4, "rotated": 2, "value": 6, "experts": 4, "expert_hidden": 8}
+TINY = MoEConfig(**SIZES, dense_hidden=16)
 
 
 def variables(module: Any, *arguments: Any) -> Any:

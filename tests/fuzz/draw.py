@@ -41,8 +41,6 @@ _DISTRIBUTION: dict[str, tuple[Any, ...]] = {
 
 @dataclasses.dataclass
 class Leaf:
-    """A parameter."""
-
     path: str
     shape: tuple[int, ...]
     dims: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # rows, columns; None: Adam's
@@ -182,15 +180,14 @@ def _leaf(rng: random.Random, kind: str, number: int) -> Leaf:
     parts = rng.choice(((columns,) * 3, (columns, 4, 4)))
     view = (rng.choice((2, 3, 4)), 3, rng.choice((2, 4, 5)))
     plain, prefix, fused = ((0,), (1,)), f"layers_{number}", f"fused_{number}/kernel"
-    leaves = {
+    return {
         "dense": Leaf(f"mlp_{number}/kernel", (rows, columns), plain),
         "vector": Leaf(f"norm_{number}/scale", (rows,)),
         "stack": Leaf(f"{prefix}/kernel", (layers, rows, columns), ((1,), (2,))),
         "experts": Leaf(f"{prefix}/kernel", (layers, experts, rows, columns), ((2,), (3,))),
         "fused": Leaf(fused, (rows, sum(parts)), plain, (1, parts, None, 0)),
         "interleaved": Leaf(fused, (rows, math.prod(view)), plain, (1, (1, 1, 1), view, 1)),
-    }
-    return leaves[kind]
+    }[kind]
 
 
 def _attention(rng: random.Random, room: int) -> tuple[list[Leaf], tuple[str, Any]]:

@@ -13,8 +13,7 @@ import numpy as np
 
 from tests.fuzz.draw import Case, Leaf
 
-#: By path.
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, np.ndarray]  # by path
 
 #: Rows as the sources print them.
 ROWS: dict[str, tuple[tuple[float, float, float], ...]] = {

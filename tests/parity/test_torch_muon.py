@@ -108,6 +108,6 @@ def test_golden_trajectory_with_newton_schulz_in_bfloat16_on_both_sides(case: Ca
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.key)
 def test_live_trajectory(case: Case):
     pytest.importorskip("torch")
-    from tests.golden.write_torch_goldens import trajectory
+    from tests.golden.write_goldens import trajectory
 
     assert_same(case, ours(case, ns_dtype=jnp.float32), trajectory(case))
