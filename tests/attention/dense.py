@@ -9,17 +9,11 @@ _HIDDEN = -2.4e38
 
 
 class DenseAttention(NamedTuple):
-    """What the definition gives.
-
-    Attributes:
-        out: `(B, T, N, D)`.
-        max_logits: `(N,)`.
-        gradients: Of `sum(out * cotangent)` with respect to query, key and value.
-    """
+    """Output `(B, T, N, D)`, maxima `(N,)`, gradients of `sum(out * cotangent)` by q, k and v."""
 
     out: np.ndarray
     max_logits: np.ndarray
-    gradients: tuple[np.ndarray, np.ndarray, np.ndarray]
+    gradients: tuple[np.ndarray, ...]
 
 
 def dense_attention(
@@ -36,11 +30,7 @@ def dense_attention(
     key_value_seq_lengths: Any = None,
     local_window_size: int | tuple[int, int] | None = None,
 ) -> DenseAttention:
-    """Computes attention, the largest logit of every head, and gradients.
-
-    Arguments are those of `jax.nn.dot_product_attention`, with a batch axis. The key stands in for
-    the value where none is given.
-    """
+    """Computes attention as `jax.nn` names its arguments; a value that is not given is the key."""
     value = key if value is None else value
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     batch, queries, heads, head_dim = query.shape
@@ -52,19 +42,17 @@ def dense_attention(
 
     t, s = np.arange(queries)[:, None], np.arange(keys)[None, :]
     allowed = np.ones(logits.shape, bool)
-    if mask is not None:
-        allowed &= np.broadcast_to(np.asarray(mask, bool), logits.shape)
-    if is_causal:
-        allowed &= s <= t
+    allowed &= True if mask is None else np.asarray(mask, bool)
+    allowed &= (s <= t) | (not is_causal)
     if local_window_size is not None:
-        window = local_window_size
-        left, right = (window, window) if isinstance(window, int) else window
+        left, right = np.broadcast_to(local_window_size, 2)
         allowed &= (t - left <= s) & (s <= t + right)
-    for b in range(batch):
-        if query_seq_lengths is not None:
-            allowed[b] &= t < query_seq_lengths[b]
-        if key_value_seq_lengths is not None:
-            allowed[b] &= s < key_value_seq_lengths[b]
+    live = np.ones((batch, queries), bool)
+    if query_seq_lengths is not None:
+        live = np.arange(queries) < np.asarray(query_seq_lengths)[:, None]
+    allowed &= live[:, None, :, None]
+    if key_value_seq_lengths is not None:
+        allowed &= s < np.asarray(key_value_seq_lengths)[:, None, None, None]
     recorded = allowed
     if bias is not None:
         bias = np.broadcast_to(np.asarray(bias, np.float64), logits.shape)
@@ -76,9 +64,6 @@ def dense_attention(
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     out = np.einsum("bnts,bsnd->btnd", weights, all_values)
-    live = np.ones((batch, queries), bool)
-    if query_seq_lengths is not None:
-        live = np.arange(queries) < np.asarray(query_seq_lengths)[:, None]
     cotangent = np.broadcast_to(cotangent, out.shape) * live[..., None, None]
 
     weights_bar = np.einsum("btnd,bsnd->bnts", cotangent, all_values)
@@ -88,11 +73,8 @@ def dense_attention(
     key_bar = np.einsum("bnts,btnh->bsnh", logits_bar, query)
     value_bar = np.einsum("bnts,btnd->bsnd", weights, cotangent)
 
-    def sum_groups(x: np.ndarray) -> np.ndarray:
-        return x.reshape(batch, keys, key_heads, group, -1).sum(3)
-
-    return DenseAttention(
-        out=out * live[..., None, None],
-        max_logits=max_logits,
-        gradients=(query_bar, sum_groups(key_bar), sum_groups(value_bar)),
+    gradients = (
+        query_bar,
+        *(x.reshape(batch, keys, key_heads, group, -1).sum(3) for x in (key_bar, value_bar)),
     )
+    return DenseAttention(out * live[..., None, None], max_logits, gradients)

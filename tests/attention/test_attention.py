@@ -1,8 +1,8 @@
-"""Attention that records: output and gradients are jax.nn's, maxima those of dense float64."""
+"""Attention that records: output, gradients and maxima are those of dense float64."""
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,9 +16,18 @@ from muonclip_jax.attention import attention_max_logits, blocks, dot_product_att
 from muonclip_jax.attention.cudnn import bound_from_log_sum_exp
 from muonclip_jax.attention.inputs import read_inputs
 from muonclip_jax.attention.pairs import bias_permits
-from tests.attention.cases import CASES
+from tests.attention.cases import CASES, make
 from tests.attention.dense import dense_attention
 from tests.helpers import TOLERANCE, equations
+
+
+def assert_close(found, expected, tolerance=TOLERANCE["float32"]):
+    np.testing.assert_allclose(found, expected, tolerance, tolerance)
+
+
+def same_maxima(found, expected):
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=TOLERANCE["float32"])
 
 
 @pytest.fixture
@@ -28,108 +37,83 @@ def many_blocks(monkeypatch):
     monkeypatch.setattr(blocks, "_MAXIMA_BLOCK", 1)
 
 
-def _with_gradients(attend, keywords, cotangent):
-    """Compiles output, maxima and the gradients of `sum(out * cotangent)`."""
-
-    def loss(query, key, value):
-        out, max_logits = attend(query, key, value, **keywords)
-        # A gradient through the maxima would be seen.
-        seen = 1e3 * jnp.where(max_logits > 0, max_logits, 0).sum()
-        return jnp.vdot(out, cotangent) + seen, (out, max_logits)
-
-    return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+IN_ONE_BLOCK = ("causal window", "empty rows, causal", "bias of -inf")
 
 
-@pytest.mark.usefixtures("many_blocks")
-@pytest.mark.parametrize("name", CASES)
-def test_output_gradients_and_maxima_are_those_of_dense_float64(name):
-    query, key, value, keywords = CASES[name].make()
+@pytest.mark.parametrize(
+    ("name", "block"), [*((name, "many") for name in CASES), *((n, "one") for n in IN_ONE_BLOCK)]
+)
+def test_output_gradients_and_maxima_are_those_of_dense_float64(name, block, request):
+    if block == "many":
+        request.getfixturevalue("many_blocks")
+    query, key, value, keywords = make(name)
     cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(query.shape), jnp.float32)
-    gradients, (out, max_logits) = _with_gradients(dot_product_attention, keywords, cotangent)(
-        query, key, value
-    )
+
+    @jax.jit
+    def step(query, key, value):
+        def loss(query, key, value):
+            out, max_logits = dot_product_attention(query, key, value, **keywords)
+            maxima = max_logits, attention_max_logits(query, key, **keywords)
+            # A gradient through the maxima would be seen.
+            seen = sum(1e3 * jnp.where(each > 0, each, 0).sum() for each in maxima)
+            return jnp.vdot(out, cotangent) + seen, (out, maxima)
+
+        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(query, key, value)
+
+    gradients, (out, maxima) = step(query, key, value)
     dense = dense_attention(query, key, value, cotangent=cotangent, **keywords)
-    alone = jax.jit(lambda q, k: attention_max_logits(q, k, **keywords))(query, key)
-    for found in (max_logits, alone):
-        np.testing.assert_allclose(found, dense.max_logits, rtol=TOLERANCE["float32"])
-        assert found.dtype == jnp.float32
-    np.testing.assert_allclose(out, dense.out, rtol=2e-5, atol=2e-5)
+    for found in maxima:
+        same_maxima(found, dense.max_logits)
+    assert_close(out, dense.out, 2e-5)
     for actual, expected in zip(gradients, dense.gradients, strict=True):
-        np.testing.assert_allclose(actual, expected, rtol=5e-5, atol=5e-5)
-
-
-@pytest.mark.parametrize("name", ["causal window", "empty rows, causal", "bias of -inf"])
-def test_one_block_is_jax_nn_to_the_rounding(name):
-    query, key, value, keywords = CASES[name].make()
-    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(query.shape), jnp.float32)
-
-    def theirs(*arguments, **keywords):
-        return jax.nn.dot_product_attention(*arguments, **keywords), jnp.zeros(1)
-
-    gradients, (out, max_logits) = _with_gradients(dot_product_attention, keywords, cotangent)(
-        query, key, value
-    )
-    expected, (expected_out, _) = _with_gradients(theirs, keywords, cotangent)(query, key, value)
-    np.testing.assert_allclose(out, expected_out, rtol=1e-5, atol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), gradients, expected
-    )
-    dense = dense_attention(query, key, **keywords).max_logits
-    np.testing.assert_allclose(max_logits, dense, rtol=TOLERANCE["float32"])
+        assert_close(actual, expected, 5e-5)
 
 
 @pytest.mark.usefixtures("many_blocks")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_accumulates_in_float32(dtype):
-    query, key, value, keywords = CASES["causal"].make(dtype, value_dim=5)
+    query, key, value, keywords = make("causal", dtype, value_dim=5)
     out, max_logits = jax.jit(lambda *a: dot_product_attention(*a, **keywords))(query, key, value)
     dense = dense_attention(query, key, value, **keywords)
     assert out.dtype == dtype
-    np.testing.assert_allclose(out.astype("float32"), dense.out, rtol=2e-2, atol=2e-2)
+    assert_close(out.astype("float32"), dense.out, 2e-2)
     # The inputs are rounded before both; the products and their sum are not.
     for found in (max_logits, attention_max_logits(query, key, **keywords)):
-        np.testing.assert_allclose(found, dense.max_logits, rtol=TOLERANCE["float32"])
+        same_maxima(found, dense.max_logits)
 
 
 @pytest.mark.parametrize("axes", [(), (1, 2), (2, 1, 1)])
 def test_any_number_of_batch_axes(axes):
-    query, key, value, keywords = CASES["mask"].make()
+    query, key, value, keywords = make("mask")
     query, key, value, mask = (x[: math.prod(axes)] for x in (query, key, value, keywords["mask"]))
     dense = dense_attention(query, key, value, mask=mask)
     batched = [x.reshape(*axes, *x.shape[1:]) for x in (query, key, value, mask)]
     lengths = {"key_value_seq_lengths": jnp.full(axes or (1,), 40)}
     out, max_logits = dot_product_attention(*batched[:3], mask=batched[3], **lengths)
     assert out.shape == batched[0].shape
-    np.testing.assert_allclose(out.reshape(query.shape), dense.out, rtol=2e-5, atol=2e-5)
-    np.testing.assert_allclose(max_logits, dense.max_logits, rtol=TOLERANCE["float32"])
+    assert_close(out.reshape(query.shape), dense.out, 2e-5)
+    same_maxima(max_logits, dense.max_logits)
 
 
 @pytest.mark.usefixtures("many_blocks")
-def test_forward_mode_and_second_derivatives():
-    query, key, value, keywords = CASES["causal"].make()
+def test_forward_mode_second_derivatives_and_vmap():
+    query, key, value, keywords = make("causal")
 
     def curvature(attend):
         gradient = jax.grad(lambda q: jnp.sum(attend(q) ** 2))
         return jax.jit(lambda q: jax.jvp(gradient, (q,), (jnp.ones_like(q),))[1])(query)
 
-    np.testing.assert_allclose(
-        curvature(lambda q: dot_product_attention(q, key, value, **keywords)[0]),
-        curvature(lambda q: jax.nn.dot_product_attention(q, key, value, **keywords)),
-        rtol=1e-3,
-        atol=1e-3,  # differences of products of a few hundred
-    )
-
-
-def test_vmap_keeps_one_set_of_maxima_for_each_call():
-    query, key, value, keywords = CASES["causal"].make()
+    ours = curvature(lambda q: dot_product_attention(q, key, value, **keywords)[0])
+    theirs = curvature(lambda q: jax.nn.dot_product_attention(q, key, value, **keywords))
+    assert_close(ours, theirs, 1e-3)  # differences of products of a few hundred
     _, max_logits = jax.vmap(lambda *a: dot_product_attention(*a, **keywords))(query, key, value)
     for i in range(2):
-        expected = dense_attention(query[i : i + 1], key[i : i + 1], **keywords).max_logits
-        np.testing.assert_allclose(max_logits[i], expected, rtol=TOLERANCE["float32"])
+        same_maxima(max_logits[i], dense_attention(query[i : i + 1], key[i : i + 1],
+                                                   **keywords).max_logits)  # fmt: skip
 
 
 def test_a_nan_logit_is_recorded_as_one_or_left_out():
-    query, key, _, _ = CASES["plain"].make()
+    query, key, _, _ = make("plain")
     expected = np.asarray(attention_max_logits(query, key))
     maxima = np.asarray(attention_max_logits(query.at[1, 2, 3].set(jnp.nan), key))
     np.testing.assert_array_equal(maxima[:3], expected[:3])
@@ -137,25 +121,18 @@ def test_a_nan_logit_is_recorded_as_one_or_left_out():
     assert np.isnan(maxima[3]) or np.isclose(maxima[3], rest[3])
 
 
-def test_no_gradient_flows_through_the_maxima():
-    query, key, _, _ = CASES["plain"].make()
-    gradients = jax.grad(lambda q, k: attention_max_logits(q, k).sum(), argnums=(0, 1))(query, key)
-    assert not any(np.any(gradient) for gradient in gradients)
-
-
-@pytest.mark.parametrize("place", [(0, 0), (0, 699), (599, 699), (511, 512), (300, 650)])
-def test_the_largest_logit_is_found_wherever_it_is(place):
+def test_the_largest_logit_is_found_wherever_it_is():
     # 600 and 700 are no multiples of a block: the last block is moved back.
+    find = jax.jit(lambda query, key: attention_max_logits(query, key, scale=1.0))
     rng = np.random.default_rng(0)
-    query, key = (0.1 * rng.standard_normal((1, n, 1, 8)).astype("float32") for n in (600, 700))
-    query[0, place[0]], key[0, place[1]] = 3.0, 4.0
-    assert attention_max_logits(query, key, scale=1.0).tolist() == [96.0]
-
-
-@pytest.mark.parametrize("sizes", [(0, 3), (3, 0)])
-def test_an_empty_sequence_has_no_maximum(sizes):
-    query, key = (jnp.ones((1, size, 2, 4)) for size in sizes)
-    assert attention_max_logits(query, key).tolist() == [-np.inf, -np.inf]
+    small = [0.1 * rng.standard_normal((1, n, 1, 8)).astype("float32") for n in (600, 700)]
+    for t, s in ((0, 0), (0, 699), (599, 699), (511, 512), (300, 650)):
+        query, key = (x.copy() for x in small)
+        query[0, t], key[0, s] = 3.0, 4.0
+        assert find(query, key).tolist() == [96.0]
+    for sizes in ((0, 3), (3, 0)):
+        query, key = (jnp.ones((1, size, 2, 4)) for size in sizes)
+        assert attention_max_logits(query, key).tolist() == [-np.inf, -np.inf]
 
 
 @pytest.mark.parametrize("what", ["training step", "maxima"])
@@ -217,10 +194,16 @@ def test_signatures_are_that_of_jax_nn(function):
     assert [ours[n].default for n in ours] == [theirs[n].default for n in ours]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["causal", "both lengths, causal", "empty rows, causal"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("causal", "float32"),
+        ("both lengths, causal", "bfloat16"),
+        ("empty rows, causal", "float32"),
+    ],
+)
 def test_log_sum_exp_bounds_the_maximum_within_the_logarithm_of_the_keys(name, dtype):
-    query, key, value, keywords = CASES[name].make(dtype)
+    query, key, value, keywords = make(name, dtype)
     # The reference computes the residual that cuDNN returns, in the same dtype.
     _, residual = jax.nn.dot_product_attention(
         query, key, value, implementation="xla", return_residual=True, **keywords
@@ -246,7 +229,7 @@ CUDNN = {
 def test_cudnn_says_why_not(why, monkeypatch):
     name, dtype, platform, message = CUDNN[why]
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    query, key, value, keywords = CASES[name].make(dtype)
+    query, key, value, keywords = make(name, dtype)
     with pytest.raises(NotImplementedError, match=message):
         jax.eval_shape(
             lambda *x: dot_product_attention(*x, implementation="cudnn", **keywords),
@@ -254,55 +237,67 @@ def test_cudnn_says_why_not(why, monkeypatch):
         )
 
 
-X, MASK = (2, 4, 2, 8), {"mask": jnp.ones((3, 4), bool)}
-BAD: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any], str]] = {
-    "rank": ((4, 8), (4, 8), {}, r"query has shape \(4, 8\); attention takes"),
-    "batch axis": ((1, 4, 2, 8), (4, 2, 8), {}, "query and key must agree in batch"),
-    "batch": (X, (3, 4, 2, 8), {}, "must agree in batch"),
-    "head_dim": (X, (2, 4, 2, 6), {}, "must agree in head_dim"),
-    "heads": ((2, 4, 3, 8), X, {}, "query has 3 heads and key 2: .* multiple"),
-    "float mask": (X, X, {"mask": jnp.ones((4, 4))}, r"must be boolean.*mask.astype\(bool\)"),
-    "mask shape": (X, X, MASK, r"mask has shape \(3, 4\); .* broadcast to .* = \(2, 2, 4, 4\)"),
-    "bias shape": (X, X, {"bias": jnp.ones((1, 2, 2, 4, 4))}, r"bias has shape .* broadcast"),
+# Without the type checker, which refuses wrong shapes before the function sees them.
+attend: Any = inspect.unwrap(dot_product_attention)
+maxima_of: Any = inspect.unwrap(attention_max_logits)
+X = jnp.ones((2, 4, 2, 8))
+BAD: dict[str, tuple[Callable[[], Any], str]] = {
+    "rank": (lambda: maxima_of(X[0, 0], X[0, 0]), r"query has shape \(2, 8\); attention takes"),
+    "batch axis": (lambda: maxima_of(X[:1], X[0]), "query and key must agree in batch"),
+    "batch": (lambda: maxima_of(X, X[:1]), "must agree in batch"),
+    "head_dim": (lambda: maxima_of(X, X[..., :6]), "must agree in head_dim"),
+    "heads": (
+        lambda: maxima_of(jnp.ones((2, 4, 3, 8)), X),
+        "query has 3 heads and key 2: .* multiple",
+    ),
+    "float mask": (
+        lambda: maxima_of(X, X, mask=jnp.ones((4, 4))),
+        r"must be boolean.*mask.astype\(bool\)",
+    ),
+    "mask shape": (
+        lambda: maxima_of(X, X, mask=jnp.ones((3, 4), bool)),
+        r"mask has shape \(3, 4\); .* broadcast to .* = \(2, 2, 4, 4\)",
+    ),
+    "bias shape": (
+        lambda: maxima_of(X, X, bias=jnp.ones((1, 2, 2, 4, 4))),
+        r"bias has shape .* broadcast",
+    ),
     "lengths": (
-        *(X, X, {"query_seq_lengths": jnp.ones((3,), jnp.int32)}),
+        lambda: maxima_of(X, X, query_seq_lengths=jnp.ones((3,), jnp.int32)),
         r"query_seq_lengths must hold one integer a sequence, shape \(2,\)",
     ),
-    "name": (X, X, {"implementation": "flash"}, "'flash' is none of 'xla', 'mosaic_tpu'"),
+    "name": (lambda: maxima_of(X, X, implementation="flash"), "'flash' is none of 'xla', 'mosaic_"),
+    "name of attention": (
+        lambda: attend(X, X, X, implementation="flash"),
+        r"'flash' is unknown; choose one of 'xla', 'cudnn', ",
+    ),
+    "dtypes": (
+        lambda: maxima_of(X.astype("bfloat16"), X),
+        "query is bfloat16 and key is float32; cast them",
+    ),
+    "integers": (
+        lambda: maxima_of(X.astype("int32"), X.astype("int32")),
+        "must be real floating, got int32",
+    ),
+    "value": (lambda: attend(X, X, X[:, :3]), "key and value must agree in all but their last ax"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_arguments_are_told_apart(name):
-    query, key, keywords, message = BAD[name]
-    # Without the type checker, which refuses wrong shapes before the function sees them.
+    mistake, message = BAD[name]
     with pytest.raises(ValueError, match=message):
-        inspect.unwrap(attention_max_logits)(jnp.ones(query), jnp.ones(key), **keywords)
+        mistake()
 
 
-def test_dtypes_values_and_names_are_checked_too():
-    x, attend = jnp.ones((3, 2, 4)), inspect.unwrap(dot_product_attention)
-    with pytest.raises(ValueError, match="query is bfloat16 and key is float32; cast them"):
-        attention_max_logits(x.astype("bfloat16"), x)
-    with pytest.raises(ValueError, match="must be real floating, got int32"):
-        inspect.unwrap(attention_max_logits)(x.astype("int32"), x.astype("int32"))
-    with pytest.raises(ValueError, match="key and value must agree in all but their last axis"):
-        attend(x, x, jnp.ones((5, 2, 4))[:3, :1])
-    with pytest.raises(ValueError, match=r"'flash' is unknown; choose one of 'xla', 'cudnn', "):
-        attend(x, x, x, implementation="flash")
-
-
-@pytest.mark.parametrize(
-    ("dtype", "values", "expected"),
-    [
+def test_a_bias_hides_a_pair_where_it_is_a_mask_in_truth():
+    for dtype, values, expected in (
         ("float32", [0.0, -1e8, -1e9, -3e38, -np.inf, np.nan], [1, 1, 0, 0, 0, 1]),
         ("bfloat16", [0.0, -1e8, -1e10, -3e38, -np.inf, np.nan], [1, 1, 0, 0, 0, 1]),
         ("float16", [0.0, -3e4, -4e4, -6e4, -np.inf, np.nan], [1, 1, 0, 0, 0, 1]),
         ("int32", [0, -5, -(10**9)], [1, 1, 0]),
-    ],
-)
-def test_a_bias_hides_a_pair_where_it_is_a_mask_in_truth(dtype, values, expected):
-    assert bias_permits(jnp.asarray(values, dtype)).tolist() == [bool(x) for x in expected]
+    ):
+        assert bias_permits(jnp.asarray(values, dtype)).tolist() == [bool(x) for x in expected]
 
 
 @pytest.fixture
@@ -313,35 +308,31 @@ def _symbolic_sizes_are_no_ints() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+def _attend(query: jax.Array, mask: jax.Array) -> Any:
+    biased = dot_product_attention(query, query, query, jnp.zeros(mask.shape), mask)
+    hidden = dot_product_attention(query, query, query, jnp.where(mask, 0.0, -jnp.inf))
+    causal = dot_product_attention(query, query, query, mask=mask, is_causal=True)
+    return biased, hidden, causal, attention_max_logits(query, query, mask=mask, is_causal=True)
+
+
 @pytest.mark.usefixtures("_symbolic_sizes_are_no_ints")
 @pytest.mark.parametrize(
     ("shape", "masks"), [("b, 6, 4, 8", "b, 1, 6, 6"), ("b, t, 4, 8", "1, 1, t, t")]
 )
 def test_symbolic_shapes_are_exported(shape: str, masks: str):
     """As `jax.nn.dot_product_attention` can be; at one shape it is what is computed without."""
-
-    def attend(query: jax.Array, mask: jax.Array) -> Any:
-        output = dot_product_attention(query, query, query, mask=mask, is_causal=True)
-        biased = dot_product_attention(query, query, query, jnp.where(mask, 0.0, -jnp.inf))
-        return output, biased, attention_max_logits(query, query, mask=mask, is_causal=True)
-
     scope = export.SymbolicScope()
-    exported = export.export(jax.jit(attend))(
+    exported = export.export(jax.jit(_attend))(
         jax.ShapeDtypeStruct(export.symbolic_shape(shape, scope=scope), jnp.float32),
         jax.ShapeDtypeStruct(export.symbolic_shape(masks, scope=scope), jnp.bool_),
     )
     query = jax.random.normal(jax.random.key(0), (2, 6, 4, 8))
     mask = jnp.ones((2 if masks[0] != "1" else 1, 1, 6, 6), bool).at[..., 1].set(False)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
-        exported.call(query, mask),
-        attend(query, mask),
-    )
+    jax.tree.map(assert_close, exported.call(query, mask), _attend(query, mask))
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 def test_hidden_pairs_are_no_infinities_to_jax(jit: bool):
-    """With a bias, with a mask and for the maxima alone."""
     query = jax.random.normal(jax.random.key(0), (2, 6, 4, 8))
     mask = jnp.ones((1, 1, 6, 6), bool).at[..., 1].set(False)
 

@@ -15,7 +15,7 @@ from muonclip_jax.attention import (
     merge_max_logits,
     reduce_max_logits,
 )
-from tests.attention.cases import CASES
+from tests.attention.cases import make
 from tests.attention.dense import dense_attention
 from tests.helpers import TOLERANCE
 
@@ -27,41 +27,32 @@ def test_merging_takes_the_largest_finite_maximum():
     for trees in ((first, second), (second, first), (first, second, first)):
         merged = merge_max_logits(*trees)["a"]["max_logits"][0]
         np.testing.assert_array_equal(merged, [2.0, 5.0, nan, 7.0, -inf, nan, 3.0, inf])
-
-
-def test_merging_micro_batches_gives_the_maxima_of_the_whole_batch():
-    query, key, _, _ = CASES["causal"].make()
+    # Micro-batches give the maxima of the whole batch.
+    query, key, _, _ = make("causal")
     pieces = [attention_max_logits(query[i], key[i], is_causal=True) for i in range(2)]
     whole = attention_max_logits(query, key, is_causal=True)
     np.testing.assert_array_equal(merge_max_logits(*pieces), whole)
-    np.testing.assert_array_equal(merge_max_logits(whole), whole)
-
-
-def test_merging_says_what_differs():
     tree = {"a": {"max_logits": jnp.ones(4)}}
-    for trees, message in (
+    for given, message in (
         ((), "at least one tree"),
-        (
-            (tree, {"b": {"max_logits": jnp.ones(4)}}),
-            r"trees 1 and 2 differ in \['a/max_logits', 'b/max_log",
-        ),
+        ((tree, {"b": tree["a"]}), r"trees 1 and 2 differ in \['a/max_logits', 'b/max_log"),
         (
             (tree, {"a": {"max_logits": jnp.ones(2)}}),
             r"'a/max_logits' have shape \(4,\) in tree 1 and \(2,\)",
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            merge_max_logits(*trees)
+            merge_max_logits(*given)
 
 
 def test_reduction_over_a_mesh_is_one_collective():
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
     rng = np.random.default_rng(0)
+    first = jnp.asarray(rng.standard_normal((4, 3)), jnp.float32)
     tree = {
-        "a": {"max_logits": jnp.asarray(rng.standard_normal((4, 3)), jnp.float32)},
+        "a": {"max_logits": first.at[0, 0].set(np.nan).at[:, 1].set(np.inf)},
         "b": {"max_logits": (jnp.asarray(rng.standard_normal((4, 2, 5)), jnp.bfloat16),)},
     }
-    tree["a"]["max_logits"] = tree["a"]["max_logits"].at[0, 0].set(np.nan).at[:, 1].set(np.inf)
     spec = PartitionSpec(("x", "y"))
     reduce = jax.jit(
         jax.shard_map(
@@ -69,8 +60,7 @@ def test_reduction_over_a_mesh_is_one_collective():
         )
     )
     reduced = reduce(tree)
-    rows = [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(4)]
-    expected = merge_max_logits(*rows)
+    expected = merge_max_logits(*(jax.tree.map(lambda x, i=i: x[i], tree) for i in range(4)))
     for i in range(4):
         jax.tree.map(lambda x, y, i=i: np.testing.assert_array_equal(x[i], y), reduced, expected)
     assert jax.tree.map(lambda x: x.dtype, reduced) == jax.tree.map(lambda x: x.dtype, tree)
@@ -88,45 +78,44 @@ def _recorded(attention_fn: Any, *arguments: Any, **keywords: Any) -> tuple[Any,
 
 
 MASK = jnp.asarray(np.random.default_rng(3).random((2, 4, 40, 40)) < 0.4)
-
-MEANT: dict[str, dict[str, Any]] = {
-    "causal, with a scale": {"is_causal": True, "scale": 0.3},
-    "mask": {"mask": MASK},
-    "bias and window": {"bias": jnp.where(MASK, 1.0, -jnp.inf), "local_window_size": (5, 1)},
-    "lengths": {
-        "query_seq_lengths": jnp.asarray([7, 40]),
-        "key_value_seq_lengths": jnp.asarray([30, 3]),
-    },
+LENGTHS = {"query_seq_lengths": [7, 40], "key_value_seq_lengths": [30, 3]}
+MEANT: dict[str, tuple[str, dict[str, Any]]] = {
+    "causal, with a scale": ("bound", {"is_causal": True, "scale": 0.3}),
+    "mask": ("passed", {"mask": MASK}),
+    "bias and window": (
+        "bound to keywords",
+        {"bias": jnp.where(MASK, 1.0, -jnp.inf), "local_window_size": (5, 1)},
+    ),
+    "lengths": ("passed", {name: jnp.asarray(each) for name, each in LENGTHS.items()}),
+    "bound lengths": ("bound", {name: jnp.asarray(each) for name, each in LENGTHS.items()}),
 }
 
 
-@pytest.mark.parametrize("how", ["bound", "passed", "bound to keywords"])
 @pytest.mark.parametrize("name", MEANT)
-def test_what_says_which_pairs_is_understood_wherever_it_stands(name, how):
-    query, key, value, _ = CASES["plain"].make()
+def test_what_says_which_pairs_is_understood_wherever_it_stands(name):
+    query, key, value, _ = make("plain")
     function: Any = jax.nn.dot_product_attention
+    how, keywords = MEANT[name]
+    dense = dense_attention(query, key, value, **keywords)
     if how == "bound to keywords":
         function = lambda q, k, v, **keywords: jax.nn.dot_product_attention(q, k, v, **keywords)  # noqa: E731
-    keywords = MEANT[name]
     if how != "passed":
         function, keywords = functools.partial(function, **keywords), {}
     out, max_logits = _recorded(function, query, key, value, **keywords)
-    dense = dense_attention(query, key, value, **MEANT[name])
     np.testing.assert_allclose(max_logits, dense.max_logits, rtol=TOLERANCE["float32"])
     np.testing.assert_array_equal(out, function(query, key, value, **keywords))
 
 
 def test_defaults_count_and_what_is_passed_comes_before_them():
-    query, key, value, _ = CASES["plain"].make()
+    query, key, value, _ = make("plain")
 
     def causal(query, key, value, mask=None, is_causal=True):
         return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal)
 
-    _, max_logits = _recorded(causal, query, key, value)
-    expected = dense_attention(query, key, is_causal=True).max_logits
-    np.testing.assert_allclose(max_logits, expected, rtol=TOLERANCE["float32"])
-    everything = dense_attention(query, key).max_logits
-    assert (everything > expected).any()
-    for function in (causal, functools.partial(causal, is_causal=True)):
-        _, max_logits = _recorded(function, query, key, value, is_causal=False)
-        np.testing.assert_allclose(max_logits, everything, rtol=TOLERANCE["float32"])
+    bound = functools.partial(causal, is_causal=True)
+    for function, passed in ((causal, {}), (causal, {"is_causal": False}),
+                             (bound, {"is_causal": False})):  # fmt: skip
+        _, max_logits = _recorded(function, query, key, value, **passed)
+        expected = dense_attention(query, key, is_causal=not passed).max_logits
+        np.testing.assert_allclose(max_logits, expected, rtol=TOLERANCE["float32"])
+    assert (expected > dense_attention(query, key, is_causal=True).max_logits).any()

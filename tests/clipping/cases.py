@@ -1,271 +1,450 @@
-"""Attention of every kind in float64 NumPy: parameters, and queries and keys head by head.
+"""Attention of every kind in float64 NumPy: its leaves, and its queries and keys head by head.
 
-Each case makes a tree of parameters and, independently of the library, the function from that
-tree to `q, k`, both `(tokens, query heads, size)`: what the model would multiply. A head's
-largest logit is then the largest `q . k / sqrt(size)`.
+Nothing here is the library's: a head's maximum is the largest `q . k / sqrt(size)`.
 """
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from muonclip_jax.heads.layouts import AttentionLayout, Projection
-from tests.clipping.gated_cases import GATED
-from tests.clipping.library_cases import LIBRARIES
-from tests.clipping.oracle import Array, Case, heads_in as _heads, linear, normal, per_query, wide
-from tests.clipping.positions_cases import POSITIONS
+
+Shapes = dict[str, tuple[int, ...]]
+Leaves = dict[str, np.ndarray]
+#: Queries and keys, `(tokens, heads, size)`, of leaves, tokens and sizes.
+HeadsOf = Callable[[Leaves, np.ndarray, Any], tuple[np.ndarray, np.ndarray]]
 
 
-def _separate(query: str, key: str, merged: bool, bias: bool):
-    def params(rng, s):
-        def module(heads):
-            features = (heads * s.head,) if merged else (heads, s.head)
-            kernel = {"kernel": normal(rng, s.model, *features)}
-            return {**kernel, "bias": normal(rng, *features)} if bias else kernel
+class Case(NamedTuple):
+    """One kind of attention."""
 
-        return {query: module(s.heads), key: module(s.kv_heads)}
+    name: str
+    shapes: Callable[[Any], Shapes]
+    heads_of: HeadsOf
+    own_keys: bool = True  # as many keys as queries
+    blocks: Any = None
+    key_heads: int | None = None  # where that is part of the case
 
-    def heads_of(p, x, s):
-        q, k = _heads(linear(x, p[query]), s.heads), _heads(linear(x, p[key]), s.kv_heads)
-        return q, per_query(k, s.heads)
+    def sizes(self, model: int = 10, heads: int = 4, kv_heads: int = 2, head: int = 6) -> Any:
+        """Model d, heads n, key heads m, queries a key g, head h, rotary r, rest p, latent l."""
+        m = self.key_heads or (heads if self.own_keys else kv_heads)
+        return SimpleNamespace(d=model, n=heads, m=m, g=heads // m, h=head, r=2, p=head - 2, l=5)
 
-    return {"params": params, "heads_of": heads_of}
+    def params(self, s: Any, seed: int) -> Any:
+        """Draws the block's leaves; a key "0" is a position in a list."""
+        rng = np.random.default_rng([len(self.name), seed])
+        tree: dict[str, Any] = {}
+        for path, shape in self.shapes(s).items():
+            *parents, name = path.split("/")
+            inside = tree
+            for parent in parents[: -1 if name == "0" else None]:
+                inside = inside.setdefault(parent, {})
+            leaf = rng.standard_normal(shape).astype(np.float32)
+            inside |= {parents[-1]: [leaf]} if name == "0" else {name: leaf}
+        return tree
 
-
-def _torch(merged: bool):
-    def params(rng, s):
-        sizes = {"query_proj": s.heads, "key_proj": s.kv_heads}
-        shapes = {
-            n: (h * s.head, s.model) if merged else (h, s.head, s.model) for n, h in sizes.items()
+    def queries_and_keys(self, block: Any, x: np.ndarray, s: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Returns both as `(tokens, query heads, size)`, a shared key once for each query."""
+        leaves = {
+            jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf).astype(
+                np.float64
+            )
+            for path, leaf in jax.tree_util.tree_flatten_with_path(block)[0]
         }
-        return {name: {"weight": normal(rng, *shape)} for name, shape in shapes.items()}
+        q, k = self.heads_of(leaves, x, s)
+        return q, np.repeat(k, s.n // k.shape[1], axis=1)
 
-    def heads_of(p, x, s):
-        q, k = (
-            _heads(x @ wide(p[name]["weight"]).reshape(-1, s.model).T, heads)
-            for name, heads in (("query_proj", s.heads), ("key_proj", s.kv_heads))
-        )
-        return q, per_query(k, s.heads)
-
-    return {"params": params, "heads_of": heads_of}
+    def maxima(self, block: Any, x: np.ndarray, s: Any) -> np.ndarray:
+        q, k = self.queries_and_keys(block, x, s)
+        return np.einsum("thd,shd->hts", q, k).max((1, 2)) / np.sqrt(q.shape[-1])
 
 
-def _fused(name: str, order: str, split_axes: bool = False, transposed: bool = False):
+def _linear(w: Leaves, name: str, x: np.ndarray, heads: int = 1) -> np.ndarray:
+    """Applies `(inputs, *features)` and a bias, as `(tokens, heads, size)`."""
+    kernel = w[f"{name}/kernel"]
+    y = x @ kernel.reshape(len(kernel), -1) + w.get(f"{name}/bias", np.zeros(1)).reshape(-1)
+    return y.reshape(len(x), heads, -1)
+
+
+def _heads(q: str, k: str) -> HeadsOf:
+    return lambda w, x, s: (_linear(w, q, x, s.n), _linear(w, k, x, s.m))
+
+
+def _separate(q: str, k: str, merged: bool = False, bias: bool = True) -> tuple[Any, HeadsOf]:
+    def shapes(s: Any) -> Shapes:
+        found = {}
+        for name, heads in ((q, s.n), (k, s.m)):
+            features = (heads * s.h,) if merged else (heads, s.h)
+            found |= {f"{name}/kernel": (s.d, *features)}
+            found |= {f"{name}/bias": features} if bias else {}
+        return found
+
+    return shapes, _heads(q, k)
+
+
+def _transposed(w: Leaves, x: np.ndarray, s: Any) -> Any:
+    kernels = (w[f"{name}/weight"].reshape(-1, s.d) for name in ("query_proj", "key_proj"))
+    return tuple((x @ w.T).reshape(len(x), -1, s.h) for w in kernels)
+
+
+def _fused(name: str, interleaved: bool = False) -> tuple[Any, HeadsOf]:
     """A fused kernel, its output projection beside it where that tells the size of a head."""
 
-    def params(rng, s):
-        total = (s.heads + 2 * s.kv_heads) * s.head
-        if split_axes:
-            kernel, bias = normal(rng, s.model, 3, s.heads, s.head), normal(rng, 3, s.heads, s.head)
-        else:
-            kernel, bias = normal(rng, s.model, total), normal(rng, total)
-        out = normal(rng, s.heads * s.head, s.model)
-        if transposed:
-            kernel, out = kernel.T, normal(rng, s.heads * s.head, s.heads * s.head)
-        return {name: {"kernel": kernel, "bias": bias}, "c_proj": {"kernel": out}}
+    def shapes(s: Any) -> Shapes:
+        features = (s.n + 2 * s.m) * s.h
+        kernels = {f"{name}/kernel": (s.d, features), f"{name}/bias": (features,)}
+        return kernels | {"c_proj/kernel": (s.n * s.h, s.d)}
 
-    def heads_of(p, x, s):
-        module = dict(p[name])
-        if transposed:
-            module["kernel"] = np.asarray(module["kernel"]).T
-        y = linear(x, module)
-        if order == "concatenated":
-            q, k, _ = np.split(y, [s.heads * s.head, (s.heads + s.kv_heads) * s.head], axis=1)
-            return _heads(q, s.heads), per_query(_heads(k, s.kv_heads), s.heads)
-        group = s.heads // s.kv_heads
-        rows = y.reshape(len(x), s.kv_heads, group + 2, s.head)
-        q = rows[:, :, :group].reshape(len(x), s.heads, s.head)
-        return q, per_query(rows[:, :, group], s.heads)
+    def heads_of(w: Leaves, x: np.ndarray, s: Any) -> Any:
+        if not interleaved:
+            y = _linear(w, name, x, s.n + 2 * s.m)
+            return y[:, : s.n], y[:, s.n : s.n + s.m]
+        rows = _linear(w, name, x).reshape(len(x), s.m, s.g + 2, s.h)
+        return rows[:, :, : s.g].reshape(len(x), s.n, s.h), rows[:, :, s.g]
 
-    return {"params": params, "heads_of": heads_of}
+    return shapes, heads_of
 
 
-def _fused_kv(query: str, key_value: str, interleaved: bool = False):
-    def params(rng, s):
-        return {
-            query: {"kernel": normal(rng, s.model, s.heads * s.head)},
-            key_value: {"kernel": normal(rng, s.model, 2 * s.kv_heads * s.head)},
-        }
-
-    def heads_of(p, x, s):
-        k = _heads(linear(x, p[key_value]), s.kv_heads if interleaved else 2 * s.kv_heads)
-        k = k[..., : s.head] if interleaved else k[:, : s.kv_heads]
-        return _heads(linear(x, p[query]), s.heads), per_query(k, s.heads)
-
-    return {"params": params, "heads_of": heads_of}
+def _fused_transposed(s: Any) -> Shapes:
+    sizes = {"c_attn/kernel": (3 * s.n * s.h, s.d), "c_attn/bias": (3 * s.n * s.h,)}
+    return sizes | {"c_proj/kernel": (s.n * s.h, s.n * s.h)}
 
 
-def _gemma_params(rng, s):
-    return {
-        "q_einsum": {"w": normal(rng, s.heads, s.model, s.head)},
-        "kv_einsum": {"w": normal(rng, 2, s.kv_heads, s.model, s.head)},
-    }
+def _fused_kv(q: str, kv: str, interleaved: bool = False) -> tuple[Any, HeadsOf]:
+    def heads_of(w: Leaves, x: np.ndarray, s: Any) -> Any:
+        k = _linear(w, kv, x, s.m if interleaved else 2 * s.m)
+        return _linear(w, q, x, s.n), k[..., : s.h] if interleaved else k[:, : s.m]
 
-
-def _gemma_heads(p, x, s):
-    q = np.einsum("td,hdk->thk", x, wide(p["q_einsum"]["w"]))
-    k = np.einsum("td,hdk->thk", x, wide(p["kv_einsum"]["w"])[0])
-    return q, per_query(k, s.heads)
+    return (
+        lambda s: {f"{q}/kernel": (s.d, s.n * s.h), f"{kv}/kernel": (s.d, 2 * s.m * s.h)}
+    ), heads_of
 
 
 def _latent(
-    query: str,
-    down: str,
-    up: str,
-    merged: bool,
-    low_rank: str | None = None,
-    values: int | None = None,
-):
+    q: str, down: str, up: str, merged: bool, low_rank: str = "", values: int = 5
+) -> tuple[Any, HeadsOf]:
     """Latent attention: keys from a latent, one rotary key for all heads; values beside them."""
 
-    def params(rng, s):
-        shape = (lambda n: (s.heads * n,)) if merged else (lambda n: (s.heads, n))
-        inputs = s.latent if low_rank else s.model
-        p = {
-            query: {"kernel": normal(rng, inputs, *shape(s.head))},
-            down: {"kernel": normal(rng, s.model, s.latent + s.rope)},
-            up: {
-                "kernel": normal(
-                    rng, s.latent, *shape(s.head - s.rope + (s.value if values is None else values))
-                )
-            },
-            "kv_norm": {"scale": np.ones(s.latent, np.float32)},
+    def shapes(s: Any) -> Shapes:
+        queries, keys = ((s.n * n,) if merged else (s.n, n) for n in (s.h, s.p + values))
+        found = {
+            f"{q}/kernel": (s.l if low_rank else s.d, *queries),
+            f"{down}/kernel": (s.d, s.l + s.r),
+            f"{up}/kernel": (s.l, *keys),
+            "kv_norm/scale": (s.l,),
         }
-        if low_rank:
-            p[low_rank] = {"kernel": normal(rng, s.model, s.latent)}
-            p["q_norm"] = {"scale": np.ones(s.latent, np.float32)}
-        return p
+        return found | (
+            {f"{low_rank}/kernel": (s.d, s.l), "q_norm/scale": (s.l,)} if low_rank else {}
+        )
 
-    def heads_of(p, x, s):
-        nope = s.head - s.rope
-        inside = linear(x, p[low_rank]) if low_rank else x
-        q = _heads(linear(inside, p[query]), s.heads)
-        latent, rotary = np.split(linear(x, p[down]), [s.latent], axis=1)
-        k = _heads(linear(latent, p[up]), s.heads)[..., :nope]
-        rotary = np.repeat(rotary[:, None], s.heads, axis=1)
-        return q, np.concatenate([k, rotary], axis=-1)
+    def heads_of(w: Leaves, x: np.ndarray, s: Any) -> Any:
+        latent, rotary = np.split(_linear(w, down, x)[:, 0], [s.l], axis=1)
+        k = _linear(w, up, latent, s.n)[..., : s.p]
+        rotary = np.repeat(rotary[:, None], s.n, axis=1)
+        inside = _linear(w, low_rank, x)[:, 0] if low_rank else x
+        return _linear(w, q, inside, s.n), np.concatenate([k, rotary], axis=-1)
 
-    return {"params": params, "heads_of": heads_of}
+    return shapes, heads_of
 
 
-def _latent_parts_params(rng, s):
-    nope = s.head - s.rope
-    return {
-        "q_nope": {"kernel": normal(rng, s.model, s.heads, nope)},
-        "q_rope": {"kernel": normal(rng, s.model, s.heads, s.rope)},
-        "k_nope": {"kernel": normal(rng, s.model, s.heads, nope)},
-        "k_rope": {"kernel": normal(rng, s.model, s.rope)},
-    }
+def _latent_parts(w: Leaves, x: np.ndarray, s: Any) -> Any:
+    rotary = np.repeat(_linear(w, "k_rope", x), s.n, axis=1)
+    q = np.concatenate([_linear(w, name, x, s.n) for name in ("q_nope", "q_rope")], -1)
+    return q, np.concatenate([_linear(w, "k_nope", x, s.n), rotary], -1)
 
 
-def _latent_parts_heads(p, x, s):
-    q = [_heads(linear(x, p[name]), s.heads) for name in ("q_nope", "q_rope")]
-    rotary = np.repeat(linear(x, p["k_rope"])[:, None], s.heads, axis=1)
-    k = [_heads(linear(x, p["k_nope"]), s.heads), rotary]
-    return np.concatenate(q, -1), np.concatenate(k, -1)
-
-
-def _rms(y: Array) -> Array:
-    return y / np.sqrt((y**2).mean(-1, keepdims=True))
-
-
-def _gains(shared_key_gain: bool):
+def _gains(shared_key_gain: bool) -> tuple[Any, HeadsOf]:
     """Normalised over all heads, with a gain for every feature, as in OLMo 2."""
+    shapes, _ = _separate("q_proj", "k_proj", merged=True, bias=False)
 
-    def params(rng, s):
-        p = _separate("q_proj", "k_proj", merged=True, bias=False)["params"](rng, s)
-        p["q_norm"] = {"scale": normal(rng, s.heads * s.head)}
-        p["k_norm"] = {"scale": normal(rng, s.head if shared_key_gain else s.kv_heads * s.head)}
-        return p
+    def normed(w: Leaves, x: np.ndarray, role: str, heads: int) -> np.ndarray:
+        y = _linear(w, f"{role}_proj", x, heads)
+        y = y / np.sqrt((y**2).mean(-1, keepdims=True))
+        return y * w[f"{role}_norm/scale"]
 
-    def heads_of(p, x, s):
-        q = _heads(_rms(linear(x, p["q_proj"])) * wide(p["q_norm"]["scale"]), s.heads)
-        if shared_key_gain:
-            k = _rms(_heads(linear(x, p["k_proj"]), s.kv_heads)) * wide(p["k_norm"]["scale"])
-        else:
-            k = _rms(linear(x, p["k_proj"])) * wide(p["k_norm"]["scale"])
-        return q, per_query(_heads(k.reshape(len(x), -1), s.kv_heads), s.heads)
+    def heads_of(w: Leaves, x: np.ndarray, s: Any) -> Any:
+        q = normed(w, x, "q", 1).reshape(len(x), s.n, s.h)
+        return q, normed(w, x, "k", s.m if shared_key_gain else 1).reshape(len(x), s.m, s.h)
 
-    return {"params": params, "heads_of": heads_of}
-
-
-def _adapter_params(rng, s):
-    p = _separate("q_proj", "k_proj", merged=True, bias=True)["params"](rng, s)
-    p["q_proj"] |= {
-        "lora_a": normal(rng, s.model, 2),
-        "lora_b": normal(rng, 2, s.heads * s.head),
+    gains = lambda s: {  # noqa: E731
+        "q_norm/scale": (s.n * s.h,),
+        "k_norm/scale": (s.h if shared_key_gain else s.m * s.h,),
     }
-    return p
+    return (lambda s: shapes(s) | gains(s)), heads_of
 
 
-def _adapter_heads(p, x, s):
-    module = p["q_proj"]
-    q = linear(x, module) + x @ wide(module["lora_a"]) @ wide(module["lora_b"])
-    return _heads(q, s.heads), _heads(linear(x, p["k_proj"]), s.kv_heads)
+def _adapted(*paths: str, transposed: bool = False) -> tuple[Any, HeadsOf]:
+    """A merged kernel with an adapter of rank 2 on queries and keys."""
+
+    def shapes(s: Any) -> Shapes:
+        found = {}
+        for name, heads in (("q_proj", s.n), ("k_proj", s.m)):
+            kernels = ((s.d, heads * s.h), (s.d, 2), (2, heads * s.h))
+            for path, shape in zip(paths, kernels, strict=True):
+                found[f"{name}/{path}"] = shape[::-1] if transposed else shape
+        return found
+
+    def heads_of(w: Leaves, x: np.ndarray, s: Any) -> Any:
+        def project(name: str, heads: int) -> np.ndarray:
+            kernels = (w[f"{name}/{path}"] for path in paths)
+            kernel, a, b = (leaf.T if transposed else leaf for leaf in kernels)
+            return (x @ (kernel + a @ b)).reshape(len(x), heads, -1)
+
+        return project("q_proj", s.n), project("k_proj", s.m)
+
+    return shapes, heads_of
 
 
-def _query_alone(p, x, s):
-    """Keys that belong to another layer, as here the first tokens themselves."""
-    k = np.repeat(x[:, None, : s.head], s.heads, axis=1)
-    return _heads(linear(x, p["q_proj"]), s.heads), k
+def _einsum_adapted(w: Leaves, x: np.ndarray, _: Any) -> Any:
+    """tunix: kernels `(inputs, heads, size)` with the adapter of qwix."""
+    return tuple(
+        np.einsum("td,dhk->thk", x, w[f"{n}/w"] + np.tensordot(w[f"{n}/w_lora_a"], w[b], 1))
+        for n, b in (("q_proj", "q_proj/w_lora_b"), ("k_proj", "k_proj/w_lora_b"))
+    )
 
 
+def _gate(interleaved: Any) -> tuple[Any, HeadsOf, bool, Any]:
+    """Queries and a gate in a merged kernel: shapes do not tell which is which."""
+
+    def heads_of(w: Leaves, x: np.ndarray, s: Any) -> Any:
+        groups = {True: s.n, "group": s.m, False: 1}[interleaved]
+        q = _linear(w, "my_q", x).reshape(len(x), groups, 2, s.n // groups, s.h)[:, :, 0]
+        return q.reshape(len(x), s.n, s.h), _linear(w, "my_k", x, s.m)
+
+    queries = Projection("my_q", ("query", "gate"), interleaved=interleaved)
+    layout = AttentionLayout((queries, Projection("my_k", ("key",))))
+    shapes = lambda s: {"my_q/kernel": (s.d, 2 * s.n * s.h), "my_k/kernel": (s.d, s.m * s.h)}  # noqa: E731
+    return shapes, heads_of, False, [("attn$", layout)]
+
+
+def _found(q: str, k: str, out: str, queries: int, outputs: int) -> tuple[Any, HeadsOf]:
+    """Queries that are longer than keys hold a gate; longer than outputs, values are shorter."""
+
+    def shapes(s: Any) -> Shapes:
+        kernel, bias = (s.d, s.n, queries * s.h), {f"{q}/bias": (s.n, queries * s.h)}
+        kernels = {f"{q}/kernel": kernel, f"{k}/kernel": (s.d, s.m, s.h)}
+        kernels |= {f"{out}/kernel": (s.n, s.h // outputs, s.d)}
+        return kernels | (bias if q == "query" else {})
+
+    return shapes, lambda w, x, s: (_linear(w, q, x, s.n)[..., : s.h], _linear(w, k, x, s.m))
+
+
+def _rotary(share: float) -> tuple[Any, HeadsOf]:
+    """Rotates the first features of every head, in pairs, by the token's position."""
+    shapes, plain = _separate("query", "key")
+
+    def rotated(y: np.ndarray) -> np.ndarray:
+        half = round(share * y.shape[-1] / 2)
+        angle = np.arange(len(y))[:, None, None] / 10.0 ** (np.arange(half) / half)
+        a, b = y[..., :half], y[..., half : 2 * half]
+        turned = (a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle))
+        return np.concatenate([*turned, y[..., 2 * half :]], axis=-1)
+
+    return shapes, lambda w, x, s: tuple(map(rotated, plain(w, x, s)))  # type: ignore[return-value]
+
+
+def _layout(q: str, k: str, *roles: str, **keywords: Any) -> AttentionLayout:
+    return AttentionLayout(
+        (Projection(q, ("query",)), Projection(k, roles or ("key",), **keywords))
+    )
+
+
+def _by(q: str, k: str, *paths: str) -> HeadsOf:
+    """Applies an einsum to two leaves."""
+    return lambda w, x, s: tuple(
+        np.einsum(each, x, w[path]).reshape(len(x), -1, s.h)
+        for each, path in zip((q, k), paths, strict=True)
+    )
+
+
+_CROSS = _separate("query", "key")
+_ADAPTER = _separate("q_proj", "k_proj", merged=True)
+_HEAD = "/weight/array"
 CASES = (
-    Case("linen", **_separate("query", "key", merged=False, bias=True)),
-    Case("linen without bias", **_separate("query", "key", merged=False, bias=False)),
-    Case("grouped", **_separate("query", "key", merged=False, bias=True), own_keys=False),
-    Case("merged", **_separate("q_proj", "k_proj", merged=True, bias=True)),
-    Case("merged, grouped", **_separate("wq", "wk", merged=True, bias=True), own_keys=False),
-    Case("multi-query", **_separate("query", "key", merged=False, bias=True), key_heads=1),
-    Case("diffusion", **_separate("to_q", "to_k", merged=True, bias=False)),
+    Case("linen", *_separate("query", "key")),
+    Case("linen without bias", *_separate("query", "key", bias=False)),
+    Case("grouped", *_separate("query", "key"), False),
+    Case("merged", *_separate("q_proj", "k_proj", merged=True)),
+    Case("merged, grouped", *_separate("wq", "wk", merged=True), False),
+    Case("multi-query", *_separate("query", "key"), key_heads=1),
+    Case("diffusion", *_separate("to_q", "to_k", merged=True, bias=False)),
+    Case("other names", *_separate("ask", "answer"), False, _layout("ask", "answer")),
     Case(
-        "other names",
-        **_separate("ask", "answer", merged=False, bias=True),
-        blocks=AttentionLayout((Projection("ask", ("query",)), Projection("answer", ("key",)))),
+        "transposed",
+        lambda s: {"query_proj/weight": (s.n * s.h, s.d), "key_proj/weight": (s.m * s.h, s.d)},
+        *(_transposed, False),
+    ),
+    Case(
+        "transposed, an axis for heads",
+        lambda s: {"query_proj/weight": (s.n, s.h, s.d), "key_proj/weight": (s.m, s.h, s.d)},
+        _transposed,
+    ),
+    Case(
+        "gpt2, transposed",
+        _fused_transposed,
+        lambda w, x, s: _fused("c_attn")[1](w | {"c_attn/kernel": w["c_attn/kernel"].T}, x, s),
+    ),
+    Case("gpt2", *_fused("c_attn")),
+    Case("phi3", *_fused("qkv_proj"), False),
+    Case("timm", *_fused("qkv")),
+    Case(
+        "maxtext fused",
+        lambda s: {
+            "qkv_proj/kernel": (s.d, 3, s.n, s.h),
+            "qkv_proj/bias": (3, s.n, s.h),
+            "c_proj/kernel": (s.n * s.h, s.d),
+        },
+        _fused("qkv_proj")[1],
+    ),
+    Case("bloom", *_fused("query_key_value", interleaved=True)),
+    Case("falcon", *_fused("query_key_value", interleaved=True), False),
+    Case("gate, interleaved", *_gate(True)),
+    Case("gate, by group", *_gate("group")),
+    Case("gate, concatenated", *_gate(False)),
+    Case("gate, found", *_found("query", "key", "out", 2, 1), False),
+    Case("gate, found, own keys", *_found("q_proj", "k_proj", "o_proj", 2, 1)),
+    Case("smaller values", *_found("query", "key", "out", 1, 2), False),
+    Case("rotary", *_rotary(1.0)),
+    Case("partial rotary", *_rotary(0.5), False),
+    Case(
+        "cross-attention",
+        _CROSS[0],
+        lambda w, x, s: (_CROSS[1](w, x, s)[0], _CROSS[1](w, 0.5 + x[::-1][:5], s)[1]),
         own_keys=False,
     ),
-    Case("transposed", **_torch(merged=True), own_keys=False),
-    Case("transposed, an axis for heads", **_torch(merged=False)),
-    Case("gpt2, transposed", **_fused("c_attn", "concatenated", transposed=True)),
-    Case("gpt2", **_fused("c_attn", "concatenated")),
-    Case("phi3", **_fused("qkv_proj", "concatenated"), own_keys=False),
-    Case("timm", **_fused("qkv", "concatenated")),
-    Case("maxtext fused", **_fused("qkv_proj", "concatenated", split_axes=True)),
-    Case("bloom", **_fused("query_key_value", "interleaved")),
-    Case("falcon", **_fused("query_key_value", "interleaved"), own_keys=False),
-    *GATED,
-    *POSITIONS,
-    *LIBRARIES,
-    Case("fused kv", **_fused_kv("to_q", "to_kv"), own_keys=False),
-    Case(
-        "fused kv, head by head",
-        **_fused_kv("my_q", "my_kv", interleaved=True),
-        blocks=AttentionLayout(
-            (
-                Projection("my_q", ("query",)),
-                Projection("my_kv", ("key", "value"), interleaved=True),
-            )
+    Case(  # Levanter's Llama: outputs before inputs, query heads on two axes
+        "haliax, grouped",
+        lambda s: {
+            f"q_proj{_HEAD}": (s.m, s.g, s.h, s.d),
+            f"k_proj{_HEAD}": (s.m, s.h, s.d),
+            f"v_proj{_HEAD}": (s.m, s.h, s.d),
+            f"o_proj{_HEAD}": (s.d, s.n, s.h),
+        },
+        _by("te,kghe->tkgh", "te,khe->tkh", f"q_proj{_HEAD}", f"k_proj{_HEAD}"),
+        own_keys=False,
+    ),
+    Case(  # Levanter's GPT-2: an array by its position in the node
+        "haliax, fused",
+        lambda s: {
+            "c_attn/weight/0": (s.d, 3, s.n, s.h),
+            "c_attn/bias/0": (3, s.n, s.h),
+            "c_proj/weight/0": (s.n, s.h, s.d),
+        },
+        lambda w, x, _: tuple(
+            np.tensordot(x, w["c_attn/weight/0"][:, i], 1) + w["c_attn/bias/0"][i] for i in (0, 1)
         ),
     ),
-    Case("gemma", _gemma_params, _gemma_heads, own_keys=False),
-    Case("maxtext latent", **_latent("wq_b", "wkv_a", "wkv_b", False, low_rank="wq_a")),
-    Case("maxtext latent, full query", **_latent("query", "wkv_a", "wkv_b", False)),
-    Case(
-        "deepseek",
-        **_latent("q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", True, low_rank="q_a_proj"),
+    Case(  # Gemma 4's global layers
+        "keys that are values",
+        lambda s: {
+            "q_einsum/w": (s.n, s.d, s.h),
+            "k_einsum/w": (s.m, s.d, s.h),
+            "attn_vec_einsum/w": (s.n, s.h, s.d),
+        },
+        _by("td,hdk->thk", "td,hdk->thk", "q_einsum/w", "k_einsum/w"),
+        key_heads=2,
     ),
-    Case("deepseek lite", **_latent("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", True)),
+    Case("nnx LoRA around", *_adapted("base_module/kernel", "lora_a", "lora_b")),
+    Case("nnx LoRA beside", *_adapted("kernel", "lora/lora_a", "lora/lora_b"), False),
+    Case("qwix LoRA", *_adapted("kernel", "kernel_lora_a", "kernel_lora_b")),
     Case(
-        "latent, separate k and v",
-        **_latent("wq_b", "wkv_a", "wk_b", False, low_rank="wq_a", values=0),
+        "PEFT LoRA",
+        *_adapted(
+            *("base_layer/weight", "lora_A/default/weight", "lora_B/default/weight"),
+            transposed=True,
+        ),
+        own_keys=False,
     ),
-    Case("latent, separate parts", _latent_parts_params, _latent_parts_heads),
-    Case("gains", **_gains(shared_key_gain=False)),
-    Case("gains, grouped", **_gains(shared_key_gain=False), own_keys=False),
-    Case("gains, key's shared", **_gains(shared_key_gain=True)),
     Case(
+        "haliax LoRA",
+        *_adapted(
+            *(f"wrapped{_HEAD}", f"lora/lora_A{_HEAD}", f"lora/lora_B{_HEAD}"), transposed=True
+        ),
+    ),
+    Case(
+        "qwix LoRA, einsum",
+        lambda s: {
+            f"{name}/{leaf}": shape
+            for name, heads in (("q_proj", s.n), ("k_proj", s.m))
+            for leaf, shape in (
+                *(("w", (s.d, heads, s.h)), ("w_lora_a", (s.d, 3))),
+                ("w_lora_b", (3, heads, s.h)),
+            )
+        },
+        *(_einsum_adapted, False),
+    ),
+    Case(
+        "adapter on queries",
+        lambda s: _ADAPTER[0](s) | {"q_proj/lora_a": (s.d, 2), "q_proj/lora_b": (2, s.n * s.h)},
+        lambda w, x, s: (
+            _ADAPTER[1](w, x, s)[0]
+            + (x @ w["q_proj/lora_a"] @ w["q_proj/lora_b"]).reshape(len(x), s.n, s.h),
+            _ADAPTER[1](w, x, s)[1],
+        ),
+    ),
+    Case("fused kv", *_fused_kv("to_q", "to_kv"), False),
+    Case(
+        "fused kv, head by head",
+        *_fused_kv("my_q", "my_kv", interleaved=True),
+        blocks=_layout("my_q", "my_kv", "key", "value", interleaved=True),
+    ),
+    Case(
+        "gemma",
+        lambda s: {"q_einsum/w": (s.n, s.d, s.h), "kv_einsum/w": (2, s.m, s.d, s.h)},
+        lambda w, x, _: (
+            np.einsum("td,hdk->thk", x, w["q_einsum/w"]),
+            np.einsum("td,hdk->thk", x, w["kv_einsum/w"][0]),
+        ),
+        own_keys=False,
+    ),
+    Case("maxtext latent", *_latent("wq_b", "wkv_a", "wkv_b", False, "wq_a")),
+    Case("maxtext latent, full query", *_latent("query", "wkv_a", "wkv_b", False)),
+    Case("deepseek", *_latent("q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", True, "q_a_proj")),
+    Case("deepseek lite", *_latent("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", True)),
+    Case("latent, separate k and v", *_latent("wq_b", "wkv_a", "wk_b", False, "wq_a", 0)),
+    Case(
+        "latent, separate parts",
+        lambda s: {
+            "q_nope/kernel": (s.d, s.n, s.p),
+            "q_rope/kernel": (s.d, s.n, s.r),
+            "k_nope/kernel": (s.d, s.n, s.p),
+            "k_rope/kernel": (s.d, s.r),
+        },
+        _latent_parts,
+    ),
+    Case("gains", *_gains(shared_key_gain=False)),
+    Case("gains, grouped", *_gains(shared_key_gain=False), False),
+    Case("gains, key's shared", *_gains(shared_key_gain=True)),
+    Case(  # whose keys are another layer's, here the first features of the tokens
         "query alone",
-        lambda rng, s: {"q_proj": {"kernel": normal(rng, s.model, s.heads * s.head)}},
-        _query_alone,
+        lambda s: {"q_proj/kernel": (s.d, s.n * s.h)},
+        lambda w, x, s: (_linear(w, "q_proj", x, s.n), x[:, None, : s.h]),
         blocks=("attn$", AttentionLayout((Projection("q_proj", ("query_alone",)),))),
     ),
-    Case("adapter", _adapter_params, _adapter_heads),
 )
+
+
+def normal(*shape: int, dtype: Any = jnp.float32, seed: int = 0) -> jax.Array:
+    """Returns the same numbers for the same shape and seed, whatever ran before."""
+    return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape), dtype)
+
+
+def attention(heads=4, kv_heads=None, d=6, hd=8, bias=True, stack=(), dtype=jnp.float32):
+    """Draws the leaves of Flax's attention."""
+
+    def projection(count, seed):
+        kernel = {"kernel": normal(*stack, d, count, hd, dtype=dtype, seed=seed)}
+        shift = {"bias": normal(*stack, count, hd, dtype=dtype, seed=seed)}
+        return kernel | shift if bias else kernel
+
+    key_heads = kv_heads or heads
+    return {
+        name: projection(count, seed)
+        for seed, (name, count) in enumerate(
+            {"query": heads, "key": key_heads, "value": key_heads}.items()
+        )
+    } | {"out": {"kernel": normal(*stack, heads, hd, d, dtype=dtype)}}

@@ -9,98 +9,83 @@ from flax import nnx
 from muonclip_jax.clipping.matching import merge_recordings, read_maxima, trailing_shape
 
 A, B = jnp.asarray([1.0, 5.0]), jnp.asarray([4.0, 2.0])
-
-SAME = {
-    "intermediates": {"intermediates": {"block": {"attn": {"max_logits": (A,)}}}},
-    "without the outer level": {"block": {"attn": {"max_logits": (A,)}}},
-    "beside other things": {"block": {"attn": {"max_logits": (A,), "weights": (B,)}, "out": (B,)}},
-    "not in a tuple": {"block": {"attn": {"max_logits": A}}},
-    "flat": {"block/attn": A},
-    "flat with the name": {"block/attn/max_logits": A},
-    "flat with outer levels": {"params/block/attn": A},
-    "boxed": {"block": {"attn": {"max_logits": nn.Partitioned(A, (None,))}}},
-    "nnx": nnx.State({"block": {"attn": {"max_logits": nnx.Intermediate((A,))}}}),
-    "nnx pure": {"block": {"attn": {"max_logits": (A,)}}},
-    "numpy": {"block/attn": np.asarray(A)},
-    "mirrored": {"block": {"attn": A}},
-    "mirrored, with outer levels": {"params": {"block": {"attn": A}}},
-    "mirrored, boxed": {"block": {"attn": nn.Partitioned(A, (None,))}},
-    "mirrored, nnx": nnx.State({"block": {"attn": nnx.Intermediate(A)}}),
-    "half flat": {"block": {"attn": A}, "other/attn": B},
+BLOCK = {"block/attn": A}
+#: A tree as it was recorded, and what is read from it.
+TREES = {
+    "intermediates": ({"intermediates": {"block": {"attn": {"max_logits": (A,)}}}}, BLOCK),
+    "beside other things": ({"block": {"attn": {"max_logits": (A,), "w": (B,)}, "o": (B,)}}, BLOCK),
+    "not in a tuple": ({"block": {"attn": {"max_logits": A}}}, BLOCK),
+    "flat": ({"block/attn": np.asarray(A)}, BLOCK),
+    "flat with the name": ({"block/attn/max_logits": A}, BLOCK),
+    "flat with outer levels": ({"params/block/attn": A}, BLOCK),
+    "boxed": ({"block": {"attn": {"max_logits": nn.Partitioned(A, (None,))}}}, BLOCK),
+    "nnx": (nnx.State({"block": {"attn": {"max_logits": nnx.Intermediate((A,))}}}), BLOCK),
+    "mirrored": ({"block": {"attn": A}}, BLOCK),
+    "mirrored, with outer levels": ({"params": {"block": {"attn": A}}}, BLOCK),
+    "mirrored, boxed": ({"block": {"attn": nn.Partitioned(A, (None,))}}, BLOCK),
+    "mirrored, nnx": (nnx.State({"block": {"attn": nnx.Intermediate(A)}}), BLOCK),
+    "half flat": ({"block": {"attn": A}, "other/attn": B}, BLOCK | {"other/attn": B}),
+    "a model that is the attention": ({"max_logits": (A,)}, {"": A}),
+    "the same in Flax": ({"intermediates": {"max_logits": (A,)}}, {"": A}),
+    "the same, flat": ({"": A}, {"": A}),
+    "layers in a list": (
+        {"layers": [{"attn": {"max_logits": (A,)}}, {"attn": {"max_logits": (B,)}}]},
+        {"layers/0/attn": A, "layers/1/attn": B},
+    ),
 }
 
 
-def recorded(tree):
-    return read_maxima(tree)[0]
-
-
-@pytest.mark.parametrize("kind", SAME)
+@pytest.mark.parametrize("kind", TREES)
 def test_kinds_of_trees(kind):
-    maxima, _ = read_maxima(SAME[kind])
-    assert list(maxima) == ["block/attn"] + ["other/attn"] * (kind == "half flat")
-    np.testing.assert_array_equal(maxima["block/attn"][0], A)
+    tree, expected = TREES[kind]
+    maxima = read_maxima(tree)[0]
+    assert list(maxima) == list(expected)
+    for path, recordings in maxima.items():
+        np.testing.assert_array_equal(recordings[0], expected[path])
 
 
-def test_a_model_that_is_the_attention_has_the_empty_path():
-    assert list(recorded({"max_logits": (A,)})) == [""]
-    assert list(recorded({"intermediates": {"max_logits": (A,)}})) == [""]
-    assert list(recorded({"": A})) == [""]
+NAN, INF = jnp.nan, jnp.inf
+#: Recordings, the shape of the block's maxima, and what they become.
+MERGED = {
+    "a tuple of any length": ([A, B, A], (2,), [4, 5]),
+    "axes before the heads": ([jnp.stack([A, B, -A]).reshape(3, 1, 2)], (2,), [4, 5]),
+    "before layers": ([jnp.stack([jnp.stack([A, B]), jnp.stack([B, A])])], (2, 2), [[4, 5]] * 2),
+    "other leading axes": ([jnp.stack([A, B]), -A], (2,), [4, 5]),
+    "not finite": ([jnp.array([[NAN, 3], [7, INF]]), jnp.array([5, NAN])], (2,), [7, 3]),
+    "not finite alone": ([jnp.array([[INF, -INF], [NAN, -2.0]])], (2,), [NAN, -2]),
+}
 
 
-def test_layers_in_a_list_keep_their_number():
-    tree = {"layers": [{"attn": {"max_logits": (A,)}}, {"attn": {"max_logits": (B,)}}]}
-    assert list(recorded(tree)) == ["layers/0/attn", "layers/1/attn"]
+@pytest.mark.parametrize("name", MERGED)
+def test_recordings_are_maxed_not_summed(name):
+    recordings, shape, expected = MERGED[name]
+    np.testing.assert_array_equal(merge_recordings(recordings, shape, "attn"), expected)
+    assert trailing_shape(recordings)[-1:] == shape[-1:]
+    tree = {"attn": {"max_logits": tuple(recordings)}}
+    assert len(read_maxima(tree)[0]["attn"]) == len(recordings)
 
 
-def test_a_tuple_of_any_length_is_maxed_not_summed():
-    arrays = recorded({"attn": {"max_logits": (A, B, A)}})["attn"]
-    assert len(arrays) == 3
-    np.testing.assert_array_equal(merge_recordings(arrays, (2,), "attn"), [4.0, 5.0])
+WHOLE = r"may be whole logits .* take the maximum over all other"
+BAD = {
+    "no maxima": (lambda: read_maxima({}), "holds no maxima. Expected leaves named 'max_logits'"),
+    "None": (lambda: read_maxima(None), "holds no maxima"),
+    "an array": (lambda: read_maxima(A), "holds no maxima"),
+    "numbers": (
+        lambda: read_maxima({"attn": {"max_logits": [1.0, 2.0]}}),
+        r"maxima of 'attn' are \[1.0, 2.0\]; expected arrays",
+    ),
+    "another head count": (
+        lambda: merge_recordings([A, jnp.ones(3)], (2,), "attn"),
+        r"block 'attn' have shape \(3,\).*must end in \(2,\)",
+    ),
+    "logits": (lambda: merge_recordings([jnp.ones((2, 4, 4, 4))], (4,), "attn"), WHOLE),
+    "logits alone": (lambda: merge_recordings([jnp.ones((4, 6, 4))], (4,), "attn"), WHOLE),
+    "of layers": (lambda: merge_recordings([jnp.ones((3, 2, 4, 3, 4))], (3, 4), "attn"), WHOLE),
+}
 
 
-def test_axes_before_the_heads_are_maxed():
-    x = jnp.stack([A, B, -A]).reshape(3, 1, 2)
-    np.testing.assert_array_equal(merge_recordings([x], (2,), "attn"), [4.0, 5.0])
-    stacked = jnp.stack([jnp.stack([A, B]), jnp.stack([B, A])])
-    expected = [[4.0, 5.0], [4.0, 5.0]]
-    np.testing.assert_array_equal(merge_recordings([stacked], (2, 2), "attn"), expected)
-
-
-def test_recordings_may_differ_in_leading_axes():
-    arrays = [jnp.stack([A, B]), -A]
-    assert trailing_shape(arrays) == (2,)
-    np.testing.assert_array_equal(merge_recordings(arrays, (2,), "attn"), [4.0, 5.0])
-
-
-def test_recordings_of_another_head_count_are_an_error():
-    with pytest.raises(ValueError, match=r"block 'attn' have shape \(3,\).*must end in \(2,\)"):
-        merge_recordings([A, jnp.ones(3)], (2,), "attn")
-
-
-@pytest.mark.parametrize("tree", [{}, None, A])
-def test_a_tree_without_maxima_is_an_error(tree):
-    with pytest.raises(ValueError, match=r"holds no maxima. Expected leaves named 'max_logits'"):
-        read_maxima(tree)
-
-
-@pytest.mark.parametrize(
-    ("shape", "stack"), [((2, 4, 4, 4), ()), ((4, 6, 4), ()), ((3, 2, 4, 3, 4), (3,))]
-)
-def test_whole_logits_that_end_like_maxima_are_an_error(shape, stack):
-    with pytest.raises(ValueError, match=r"may be whole logits .* take the maximum over all other"):
-        merge_recordings([jnp.ones(shape)], (*stack, 4), "attn")
-
-
-def test_numbers_that_are_no_array_are_an_error():
-    with pytest.raises(ValueError, match=r"maxima of 'attn' are \[1.0, 2.0\]; expected arrays"):
-        read_maxima({"attn": {"max_logits": [1.0, 2.0]}})
-
-
-def test_a_recording_that_is_not_finite_hides_no_other():
-    recordings = [jnp.array([[jnp.nan, 3.0], [7.0, jnp.inf]]), jnp.array([5.0, jnp.nan])]
-    merged = merge_recordings(recordings, (2,), "attention")
-    np.testing.assert_array_equal(merged, [7.0, 3.0])
-    merged = merge_recordings(
-        [jnp.array([[jnp.inf, -jnp.inf], [jnp.nan, -2.0]])], (2,), "attention"
-    )
-    np.testing.assert_array_equal(merged, [jnp.nan, -2.0])
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_tree_of_maxima_is_an_error(name):
+    mistake, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        mistake()
