@@ -27,15 +27,10 @@ PARAMS = {
     },
     "norm": {"scale": np.ones(8, np.float32)},
 }
-STATE = {
-    "params": PARAMS,
-    "opt_state": {"mu": {"params": PARAMS}, "count": np.zeros((), np.int32)},
-    "step": np.asarray(3),
-}
 
 
-def forms(shapes: Any) -> dict[str, tuple[int, ...]]:
-    return {path: form.shape for path, form in shapes.items()}
+def forms(path: Path) -> dict[str, tuple[int, ...]]:
+    return {path: form.shape for path, form in read_shapes(path).items()}
 
 
 def save(folder: Path, tree: Any) -> Path:
@@ -44,37 +39,21 @@ def save(folder: Path, tree: Any) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of one item."""
-    return save(tmp_path_factory.mktemp("saved") / "checkpoint", STATE)
-
-
-@pytest.fixture(scope="module")
-def managed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Steps 9 and 10 of a manager; they differ in one shape."""
-    folder = tmp_path_factory.mktemp("managed")
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-    with ocp.CheckpointManager(folder, options=options) as manager:
-        manager.save(9, args=ocp.args.StandardSave({"params": {"w": np.ones((2, 3))}}))
-        manager.save(10, args=ocp.args.StandardSave({"params": {"w": np.ones((4, 3))}}))
-    return folder
-
-
 # -- reading --
 
 
-def test_of_a_manager_the_newest_step_is_read(managed: Path):
-    assert forms(read_shapes(managed)) == {"params/w": (4, 3)}
-    assert forms(read_shapes(managed / "9")) == {"params/w": (2, 3)}
-
-
-def test_items_of_a_step_have_their_names(tmp_path: Path):
+def test_of_a_manager_the_newest_step_and_its_items_are_read(tmp_path: Path):
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-    with ocp.CheckpointManager(tmp_path, options=options) as manager:
+    with ocp.CheckpointManager(tmp_path / "one", options=options) as manager:
+        for step, rows in ((9, 2), (10, 4)):
+            item = {"params": {"w": np.ones((rows, 3))}}
+            manager.save(step, args=ocp.args.StandardSave(item))
+    assert forms(tmp_path / "one") == {"params/w": (4, 3)}
+    assert forms(tmp_path / "one" / "9") == {"params/w": (2, 3)}
+    with ocp.CheckpointManager(tmp_path / "items", options=options) as manager:
         items = {n: ocp.args.StandardSave({"w": np.ones((2, 3))}) for n in ("params", "state")}
         manager.save(1, args=ocp.args.Composite(**items))
-    shapes = read_shapes(tmp_path)
+    shapes = read_shapes(tmp_path / "items")
     assert set(shapes) == {"params/w", "state/w"}
     assert find_params(shapes)[0] == "params"
 
@@ -87,45 +66,31 @@ def test_no_array_is_read(tmp_path: Path):
     assert large  # where the numbers are
     for path in large:
         path.unlink()
-    assert forms(read_shapes(folder)) == {"params/w": (512, 512)}
+    assert forms(folder) == {"params/w": (512, 512)}
 
 
 def test_boxes_are_ignored_and_an_npz_file_is_read(tmp_path: Path):
     boxed = {"attention": {"value": {"kernel": {"value": KERNEL}}}}
-    shapes = read_shapes(save(tmp_path / "boxed", boxed))
-    assert forms(shapes) == {"attention/value/kernel": (8, 2, 4)}
+    assert forms(save(tmp_path / "boxed", boxed)) == {"attention/value/kernel": (8, 2, 4)}
     half = np.asarray(jnp.ones((2, 2), jnp.bfloat16))
     np.savez(tmp_path / "params.npz", **{"a/kernel": KERNEL, "b/kernel": half})
-    shapes = read_shapes(tmp_path / "params.npz")
-    assert forms(shapes) == {"a/kernel": (8, 2, 4), "b/kernel": (2, 2)}
-    assert shapes["b/kernel"].dtype == jnp.bfloat16
+    assert forms(tmp_path / "params.npz") == {"a/kernel": (8, 2, 4), "b/kernel": (2, 2)}
+    assert read_shapes(tmp_path / "params.npz")["b/kernel"].dtype == jnp.bfloat16
 
 
-def test_what_is_no_checkpoint(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="There is no"):
-        read_shapes(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no checkpoint of Orbax"):
-        read_shapes(tmp_path)
+def test_what_is_no_checkpoint(tmp_path: Path, monkeypatch: Any):
     (tmp_path / "text").write_text("text")
-    with pytest.raises(ValueError, match=r"no \.npz file"):
-        read_shapes(tmp_path / "text")
-
-
-def test_without_orbax_the_error_says_what_to_install(saved: Path, monkeypatch: Any):
+    for path, error, message in (
+        (tmp_path / "nowhere", FileNotFoundError, "There is no"),
+        (tmp_path, ValueError, "no checkpoint of Orbax"),
+        (tmp_path / "text", ValueError, r"no \.npz file"),
+    ):
+        with pytest.raises(error, match=message):
+            read_shapes(path)
+    folder = save(tmp_path / "saved", PARAMS)
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
     with pytest.raises(ImportError, match="pip install orbax-checkpoint"):
-        read_shapes(saved)
-
-
-def test_several_subtrees_of_parameters():
-    form = jax.ShapeDtypeStruct((2, 3), jnp.float32)
-    shapes = {"actor/params/w": form, "critic/params/w": form}
-    with pytest.raises(ValueError, match="'actor/params', 'critic/params'"):
-        find_params(shapes)
-    assert find_params(shapes, "critic")[1] == {"params/w": form}
-    assert find_params(shapes, "")[1] == shapes
-    with pytest.raises(ValueError, match=r"nothing below 'model'.*'actor', 'critic'"):
-        find_params(shapes, "model")
+        read_shapes(folder)
 
 
 FORM = jax.ShapeDtypeStruct((4, 4), jnp.float32)
@@ -166,19 +131,18 @@ def test_optimizer_state_is_never_taken_for_parameters(name: str):
     assert find_params(saved) == (at, params)
 
 
-def test_copies_of_the_parameters_are_asked_about():
-    saved = below("model", NET) | below("ema", NET) | below("opt", ADAM)
-    with pytest.raises(ValueError, match=r"'model', 'ema', 'opt' \(optimizer state\).*--params"):
-        find_params(saved)
-
-
-def test_describe_counts_no_optimizer_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    moments = {"0": {"mu": PARAMS, "nu": PARAMS, "count": np.zeros((), np.int32)}}
-    folder = save(tmp_path / "checkpoint", {"model": PARAMS, "opt": moments, "step": np.asarray(3)})
-    assert main(["describe", str(folder), "--platform", "cpu"]) == 0
-    text = capsys.readouterr().out
-    assert "Parameters: 'model' of" in text
-    assert "opt/" not in text
+def test_several_subtrees_of_parameters_are_asked_about():
+    shapes = {"actor/params/w": FORM, "critic/params/w": FORM}
+    assert find_params(shapes, "critic")[1] == {"params/w": FORM}
+    assert find_params(shapes, "")[1] == shapes
+    copies = below("model", NET) | below("ema", NET) | below("opt", ADAM)
+    for saved, below_, message in (
+        (shapes, None, "'actor/params', 'critic/params'"),
+        (shapes, "model", r"nothing below 'model'.*'actor', 'critic'"),
+        (copies, None, r"'model', 'ema', 'opt' \(optimizer state\).*--params"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find_params(saved, below_)
 
 
 # -- cost --
@@ -207,19 +171,24 @@ def test_matrices_of_one_shape_share_a_line_and_what_is_not_counted_says_so():
 # -- the commands --
 
 
-def test_describe_prints_the_three_tables(saved: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["describe", str(saved), "--platform", "gpu"]) == 0
-    printed = capsys.readouterr().out
-    shapes = find_params(read_shapes(saved))[1]
-    for table in (
-        f"Parameters: 'params' of {saved}",
-        mc.describe_labels(shapes),
-        mc.describe_attention(shapes),
-        mc.describe_cost(shapes, platform="gpu"),
-    ):
-        assert table in printed
-    # The same tables as for the tree that was saved.
-    assert mc.describe_labels(PARAMS) in printed
+def test_describe_prints_the_three_tables_and_counts_no_optimizer_state(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    moments = {"0": {"mu": PARAMS, "nu": PARAMS, "count": np.zeros((), np.int32)}}
+    for name in ("params", "model"):
+        tree = {name: PARAMS, "opt": moments, "step": np.asarray(3)}
+        folder = save(tmp_path / name, tree)
+        assert main(["describe", str(folder), "--platform", "gpu"]) == 0
+        printed = capsys.readouterr().out
+        shapes = find_params(read_shapes(folder))[1]
+        for table in (
+            f"Parameters: {name!r} of {folder}",
+            mc.describe_labels(PARAMS),  # the same as for the tree that was saved
+            mc.describe_attention(shapes),
+            mc.describe_cost(shapes, platform="gpu"),
+        ):
+            assert table in printed
+        assert "opt/" not in printed
 
 
 RULES = mc.MatrixRules([("mystery$", mc.MatrixSpec((0, (1, 2))))])
@@ -228,20 +197,19 @@ RULES = mc.MatrixRules([("mystery$", mc.MatrixSpec((0, (1, 2))))])
 def test_describe_takes_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "params.npz"
     np.savez(path, mystery=np.zeros((4, 2, 3)))
-    assert main(["describe", str(path)]) == 1
-    assert "mystery of shape (4, 2, 3)" in capsys.readouterr().err
+    for rules, message in (
+        ([], "mystery of shape (4, 2, 3)"),
+        (["--rules", "tests"], "must be 'package.module:name'"),
+        (["--rules", f"{__name__}:NOTHING"], "has no 'NOTHING'"),
+        (["--rules", f"{__name__}:ROOT"], "expected a muonclip_jax.MatrixRules"),
+        (["--rules", "no_such_module:RULES"], "No module named 'no_such_module'"),
+    ):
+        assert main(["describe", str(path), *rules]) == 1
+        assert message in capsys.readouterr().err
     assert main(["describe", str(path), "--rules", f"{__name__}:RULES"]) == 0
     printed = capsys.readouterr().out
     assert "(4, 6)" in printed
     assert "nothing for QK-Clip to clip" in printed
-    for bad, message in (
-        ("tests", "must be 'package.module:name'"),
-        (f"{__name__}:NOTHING", "has no 'NOTHING'"),
-        (f"{__name__}:ROOT", "expected a muonclip_jax.MatrixRules"),
-        ("no_such_module:RULES", "No module named 'no_such_module'"),
-    ):
-        assert main(["describe", str(path), "--rules", bad]) == 1
-        assert message in capsys.readouterr().err
 
 
 def test_doctor_passes_here(capsys: pytest.CaptureFixture[str]):
@@ -255,25 +223,22 @@ def test_doctor_passes_here(capsys: pytest.CaptureFixture[str]):
     assert "FAIL" not in printed
 
 
-def test_doctor_fails_where_a_package_is_too_old(monkeypatch: Any, capsys: Any):
+def test_doctor_fails_where_something_is_too_old_or_breaks(monkeypatch: Any, capsys: Any):
+    def broken() -> Any:
+        raise RuntimeError("no backend")
+
     real = importlib.metadata.version
     versions = {"optax": "0.2.7", "jax": "0.9.2"}  # compared as numbers
     monkeypatch.setattr(
         importlib.metadata, "version", lambda name: versions.get(name) or real(name)
     )
-    monkeypatch.setattr(doctor, "attention", lambda: iter(()))
+    for name in ("newton_schulz", "attention", "small_runs"):
+        monkeypatch.setattr(doctor, name, lambda: iter(()))
     assert main(["doctor"]) == 1
     printed = capsys.readouterr().out
     assert "FAIL optax 0.2.7 is too old: pip install 'optax>=0.2.8'" in printed
     assert "FAIL jax 0.9.2 is too old: pip install 'jax>=0.10'" in printed
-
-
-def test_doctor_reports_what_breaks(monkeypatch: Any, capsys: Any):
-    def broken() -> Any:
-        raise RuntimeError("no backend")
-
-    for name in ("newton_schulz", "attention", "small_runs"):
-        monkeypatch.setattr(doctor, name, lambda: iter(()))
+    versions.clear()
     monkeypatch.setattr(doctor, "devices", broken)
     assert main(["doctor"]) == 1
     assert "FAIL RuntimeError: no backend" in capsys.readouterr().out

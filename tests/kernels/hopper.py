@@ -1,9 +1,4 @@
-"""Teaches JAX's interpreter of Mosaic GPU what the Hopper kernel uses and it does not know.
-
-The interpreter runs every warpgroup as a thread, with barriers and copies. It lacks transposed
-views of shared memory and register layouts. Both get their meaning here, in functions of JAX alone:
-every line of the kernel is executed as it stands.
-"""
+"""Teaches JAX's interpreter of Mosaic GPU transposed views and layouts, which it lacks."""
 
 import inspect
 import threading
@@ -27,11 +22,7 @@ def _without_transpose(transforms: Any) -> tuple[tuple[Any, ...], bool]:
 
 
 def interpret_hopper(monkeypatch: pytest.MonkeyPatch, programs: int) -> Any:
-    """Patches the interpreter, for a GPU of so many multiprocessors.
-
-    Returns:
-        What `symmetric_product` takes as `interpret`.
-    """
+    """Patches it for so many multiprocessors; returns what is passed as `interpret`."""
     swap, wgmma, local = callbacks._swap, callbacks.wgmma, threading.local()
 
     def swap_transposed(*arguments: Any, **keywords: Any) -> Any:

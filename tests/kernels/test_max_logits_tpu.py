@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,57 +33,47 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(max_logits_tpu, "max_logits", interpret)
 
 
-class Case(NamedTuple):
-    """Sizes of queries and keys, and what hides pairs."""
-
-    queries: int
-    keys: int
-    key_heads: int = 2
-    head_dim: int = 64
-    dtype: str = "float32"
-    is_causal: bool = False
-    window: tuple[int, int] | None = None
-    mask: tuple[int, int, int, int] | None = None
-    bias: bool = False
-    lengths: tuple[tuple[int, int], tuple[int, int]] | None = None
-
-    def arrays(self) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-        """Draws query, key and keywords of `attention_max_logits`, always the same ones."""
-        rng = np.random.default_rng(0)
-        query = rng.standard_normal((2, self.queries, 4, self.head_dim))
-        key = rng.standard_normal((2, self.keys, self.key_heads, self.head_dim))
-        keywords: dict[str, Any] = {"is_causal": self.is_causal, "local_window_size": self.window}
-        if self.mask is not None:
-            mask = rng.random(self.mask) < 0.3
-            mask[:, :, : self.mask[2] // 3] &= self.mask[2] == 1  # the first queries see nothing
-            keywords["mask"] = jnp.asarray(mask)
-        if self.bias:
-            hidden = rng.random((1, 4, 1, self.keys)) < 0.5
-            keywords["bias"] = jnp.where(hidden, -jnp.inf, 7.0)
-        if self.lengths is not None:
-            keywords["query_seq_lengths"] = jnp.asarray(self.lengths[0], jnp.int32)
-            keywords["key_value_seq_lengths"] = jnp.asarray(self.lengths[1], jnp.int32)
-        return jnp.asarray(query, self.dtype), jnp.asarray(key, self.dtype), keywords
+def arrays(queries: int, keys: int, kv: int = 2, head_dim: int = 64, dtype: Any = "float32") -> Any:
+    """Draws a query and a key, always the same ones."""
+    rng = np.random.default_rng(0)
+    shapes = ((2, queries, 4, head_dim), (2, keys, kv, head_dim))
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
 
 
+def mask(*shape: int) -> dict[str, Any]:
+    """A mask under which the first queries see nothing."""
+    drawn = np.random.default_rng(1).random(shape) < 0.3
+    drawn[:, :, : shape[2] // 3] = False
+    return {"mask": jnp.asarray(drawn)}
+
+
+def lengths(query: tuple[int, int], key: tuple[int, int]) -> dict[str, Any]:
+    return {"query_seq_lengths": jnp.array(query), "key_value_seq_lengths": jnp.array(key)}
+
+
+CAUSAL = {"is_causal": True}
+BIAS = {"bias": jnp.where(np.random.default_rng(2).random((1, 4, 1, 300)) < 0.5, -jnp.inf, 7.0)}
 #: Several blocks of queries and keys each, the last ones not full.
-CASES: dict[str, Case] = {
-    "plain": Case(300, 200),
-    "causal, one key head": Case(150, 333, key_heads=1, head_dim=128, is_causal=True),
-    "causal window": Case(300, 300, dtype="bfloat16", is_causal=True, window=(40, 0)),
-    "window": Case(333, 200, key_heads=4, head_dim=8, window=(3, 90)),
-    "mask": Case(200, 300, mask=(2, 4, 200, 300)),
-    "mask for all heads, causal": Case(300, 300, mask=(1, 1, 300, 300), is_causal=True),
-    "mask of keys, and a bias": Case(200, 300, mask=(2, 1, 1, 300), bias=True),
-    "mask of queries": Case(200, 300, mask=(1, 4, 200, 1), lengths=((200, 150), (7, 300))),
-    "ragged": Case(300, 300, is_causal=True, lengths=((300, 9), (180, 0))),
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "plain": (arrays(300, 200), {}),
+    "causal, one key head": (arrays(150, 333, 1, 128), CAUSAL),
+    "causal window": (
+        arrays(300, 300, dtype="bfloat16"),
+        {"local_window_size": (40, 0), **CAUSAL},
+    ),
+    "window": (arrays(333, 200, 4, 8), {"local_window_size": (3, 90)}),
+    "mask": (arrays(200, 300), mask(2, 4, 200, 300)),
+    "mask for all heads, causal": (arrays(300, 300), mask(1, 1, 300, 300) | CAUSAL),
+    "mask of keys, and a bias": (arrays(200, 300), mask(2, 1, 1, 300) | BIAS),
+    "mask of queries": (arrays(200, 300), mask(1, 4, 200, 1) | lengths((200, 150), (7, 300))),
+    "ragged": (arrays(300, 300), lengths((300, 9), (180, 0)) | CAUSAL),
 }
 
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("name", CASES)
 def test_maxima_are_those_of_dense_float64_logits(name):
-    query, key, keywords = CASES[name].arrays()
+    (query, key), keywords = CASES[name]
     expected = dense_attention(query, key, **keywords).max_logits
     actual = jax.jit(lambda q, k: by_kernel(q, k, **keywords))(query, key)
     assert actual.dtype == jnp.float32
@@ -94,36 +84,29 @@ def test_maxima_are_those_of_dense_float64_logits(name):
 def test_what_fills_blocks_up_is_no_logit():
     # Every logit is negative: a zero from beyond the end of a sequence or a head would win.
     query, key = jnp.ones((2, 150, 2, 24)), -jnp.ones((2, 140, 1, 24))
-    query_ends, key_ends = jnp.array([150, 3]), jnp.array([9, 0])
     assert jax.jit(lambda q, k: by_kernel(q, k, scale=1.0))(query, key).tolist() == [-24.0, -24.0]
-    ragged = functools.partial(
-        by_kernel, scale=1.0, query_seq_lengths=query_ends, key_value_seq_lengths=key_ends
-    )
-    maxima = jax.jit(ragged)(query, key)
-    assert maxima.tolist() == [-24.0, -24.0]
+    ragged = jax.jit(lambda q, k: by_kernel(q, k, scale=1.0, **lengths((150, 3), (9, 0))))
+    assert ragged(query, key).tolist() == [-24.0, -24.0]
 
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(("left", "right"), [(999, 999), (999, 0), (150, 20)])
 def test_the_largest_logit_is_found_wherever_it_is(left, right):
-    # The first query and key of blocks, the last ones, and those of the array: every block counts.
-    # The last block of queries has one, which alone sees the last key under causality.
-    query, key = np.full((2, 257, 1, 8), 0.1), np.full((2, 333, 1, 8), 0.1)
-    sides: dict[str, Any] = (
-        {"is_causal": True} if right == 0 else {"local_window_size": (left, right)}
-    )
+    # The first and last query and key of blocks and arrays: every block counts. The last block of
+    # queries has one, which alone sees the last key under causality.
+    small = [np.full((2, n, 1, 8), 0.1, np.float32) for n in (257, 333)]
+    sides: dict[str, Any] = {"local_window_size": (left, right)} if right else {"is_causal": True}
     find = jax.jit(lambda q, k: by_kernel(q, k, scale=1.0, **sides))
     for t, s in itertools.product((0, 127, 255, 256), (0, 128, 255, 256, 299, 332)):
-        q, k = query.copy(), key.copy()
+        q, k = (x.copy() for x in small)
         q[1, t], k[1, s] = 3.0, 4.0
-        found = find(jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32))
-        assert bool(found == 96.0) == (t - left <= s <= t + right), (t, s)
+        assert bool(find(q, k) == 96.0) == (t - left <= s <= t + right), (t, s)
 
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("scale", [-0.7, 0.0])
 def test_scale_of_any_sign(scale):
-    query, key, _ = CASES["plain"]._replace(queries=20, keys=30).arrays()
+    query, key = arrays(20, 30)
     mask = jnp.ones((4, 1, 1), bool).at[1].set(False)
     expected = dense_attention(query, key, mask=mask, scale=scale).max_logits
     # Traced, as a learned temperature is.
@@ -134,7 +117,7 @@ def test_scale_of_any_sign(scale):
 
 @pytest.mark.usefixtures("interpreted")
 def test_no_gradient_flows_and_vmap_keeps_calls_apart():
-    query, key, _ = CASES["plain"]._replace(queries=20, keys=30).arrays()
+    query, key = arrays(20, 30)
 
     @jax.checkpoint
     def loss(query):
@@ -153,7 +136,7 @@ def test_no_gradient_flows_and_vmap_keeps_calls_apart():
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("spec", [P("data", None, "heads"), P(None, None, "heads")], ids=str)
 def test_every_device_works_on_its_own_share_along_explicit_axes(spec):
-    query, key, _ = CASES["plain"]._replace(queries=40, keys=50).arrays()
+    query, key = arrays(40, 50)
     query, key = (jnp.concatenate([x, 2 * x, x, x]) for x in (query, key))
     lengths = jnp.asarray([50, 3, 9, 40, 1, 0, 50, 7])
     expected = dense_attention(query, key, key_value_seq_lengths=lengths).max_logits
@@ -186,17 +169,17 @@ def test_lowered_inside_shard_map_it_knows_what_varies_and_under_auto_axes_it_is
         lowered("tpu", by_kernel, sharded, sharded, mesh=mesh)
 
 
-@pytest.mark.parametrize("case", [Case(2048, 2048, mask=(2, 1, 2048, 2048)), *CASES.values()])
+@pytest.mark.parametrize("case", [(arrays(2048, 2048), mask(2, 1, 2048, 2048)), *CASES.values()])
 def test_it_lowers_for_a_tpu_without_the_logits(case, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(inputs, "plan_platform", lambda *_: "tpu")
-    query, key, keywords = case.arrays()
+    (query, key), keywords = case
     text = lowered("tpu", functools.partial(by_kernel, **keywords), query, key)
-    assert f"{case.queries}x{case.keys}xf32" not in text
+    assert f"{query.shape[1]}x{key.shape[1]}xf32" not in text
 
 
 def test_none_is_xla_and_what_the_kernel_does_not_take_is_refused(monkeypatch):
-    query, key, _ = CASES["plain"]._replace(queries=20, keys=30).arrays()
+    query, key = arrays(20, 30)
 
     def program(implementation):
         find = functools.partial(attention_max_logits, implementation=implementation)
