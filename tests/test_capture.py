@@ -94,6 +94,7 @@ def _twice_nnx(query, key, value, **keywords):
 BOTH = ("linen", "nnx")
 DROPOUT = {"dropout_rate": 0.5, "deterministic": False}
 RNGS = {"rngs": {"dropout": jax.random.key(3)}}
+CAUSAL = {"mask": None, "is_causal": True}
 EINSUM = {"qk_attn_weights_einsum_cls": lambda: jnp.einsum}
 #: Frameworks, settings of the module, and arguments of a call; "ours" is our attention function.
 SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
@@ -116,6 +117,8 @@ SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
     "ours, normalised": (BOTH, {"attention_fn": "ours", "normalize_qk": True}, {}),
     "ours, bfloat16": (BOTH, {"attention_fn": "ours", "dtype": "bfloat16"}, {}),
     "ours, shared keys": (("nnx",), {"attention_fn": "ours", "num_kv_heads": 2}, {}),
+    "causal": (("nnx",), {}, CAUSAL),
+    "ours, causal": (("nnx",), {"attention_fn": "ours"}, CAUSAL),
 }
 
 
@@ -130,8 +133,9 @@ def test_a_capture_changes_no_bit_and_its_maxima_are_those_of_dense_float64(name
     if isinstance(function := settings.get("attention_fn"), str):
         given["attention_fn"] = functions[function]
     model = attention(framework, **given)
-    out, max_logits = model.captured(X, mask=MASK, **keywords)
-    np.testing.assert_array_equal(out, model.call(X, mask=MASK, **keywords))
+    keywords = {"mask": MASK, **keywords}
+    out, max_logits = model.captured(X, **keywords)
+    np.testing.assert_array_equal(out, model.call(X, **keywords))
     if isinstance(function, str):
         del given["attention_fn"]
         expected = np.float32(attention(framework, **given).call(X, mask=MASK))

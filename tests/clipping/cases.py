@@ -3,6 +3,7 @@
 Nothing here is the library's: a head's maximum is the largest `q . k / sqrt(size)`.
 """
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -30,9 +31,12 @@ class Case(NamedTuple):
     key_heads: int | None = None  # where that is part of the case
 
     def sizes(self, model: int = 10, heads: int = 4, kv_heads: int = 2, head: int = 6) -> Any:
-        """Model d, heads n, key heads m, queries a key g, head h, rotary r, rest p, latent l."""
+        """Model d, heads n, keys m, queries a key g, head h, half e, rotary r, rest p, latent l."""
         m = self.key_heads or (heads if self.own_keys else kv_heads)
-        return SimpleNamespace(d=model, n=heads, m=m, g=heads // m, h=head, r=2, p=head - 2, l=5)
+        s = SimpleNamespace(d=model, n=heads, m=m, g=heads // m, h=head, e=head // 2, r=2, l=5)
+        # Beside them fused heads t, a latent and its rotary part c, keys and values of a head u.
+        s.t, s.c, s.p, s.u = s.n + 2 * s.m, s.l + s.r, s.h - s.r, s.h - s.r + 5
+        return s
 
     def params(self, s: Any, seed: int) -> Any:
         """Draws the block's leaves; a key "0" is a position in a list."""
@@ -63,6 +67,19 @@ class Case(NamedTuple):
         return np.einsum("thd,shd->hts", q, k).max((1, 2)) / np.sqrt(q.shape[-1])
 
 
+def _leaves(text: str) -> Callable[[Any], Shapes]:
+    """Reads "path size size, ..."; a size is a product of letters of `Case.sizes` and numbers."""
+
+    def shapes(s: Any) -> Shapes:
+        def size(product: str) -> int:
+            return math.prod(int(f) if f.isdigit() else getattr(s, f) for f in product.split("*"))
+
+        rows = (row.split() for row in text.split(","))
+        return {path: tuple(map(size, sizes)) for path, *sizes in rows}
+
+    return shapes
+
+
 def _linear(w: Leaves, name: str, x: np.ndarray, heads: int = 1) -> np.ndarray:
     """Applies `(inputs, *features)` and a bias, as `(tokens, heads, size)`."""
     kernel = w[f"{name}/kernel"]
@@ -75,15 +92,10 @@ def _heads(q: str, k: str) -> HeadsOf:
 
 
 def _separate(q: str, k: str, merged: bool = False, bias: bool = True) -> tuple[Any, HeadsOf]:
-    def shapes(s: Any) -> Shapes:
-        found = {}
-        for name, heads in ((q, s.n), (k, s.m)):
-            features = (heads * s.h,) if merged else (heads, s.h)
-            found |= {f"{name}/kernel": (s.d, *features)}
-            found |= {f"{name}/bias": features} if bias else {}
-        return found
-
-    return shapes, _heads(q, k)
+    joint = "*" if merged else " "
+    rows = [f"{q}/kernel d n{joint}h", f"{k}/kernel d m{joint}h"]
+    rows += [f"{q}/bias n{joint}h", f"{k}/bias m{joint}h"] if bias else []
+    return _leaves(",".join(rows)), _heads(q, k)
 
 
 def _transposed(w: Leaves, x: np.ndarray, s: Any) -> Any:
@@ -94,11 +106,6 @@ def _transposed(w: Leaves, x: np.ndarray, s: Any) -> Any:
 def _fused(name: str, interleaved: bool = False) -> tuple[Any, HeadsOf]:
     """A fused kernel, its output projection beside it where that tells the size of a head."""
 
-    def shapes(s: Any) -> Shapes:
-        features = (s.n + 2 * s.m) * s.h
-        kernels = {f"{name}/kernel": (s.d, features), f"{name}/bias": (features,)}
-        return kernels | {"c_proj/kernel": (s.n * s.h, s.d)}
-
     def heads_of(w: Leaves, x: np.ndarray, s: Any) -> Any:
         if not interleaved:
             y = _linear(w, name, x, s.n + 2 * s.m)
@@ -106,12 +113,7 @@ def _fused(name: str, interleaved: bool = False) -> tuple[Any, HeadsOf]:
         rows = _linear(w, name, x).reshape(len(x), s.m, s.g + 2, s.h)
         return rows[:, :, : s.g].reshape(len(x), s.n, s.h), rows[:, :, s.g]
 
-    return shapes, heads_of
-
-
-def _fused_transposed(s: Any) -> Shapes:
-    sizes = {"c_attn/kernel": (3 * s.n * s.h, s.d), "c_attn/bias": (3 * s.n * s.h,)}
-    return sizes | {"c_proj/kernel": (s.n * s.h, s.n * s.h)}
+    return _leaves(f"{name}/kernel d t*h, {name}/bias t*h, c_proj/kernel n*h d"), heads_of
 
 
 def _fused_kv(q: str, kv: str, interleaved: bool = False) -> tuple[Any, HeadsOf]:
@@ -119,27 +121,16 @@ def _fused_kv(q: str, kv: str, interleaved: bool = False) -> tuple[Any, HeadsOf]
         k = _linear(w, kv, x, s.m if interleaved else 2 * s.m)
         return _linear(w, q, x, s.n), k[..., : s.h] if interleaved else k[:, : s.m]
 
-    return (
-        lambda s: {f"{q}/kernel": (s.d, s.n * s.h), f"{kv}/kernel": (s.d, 2 * s.m * s.h)}
-    ), heads_of
+    return _leaves(f"{q}/kernel d n*h, {kv}/kernel d 2*m*h"), heads_of
 
 
 def _latent(
-    q: str, down: str, up: str, merged: bool, low_rank: str = "", values: int = 5
+    q: str, down: str, up: str, merged: bool, low_rank: str = "", keys: str = "u"
 ) -> tuple[Any, HeadsOf]:
     """Latent attention: keys from a latent, one rotary key for all heads; values beside them."""
-
-    def shapes(s: Any) -> Shapes:
-        queries, keys = ((s.n * n,) if merged else (s.n, n) for n in (s.h, s.p + values))
-        found = {
-            f"{q}/kernel": (s.l if low_rank else s.d, *queries),
-            f"{down}/kernel": (s.d, s.l + s.r),
-            f"{up}/kernel": (s.l, *keys),
-            "kv_norm/scale": (s.l,),
-        }
-        return found | (
-            {f"{low_rank}/kernel": (s.d, s.l), "q_norm/scale": (s.l,)} if low_rank else {}
-        )
+    joint, inputs = "*" if merged else " ", "l" if low_rank else "d"
+    rows = f"{q}/kernel {inputs} n{joint}h, {down}/kernel d c, {up}/kernel l n{joint}{keys}"
+    rows += f", {low_rank}/kernel d l, q_norm/scale l" if low_rank else ""
 
     def heads_of(w: Leaves, x: np.ndarray, s: Any) -> Any:
         latent, rotary = np.split(_linear(w, down, x)[:, 0], [s.l], axis=1)
@@ -148,7 +139,7 @@ def _latent(
         inside = _linear(w, low_rank, x)[:, 0] if low_rank else x
         return _linear(w, q, inside, s.n), np.concatenate([k, rotary], axis=-1)
 
-    return shapes, heads_of
+    return _leaves(f"{rows}, kv_norm/scale l"), heads_of
 
 
 def _latent_parts(w: Leaves, x: np.ndarray, s: Any) -> Any:
@@ -159,7 +150,8 @@ def _latent_parts(w: Leaves, x: np.ndarray, s: Any) -> Any:
 
 def _gains(shared_key_gain: bool) -> tuple[Any, HeadsOf]:
     """Normalised over all heads, with a gain for every feature, as in OLMo 2."""
-    shapes, _ = _separate("q_proj", "k_proj", merged=True, bias=False)
+    gain = "h" if shared_key_gain else "m*h"
+    rows = f"q_proj/kernel d n*h, k_proj/kernel d m*h, q_norm/scale n*h, k_norm/scale {gain}"
 
     def normed(w: Leaves, x: np.ndarray, role: str, heads: int) -> np.ndarray:
         y = _linear(w, f"{role}_proj", x, heads)
@@ -170,23 +162,17 @@ def _gains(shared_key_gain: bool) -> tuple[Any, HeadsOf]:
         q = normed(w, x, "q", 1).reshape(len(x), s.n, s.h)
         return q, normed(w, x, "k", s.m if shared_key_gain else 1).reshape(len(x), s.m, s.h)
 
-    gains = lambda s: {  # noqa: E731
-        "q_norm/scale": (s.n * s.h,),
-        "k_norm/scale": (s.h if shared_key_gain else s.m * s.h,),
-    }
-    return (lambda s: shapes(s) | gains(s)), heads_of
+    return _leaves(rows), heads_of
 
 
 def _adapted(*paths: str, transposed: bool = False) -> tuple[Any, HeadsOf]:
     """A merged kernel with an adapter of rank 2 on queries and keys."""
-
-    def shapes(s: Any) -> Shapes:
-        found = {}
-        for name, heads in (("q_proj", s.n), ("k_proj", s.m)):
-            kernels = ((s.d, heads * s.h), (s.d, 2), (2, heads * s.h))
-            for path, shape in zip(paths, kernels, strict=True):
-                found[f"{name}/{path}"] = shape[::-1] if transposed else shape
-        return found
+    rows = []
+    for name, heads in (("q_proj", "n"), ("k_proj", "m")):
+        for path, sizes in zip(
+            paths, (("d", f"{heads}*h"), "d2", ("2", f"{heads}*h")), strict=True
+        ):
+            rows.append(f"{name}/{path} {' '.join(sizes[::-1] if transposed else sizes)}")
 
     def heads_of(w: Leaves, x: np.ndarray, s: Any) -> Any:
         def project(name: str, heads: int) -> np.ndarray:
@@ -196,7 +182,7 @@ def _adapted(*paths: str, transposed: bool = False) -> tuple[Any, HeadsOf]:
 
         return project("q_proj", s.n), project("k_proj", s.m)
 
-    return shapes, heads_of
+    return _leaves(",".join(rows)), heads_of
 
 
 def _einsum_adapted(w: Leaves, x: np.ndarray, _: Any) -> Any:
@@ -217,34 +203,15 @@ def _gate(interleaved: Any) -> tuple[Any, HeadsOf, bool, Any]:
 
     queries = Projection("my_q", ("query", "gate"), interleaved=interleaved)
     layout = AttentionLayout((queries, Projection("my_k", ("key",))))
-    shapes = lambda s: {"my_q/kernel": (s.d, 2 * s.n * s.h), "my_k/kernel": (s.d, s.m * s.h)}  # noqa: E731
+    shapes = _leaves("my_q/kernel d 2*n*h, my_k/kernel d m*h")
     return shapes, heads_of, False, [("attn$", layout)]
 
 
-def _found(q: str, k: str, out: str, queries: int, outputs: int) -> tuple[Any, HeadsOf]:
+def _found(q: str, k: str, out: str, queries: str, outputs: str) -> tuple[Any, HeadsOf]:
     """Queries that are longer than keys hold a gate; longer than outputs, values are shorter."""
-
-    def shapes(s: Any) -> Shapes:
-        kernel, bias = (s.d, s.n, queries * s.h), {f"{q}/bias": (s.n, queries * s.h)}
-        kernels = {f"{q}/kernel": kernel, f"{k}/kernel": (s.d, s.m, s.h)}
-        kernels |= {f"{out}/kernel": (s.n, s.h // outputs, s.d)}
-        return kernels | (bias if q == "query" else {})
-
-    return shapes, lambda w, x, s: (_linear(w, q, x, s.n)[..., : s.h], _linear(w, k, x, s.m))
-
-
-def _rotary(share: float) -> tuple[Any, HeadsOf]:
-    """Rotates the first features of every head, in pairs, by the token's position."""
-    shapes, plain = _separate("query", "key")
-
-    def rotated(y: np.ndarray) -> np.ndarray:
-        half = round(share * y.shape[-1] / 2)
-        angle = np.arange(len(y))[:, None, None] / 10.0 ** (np.arange(half) / half)
-        a, b = y[..., :half], y[..., half : 2 * half]
-        turned = (a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle))
-        return np.concatenate([*turned, y[..., 2 * half :]], axis=-1)
-
-    return shapes, lambda w, x, s: tuple(map(rotated, plain(w, x, s)))  # type: ignore[return-value]
+    rows = f"{q}/kernel d n {queries}, {k}/kernel d m h, {out}/kernel n {outputs} d"
+    rows += f", {q}/bias n {queries}" if q == "query" else ""
+    return _leaves(rows), lambda w, x, s: (_linear(w, q, x, s.n)[..., : s.h], _linear(w, k, x, s.m))
 
 
 def _layout(q: str, k: str, *roles: str, **keywords: Any) -> AttentionLayout:
@@ -261,9 +228,7 @@ def _by(q: str, k: str, *paths: str) -> HeadsOf:
     )
 
 
-_CROSS = _separate("query", "key")
-_ADAPTER = _separate("q_proj", "k_proj", merged=True)
-_HEAD = "/weight/array"
+_A = "/weight/array"
 CASES = (
     Case("linen", *_separate("query", "key")),
     Case("linen without bias", *_separate("query", "key", bias=False)),
@@ -274,18 +239,15 @@ CASES = (
     Case("diffusion", *_separate("to_q", "to_k", merged=True, bias=False)),
     Case("other names", *_separate("ask", "answer"), False, _layout("ask", "answer")),
     Case(
-        "transposed",
-        lambda s: {"query_proj/weight": (s.n * s.h, s.d), "key_proj/weight": (s.m * s.h, s.d)},
-        *(_transposed, False),
+        "transposed", _leaves("query_proj/weight n*h d, key_proj/weight m*h d"), _transposed, False
     ),
     Case(
         "transposed, an axis for heads",
-        lambda s: {"query_proj/weight": (s.n, s.h, s.d), "key_proj/weight": (s.m, s.h, s.d)},
-        _transposed,
+        *(_leaves("query_proj/weight n h d, key_proj/weight m h d"), _transposed),
     ),
     Case(
         "gpt2, transposed",
-        _fused_transposed,
+        _leaves("c_attn/kernel t*h d, c_attn/bias t*h, c_proj/kernel n*h n*h"),
         lambda w, x, s: _fused("c_attn")[1](w | {"c_attn/kernel": w["c_attn/kernel"].T}, x, s),
     ),
     Case("gpt2", *_fused("c_attn")),
@@ -293,11 +255,7 @@ CASES = (
     Case("timm", *_fused("qkv")),
     Case(
         "maxtext fused",
-        lambda s: {
-            "qkv_proj/kernel": (s.d, 3, s.n, s.h),
-            "qkv_proj/bias": (3, s.n, s.h),
-            "c_proj/kernel": (s.n * s.h, s.d),
-        },
+        _leaves("qkv_proj/kernel d 3 n h, qkv_proj/bias 3 n h, c_proj/kernel n*h d"),
         _fused("qkv_proj")[1],
     ),
     Case("bloom", *_fused("query_key_value", interleaved=True)),
@@ -305,46 +263,25 @@ CASES = (
     Case("gate, interleaved", *_gate(True)),
     Case("gate, by group", *_gate("group")),
     Case("gate, concatenated", *_gate(False)),
-    Case("gate, found", *_found("query", "key", "out", 2, 1), False),
-    Case("gate, found, own keys", *_found("q_proj", "k_proj", "o_proj", 2, 1)),
-    Case("smaller values", *_found("query", "key", "out", 1, 2), False),
-    Case("rotary", *_rotary(1.0)),
-    Case("partial rotary", *_rotary(0.5), False),
-    Case(
-        "cross-attention",
-        _CROSS[0],
-        lambda w, x, s: (_CROSS[1](w, x, s)[0], _CROSS[1](w, 0.5 + x[::-1][:5], s)[1]),
-        own_keys=False,
-    ),
+    Case("gate, found", *_found("query", "key", "out", "2*h", "h"), False),
+    Case("gate, found, own keys", *_found("q_proj", "k_proj", "o_proj", "2*h", "h")),
+    Case("smaller values", *_found("query", "key", "out", "h", "e"), False),
     Case(  # Levanter's Llama: outputs before inputs, query heads on two axes
         "haliax, grouped",
-        lambda s: {
-            f"q_proj{_HEAD}": (s.m, s.g, s.h, s.d),
-            f"k_proj{_HEAD}": (s.m, s.h, s.d),
-            f"v_proj{_HEAD}": (s.m, s.h, s.d),
-            f"o_proj{_HEAD}": (s.d, s.n, s.h),
-        },
-        _by("te,kghe->tkgh", "te,khe->tkh", f"q_proj{_HEAD}", f"k_proj{_HEAD}"),
+        _leaves(f"q_proj{_A} m g h d, k_proj{_A} m h d, v_proj{_A} m h d, o_proj{_A} d n h"),
+        _by("te,kghe->tkgh", "te,khe->tkh", f"q_proj{_A}", f"k_proj{_A}"),
         own_keys=False,
     ),
     Case(  # Levanter's GPT-2: an array by its position in the node
         "haliax, fused",
-        lambda s: {
-            "c_attn/weight/0": (s.d, 3, s.n, s.h),
-            "c_attn/bias/0": (3, s.n, s.h),
-            "c_proj/weight/0": (s.n, s.h, s.d),
-        },
+        _leaves("c_attn/weight/0 d 3 n h, c_attn/bias/0 3 n h, c_proj/weight/0 n h d"),
         lambda w, x, _: tuple(
             np.tensordot(x, w["c_attn/weight/0"][:, i], 1) + w["c_attn/bias/0"][i] for i in (0, 1)
         ),
     ),
     Case(  # Gemma 4's global layers
         "keys that are values",
-        lambda s: {
-            "q_einsum/w": (s.n, s.d, s.h),
-            "k_einsum/w": (s.m, s.d, s.h),
-            "attn_vec_einsum/w": (s.n, s.h, s.d),
-        },
+        _leaves("q_einsum/w n d h, k_einsum/w m d h, attn_vec_einsum/w n h d"),
         _by("td,hdk->thk", "td,hdk->thk", "q_einsum/w", "k_einsum/w"),
         key_heads=2,
     ),
@@ -361,30 +298,15 @@ CASES = (
     ),
     Case(
         "haliax LoRA",
-        *_adapted(
-            *(f"wrapped{_HEAD}", f"lora/lora_A{_HEAD}", f"lora/lora_B{_HEAD}"), transposed=True
-        ),
+        *_adapted(*(f"wrapped{_A}", f"lora/lora_A{_A}", f"lora/lora_B{_A}"), transposed=True),
     ),
     Case(
         "qwix LoRA, einsum",
-        lambda s: {
-            f"{name}/{leaf}": shape
-            for name, heads in (("q_proj", s.n), ("k_proj", s.m))
-            for leaf, shape in (
-                *(("w", (s.d, heads, s.h)), ("w_lora_a", (s.d, 3))),
-                ("w_lora_b", (3, heads, s.h)),
-            )
-        },
-        *(_einsum_adapted, False),
-    ),
-    Case(
-        "adapter on queries",
-        lambda s: _ADAPTER[0](s) | {"q_proj/lora_a": (s.d, 2), "q_proj/lora_b": (2, s.n * s.h)},
-        lambda w, x, s: (
-            _ADAPTER[1](w, x, s)[0]
-            + (x @ w["q_proj/lora_a"] @ w["q_proj/lora_b"]).reshape(len(x), s.n, s.h),
-            _ADAPTER[1](w, x, s)[1],
+        _leaves(
+            "q_proj/w d n h, q_proj/w_lora_a d 3, q_proj/w_lora_b 3 n h,"
+            "k_proj/w d m h, k_proj/w_lora_a d 3, k_proj/w_lora_b 3 m h"
         ),
+        *(_einsum_adapted, False),
     ),
     Case("fused kv", *_fused_kv("to_q", "to_kv"), False),
     Case(
@@ -394,7 +316,7 @@ CASES = (
     ),
     Case(
         "gemma",
-        lambda s: {"q_einsum/w": (s.n, s.d, s.h), "kv_einsum/w": (2, s.m, s.d, s.h)},
+        _leaves("q_einsum/w n d h, kv_einsum/w 2 m d h"),
         lambda w, x, _: (
             np.einsum("td,hdk->thk", x, w["q_einsum/w"]),
             np.einsum("td,hdk->thk", x, w["kv_einsum/w"][0]),
@@ -405,15 +327,10 @@ CASES = (
     Case("maxtext latent, full query", *_latent("query", "wkv_a", "wkv_b", False)),
     Case("deepseek", *_latent("q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", True, "q_a_proj")),
     Case("deepseek lite", *_latent("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", True)),
-    Case("latent, separate k and v", *_latent("wq_b", "wkv_a", "wk_b", False, "wq_a", 0)),
+    Case("latent, separate k and v", *_latent("wq_b", "wkv_a", "wk_b", False, "wq_a", "p")),
     Case(
         "latent, separate parts",
-        lambda s: {
-            "q_nope/kernel": (s.d, s.n, s.p),
-            "q_rope/kernel": (s.d, s.n, s.r),
-            "k_nope/kernel": (s.d, s.n, s.p),
-            "k_rope/kernel": (s.d, s.r),
-        },
+        _leaves("q_nope/kernel d n p, q_rope/kernel d n r, k_nope/kernel d n p, k_rope/kernel d r"),
         _latent_parts,
     ),
     Case("gains", *_gains(shared_key_gain=False)),
@@ -421,7 +338,7 @@ CASES = (
     Case("gains, key's shared", *_gains(shared_key_gain=True)),
     Case(  # whose keys are another layer's, here the first features of the tokens
         "query alone",
-        lambda s: {"q_proj/kernel": (s.d, s.n * s.h)},
+        _leaves("q_proj/kernel d n*h"),
         lambda w, x, s: (_linear(w, "q_proj", x, s.n), x[:, None, : s.h]),
         blocks=("attn$", AttentionLayout((Projection("q_proj", ("query_alone",)),))),
     ),
