@@ -138,8 +138,9 @@ def test_a_restore_on_another_mesh_is_the_same_bits_and_goes_on(move: Any, tmp_p
 def test_the_target_is_what_an_eager_init_makes(kind: AxisType, zero: bool):
     shardings = shardings_of(make_mesh(4, 2, kind), FSDP)
     params = jax.tree.map(jax.device_put, normal_tree(0), shardings)
-    tx = transformation(shardings, zero)
-    jax.tree.map(same_form, checkpoint.abstract_state(tx, params), tx.init(params))
+    # The second asks for no sharding of its own.
+    for tx in (transformation(shardings, zero), optax.adamw(0.1)):
+        jax.tree.map(same_form, checkpoint.abstract_state(tx, params), tx.init(params))
 
 
 def test_specs_with_a_mesh_are_the_same_as_shardings():
