@@ -7,8 +7,8 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,12 +82,17 @@ def run(program: str, *options: object, optimized: bool = False) -> str:
     return done.stdout
 
 
-@functools.cache
-def short_run(name: str) -> tuple[Path, str]:
-    """Where a short run left its files, and what it printed."""
-    runs = Path(tempfile.mkdtemp(prefix=f"{name}-"))
-    boards = () if name == "fine_tune" else ("--tensorboard", runs / "board")
-    return runs / name, run(f"{name}.py", *PROGRAMS[name].options, "--runs", runs, *boards)
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory) -> Callable[[str], tuple[Path, str]]:
+    """Where a program's short run left its files, and what it printed; each runs once."""
+
+    @functools.cache
+    def once(name: str) -> tuple[Path, str]:
+        runs = tmp_path_factory.mktemp(name)
+        boards = () if name == "fine_tune" else ("--tensorboard", runs / "board")
+        return runs / name, run(f"{name}.py", *PROGRAMS[name].options, "--runs", runs, *boards)
+
+    return once
 
 
 def records(folder: Path) -> list[dict[str, float]]:
@@ -106,7 +111,7 @@ def records(folder: Path) -> list[dict[str, float]]:
         for name in PROGRAMS
     ],
 )
-def test_a_short_run_does_what_its_page_says(name: str):
+def test_a_short_run_does_what_its_page_says(name: str, short_run):
     program = PROGRAMS[name]
     folder, printed = short_run(name)
     for said in program.says:
@@ -127,7 +132,7 @@ def test_a_short_run_does_what_its_page_says(name: str):
 
 
 @pytest.mark.slow
-def test_a_mesh_trains_as_one_device():
+def test_a_mesh_trains_as_one_device(short_run):
     folder, _ = short_run("train_sharded")
     mesh, one = (
         [line["train_loss"] for line in records(folder / name)] for name in ("mesh", "one_device")
@@ -136,14 +141,14 @@ def test_a_mesh_trains_as_one_device():
 
 
 @pytest.mark.slow
-def test_loads_of_experts_are_shares_of_the_tokens():
+def test_loads_of_experts_are_shares_of_the_tokens(short_run):
     folder, _ = short_run("train_moe")
     for record in records(folder / "muon"):
         assert sum(record[f"load/moe_1/{expert}"] for expert in range(4)) == pytest.approx(4)
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path):
+def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path, short_run):
     whole, _ = short_run("train_lm")
     assert (whole / "sample.txt").read_text().startswith("def ")
     options = (*PROGRAMS["train_lm"].options, "--runs", tmp_path)
