@@ -124,7 +124,7 @@ def check_flag(name: str, value: Any) -> None:
     if not isinstance(value, bool | np.bool_):
         raise TypeError(
             f"{name} must be True or False, got {value!r} of type {type(value).__name__}. It "
-            "shapes the program and cannot be traced."
+            "determines the program and cannot be traced."
         )
 
 

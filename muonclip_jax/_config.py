@@ -57,8 +57,8 @@ class MuonClipConfig:
             hash(self)
         except TypeError as error:
             raise TypeError(
-                f"MuonClipConfig holds hashable Python values only ({error}). Arrays and traced "
-                "values go to muonclip(...) directly."
+                f"MuonClipConfig takes only hashable Python values ({error}). Pass arrays and "
+                "traced values to muonclip(...) directly."
             ) from error
         _built(self)
 

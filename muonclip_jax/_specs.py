@@ -66,13 +66,13 @@ class Split:
         if grid is None:
             if self.along:
                 raise ValueError(
-                    f"Split's along={self.along} names a dimension of view, and there is no view. "
-                    "Write the grid too, as in Split(1, (1, 1, 1), view=(12, 3, 64), along=1)."
+                    f"Split's along={self.along} is a dimension of view, but view is not given. "
+                    "Give it, as in Split(1, (1, 1, 1), view=(12, 3, 64), along=1)."
                 )
         elif not 0 <= self.along < len(grid):
             raise ValueError(
-                f"Split's along={self.along} is no dimension of view={grid}. It counts from 0 to "
-                f"{len(grid) - 1}."
+                f"Split's along={self.along} is not a dimension of view={grid}. It must be from 0 "
+                f"to {len(grid) - 1}."
             )
         elif grid[self.along] != sum(self.sizes):
             raise ValueError(
@@ -141,7 +141,7 @@ class MatrixSpec:
                 )
             parts.append(split)
         if len({split.axis for split in parts}) < len(parts):
-            raise ValueError(f"MatrixSpec's splits must cut different axes, got {parts}.")
+            raise ValueError(f"MatrixSpec's splits must have different axes, got {parts}.")
         object.__setattr__(self, "splits", tuple(parts))
 
 
@@ -208,7 +208,7 @@ def normalize_spec(spec: SpecLike, shape: Sequence[int], path: str = "") -> Matr
     sides: list[tuple[int, ...]] = []
     for what, axes in zip(("reduction", "output"), normalized_axes(spec), strict=True):
         if not axes:
-            raise ValueError(f"{where}{spec.dims} names no {what} axis; a matrix needs one.")
+            raise ValueError(f"{where}{spec.dims} has no {what} axis; a matrix needs one.")
         for axis in axes:
             if not -len(shape) <= axis < len(shape):
                 raise ValueError(
@@ -227,7 +227,7 @@ def normalize_spec(spec: SpecLike, shape: Sequence[int], path: str = "") -> Matr
         axis = split.axis % len(shape) if -len(shape) <= split.axis < len(shape) else split.axis
         if axis not in used:
             raise ValueError(
-                f"{where}{split} cuts an axis that is neither a reduction nor an output axis of "
+                f"{where}{split} splits an axis that is neither a reduction nor an output axis of "
                 f"shape {shape}; those are {used}. Batch axes are separate matrices already."
             )
         if split.length != shape[axis]:
@@ -237,7 +237,7 @@ def normalize_spec(spec: SpecLike, shape: Sequence[int], path: str = "") -> Matr
             )
         splits[axis] = Split(axis, split.sizes, split.view, split.along)
     if len(splits) < len(spec.splits):
-        raise ValueError(f"{where}two splits cut the same axis: {spec.splits}.")
+        raise ValueError(f"{where}two splits have the same axis: {spec.splits}.")
     return MatrixSpec(MuonDimensionNumbers(*sides), tuple(splits.values()))
 
 

@@ -150,7 +150,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise ValueError(
-            f"The rule's pattern {pattern!r} is no regular expression ({error}). Patterns are "
+            f"The rule's pattern {pattern!r} is not a regular expression ({error}). Patterns are "
             "searched in paths such as 'decoder/block_0/attention/query/kernel'; escape special "
             "characters with re.escape."
         ) from error

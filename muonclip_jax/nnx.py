@@ -236,8 +236,8 @@ def capture_max_logits(
         max_logits = only_max_logits(nnx.to_pure_dict(state))
         if not max_logits:
             raise ValueError(
-                "The capture caught no logit. It sees nnx.MultiHeadAttention modules of the model "
-                "that the call runs. In other attention modules call "
+                "No attention module recorded a maximum logit. Only nnx.MultiHeadAttention "
+                "modules do so automatically. In other attention modules call "
                 "muonclip_jax.nnx.dot_product_attention, or sow maxima yourself: "
                 f"self.sow(nnx.Intermediate, {MAX_LOGITS!r}, max_logits). What is sown inside "
                 "jax.jit is lost: use nnx.jit, or jit the function that captures."

@@ -281,7 +281,7 @@ def muon(
     adam = _adam(adam_b1, adam_b2, eps, adam_eps_root, mu_dtype, nesterov, param_shardings)
     if rules is not None and muon_weight_dimension_numbers is not None:
         raise ValueError(
-            "muon takes muon_weight_dimension_numbers or rules, got both. Rules can hold any "
+            "muon takes muon_weight_dimension_numbers or rules, got both. Rules can contain any "
             "spec: MatrixRules([(pattern, spec)])."
         )
     given = _every_rank_two_leaf if rules is None else rules.dimension_numbers

@@ -82,8 +82,8 @@ def test_what_is_no_checkpoint(tmp_path: Path, monkeypatch: Any):
     (tmp_path / "text").write_text("text")
     for path, error, message in (
         (tmp_path / "nowhere", FileNotFoundError, "There is no"),
-        (tmp_path, ValueError, "no checkpoint of Orbax"),
-        (tmp_path / "text", ValueError, r"no \.npz file"),
+        (tmp_path, ValueError, "not an Orbax checkpoint"),
+        (tmp_path / "text", ValueError, r"not an \.npz file"),
     ):
         with pytest.raises(error, match=message):
             read_shapes(path)

@@ -129,7 +129,7 @@ TYPE_ERRORS: dict[str, Callable[[], Any]] = {
     r"got a jitted function.*Write jax\.jit\(capture_max_logits\(model\.apply\)\)": lambda: (
         mc_linen.capture_max_logits(jax.jit(linen_model().apply))
     ),
-    r"got the model itself.*Write capture_max_logits\(model\.apply\)": lambda: (
+    r"got the model, a.*Write capture_max_logits\(model\.apply\)": lambda: (
         mc_linen.capture_max_logits(linen_model())
     ),
     r"capture_max_logits takes model\.apply, got": lambda: mc_linen.capture_max_logits(jnp.ones(3)),
@@ -159,15 +159,15 @@ VALUE_ERRORS: dict[str, Callable[[], Any]] = {
     "The gradients have no leaf 'mlp/kernel'|The gradients have no leaf 'mlp/bias'": lambda: step(
         mc.accumulate(unclipped(), 2), {"attention": GRADS["attention"]}
     ),
-    "The state is not one that qk_clip's init makes.*it has no 'count'": lambda: step(
+    "The state is not one that qk_clip's init creates.*it has no 'count'": lambda: step(
         mc.qk_clip(mc.clip_until(5)), state=optax.EmptyState(), max_logits=MAX_LOGITS
     ),
-    "The state is not one that scale_by_muon's init makes": lambda: step(
+    "The state is not one that scale_by_muon's init creates": lambda: step(
         mc.scale_by_muon(), MLP["mlp"], {"kernel": jnp.ones((8, 16))}, state=()
     ),
     "qk_clip needs the largest attention logits": lambda: step(mc.muonclip(1e-3)),
     r"muonclip_jax\.linen\.TrainState does": flax_train_state,
-    "adam_b2 must lie in .* got 1.*hyperparam_dtype=jnp.float32": lambda: optax.inject_hyperparams(
+    "adam_b2 must be in .* got 1.*hyperparam_dtype=jnp.float32": lambda: optax.inject_hyperparams(
         mc.muon
     )(1e-3).init(jax.tree.map(lambda x: x.astype(jnp.bfloat16), MLP)),
 }
@@ -181,7 +181,10 @@ def test_a_mistake_is_told(message: str):
 
 
 def test_the_state_of_another_transformation_is_refused():
-    ours, message = mc.muonclip(1e-3), "The state is not one that muonclip's init makes for these p"
+    ours, message = (
+        mc.muonclip(1e-3),
+        "The state is not one that muonclip's init creates for these p",
+    )
     for tx, old, cure in (
         (ours, optax.adamw(1e-3), r".*muonclip_jax\.checkpoint\.from_optax_state\(state, tx, p"),
         (ours, unclipped(), r".*muonclip_jax\.checkpoint\.from_optax_state\(state, tx, p"),

@@ -37,7 +37,7 @@ def read_shapes(checkpoint: str | Path) -> Shapes:
     if path.is_file():
         if not zipfile.is_zipfile(path):
             raise ValueError(
-                f"{str(path)!r} is no .npz file. Give one of numpy.savez, or a folder of Orbax."
+                f"{str(path)!r} is not an .npz file. Give one from numpy.savez, or an Orbax folder."
             )
         with np.load(path) as archive:
             arrays = ((name, archive[name]) for name in archive.files)
@@ -51,7 +51,7 @@ def read_shapes(checkpoint: str | Path) -> Shapes:
         ocp = importlib.import_module("orbax.checkpoint")
     except ImportError as error:
         raise ImportError(
-            f"{str(path)!r} is a checkpoint of Orbax, which is not installed: pip install "
+            f"{str(path)!r} is an Orbax checkpoint, and Orbax is not installed: pip install "
             "orbax-checkpoint."
         ) from error
     saved: dict[str, Tree] = {}
@@ -88,8 +88,8 @@ def _orbax_items(path: Path) -> dict[str, Path]:
     ]
     if not steps:
         raise ValueError(
-            f"{str(path)!r} is no checkpoint of Orbax: neither it nor a folder in it has a file "
-            f"{_ORBAX_METADATA!r}. Give the folder of a step, or the one that holds the steps."
+            f"{str(path)!r} is not an Orbax checkpoint: neither it nor a folder in it has a file "
+            f"{_ORBAX_METADATA!r}. Give the folder of a step, or the one that contains the steps."
         )
     return _orbax_items(max(steps)[1])
 
@@ -128,7 +128,7 @@ def _params_path(shapes: Shapes) -> str | None:
     if len(nearest) > 1:
         raise ValueError(
             f"The checkpoint has several subtrees of parameters: {', '.join(map(repr, nearest))}. "
-            "Say which one by its path (--params on the command line)."
+            "Choose one by its path (--params on the command line)."
         )
     return nearest[0] if nearest else None
 
@@ -167,8 +167,8 @@ def _without_state(shapes: Shapes) -> tuple[str, Shapes]:
             f"{root!r}{' (optimizer state)' if root in states else ''}" for root in roots
         )
         raise ValueError(
-            "The checkpoint has nothing called 'params', and it cannot be told which of these "
-            f"the parameters are: {listing}. Say it by the path (--params on the command line)."
+            "The checkpoint has no subtree named 'params', and it is unknown which of these "
+            f"the parameters are: {listing}. Give its path (--params on the command line)."
         )
     return "", params
 

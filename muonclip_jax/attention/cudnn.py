@@ -25,8 +25,8 @@ def attend_cudnn(
     reason = None
     if inputs.bias is not None:
         reason = (
-            "its log-sum-exp includes the additive bias, which no clip can change; use 'xla', or "
-            "pass what only forbids pairs as mask"
+            "its log-sum-exp includes the additive bias, which a clip cannot change; use 'xla', or "
+            "pass a bias that only masks pairs as mask"
         )
     elif inputs.query.dtype not in (jnp.bfloat16, jnp.float16):
         reason = f"it takes bfloat16 and float16, not {inputs.query.dtype}; use 'xla'"

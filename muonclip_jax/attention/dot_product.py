@@ -67,7 +67,7 @@ def dot_product_attention(
         `(N,)` in float32; -inf for a head without any unmasked pair.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit together, or no implementation has that name.
+        ValueError: If shapes or dtypes do not match, or no implementation has that name.
         NotImplementedError: If the named implementation cannot serve the call; says why.
 
     Example:
@@ -85,7 +85,7 @@ def dot_product_attention(
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
             f"implementation={implementation!r} is unknown; choose one of "
-            f"{', '.join(map(repr, IMPLEMENTATIONS))}, or None for XLA's, which serves every call."
+            f"{', '.join(map(repr, IMPLEMENTATIONS))}, or None for 'xla'."
         )
     inputs, geometry = read_inputs(
         query,
@@ -158,7 +158,7 @@ def attention_max_logits(
         gradients are NaN in either case.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit together, or no implementation has that name.
+        ValueError: If shapes or dtypes do not match, or no implementation has that name.
         NotImplementedError: If the named implementation cannot serve the call; says why.
 
     Example:
@@ -172,8 +172,8 @@ def attention_max_logits(
     """
     if implementation not in (None, "xla", *MAX_LOGITS):
         raise ValueError(
-            f"implementation={implementation!r} is none of "
-            f"{', '.join(map(repr, ('xla', *MAX_LOGITS)))}, and not None, which is 'xla'."
+            f"implementation={implementation!r} is unknown; choose one of "
+            f"{', '.join(map(repr, ('xla', *MAX_LOGITS)))}, or None for 'xla'."
         )
     inputs, geometry = read_inputs(
         query,

@@ -40,8 +40,8 @@ def _check_sequences(query: jax.Array, key: jax.Array, value: jax.Array | None) 
         )
         _require(
             x.dtype == query.dtype,
-            f"query is {query.dtype} and {name} is {x.dtype}; cast them to one dtype, as "
-            "jax.nn.dot_product_attention asks too.",
+            f"query is {query.dtype} and {name} is {x.dtype}; cast them to the same dtype, as "
+            "jax.nn.dot_product_attention requires too.",
         )
     real = jnp.issubdtype(query.dtype, jnp.floating)
     _require(real, f"query, key and value must be real floating, got {query.dtype}.")
@@ -84,7 +84,7 @@ def _lengths(name: str, x: AnyArray | None, batch: tuple[int, ...]) -> jax.Array
     x = jnp.asarray(x)
     if x.shape != batch or not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(
-            f"{name} must hold one integer a sequence, shape {batch}, got {x.dtype} of shape "
+            f"{name} must have one integer per sequence, shape {batch}, got {x.dtype} of shape "
             f"{x.shape}."
         )
     return x.reshape(-1)
@@ -113,7 +113,7 @@ def read_inputs(
     """Checks the arguments of `jax.nn.dot_product_attention` and brings them into one form.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit together.
+        ValueError: If shapes or dtypes do not match.
     """
     q, k = jnp.asarray(query), jnp.asarray(key)
     v = None if value is None else jnp.asarray(value)
@@ -132,7 +132,7 @@ def read_inputs(
     mask = None if mask is None else _grouped("mask", mask, full, key_heads)
     if mask is not None and mask.dtype != jnp.bool_:
         raise ValueError(
-            f"mask is {mask.dtype}; it must be boolean, True where a pair takes part. Write "
+            f"mask is {mask.dtype}; it must be boolean, False for masked pairs. Write "
             "mask.astype(bool), or pass an additive mask as bias."
         )
     if isinstance(local_window_size, int):

@@ -95,7 +95,7 @@ def merge_max_logits(*trees: Tree) -> Tree:
         if structure != other_structure:
             differing = sorted(dict(leaves).keys() ^ dict(others).keys())
             raise ValueError(
-                f"The trees of maxima must have one structure; trees 1 and {number} differ in "
+                f"The trees of maxima must have the same structure; trees 1 and {number} differ in "
                 f"{differing or 'the kinds of containers'}. Capture every micro-batch in the same "
                 "way."
             )
@@ -103,7 +103,7 @@ def merge_max_logits(*trees: Tree) -> Tree:
             if jnp.shape(leaf) != jnp.shape(other):
                 raise ValueError(
                     f"The maxima at {path!r} have shape {jnp.shape(leaf)} in tree 1 and "
-                    f"{jnp.shape(other)} in tree {number}; maxima of one block have one shape."
+                    f"{jnp.shape(other)} in tree {number}; they must have the same shape."
                 )
             merged[i] = finite_maximum(jnp.asarray(merged[i]), jnp.asarray(other))
     return jax.tree.unflatten(structure, merged)

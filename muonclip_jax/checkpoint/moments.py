@@ -143,8 +143,8 @@ def from_optax_state(
     left = [path for path in source.moments.values() if path not in taken] + source.rest
     if left:
         raise ValueError(
-            f"optax_state has {listed(left)}, for which the state of tx has no place. Give both "
-            "the same parameters, or name in ignore=[...] what may be left behind."
+            f"optax_state has {listed(left)}, which the state of tx does not have. Give both "
+            "the same parameters, or list in ignore=[...] what may be dropped."
         )
     if target.counts:
         values |= dict.fromkeys(target.counts, _common_count(source))
@@ -182,7 +182,7 @@ def _read(state: Tree, owners: Collection[str], ignore: Sequence[str] = ()) -> _
         if key in moments:
             raise ValueError(
                 f"A state has two moments for {owner!r}, {moments[key]!r} and {path!r}, and it "
-                "cannot be told which one is meant. Name one of them in ignore=[...], or give the "
+                "is ambiguous which one to use. List one of them in ignore=[...], or give the "
                 "state of one of the transformations."
             )
         moments[key] = path
@@ -232,7 +232,7 @@ def _initial(
         return {}
     if not all(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(params)):
         raise TypeError(
-            f"The state of tx has {paths[0]!r}, which tx.init makes from the parameters, so that "
+            f"The state of tx has {paths[0]!r}, which tx.init computes from the parameters, so "
             "params must be arrays here."
         )
 

@@ -34,7 +34,7 @@ def _forms(tree: Tree, which: str) -> dict[str, jax.ShapeDtypeStruct]:
     for path, leaf in flatten_with_paths(tree, is_leaf=lambda x: isinstance(x, Shaped))[0]:
         if not isinstance(leaf, Shaped):
             raise TypeError(
-                f"The {which} has {leaf!r} at {path!r}, expected something with a shape and a "
+                f"The {which} has {leaf!r} at {path!r}, expected a leaf with a shape and a "
                 "dtype: an array, a jax.ShapeDtypeStruct or a checkpoint's metadata of one."
             )
         forms[without_box(path)] = jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
@@ -64,20 +64,20 @@ def check_saved(saved: Tree, target: Tree) -> None:
         >>> check_saved(saved, {"w": jax.ShapeDtypeStruct((4, 2), "float32")})
         Traceback (most recent call last):
         ...
-        ValueError: The checkpoint is not what is to be restored.
+        ValueError: The checkpoint does not match the restore target.
         - 'w' has shape (4, 4) in the checkpoint, (4, 2) in the target.
         Nothing was restored. Build model and optimizer as they were when it was saved, or restore \
 the checkpoint as it is and convert it (muonclip_jax.checkpoint.from_optax_state).
     """
     if saved is None:
         raise TypeError(
-            "The checkpoint's metadata is None: the library was not told how to read it. An Orbax "
+            "The checkpoint's metadata is None: the library has no handler to read it. An Orbax "
             "manager that has not saved yet needs item_handlers=StandardCheckpointHandler()."
         )
     there, wanted = _forms(saved, "checkpoint"), _forms(target, "target")
     kinds = [
-        [f"{path!r} is in the checkpoint only" for path in there if path not in wanted],
-        [f"{path!r} is in the target only" for path in wanted if path not in there],
+        [f"{path!r} is only in the checkpoint" for path in there if path not in wanted],
+        [f"{path!r} is only in the target" for path in wanted if path not in there],
     ]
     for what in ("shape", "dtype"):
         pairs = [
@@ -95,7 +95,7 @@ the checkpoint as it is and convert it (muonclip_jax.checkpoint.from_optax_state
     if findings:
         listing = "".join(f"- {finding}.\n" for finding in findings)
         raise ValueError(
-            f"The checkpoint is not what is to be restored.\n{listing}Nothing was restored. Build "
-            "model and optimizer as they were when it was saved, or restore the checkpoint as it "
-            "is and convert it (muonclip_jax.checkpoint.from_optax_state)."
+            f"The checkpoint does not match the restore target.\n{listing}Nothing was restored. "
+            "Build model and optimizer as they were when it was saved, or restore the checkpoint "
+            "as it is and convert it (muonclip_jax.checkpoint.from_optax_state)."
         )

@@ -96,8 +96,8 @@ def abstract_state(
     if len(meshes) > 1:
         first, second, *_ = (dict(mesh.shape) for mesh in meshes)
         raise ValueError(
-            f"The parameters are on the meshes {first} and {second}. A state is restored to one "
-            "mesh: give all parameters shardings on it."
+            f"The parameters are on the meshes {first} and {second}. A state must be restored to "
+            "one mesh: give all parameters shardings on it."
         )
     if not meshes:
         return jax.eval_shape(tx.init, params)

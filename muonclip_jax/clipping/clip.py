@@ -79,8 +79,8 @@ def clip_tree(
     for path in paths:
         if path not in old:
             raise ValueError(
-                f"qk_clip has to change {path!r}, and the updates hold nothing for it. Give "
-                "it an update (zeros will do), or leave its block out with blocks=."
+                f"qk_clip must change {path!r}, but the updates have no entry for it. Give "
+                "it an update, such as zeros, or exclude its block with blocks=."
             )
     old = {path: old[path] for path in paths}
     new, info = _clip_leaves(

@@ -117,13 +117,13 @@ def check_clip_settings(
     check_scalar(f"{prefix}alpha", alpha, "a number in [0, 1]", schedule=schedules)
     if is_concrete(threshold) and not threshold > 0:
         raise ValueError(
-            f"{prefix}threshold must be positive, got {threshold}. It is the largest pre-softmax "
+            f"{prefix}threshold must be positive, got {threshold}. It is the maximum pre-softmax "
             "logit that a head may have after the step; Kimi K2 uses 100."
         )
     if is_concrete(alpha) and not 0 <= alpha <= 1:
         raise ValueError(
-            f"{prefix}alpha must lie in [0, 1], got {alpha}. It is the share of the clip that "
-            "queries take; 0.5 divides it evenly, 1 leaves the keys alone."
+            f"{prefix}alpha must be in [0, 1], got {alpha}. It is the exponent of gamma for "
+            "queries; with 0.5 queries and keys are scaled equally, with 1 only queries."
         )
     if not isinstance(shared_keys, str) or shared_keys not in SHARED_KEYS:
         raise ValueError(

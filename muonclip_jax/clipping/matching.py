@@ -36,8 +36,8 @@ Recorded: TypeAlias = dict[str, list[jax.Array]]
 _NORMS = tuple(name for pair in NORM_NAMES for name in pair)
 _MASKED = (
     " Parts of the tree are masked here: under optax.multi_transform or optax.masked QK-Clip "
-    "sees only one group of parameters. Put it at the end of the outer chain, or call "
-    "apply_qk_clip after optax.apply_updates, so that it sees queries and keys, kernels and "
+    "gets only one group of parameters. Put it at the end of the outer chain, or call "
+    "apply_qk_clip after optax.apply_updates, so that it gets queries and keys, kernels and "
     "biases. Where whole blocks are frozen, select the others with blocks= (muonclip: "
     "qk_clip_blocks=)."
 )
@@ -121,7 +121,7 @@ def _find(
         raise ValueError(
             f"No attention block was found in parameters {listed(paths)}. Expected a query "
             "and a key projection side by side, such as 'attention/query/kernel' and "
-            "'attention/key/kernel'. Where they have other names, say so: "
+            "'attention/key/kernel'. If they have other names, give a layout: "
             "blocks=[(pattern, AttentionLayout(...))] (muonclip: qk_clip_blocks=). To train "
             "without the clip, leave it out (muonclip: qk_clip_threshold=None)."
             f"{_ADAPTERS if adapters else ''}{_MASKED if masked else ''}"
@@ -165,7 +165,7 @@ def read_maxima(max_logits: Tree) -> tuple[Recorded, bool]:
         found = {_module(names): [leaf] for names, leaf in named}
     if not found:
         raise ValueError(
-            f"max_logits holds no maxima. Expected leaves named {MAX_LOGITS!r}, as in what Flax "
+            f"max_logits contains no maxima. Expected leaves named {MAX_LOGITS!r}, as in what Flax "
             "returns as intermediates, or an array of (heads,) at each attention block, as in "
             f"{{'decoder/block_0/attention': array}}; got {max_logits!r:.80}. Record them with "
             "muonclip_jax.dot_product_attention, or capture them with muonclip_jax.linen or "
@@ -213,8 +213,8 @@ def match_maxima(
     for block in found:
         if block.selected and block.path not in matched:
             raise ValueError(
-                f"Attention block {block.path!r} ({block.layout.name}) has no maximum. Maxima are "
-                f"there for: {listed(recorded)}. Record one for it, or select the blocks to "
+                f"Attention block {block.path!r} ({block.layout.name}) has no maximum. Maxima were "
+                f"recorded for: {listed(recorded)}. Record one for it, or select the blocks to "
                 "clip with blocks=, as in blocks='decoder/.*attention$'."
             )
     return {block.path: matched[block.path] for block in found if block.selected}
@@ -239,8 +239,8 @@ def merge_recordings(arrays: Sequence[jax.Array], shape: tuple[int, ...], path: 
         leading = len(x.shape) - len(shape)
         if leading < 0 or tuple(x.shape[leading:]) != shape:
             raise ValueError(
-                f"The maxima of attention block {path!r} have shape {tuple(x.shape)}; its kernels "
-                f"say that they must end in {shape}: stacked layers, then query heads."
+                f"The maxima of attention block {path!r} have shape {tuple(x.shape)}; for its "
+                f"kernels they must end in {shape}: stacked layers, then query heads."
             )
         if leading >= 2 and x.shape[-3] == shape[-1]:
             raise ValueError(

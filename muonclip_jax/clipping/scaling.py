@@ -126,7 +126,7 @@ def check_reduced(leaves: Mapping[str, jax.Array], factors: Mapping[str, jax.Arr
         if axes:
             raise ValueError(
                 f"The maxima for {path!r} vary over the mapped mesh axes {axes} and the weights do "
-                "not: every device knows the maxima of its own part of the batch. Expected those "
+                "not: every device has the maxima of its own part of the batch. Expected those "
                 "of the whole batch; write max_logits = muonclip_jax.reduce_max_logits("
                 f"max_logits, {(axes[0] if len(axes) == 1 else axes)!r})."
             )

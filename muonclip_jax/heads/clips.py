@@ -57,7 +57,7 @@ def read_block(block: FoundBlock, maxima_shape: Shape) -> BlockPlan:
         )
     reasons = "; ".join(dict.fromkeys(map(str, misfits)))
     raise ValueError(
-        f"{kernel} ({block.layout.name}) and its maxima of shape {maxima_shape} do not fit together"
+        f"{kernel} ({block.layout.name}) and its maxima of shape {maxima_shape} do not match"
         f"{_other_heads(block, maxima_shape)}. Expected maxima (query heads,), or (stacked layers, "
         "query heads) where the kernels are stacked; axes before those are reduced."
         f"{_reduction(block, maxima_shape)} "
@@ -134,7 +134,7 @@ def _leaf_plans(attempt: Attempt, p: Projection, kernel: LeafPlan) -> Iterator[L
                     yield LeafPlan(path, shape, stacked, axes, kernel.segments, kernel.repeat)
                     break
             else:
-                raise MisfitError(f"{path}: {shape} does not hold the features {kernel.features}")
+                raise MisfitError(f"{path}: {shape} lacks the features {kernel.features}")
         elif first != LORA_A or not any(other.startswith(LORA_B) for other in inside):
             known = (*filter(None, KERNEL_NAMES), *BIAS_NAMES, LORA_A, LORA_B)
             raise RefusalError(
@@ -152,7 +152,7 @@ def _gain_plans(attempt: Attempt, norm: str | None, segment: Segment) -> list[Le
         path = f"{norm}/{name}".removesuffix("/")
         one, stacked = attempt.one_layer(path)
         if name not in _GAINS + _SHIFTS:
-            raise RefusalError("is no gain or shift that QK-Clip knows", path)
+            raise RefusalError("is not a gain or shift that QK-Clip knows", path)
         if one not in ((segment.heads, segment.size), (segment.heads * segment.size,)):
             return []
         axes = tuple(axis for axis in range(len(shape)) if axis not in stacked)
@@ -182,8 +182,8 @@ def _gains_instead(plan: BlockPlan, attempt: Attempt, latent: bool) -> BlockPlan
     if latent or (query and not queries):
         raise RefusalError(
             f"its queries and keys are normalised ({names}) with gains that the heads share or "
-            "do not have, so scaling the kernels would change nothing and one head cannot be "
-            "clipped alone. Leave the block out with blocks=, or train without QK-Clip: the "
+            "do not have, so scaling the kernels has no effect and one head cannot be "
+            "clipped separately. Exclude the block with blocks=, or train without QK-Clip: the "
             "gains bound the logits"
         )
     untouched = ({role: "gate"} if query else {}) | ({"key": "value"} if key else {})

@@ -92,9 +92,9 @@ def attention_cuts(
             )
         except MisfitError as misfit:
             raise ValueError(
-                f"attention={attention!r} cannot cut the kernels of attention block "
+                f"attention={attention!r} cannot split the kernels of attention block "
                 f"{block.path!r} ({block.layout.name}): {misfit}. A rule for its kernels, such as "
-                f'("{needed[0]}$", MatrixSpec((0, 1))), comes before layouts.'
+                f'("{needed[0]}$", MatrixSpec((0, 1))), takes precedence over layouts.'
             ) from None
         cuts |= {block.paths[name]: cut for name, cut in found}
     return cuts
@@ -134,7 +134,7 @@ def _block_cuts(
         heads = sorted({r.attempt.heads for readings in found.values() for r in readings})
         shown = ", ".join(map(str, heads[:8])) + (", ..." if len(heads) > 8 else "")
         raise MisfitError(
-            f"its shapes allow {shown} heads. Say how many features a head has: "
+            f"its shapes allow {shown} heads. Give the head size: "
             f"MatrixRules(attention={attention!r}, head_dim=64), or for one block "
             "blocks=[(pattern, AttentionLayout(..., head_dim=64))]"
         )
@@ -178,7 +178,7 @@ def _cuts_of(
         grid = kernel.grid(reading.kv_heads)
         if grid is None:
             raise MisfitError(
-                f"{kernel.path}: its features {kernel.features} do not hold the heads"
+                f"{kernel.path}: its features {kernel.features} do not contain the heads"
             )
         whole = specs[kernel.path]
         if whole is not None:

@@ -88,7 +88,7 @@ class Projection:
             if len(self.sizes) != len(self.parts):
                 raise ValueError(
                     f"Projection {self.path!r} has {len(self.parts)} parts and {len(self.sizes)} "
-                    "sizes; give one size a part, the features of one of its heads."
+                    "sizes; give one size per part, the size of one of its heads."
                 )
         if isinstance(self.input_axis, list):
             object.__setattr__(self, "input_axis", tuple(self.input_axis))
@@ -136,7 +136,7 @@ class AttentionLayout:
             object.__setattr__(self, "stack_axes", tuple(axes))
         if not any({"query", "query_alone"} & set(p.parts) for p in self.projections):
             raise ValueError(
-                f"Attention layout {self.name!r} has no query. Give it a projection that makes "
+                f"Attention layout {self.name!r} has no query. Give it a projection that produces "
                 "one, as in Projection('q_proj', ('query',))."
             )
 

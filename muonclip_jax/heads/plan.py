@@ -178,7 +178,7 @@ def divide(
 
 def _quotient(features: int, heads: int, what: str) -> int:
     if heads <= 0 or features % heads or features <= 0:
-        raise MisfitError(f"{what}: {features} features are no multiple of {heads} heads")
+        raise MisfitError(f"{what}: {features} features are not a multiple of {heads} heads")
     return features // heads
 
 
@@ -203,7 +203,7 @@ def _head_size(
     alone = "query_alone" in first.parts and "query" in first.parts
     if all(ROLES[part] for part in first.parts) and alone:
         if rope is None:
-            raise MisfitError(f"{first.path}: how its features divide; give sizes=")
+            raise MisfitError(f"{first.path}: how its features are divided is unknown; give sizes=")
         return _quotient(_quotient(total, heads, first.path) - rope, count - 1, first.path)
     if "query" not in first.parts or all(ROLES[part] for part in first.parts):
         return _quotient(total, heads * count, first.path)
@@ -213,7 +213,7 @@ def _head_size(
         shared = sum(heads if ROLES[part] else layout.kv_heads for part in first.parts)
         return _quotient(total, shared, first.path)
     raise MisfitError(
-        "neither an output projection nor the layout tells how large a head is; pass "
+        "neither an output projection nor the layout gives the head size; pass "
         "AttentionLayout(..., head_dim=) or kv_heads="
     )
 

@@ -71,8 +71,8 @@ class Attempt:
         if name is None and has_adapter(self.shapes, p.path):
             raise RefusalError(
                 f"{p.path!r} has a low-rank adapter here, and the kernel that it adapts is not in "
-                "this tree. Scaling the adapter alone cannot scale their sum. Clip a tree that "
-                "holds both, or train without QK-Clip"
+                "this tree. Scaling only the adapter does not scale their sum. Clip a tree that "
+                "contains both, or train without QK-Clip"
             )
         if name is None:
             names = ", ".join(filter(None, KERNEL_NAMES))
@@ -85,7 +85,7 @@ class Attempt:
             axes = p.input_axis if isinstance(p.input_axis, tuple) else (p.input_axis,)
         axis = axes[min(self.choice, len(axes) - 1)]
         if len(one) < 2 or not -len(one) <= axis < len(one):
-            raise MisfitError(f"{p.path}: {one} is no kernel of one layer")
+            raise MisfitError(f"{p.path}: {one} is not a kernel of one layer")
         free = [i for i in range(len(self.shapes[name])) if i not in stacked]
         del free[axis]
         return LeafPlan(name, self.shapes[name], stacked, tuple(free))
@@ -111,7 +111,7 @@ class Attempt:
             if found is not None:
                 inputs = self._taken(found)
                 if len(inputs) not in (1, 2, 3):
-                    raise MisfitError(f"{spelled[name]}: its inputs {inputs} are no heads' values")
+                    raise MisfitError(f"{spelled[name]}: its inputs {inputs} are not head values")
                 return math.prod(inputs) if self._counted(inputs) else None
         return None
 
@@ -143,7 +143,9 @@ class Attempt:
             kernels[path] = dataclasses.replace(kernels[path], segments=row, repeat=repeat)
             if kernels[path].grid(kv_heads) is None:
                 features = kernels[path].features
-                raise MisfitError(f"{path}: its features {features} do not hold {self.heads} heads")
+                raise MisfitError(
+                    f"{path}: its features {features} are not divisible into {self.heads} heads"
+                )
         sizes = [
             s.size for kernel in kernels.values() for s in kernel.segments if s.role == "value"
         ]

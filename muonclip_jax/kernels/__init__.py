@@ -34,8 +34,8 @@ def load_kernel(operation: str, name: str, platform: str) -> ModuleType:
         return importlib.import_module(f"muonclip_jax.kernels.{operation}_{wanted}")
     except (ImportError, AttributeError) as error:
         raise NotImplementedError(
-            f"The kernel {name!r} needs a part of Pallas that JAX {jax.__version__} does not have: "
-            f"{error}. Pass 'xla'."
+            f"The kernel {name!r} needs a feature of Pallas that JAX {jax.__version__} does not "
+            f"have: {error}. Pass 'xla'."
         ) from error
 
 

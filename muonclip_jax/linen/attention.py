@@ -35,7 +35,7 @@ def calling_module() -> nn.Module | None:
         parent = _Probe().parent
     except errors.AssignSubModuleError as error:
         raise ValueError(
-            "The module that computes this attention cannot be told from a method that is not "
+            "The module that computes this attention is unknown in a method that is not "
             "@nn.compact. Pass it: dot_product_attention(..., record_in=self)."
         ) from error
     return parent if isinstance(parent, nn.Module) else None
@@ -47,9 +47,9 @@ def record_in_module(module: nn.Module | None, max_logits: Float[Array, " N"]) -
         return
     if not module.sow(COLLECTION, MAX_LOGITS, max_logits) and capturing.get():
         raise ValueError(
-            f"The maxima of {join(module.path)!r} cannot leave the transformation it runs in, for "
-            f"that does not carry the collection {COLLECTION!r}. Name it beside 'params', for "
-            "example nn.scan(..., variable_axes={'params': 0, 'intermediates': 0})."
+            f"The maxima of {join(module.path)!r} are lost, because a transformation around it "
+            f"does not return the collection {COLLECTION!r}. Add it, for example "
+            "nn.scan(..., variable_axes={'params': 0, 'intermediates': 0})."
         )
 
 

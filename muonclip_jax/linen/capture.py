@@ -106,7 +106,7 @@ def capture_max_logits(apply_fn: Callable[..., Any]) -> Callable[..., tuple[Any,
     """
     if isinstance(apply_fn, nn.Module):
         raise TypeError(
-            "capture_max_logits takes model.apply, got the model itself, a "
+            "capture_max_logits takes model.apply, got the model, a "
             f"{type(apply_fn).__name__}. Write capture_max_logits(model.apply)."
         )
     if isinstance(apply_fn, jax.stages.Wrapped):
@@ -141,9 +141,10 @@ def capture_max_logits(apply_fn: Callable[..., Any]) -> Callable[..., tuple[Any,
         max_logits = only_max_logits(state.get(COLLECTION, {}))
         if not max_logits:
             raise ValueError(
-                "The capture caught no logit. It sees nn.MultiHeadDotProductAttention and modules "
-                "derived from it, nn.SelfAttention and nn.MultiHeadAttention among them. In other "
-                "attention modules call muonclip_jax.linen.dot_product_attention, or sow maxima "
+                "No attention module recorded a maximum logit. Only "
+                "nn.MultiHeadDotProductAttention and its subclasses, such as nn.SelfAttention and "
+                "nn.MultiHeadAttention, do so automatically. In other attention modules call "
+                "muonclip_jax.linen.dot_product_attention, or sow maxima "
                 f"yourself: self.sow({COLLECTION!r}, {MAX_LOGITS!r}, max_logits)."
             )
         if mutable is False:

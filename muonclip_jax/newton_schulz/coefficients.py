@@ -123,8 +123,8 @@ ALIASES: Mapping[str, str] = {"standard": "keller_jordan", "dion": "you", "quint
 def _check_static(name: str, value: object) -> None:
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):
         raise TypeError(
-            f"{name} holds a traced value, and the steps are part of the program: pass Python "
-            f"numbers. Under optax.inject_hyperparams pass static_args=({name!r},)."
+            f"{name} contains a traced value, but the steps must be known while tracing: pass "
+            f"Python numbers. Under optax.inject_hyperparams pass static_args=({name!r},)."
         )
 
 
@@ -164,7 +164,7 @@ def resolve_coefficients(ns_coeffs: object, ns_steps: object = None) -> tuple[Ro
         if key not in COEFFICIENT_SETS:
             names = ", ".join(map(repr, (*COEFFICIENT_SETS, *ALIASES)))
             raise ValueError(
-                f"ns_coeffs={label} is no coefficient set. Names are {names}; or pass a triple "
+                f"ns_coeffs={label} is not a coefficient set. Names are {names}; or pass a triple "
                 "(a, b, c) or rows ((a, b, c), ...)."
             )
         source = COEFFICIENT_SETS[key]
@@ -181,7 +181,7 @@ def resolve_coefficients(ns_coeffs: object, ns_steps: object = None) -> tuple[Ro
         raise ValueError(
             f"ns_steps={steps} is more than the {len(source.rows)} rows of {label}, and their "
             "source has no row for further steps. Pass ns_steps=None or at most "
-            f"{len(source.rows)}, more rows, or one of the sets that go on ({going_on})."
+            f"{len(source.rows)}, more rows, or one of the sets without this limit ({going_on})."
         )
     return source.rows + (source.repeat_row,) * (steps - len(source.rows)), source
 

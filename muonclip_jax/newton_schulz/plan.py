@@ -131,7 +131,7 @@ class PolarPlan:
             )
         if self.dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != jnp.float64:
             raise ValueError(
-                "ns_dtype='float64' needs 64-bit types, which JAX has switched off. Set "
+                "ns_dtype='float64' needs 64-bit types, which are disabled in JAX. Set "
                 "jax.config.update('jax_enable_x64', True), or pass ns_dtype='float32'."
             )
         return self.dtype
@@ -173,16 +173,16 @@ def plan_polar(
     _check_choice("ns_implementation", ns_implementation, IMPLEMENTATIONS)
     if source.preconditioning == "aol" and preconditioning != "aol":
         raise ValueError(
-            f"ns_coeffs={ns_coeffs!r} is made for preconditioning='aol', got "
-            f"{preconditioning!r}. Pass preconditioning=None, or another set. To combine the rows "
-            f"otherwise, pass them as numbers: COEFFICIENT_SETS[{ns_coeffs!r}].rows."
+            f"ns_coeffs={ns_coeffs!r} needs preconditioning='aol', got "
+            f"{preconditioning!r}. Pass preconditioning=None, or another set. To use its rows "
+            f"with another one, pass them as numbers: COEFFICIENT_SETS[{ns_coeffs!r}].rows."
         )
     bad = find_sign_flip(rows)
     if bad is not None and ns_method != "svd":
         raise ValueError(
-            f"ns_coeffs={ns_coeffs!r} turn the singular value {bad:.3g} negative (or past every "
+            f"ns_coeffs={ns_coeffs!r} make the singular value {bad:.3g} negative (or past every "
             "bound): the update would point the wrong way. Coefficients must keep (0, 1] positive, "
-            "as (2, -1.5, 0.5) and every named set do."
+            "like (2, -1.5, 0.5) and every named set."
         )
     if ns_method == "gram" and _gram_restarts(rows, dtype or "float32") is None:
         stable = [repr(name) for name in NS_DTYPES if _gram_restarts(rows, name) is not None]
@@ -190,7 +190,7 @@ def plan_polar(
         raise ValueError(
             'ns_method="gram" is unstable with these coefficients in '
             f"{dtype or 'float32'}: it amplifies rounding until singular values leave the range of "
-            f"the polynomial. Pass {instead}ns_method='standard', or ns_method='auto', which takes "
+            f"the polynomial. Pass {instead}ns_method='standard', or ns_method='auto', which uses "
             "the Gram form where it is stable."
         )
     platform = check_platform(platform)

@@ -72,8 +72,8 @@ def _by_rule(rules: Rules, leaf: Leaf) -> Decision | None:
                 return Decision(None, why)
             if not leaf.trained:
                 raise ValueError(
-                    f"{leaf.path} of shape {leaf.shape} holds integers or bools, and {why} gives "
-                    f"it to Muon. Leave it out of the tree, or write ({pattern!r}, None)."
+                    f"{leaf.path} of shape {leaf.shape} has an integer or bool dtype, and {why} "
+                    f"assigns it to Muon. Leave it out of the tree, or write ({pattern!r}, None)."
                 )
             return Decision(normalize_spec(spec, leaf.shape, leaf.path), why)
     return None
@@ -107,7 +107,8 @@ def _cut_attention(
         if cuts and stack != tuple(range(len(stack))) and len(stack) > 1:
             raise ValueError(
                 f"{next(iter(cuts))} is stacked on axes {stack}. Attention kernels in nested scans "
-                "are cut where the layers are on the first axes. Give those kernels a rule."
+                "can only be split if the layers are on the first axes. Write a rule for those "
+                "kernels."
             )
         found |= {free[name].path: Decision(*made) for name, made in cuts.items()}
     return found

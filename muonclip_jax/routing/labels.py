@@ -258,15 +258,15 @@ def resolve_muon_specs(
             raise ValueError(
                 f"{path or 'The leaf'} of shape {shape} is a rank-{len(shape)} leaf under Muon, "
                 "which needs matrices. Route it to AdamW, for example by optax.multi_transform "
-                "with label_params, or use muonclip(...), which routes by itself."
+                "with label_params, or use muonclip(...), which does this automatically."
             )
         if spec is None and len(shape) > 2:
             pattern = f"^{re.escape(path)}$"
             rules_ = (write_rule(pattern, letters) for letters in possible_layouts(shape))
             choices = "\n".join(f"  rules={rule}" for rule in rules_)
             raise ValueError(
-                f"{path or 'The leaf'} of shape {shape} reached Muon, and nothing says which of "
-                "its axes form matrices. Route it to AdamW by label_params, or pass one of\n"
+                f"{path or 'The leaf'} of shape {shape} is assigned to Muon, and its "
+                "matrix axes are unknown. Route it to AdamW by label_params, or pass one of\n"
                 f"{choices}"
             )
         found.append((path, leaf, spec or normalize_spec(MatrixSpec(), shape, path)))

@@ -100,15 +100,15 @@ class MatrixRules:
         if attention not in ATTENTION:
             raise ValueError(
                 f"attention must be one of {', '.join(map(repr, ATTENTION))}, got {attention!r}. "
-                "It says into which matrices attention kernels fall."
+                "It determines how attention kernels are split into matrices."
             )
         if head_dim is not None and (isinstance(head_dim, bool) or not isinstance(head_dim, int)):
             raise TypeError(f"head_dim must be an integer such as 64, got {head_dim!r}.")
         if attention == "merged" and (head_dim, blocks) != (None, None):
             given = "head_dim" if blocks is None else "blocks"
             raise ValueError(
-                f"{given}= says how attention kernels fall into parts or heads, and with "
-                "attention='merged' they do not. Leave it out, or write attention='split' or "
+                f"{given}= determines how attention kernels are split, and with "
+                "attention='merged' they are not. Leave it out, or write attention='split' or "
                 "attention='per_head'."
             )
         object.__setattr__(self, "rules", _checked_rules(rules))
@@ -186,9 +186,9 @@ class MatrixRules:
         leaves = {strip_outer(path): leaf for path, leaf in nodes}
         if not any(block.selected for block in find_blocks(leaves, self.blocks)):
             raise ValueError(
-                f"attention={self.attention!r} found no attention block among {listed(paths)}. Say "
-                "what its projections are called, by blocks=[(pattern, AttentionLayout(...))], or "
-                "leave attention out."
+                f"attention={self.attention!r} found no attention block among {listed(paths)}. "
+                "Give the names of its projections, by blocks=[(pattern, AttentionLayout(...))], "
+                "or leave attention out."
             )
 
 
@@ -213,8 +213,8 @@ class ResolvedRules(MatrixRules):
         strange = [path for path, _ in leaves if path not in found]
         if strange:
             raise ValueError(
-                f"{strange[0]} is no parameter: the tree has leaves that the parameters do not "
-                f"have. Those are {listed(found)}."
+                f"{strange[0]} is not a parameter: the tree has leaves that the parameters do not "
+                f"have. The parameters are {listed(found)}."
             )
         return [(path, leaf, found[path]) for path, leaf in leaves]
 
@@ -281,8 +281,8 @@ def _checked_scan_axis(scan_axis: object) -> ScanAxis:
         if not axes or len(whole) < len(axes):
             raise TypeError(
                 "scan_axis must be an integer such as 0 or 1, a tuple of them for nested scans, or "
-                f"pairs (pattern, axes), got {scan_axis!r}: it is the parameter axis that holds "
-                "stacked layers. None reads it from the stack."
+                f"pairs (pattern, axes), got {scan_axis!r}: it is the parameter axis of "
+                "stacked layers. None infers it from the stack."
             )
         compile_pattern(pattern)
         checked.append((pattern, whole))

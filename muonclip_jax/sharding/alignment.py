@@ -56,7 +56,7 @@ def check_reduced(path: str, sharding: NamedSharding) -> None:
     if sharding.spec.unreduced:
         raise ValueError(
             f"{path} is unreduced over the mesh axes {tuple(sorted(sharding.spec.unreduced))}: the "
-            "sum over them has still to be taken. Take it before the update: "
+            "sum over them is missing. Compute it before the update: "
             "jax.tree.map(lambda g, p: jax.reshard(g, jax.typeof(p).sharding), grads, params)."
         )
 
@@ -73,8 +73,8 @@ def _checked(path: str, shape: tuple[int, ...], entry: object) -> NamedSharding 
     check_reduced(f"param_shardings at {path}", entry)
     if PartitionSpec.UNCONSTRAINED in entries_of(entry.spec):
         raise ValueError(
-            f"param_shardings has {entry.spec} at {path!r}, which leaves a dimension open. "
-            "Name the mesh axes that shard it, or None."
+            f"param_shardings has {entry.spec} at {path!r}, which leaves a dimension "
+            "unconstrained. Give the mesh axes that shard it, or None."
         )
     if len(entry.spec) > len(shape):
         raise ValueError(

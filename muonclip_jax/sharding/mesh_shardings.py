@@ -86,9 +86,9 @@ def on_devices(sharding: NamedSharding) -> NamedSharding:
     mesh = jax.sharding.get_mesh()
     if mesh.shape != sharding.mesh.shape:
         raise ValueError(
-            f"Arrays are to be made on the mesh {dict(sharding.mesh.shape)}, whose devices are not "
-            "known: their shapes come from jax.eval_shape, or name an AbstractMesh. Call init "
-            "inside of `with jax.set_mesh(mesh):`, or give it the parameters themselves."
+            f"Arrays would be created on the mesh {dict(sharding.mesh.shape)}, whose devices are "
+            "unknown: the parameters are from jax.eval_shape, or have an AbstractMesh. Call init "
+            "inside of `with jax.set_mesh(mesh):`, or pass it the parameters."
         )
     return NamedSharding(mesh, sharding.spec)
 

@@ -64,7 +64,7 @@ def read_shardings(
     if not mesh.empty and _differ(mesh, given):
         raise ValueError(
             f"param_shardings is for the mesh {_describe(given)}, and the parameters are on "
-            f"{_describe(mesh)}. Take the shardings from the parameters as they are now: "
+            f"{_describe(mesh)}. Use the current shardings of the parameters: "
             "jax.tree.map(lambda x: x.sharding, params)."
         )
     if mesh.empty or mesh.axis_types == given.axis_types:
@@ -83,8 +83,8 @@ def _unseen_axes(
     auto = tuple(axis for axis, kind in kinds if kind == AxisType.Auto and mesh.shape[axis] > 1)
     if auto and required_by:
         raise ValueError(
-            f"{required_by} needs to know the shardings of the parameters, which cannot be "
-            f"seen while tracing on a mesh with Auto axes {auto}. Pass "
+            f"{required_by} needs the shardings of the parameters, which are not known "
+            f"while tracing on a mesh with Auto axes {auto}. Pass "
             "param_shardings=jax.tree.map(lambda x: x.sharding, params)."
         )
     if auto and warn:

@@ -75,7 +75,7 @@ def check_momentum(momentum: Tree, shardings: MeshShardings) -> None:
         if any(mine and mine != other for mine, other in zip(axes, wanted, strict=False)):
             raise ValueError(
                 f"{path}: the Explicit mesh axes shard the momentum's dimensions over {axes}, and "
-                f"by the gradient it has to be {wanted}. Give gradients the shardings of the "
+                f"with this gradient they must be {wanted}. Give gradients the shardings of the "
                 "parameters: jax.tree.map(lambda g, p: jax.reshard(g, jax.typeof(p).sharding), "
                 "grads, params)."
             )

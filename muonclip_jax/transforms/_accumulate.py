@@ -121,7 +121,7 @@ def accumulate(
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(
             f"accumulate takes a gradient transformation such as muonclip_jax.muonclip(1e-3), got "
-            f"{type(tx).__name__}. Of an optax.MultiSteps, give the transformation inside."
+            f"{type(tx).__name__}. For optax.MultiSteps, give the transformation inside it."
         )
     check_every(every, "the number of micro-batches of a step, or a schedule", schedule=True)
     inner = optax.with_extra_args_support(tx)
@@ -244,7 +244,7 @@ def _forms(example: Tree) -> dict[str, jax.ShapeDtypeStruct]:
     for path, leaf in (leaves[i] for i in _positions(leaves)):
         if not isinstance(leaf, Shaped):
             raise ValueError(
-                f"max_logits shows accumulate what the maxima look like; at {path!r} it has "
+                f"max_logits must show the shapes of the maxima; at {path!r} it has "
                 f"{leaf!r}. Expected an array or jax.ShapeDtypeStruct((heads,), jnp.float32)."
             )
         forms[path] = jax.ShapeDtypeStruct(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
@@ -267,11 +267,11 @@ def _recorded(
             for path, shape in list(found.items())[:4]
         ]
         raise ValueError(
-            f"accumulate was told to expect the maxima {expected or 'of no block'}, and this "
-            f"update brings {differing or 'none'}. Its state has room for what max_logits= "
-            "announced: write accumulate(tx, every, max_logits=example) with a tree like those "
-            "that update gets, of arrays or shapes, for example from jax.eval_shape of the forward "
-            f"pass{': {' + ', '.join(forms) + '}' if forms else ''}; without maxima, leave "
+            f"accumulate expects the maxima {expected or 'of no block'}, but this "
+            f"update got {differing or 'none'}. Its state is allocated from the "
+            "example max_logits=: write accumulate(tx, every, max_logits=example) with a tree like "
+            "those that update gets, of arrays or shapes, for example from jax.eval_shape of the "
+            f"forward pass{': {' + ', '.join(forms) + '}' if forms else ''}; without maxima, leave "
             "max_logits out of it."
         )
 

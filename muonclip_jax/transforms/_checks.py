@@ -89,7 +89,7 @@ def check_fraction(
     if cure and isinstance(value, Tracer):
         warnings.warn(f"{name} is {meaning}.{cure}", stacklevel=4)
     elif (cure or is_concrete(value)) and not 0 <= value < 1:  # pyright: ignore[reportOperatorIssue]
-        raise ValueError(f"{name} must lie in [0, 1), got {value}. It is {meaning}.{cure}")
+        raise ValueError(f"{name} must be in [0, 1), got {value}. It is {meaning}.{cure}")
 
 
 def check_mask(name: str, mask: Tree) -> None:
@@ -127,9 +127,10 @@ def check_moment_dtype(mu_dtype: DTypeLike | None, name: str, decay: ScalarOrSch
         raise ValueError(f"mu_dtype={mu_dtype!r} {what}. Pass {expected}.")
     if is_concrete(decay) and 1 - decay < jnp.finfo(dtype).eps / 2:
         raise ValueError(
-            f"mu_dtype={dtype.name!r} cannot hold a moving average with {name}={decay}: a step "
-            f"moves it by {1 - decay:.2g} of its distance to the gradient, and its numbers are "
-            f"{float(jnp.finfo(dtype).eps):.2g} apart. Pass mu_dtype='float32' or a smaller {name}."
+            f"mu_dtype={dtype.name!r} is too coarse for a moving average with {name}={decay}: a "
+            f"step changes it by {1 - decay:.2g} of its distance to the gradient, and its numbers "
+            f"are {float(jnp.finfo(dtype).eps):.2g} apart. Pass mu_dtype='float32' "
+            f"or a smaller {name}."
         )
 
 
@@ -154,7 +155,7 @@ def check_moments(params: optax.Params, mu_dtype: DTypeLike | None) -> None:
             )
         if mu_dtype not in (float, complex) and jax.dtypes.canonicalize_dtype(stored) != stored:
             raise ValueError(
-                f"mu_dtype={stored.name!r} needs 64-bit types, which JAX has switched off. Set "
+                f"mu_dtype={stored.name!r} needs 64-bit types, which are disabled in JAX. Set "
                 "jax.config.update('jax_enable_x64', True), or pass mu_dtype='float32'."
             )
 
@@ -179,15 +180,16 @@ def check_gradients(updates: Tree, params: Tree) -> None:
     only += [f"{path!r}, which the parameters do not have" for path in sorted(unknown)[:4]]
     if only:
         raise ValueError(
-            f"The gradients have {'; '.join(only)}. Both must be one tree: differentiate with "
-            "respect to the parameters that update gets, and give zeros where nothing flows."
+            f"The gradients have {'; '.join(only)}. They must have the same structure: "
+            "differentiate with respect to the parameters passed to update, with zeros for leaves "
+            "without a gradient."
         )
     for path, gradient in gradients.items():
         if gradient.shape != parameters[path].shape:
             raise ValueError(
                 f"The gradient of {path!r} has shape {tuple(gradient.shape)}, the parameter has "
-                f"{tuple(parameters[path].shape)}. They must be equal; a mapped axis that is "
-                "still there has to be reduced first, by jax.lax.pmean or a mean."
+                f"{tuple(parameters[path].shape)}. They must be equal; reduce a remaining mapped "
+                "axis first, by jax.lax.pmean or a mean."
             )
 
 
@@ -217,10 +219,10 @@ def transformation(
             if not found:
                 raise
             raise ValueError(
-                f"The state is not one that {name}'s init makes for these parameters: {found}. It "
-                "was made by another transformation, with other rules, for other parameters, or "
-                "with the clip switched on or off. Start from tx.init(params), or carry its "
-                "moments over: muonclip_jax.checkpoint.from_optax_state(state, tx, params)."
+                f"The state is not one that {name}'s init creates for these parameters: {found}. "
+                "It is from another transformation, other rules, other parameters, or "
+                "with the clip switched on or off. Start from tx.init(params), or convert its "
+                "moments: muonclip_jax.checkpoint.from_optax_state(state, tx, params)."
             ) from error
 
     return optax.GradientTransformationExtraArgs(init, update_fn)

@@ -59,7 +59,7 @@ class MatrixAxes:
                 return self.outputs
             case "matrix":
                 return self.inputs + self.outputs
-        raise ValueError(f"over={over!r} is not known. Write 'inputs', 'outputs' or 'matrix'.")
+        raise ValueError(f"over={over!r} is unknown. Write 'inputs', 'outputs' or 'matrix'.")
 
     def sum(self, x: jax.Array, over: Over) -> jax.Array:
         """Sums along axes of the matrices, in float32 or wider.

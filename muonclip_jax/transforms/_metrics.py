@@ -258,7 +258,7 @@ def _recorded(
     selected = [block for block in found if block.selected]
     if selected and max_logits is None:
         raise ValueError(
-            "metrics got a qk_clip_threshold, and this update brings no maxima. Call tx.update("
+            "metrics has a qk_clip_threshold, but update got no maxima. Call tx.update("
             "grads, state, params, max_logits=max_logits), or leave qk_clip_threshold out of "
             "metrics(...)."
         )

@@ -223,8 +223,8 @@ def _check_equal_along(axes: tuple[str, ...], specs: list[tuple[str, Any, Matrix
     for path, leaf, _ in specs:
         if differing := sorted(varying_axes(leaf).intersection(axes)):
             raise ValueError(
-                f"{path or 'The leaf'} differs along the mapped axes {tuple(differing)}, which "
-                "axis_name says it is equal along. Average it before: "
+                f"{path or 'The leaf'} varies over the mapped axes {tuple(differing)}, but "
+                "axis_name requires it to be equal along them. Average it first: "
                 f"jax.lax.pmean(grads, {tuple(differing)}); or leave an axis that shards the "
                 "parameters out of axis_name."
             )

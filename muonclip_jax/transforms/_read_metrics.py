@@ -136,9 +136,9 @@ def read_metrics(
     found = [node for node in nodes if isinstance(node, MetricsState)]
     if len(found) != 1:
         raise ValueError(
-            f"The optimizer's state has {len(found)} states of metrics, expected one. Write "
-            "tx = muonclip_jax.metrics(muonclip_jax.muonclip(...)), and of several give the state "
-            "of one of them."
+            f"The optimizer state has {len(found)} states of metrics, expected one. Write "
+            "tx = muonclip_jax.metrics(muonclip_jax.muonclip(...)); if there are several, give the "
+            "state of one of them."
         )
     # As arrays, where a library has boxed them.
     sample = {name: jnp.asarray(x) for name, x in found[0].sample.items()}
@@ -151,10 +151,10 @@ def read_metrics(
     counts = matrices.counts
     if have != (sum(counts), len(blocks)):
         raise ValueError(
-            f"The state has figures of {have[0]} matrices and {have[1]} attention blocks, and "
+            f"The state has metrics of {have[0]} matrices and {have[1]} attention blocks, and "
             f"params have {sum(counts)} and {len(blocks)} by these rules. Give read_metrics the "
-            "parameters that the optimizer was made for, and rules= and qk_clip_blocks= as metrics "
-            "got them."
+            "parameters of this optimizer, and the same rules= and qk_clip_blocks= as metrics "
+            "has."
         )
     step = sample.pop("step")
     bounds = np.cumsum(counts)[:-1]

@@ -217,7 +217,7 @@ def test_log_sum_exp_bounds_the_maximum_within_the_logarithm_of_the_keys(name, d
 
 
 CUDNN = {
-    "bias": ("bias of -inf", "bfloat16", "cpu", "additive bias, which no clip can change"),
+    "bias": ("bias of -inf", "bfloat16", "cpu", "additive bias, which a clip cannot change"),
     "dtype": ("plain", "float32", "gpu", "takes bfloat16 and float16, not float32"),
     "platform": ("plain", "bfloat16", "cpu", "NVIDIA GPUs, not on 'cpu'; use 'xla'"),
     # On a GPU without a cuDNN, or with heads of a size that it does not serve.
@@ -256,9 +256,13 @@ BAD: dict[str, tuple[tuple[jax.Array, ...], dict[str, Any], str]] = {
     "bias shape": ((X, X), {"bias": jnp.ones((1, 2, 2, 4, 4))}, r"bias has shape .* broadcast"),
     "lengths": (
         *((X, X), {"query_seq_lengths": jnp.ones((3,), jnp.int32)}),
-        r"query_seq_lengths must hold one integer a sequence, shape \(2,\)",
+        r"query_seq_lengths must have one integer per sequence, shape \(2,\)",
     ),
-    "name": ((X, X), {"implementation": "flash"}, "'flash' is none of 'xla', 'mosaic_tpu'"),
+    "name": (
+        (X, X),
+        {"implementation": "flash"},
+        "'flash' is unknown; choose one of 'xla', 'mosaic_tpu'",
+    ),
     "name of attention": (
         *((X, X, X), {"implementation": "flash"}),
         r"'flash' is unknown; choose one of 'xla', 'cudnn', ",

@@ -219,7 +219,7 @@ def test_maxima_with_a_batch_between_layers_and_heads_say_what_to_write():
     latent = {name: {"kernel": normal(*shape)} for name, shape in shapes.items()}
     path, params = "decoder/attention", {"decoder": {"attention": latent}}
     maxima = normal(3, 4, 2).at[1, 2, 0].set(400.0)
-    message = r"do not fit.*\(stacked layers, batch, query heads\).*lambda s: s.max\(axis=1\)"
+    message = r"do not match.*\(stacked layers, batch, query heads\).*lambda s: s.max\(axis=1\)"
     with pytest.raises(ValueError, match=message):
         apply_qk_clip(params, {path: maxima})
     new, info = apply_qk_clip(params, jax.tree.map(lambda s: s.max(axis=1), {path: maxima}))

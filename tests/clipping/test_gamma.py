@@ -48,12 +48,12 @@ def test_a_traced_threshold_that_is_not_positive_changes_nothing():
 
 
 BAD = {
-    "zero": (0, 0.5, "query", r"threshold must be positive, got .* largest pre-softmax"),
+    "zero": (0, 0.5, "query", r"threshold must be positive, got .* maximum pre-softmax"),
     "negative": (np.float32(-2), 0.5, "query", "threshold must be positive"),
     "NaN": (np.nan, 0.5, "query", "threshold must be positive"),
-    "alpha below": (100.0, -0.1, "query", r"alpha must lie in \[0, 1\], got"),
-    "alpha above": (100.0, 2, "query", r"alpha must lie in \[0, 1\], got"),
-    "alpha NaN": (100.0, np.nan, "query", r"alpha must lie in \[0, 1\], got"),
+    "alpha below": (100.0, -0.1, "query", r"alpha must be in \[0, 1\], got"),
+    "alpha above": (100.0, 2, "query", r"alpha must be in \[0, 1\], got"),
+    "alpha NaN": (100.0, np.nan, "query", r"alpha must be in \[0, 1\], got"),
     "rule": (100.0, 0.5, "megatron", "'query', 'group', 'balanced', got 'megatron'"),
 }
 

@@ -67,9 +67,12 @@ def test_recordings_are_maxed_not_summed(name):
 
 WHOLE = r"may be whole logits .* take the maximum over all other"
 BAD = {
-    "no maxima": (lambda: read_maxima({}), "holds no maxima. Expected leaves named 'max_logits'"),
-    "None": (lambda: read_maxima(None), "holds no maxima"),
-    "an array": (lambda: read_maxima(A), "holds no maxima"),
+    "no maxima": (
+        lambda: read_maxima({}),
+        "contains no maxima. Expected leaves named 'max_logits'",
+    ),
+    "None": (lambda: read_maxima(None), "contains no maxima"),
+    "an array": (lambda: read_maxima(A), "contains no maxima"),
     "numbers": (
         lambda: read_maxima({"attn": {"max_logits": [1.0, 2.0]}}),
         r"maxima of 'attn' are \[1.0, 2.0\]; expected arrays",

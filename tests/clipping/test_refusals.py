@@ -59,7 +59,7 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
         LOGITS.format(r"\(1, 3, 4\)"),
     ),
     "not a maximum": (attention(), {"weights": (ONES,)}, "recorded for 'attn/weights"),
-    "one number": (attention(), jnp.asarray(7.0), r"shape \(\) do not fit.*\(query heads,\)"),
+    "one number": (attention(), jnp.asarray(7.0), r"shape \(\) do not match.*\(query heads,\)"),
     "heads alone on a stack": (
         *(attention(stack=(3,)), ONES),
         r"\(3, 6, 4, 8\).*Expected maxima \(query heads,\), or \(",
@@ -91,7 +91,7 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     ),
     "fused, no size of a head": (
         *(kernels(qkv=(6, 48)), ONES),
-        r"how large a head is; .*head_dim=.* or kv_heads=",
+        r"gives the head size; .*head_dim=.* or kv_heads=",
     ),
     "a masked norm": (
         *(attention() | {"query_ln": {"scale": HIDDEN}}, ONES),
@@ -126,7 +126,7 @@ def test_blocks_and_maxima_belong_together():
         (attn, ["attn", "a/attn"], {}, r"recorded for 'a/attn'.*Blocks are: 'attn'"),
         (kernels(dense=(3, 3)), ["attn"], {}, "No attention block was found in parameters 'dense/"),
         (attn, ["attn"], {"threshold": 0.0}, "threshold must be positive"),
-        (attn, ["attn"], {"alpha": 1.1}, "alpha must lie"),
+        (attn, ["attn"], {"alpha": 1.1}, "alpha must be"),
     )
     for params, maxima, settings, message in cases:
         for function in (apply_qk_clip, qk_clip_info):

@@ -105,7 +105,7 @@ def test_blocks_are_selected(leaves, blocks, selected):
         ("crossattn", ValueError, "'crossattn' matches no path.*'encoder/0/attn'"),
         (("decoder", MINE), ValueError, "layout 'mine' .* needs 'ask' and 'answer'"),
         ((), ValueError, re.escape("blocks=() selects no attention block")),
-        ("attn(", ValueError, "no regular expression"),
+        ("attn(", ValueError, "not a regular expression"),
         *(
             (x, TypeError, "blocks= got .*a pair")
             for x in (3, [3], [("a", "b", "c")], [("a", None)])

@@ -27,8 +27,8 @@ def test_arguments_are_checked_and_hashable():
     assert mc.MatrixRules() == mc.MatrixRules(attention="merged")
     for error, message, given in (
         (ValueError, "one of 'merged', 'split', 'per_head', got 'he", {"attention": "heads"}),
-        (ValueError, "head_dim= says how .* fall into parts", {"head_dim": 4}),
-        (ValueError, "blocks= says how .* fall into parts", {"blocks": "attn"}),
+        (ValueError, "head_dim= determines how .* are split", {"head_dim": 4}),
+        (ValueError, "blocks= determines how .* are split", {"blocks": "attn"}),
         (TypeError, "head_dim must be an in", {"attention": "per_head", "head_dim": 4.0}),
         (TypeError, "blocks= got 3", {"attention": "per_head", "blocks": 3}),
     ):
@@ -172,5 +172,5 @@ def test_a_fused_kernel_that_names_cut_needs_no_output_projection():
     rules = mc.MatrixRules(attention="split")
     dims = rules.dimension_numbers({"attn": kernels(qkv=(12, 36))})
     assert dims["attn"]["qkv"]["kernel"].splits == (mc.Split(1, (12, 12, 12)),)
-    with pytest.raises(ValueError, match="tells how large a head is"):
+    with pytest.raises(ValueError, match="gives the head size"):
         rules.dimension_numbers({"attn": kernels(qkv=(12, 32))})

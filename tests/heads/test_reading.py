@@ -85,7 +85,7 @@ def test_the_output_projection_tells_micro_batches_from_layers():
 def test_stack_axes_may_be_said():
     layout = AttentionLayout(LAYOUT.projections, stack_axes=(1,))
     assert read((64, 4), layout, **pair((64, 64, 4, 16))).leaves[0].stack_axes == (1,)
-    with pytest.raises(ValueError, match="do not fit together"):
+    with pytest.raises(ValueError, match="do not match"):
         read((64, 4), layout, **pair((64, 4, 16)))
 
 
@@ -99,15 +99,15 @@ def test_a_tie_is_an_error_that_says_how_to_break_it():
 @pytest.mark.parametrize(
     ("maxima", "shapes", "why"),
     [
-        ((3,), pair((64, 4, 16)), "no multiple of 3 heads|do not hold 3 heads"),
+        ((3,), pair((64, 4, 16)), "not a multiple of 3 heads|not divisible into 3 heads"),
         ((8,), pair((64, 8, 16), (64, 3, 16)), "key: 48 features .* number of key heads"),
         ((8,), pair((64, 128), (64, 40)), "key: 40 features .* number of key heads"),
-        ((4,), pair((3, 64, 4, 16)), "stacked|no kernel"),
+        ((4,), pair((3, 64, 4, 16)), "stacked|not a kernel"),
         ((4,), pair((64, 4, 16)) | {"query__bias": (5,)}, "query/bias"),
     ],
 )
 def test_what_does_not_fit_says_why(maxima, shapes, why):
-    with pytest.raises(ValueError, match=f"'attn/query/kernel'.*do not fit.*({why})"):
+    with pytest.raises(ValueError, match=f"'attn/query/kernel'.*do not match.*({why})"):
         read(maxima, **shapes)
 
 

@@ -56,14 +56,14 @@ def test_a_kernel_that_jax_cannot_import_is_refused_and_nothing_else_breaks(
     else:
         monkeypatch.delattr(getattr(pallas, part), name_used)
     monkeypatch.delitem(sys.modules, module.__name__)
-    with pytest.raises(NotImplementedError, match=f"{name!r} needs a part of Pallas"):
+    with pytest.raises(NotImplementedError, match=f"{name!r} needs a feature of Pallas"):
         load_kernel(operation, name, platform)
     x = jnp.ones((1, 4, 2, 8))
     use = {
         "symmetric": lambda: orthogonalize(x[0, 0], ns_implementation=name),
         "max_logits": lambda: attention_max_logits(x, x, implementation=name),
     }
-    with pytest.raises(NotImplementedError, match=f"{name!r} needs a part of Pallas"):
+    with pytest.raises(NotImplementedError, match=f"{name!r} needs a feature of Pallas"):
         use[operation]()
     params = {"up": {"kernel": jnp.ones((4, 8))}}
     tx = muonclip(1e-3, qk_clip_threshold=None)
@@ -81,5 +81,5 @@ def test_unknown_names_are_told_the_known_ones():
     with pytest.raises(ValueError, match=r"ns_implementation='cublas' .* 'xla', 'mosaic_gpu', "):
         plan_polar(ns_implementation="cublas")
     x = jnp.ones((1, 4, 2, 8))
-    with pytest.raises(ValueError, match="'nothing' is none of 'xla', 'mosaic_tpu'"):
+    with pytest.raises(ValueError, match="'nothing' is unknown; choose one of 'xla', 'mosaic_tpu'"):
         attention_max_logits(x, x, implementation="nothing")

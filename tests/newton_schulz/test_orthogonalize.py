@@ -320,7 +320,10 @@ def test_wrong_arguments() -> None:
         ({"ns_dtype": "int8"}, "ns_dtype='int8' is not known. Pass one of 'float64'"),
         ({"ns_dtype": "half precision"}, "ns_dtype='half precision' is not known"),
         ({"preconditioning": "l2"}, "preconditioning='l2' is not known. Pass one of 'frobenius'"),
-        ({"ns_coeffs": "turbo", "preconditioning": "frobenius"}, "for preconditioning='aol', got"),
+        (
+            {"ns_coeffs": "turbo", "preconditioning": "frobenius"},
+            "needs preconditioning='aol', got",
+        ),
         # Published for "aol" by another library: 4.0098 - 7.0585 + 2.4635 < 0 at one.
         ({"ns_coeffs": (4.0098, -7.0585, 2.4635), "ns_steps": 1}, "singular value .* negative"),
     )

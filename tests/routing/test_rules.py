@@ -127,7 +127,7 @@ def test_labels_and_dimension_numbers_are_what_optax_takes():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (([("(", None)],), ValueError, "no regular expression"),
+        (([("(", None)],), ValueError, "not a regular expression"),
         (([(1, None)],), TypeError, "must be a string"),
         (([("w", (0, 1))],), TypeError, r"'w' must give a MatrixSpec.*got \(0, 1\)"),
         (("w$",), TypeError, "list of .pattern, spec. pairs"),

@@ -51,11 +51,11 @@ def test_normalize(spec, shape, expected):
         (MatrixSpec((0, 2)), (3, 4), "a/w: output axis 2 does not exist in shape"),
         (MatrixSpec((-3, 1)), (3, 4), "a/w: reduction axis -3 does not exist"),
         (MatrixSpec((0, -2)), (3, 4), "a/w: .*must all be different"),
-        (MatrixSpec(((), 1)), (3, 4), "names no reduction axis"),
+        (MatrixSpec(((), 1)), (3, 4), "has no reduction axis"),
         (MatrixSpec((1, 2), (Split(0, (2, 3)),)), (5, 3, 4), "Batch axes are separate"),
         (MatrixSpec((0, 1), (Split(5, (2, 3)),)), (3, 5), "neither a reduction nor an output"),
         (MatrixSpec((0, 1), (Split(1, (2, 3)),)), (3, 4), "covers 5 entries, and axis 1"),
-        (MatrixSpec((0, 1), (Split(1, (2, 3)), Split(-1, (1, 4)))), (3, 5), "cut the same axis"),
+        (MatrixSpec((0, 1), (Split(1, (2, 3)), Split(-1, (1, 4)))), (3, 5), "have the same axis"),
     ],
 )
 def test_normalize_refuses(spec, shape, message):
@@ -75,8 +75,8 @@ def test_normalize_refuses(spec, shape, message):
         (lambda: MatrixSpec((0, 1), (Split(1, (1,)), Split(1, (1,)))), ValueError, "different"),
         (lambda: Split(1, 4), TypeError, "must be a tuple of integers, got 4"),
         (lambda: Split(1, (3, 0)), ValueError, "must be positive"),
-        (lambda: Split(1, (1, 1), along=1), ValueError, "there is no view"),
-        (lambda: Split(1, (1, 1), (4, 2), 2), ValueError, "no dimension of view"),
+        (lambda: Split(1, (1, 1), along=1), ValueError, "view is not given"),
+        (lambda: Split(1, (1, 1), (4, 2), 2), ValueError, "not a dimension of view"),
         (lambda: Split(1, (1, 1), (4, 3), 1), ValueError, "add up to 2.*has 3"),
     ],
 )
@@ -194,7 +194,7 @@ def test_under_muon_a_matrix_needs_no_spec_and_other_ranks_do():
     assert [spec for _, _, spec in resolve_muon_specs(params)] == [MatrixSpec(((0,), (1,)))] * 2
     for leaf, message in (
         (jnp.ones(8), r"a/b of shape \(8,\) is a rank-1 leaf under Muon"),
-        (jnp.ones((2, 9, 4)), r"a/b of shape \(2, 9, 4\) reached Muon(?s:.*)\^a/b\$"),
+        (jnp.ones((2, 9, 4)), r"a/b of shape \(2, 9, 4\) is assigned to Muon(?s:.*)\^a/b\$"),
     ):
         with pytest.raises(ValueError, match=message):
             resolve_muon_specs({"a": {"b": leaf}}, rules=MatrixRules([("a/b", None)]))

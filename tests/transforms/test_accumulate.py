@@ -459,9 +459,9 @@ def test_what_is_no_transformation():
             MAXIMA[0],
             r"maxima of no block.*'attn': jax.ShapeDtypeStruct\(\(2,\), jnp",
         ),
-        (FORM, None, "update brings none"),
-        (FORM, {"other": jnp.ones(2)}, r"expect the maxima \{'attn'.*brings \{'other': \(2,\)\}"),
-        (FORM, {"attn": jnp.ones(3)}, r"expect the maxima \{'attn'.*brings \{'attn': \(3,\)\}"),
+        (FORM, None, "update got none"),
+        (FORM, {"other": jnp.ones(2)}, r"expects the maxima \{'attn'.*got \{'other': \(2,\)\}"),
+        (FORM, {"attn": jnp.ones(3)}, r"expects the maxima \{'attn'.*got \{'attn': \(3,\)\}"),
     ],
     ids=["not announced", "missing", "another block", "another shape"],
 )

@@ -420,7 +420,7 @@ def test_maxima_of_a_block_that_is_not_there():
     tx = mc.metrics(optax.sgd(0.1), qk_clip_threshold=100.0)
     with pytest.raises(ValueError, match="recorded for 'other'"):
         tx.update(ATTENTION, tx.init(ATTENTION), max_logits={"other": jnp.ones(4)})
-    with pytest.raises(ValueError, match="this update brings no maxima"):
+    with pytest.raises(ValueError, match="update got no maxima"):
         tx.update(ATTENTION, tx.init(ATTENTION))
 
 
@@ -432,5 +432,5 @@ def test_reading_says_what_does_not_fit():
     with pytest.raises(ValueError, match="has 2 states of metrics"):
         mc.read_metrics((state, state), ATTENTION)
     rules = mc.MatrixRules([("key/kernel$", None)])
-    with pytest.raises(ValueError, match=r"figures of 2 matrices .* params have 1"):
+    with pytest.raises(ValueError, match=r"metrics of 2 matrices .* params have 1"):
         mc.read_metrics(state, ATTENTION, rules=rules)

@@ -318,7 +318,7 @@ def test_an_unreduced_gradient_is_named():
 @pytest.mark.parametrize(
     ("kind", "spec", "message"),
     [
-        (AUTO, P(P.UNCONSTRAINED, "fsdp"), "leaves a dimension open"),
+        (AUTO, P(P.UNCONSTRAINED, "fsdp"), "leaves a dimension unconstrained"),
         (EXPLICIT, P(unreduced=frozenset({"fsdp"})), "unreduced over the mesh axes"),
     ],
 )
@@ -409,7 +409,7 @@ def test_leaves_that_differ_along_axis_name_are_refused():
     def step(params: Any) -> Any:
         return tx.update(params, tx.init(params))[0]
 
-    with pytest.raises(ValueError, match=r"w differs along the mapped axes \('data',\).*pmean"):
+    with pytest.raises(ValueError, match=r"w varies over the mapped axes \('data',\).*pmean"):
         jax.jit(jax.shard_map(step, mesh=mesh, in_specs=P("data"), out_specs=P("data"))).trace(
             params
         )

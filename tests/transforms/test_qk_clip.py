@@ -172,7 +172,7 @@ def test_missing_maxima_say_what_to_pass():
 def test_updates_without_a_leaf_that_must_change():
     tx = qk_clip()
     updates = {"attn": UPDATES["attn"] | {"query": None}, "dense": UPDATES["dense"]}
-    with pytest.raises(ValueError, match=r"'attn/query/.*hold nothing for it"):
+    with pytest.raises(ValueError, match=r"'attn/query/.*have no entry for it"):
         tx.update(updates, tx.init(PARAMS), PARAMS, max_logits=MAXIMA)
 
 
@@ -180,7 +180,7 @@ def test_updates_without_a_leaf_that_must_change():
     ("arguments", "message"),
     [
         ({"threshold": 0.0}, "threshold must be positive"),
-        ({"alpha": 1.5}, "alpha must lie"),
+        ({"alpha": 1.5}, "alpha must be"),
         ({"shared_keys": "all"}, "shared_keys must be one of"),
         ({"blocks": ()}, "selects no attention block"),
     ],

@@ -122,7 +122,7 @@ def test_axes_follow_rules_masks_and_refuse_what_is_no_matrix():
     assert (axes.batch, axes.inputs, axes.outputs) == ((1,), (0,), (2,))
     with pytest.raises(ValueError, match="bias of shape"):
         mc.matrix_axes({"bias": jnp.ones(3)})
-    with pytest.raises(ValueError, match="over='rows' is not known"):
+    with pytest.raises(ValueError, match="over='rows' is unknown"):
         axes.sum(jnp.ones((8, 4, 2)), "rows")
 
 
@@ -242,7 +242,7 @@ def test_one_device_equals_eight(name: str, kind: AxisType):
 
 def test_bad_arguments_and_missing_parameters():
     for make, message in (
-        (lambda: mc.scale_by_neuron_rms(1.0), r"b2 must lie in \[0, 1\)"),
+        (lambda: mc.scale_by_neuron_rms(1.0), r"b2 must be in \[0, 1\)"),
         (lambda: mc.hyperball(-0.1), "learning_rate must be positive"),
         (lambda: mc.add_weight_decay(-0.1), "weight_decay must not be negative"),
         (lambda: mc.add_weight_decay(0.1, base_width=0), "base_width must be positive"),
