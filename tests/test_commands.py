@@ -39,9 +39,6 @@ def save(folder: Path, tree: Any) -> Path:
     return folder
 
 
-# -- reading --
-
-
 def test_of_a_manager_the_newest_step_and_its_items_are_read(tmp_path: Path):
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     with ocp.CheckpointManager(tmp_path / "one", options=options) as manager:
@@ -145,9 +142,6 @@ def test_several_subtrees_of_parameters_are_asked_about():
             find_params(saved, below_)
 
 
-# -- cost --
-
-
 def test_the_cost_is_that_of_the_counted_products():
     shapes = {"layers/mlp/wi/kernel": jax.ShapeDtypeStruct((24, 768, 768), jnp.float32)}
     text = mc.describe_cost(shapes, ns_method="standard", platform="cpu")
@@ -166,9 +160,6 @@ def test_matrices_of_one_shape_share_a_line_and_what_is_not_counted_says_so():
     text = mc.describe_cost({"w": form[4, 8]}, ns_method="svd")
     assert "not counted" in text
     assert "FLOP a step" not in text
-
-
-# -- the commands --
 
 
 def test_describe_prints_the_three_tables_and_counts_no_optimizer_state(

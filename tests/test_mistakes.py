@@ -226,9 +226,6 @@ def test_traced_decays_of_16_bits_warn_and_float32_works():
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(updates))
 
 
-# -- trees that can be called --
-
-
 def specs(x: Any) -> Any:
     return mc.MatrixSpec((0, 1)) if x.ndim == 2 else None
 

@@ -38,10 +38,11 @@ def test_a_maximum_that_is_no_positive_number_changes_nothing(bad):
             assert all((factor == 1.0).all() for factor in factors.values())
 
 
-def test_a_traced_threshold_that_is_not_positive_changes_nothing():
+def test_a_traced_threshold_that_is_not_positive_or_infinite_changes_nothing():
+    """Infinite is what a loop passes on a step that its optimizer skipped."""
     params, maxima = {"attn": attention()}, {"attn": jnp.asarray([50.0, 0.0, -0.5, 1e30])}
     clip = jax.jit(lambda threshold: apply_qk_clip(params, maxima, threshold=threshold))
-    for threshold in (0.0, -0.0, -1.0, np.nan, -np.inf):
+    for threshold in (0.0, -0.0, -1.0, np.nan, -np.inf, np.inf):
         new, info = clip(threshold)
         jax.tree.map(np.testing.assert_array_equal, new, params)
         assert int(info.total_clipped) == 0
