@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m muonclip_jax", description="Muon with QK-Clip for JAX: see what it does."
     )
     commands = whole.add_subparsers(dest="command", required=True)
-    text = "who trains what in a checkpoint, its attention blocks, and what Muon costs a step"
+    text = "labels and attention blocks of a checkpoint, and the cost of Muon per step"
     command = commands.add_parser("describe", help=text, description=f"Prints {text}.")
     add = command.add_argument
     add("checkpoint", help="a folder of Orbax (an item, a step, or all steps) or an .npz file")

@@ -1,9 +1,8 @@
 """The platform that a computation is planned for, and over which mesh axes an array varies.
 
-Dtype, form and order of work depend on the platform, and JAX does not know it while it traces: the
-same trace may be lowered for any platform (`jax.export`). So it is decided once, by
-`plan_platform`, and a decision that was not the caller's is compared with the platform that the
-program is lowered for (`check_lowering`).
+Dtype, form and order of work depend on the platform, which is unknown while tracing: the same trace
+may be lowered for any platform (`jax.export`). So it is decided once, by `plan_platform`, and
+unless the caller gave it, lowering for another platform is an error (`check_lowering`).
 """
 
 from collections.abc import Iterable
@@ -22,7 +21,7 @@ PLATFORMS = {"cpu": ("cpu",), "gpu": ("cuda", "rocm"), "tpu": ("tpu",)}
 
 
 def check_platform(platform: Any) -> str | None:
-    """Returns a caller's `platform=` in the words of `PLATFORMS`.
+    """Returns `platform=` as one of `PLATFORMS`.
 
     Raises:
         ValueError: If there is no such platform.
@@ -46,14 +45,13 @@ def plan_platform(given: str | None, mesh: Any = None, arrays: Iterable[Any] = (
     """Decides which platform a computation is for.
 
     Args:
-        given: What the caller says (checked), or None.
-        mesh: The mesh that the computation runs on, where it is known. An abstract one may know
-            its devices too.
-        arrays: What it starts from. While tracing they do not tell their device.
+        given: The caller's platform (checked), or None.
+        mesh: The mesh of the computation, if known. An abstract one may know its devices too.
+        arrays: The inputs. While tracing they have no device.
 
     Returns:
-        The first that is known: the caller's, that of the mesh's devices, that of the arrays, that
-        of `jax.default_device`, that of JAX's default backend.
+        The first that is known of: the caller's, and those of the mesh's devices, the arrays,
+        `jax.default_device` and JAX's default backend.
     """
     if given is not None:
         return given
@@ -72,10 +70,10 @@ def plan_platform(given: str | None, mesh: Any = None, arrays: Iterable[Any] = (
 
 
 def check_lowering(platform: str) -> jax.Array:
-    """Returns the number zero, which cannot be lowered for another platform than this one.
+    """Returns a zero that can only be lowered for this platform.
 
-    Added to a number of a program that was planned for `platform` without the caller's word, it
-    refuses to export that program for a platform that it was not planned for.
+    It is added to a number of a program that was planned for `platform` without the caller giving
+    it, so that exporting the program for another platform is an error.
 
     Raises:
         NotImplementedError: When the program is lowered for another platform.
@@ -104,8 +102,8 @@ _refused_p = _Primitive("refused")
 def refused(x: Shaped[Array, "..."], reason: str) -> Shaped[Array, "..."]:
     """Returns `x` while tracing, and raises when the program is lowered or computed.
 
-    Put into one branch of `lax.platform_dependent`, it refuses one platform: which platform a
-    program runs on is known only when it is lowered.
+    In a branch of `lax.platform_dependent` it raises for that platform, which is known only when
+    the program is lowered.
 
     Raises:
         NotImplementedError: With the reason, once the platform is known.
@@ -157,28 +155,28 @@ def entry_axes(entry: Any) -> tuple[str, ...]:
 
 
 def varying_axes(x: Any) -> frozenset[str]:
-    """Returns the mesh axes over which a checked `jax.shard_map` knows an array to vary."""
+    """Returns the mesh axes over which an array varies, in a checked `jax.shard_map`."""
     kind: Any = jax.typeof(x)
     # JAX called it `vma` until 0.10.1.
     return kind.mat.varying if hasattr(kind, "mat") else kind.vma
 
 
 def vary_like(x: jax.Array, other: jax.Array) -> jax.Array:
-    """Returns `x`, known to vary over the mesh axes too that `other` is known to vary over.
+    """Returns `x`, cast to also vary over the mesh axes of `other`.
 
-    What a branch does not get as such is cast inside of it, and a cast's derivative is a sum over
-    devices: those that take another branch would be waited for forever.
+    Without this the cast would be inside a branch, and its derivative is a sum over devices, which
+    would deadlock with devices that take another branch.
     """
     missing = tuple(sorted(varying_axes(other) - varying_axes(x)))
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def all_gather(x: jax.Array, names: tuple[str, ...], axis: int, *, tiled: bool = True) -> jax.Array:
-    """`lax.all_gather` whose result is known to be equal on all devices, where JAX keeps account.
+    """`lax.all_gather` whose result has an invarying type in a checked `shard_map`.
 
-    A `shard_map` that does not check (`check_vma=False`) and `pmap` keep none. There the gather
-    `to="invarying"` has a wrong derivative: a device would pass back its own cotangent, which is
-    one share of the whole, in place of the sum over devices.
+    In a `shard_map` with `check_vma=False` and in `pmap`, a gather with `to="invarying"` has a
+    wrong
+    derivative: each device would return its own cotangent instead of the sum over devices.
     """
     to = "invarying" if varying_axes(x).intersection(names) else "varying"
     return lax.all_gather(x, names, axis=axis, tiled=tiled, to=to)

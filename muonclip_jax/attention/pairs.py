@@ -1,10 +1,10 @@
 """Which query attends to which key, and the arrays of an attention call in one form.
 
-There is one batch axis, and query heads are grouped by key head as `(K, G)`. Pairs are hidden for
-five reasons: a boolean mask, causality, a local window, padding at the end of a sequence, and an
-additive bias so low that softmax gives the pair nothing. Causality and the window tell from shapes
-alone which keys a range of queries can see; masks and biases are cut to the block at hand, so
-nothing of size queries times keys is made that was not passed in.
+There is one batch axis, and query heads are grouped by key head as `(K, G)`. Pairs may be masked by
+a boolean mask, causality, a local window, padding at the end of a sequence, or an additive bias so
+low that the softmax weight is zero. For causality and the window, the keys of a range of queries
+follow from shapes; masks and biases are sliced per block, so no array of size queries times keys is
+created.
 """
 
 import functools
@@ -29,9 +29,9 @@ class Inputs(NamedTuple):
     Attributes:
         query: Queries `[B, T, K, G, H]`.
         key: Keys `[B, S, K, H]`.
-        value: Values `[B, S, K, D]`, or None where only maxima are asked for.
+        value: Values `[B, S, K, D]`, or None if only maxima are needed.
         scale: Factor of the dot products.
-        mask: True where a pair takes part `[B, K, G, T, S]`.
+        mask: False for masked pairs `[B, K, G, T, S]`.
         bias: Added to the logits `[B, K, G, T, S]`.
         query_seq_lengths: Queries from here on are padding `[B]`.
         key_value_seq_lengths: Keys from here on are padding `[B]`.
@@ -49,12 +49,12 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Geometry:
-    """What is known of a call while tracing.
+    """Static properties of a call.
 
     Attributes:
-        is_causal: Query `t` sees keys up to and including `t`.
-        window: Query `t` sees keys from `t - left` to `t + right`.
-        platform: What the call is planned for, as `plan_platform` decides it.
+        is_causal: Query `t` attends to keys up to and including `t`.
+        window: Query `t` attends to keys from `t - left` to `t + right`.
+        platform: The platform from `plan_platform`.
     """
 
     is_causal: bool = False
@@ -62,7 +62,7 @@ class Geometry:
     platform: str = "cpu"
 
     def key_range(self, start: int, stop: int, keys: int) -> tuple[int, int]:
-        """Returns the range of keys outside of which queries `start..stop` see nothing.
+        """Returns the range of keys to which queries `start..stop` may attend.
 
         Example:
             >>> Geometry(is_causal=True, window=(3, 0)).key_range(8, 12, 64)
@@ -83,7 +83,7 @@ class Block(NamedTuple):
     keys: int
 
     def cut(self, x: jax.Array) -> jax.Array:
-        """Cuts the last two axes of a mask or bias; axes of length one broadcast and stay."""
+        """Slices the last two axes of a mask or bias; axes of length one are kept."""
         if x.shape[-2] != 1:
             x = lax.dynamic_slice_in_dim(x, self.query_start, self.queries, axis=-2)
         if x.shape[-1] != 1:
@@ -92,7 +92,7 @@ class Block(NamedTuple):
 
 
 def allowed_pairs(inputs: Inputs, geometry: Geometry, block: Block) -> jax.Array | None:
-    """Returns which pairs of a block take part, whatever the bias; None where all do.
+    """Returns the unmasked pairs of a block, without the bias; None if all are.
 
     The result broadcasts to `[B, K, G, t, s]`.
     """
@@ -114,9 +114,9 @@ def allowed_pairs(inputs: Inputs, geometry: Geometry, block: Block) -> jax.Array
 
 
 def bias_permits(bias: jax.Array) -> jax.Array:
-    """Returns False where a bias hides the pair.
+    """Returns False where a bias masks the pair.
 
-    That is at `finfo(bias.dtype).min / 2` and below, -inf included, and at -1e9 and below.
+    That is at most `finfo(bias.dtype).min / 2`, including -inf, or at most -1e9.
     """
     limit = _FORBIDDING_BIAS
     if jnp.issubdtype(bias.dtype, jnp.floating):

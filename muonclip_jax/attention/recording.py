@@ -1,8 +1,7 @@
-"""Wrapping an attention function of the user's own, so that its maxima are recorded beside it.
+"""Wrapper that records the maxima of a custom attention function.
 
-What a framework calls an attention function has Flax's arguments: query, key and value, then bias,
-mask and the rest by name. Where the maxima go, and how inputs are brought to one dtype, is up to
-the framework and passed in.
+An attention function has Flax's arguments: query, key and value, then bias, mask and others by
+name. The framework passes in how to record maxima and how to cast inputs to a common dtype.
 """
 
 import dataclasses
@@ -24,12 +23,12 @@ _MEANT = (
 
 
 def as_bool(mask: jax.Array | None) -> jax.Array | None:
-    """Returns a mask as Flax reads it: a pair takes part where it is not zero."""
+    """Converts a mask to bool as Flax does: zero means masked."""
     return None if mask is None else jnp.asarray(mask).astype(bool)
 
 
 def records(attention_fn: Callable[..., Any], *ours: Callable[..., Any]) -> bool:
-    """Whether a function, or what `functools.partial` made it from, is one of `ours`.
+    """Whether a function, without `functools.partial` around it, is one of `ours`.
 
     Example:
         >>> records(functools.partial(max, default=0), max), records(min, max)
@@ -50,20 +49,19 @@ def _bound(attention_fn: Callable[..., Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class RecordingBeside:
-    """An attention function that computes the same as another one and records its maxima.
+    """Calls an attention function, and computes and records its maxima separately.
 
-    They are computed once more, block by block. Every argument that `jax.nn.dot_product_attention`
-    has for hiding pairs, and `scale`, is understood by its name, whether it is passed, bound by
-    `functools.partial` or a default. What a function does inside is not seen: without a `scale` its
-    logits are taken to be `q . k / sqrt(head_dim)`. The signature stays, because Flax's modules
-    pass only the arguments that they find in it.
+    The maxima are computed block by block. Arguments with the names of masking arguments of
+    `jax.nn.dot_product_attention`, and `scale`, are used, whether passed, bound by
+    `functools.partial` or defaults. Scaling or masking inside the function is not visible: without
+    a `scale` its logits are assumed to be `q . k / sqrt(head_dim)`. The signature is preserved,
+    because Flax's modules pass only the arguments in it.
 
-    Two of them are equal where their fields are: `jit` compares the functions that a module holds,
-    and needs no cache that keeps them alive.
+    Instances with equal fields are equal, because `jit` compares the functions in a module.
 
     Attributes:
         attention_fn: A function of `(query, key, value, ...)`.
-        to_one_dtype: Brings query and key to one dtype, given the dtype asked for.
+        to_one_dtype: Casts query and key to a common dtype, given the requested dtype.
         record: Takes the maxima `(heads,)`.
 
     Example:
@@ -81,11 +79,11 @@ class RecordingBeside:
 
     @property
     def __wrapped__(self) -> Callable[..., jax.Array]:
-        """What `inspect.signature` looks at."""
+        """Used by `inspect.signature`."""
         return self.attention_fn
 
     def __call__(self, query: Any, key: Any, value: Any, *arguments: Any, **keywords: Any) -> Any:
-        """Records the maxima and returns what the function returns."""
+        """Records the maxima and returns the function's result."""
         call = inspect.signature(self.attention_fn).bind_partial(
             query, key, value, *arguments, **keywords
         )

@@ -1,10 +1,10 @@
-"""Which leaves of a block a clip multiplies, and where their heads lie: one plan or a refusal.
+"""The leaves of a block that a clip scales, and the positions of their heads, or an error.
 
-Where queries and keys are normalised, `q = gain * normalise(W_q x)` does not change with `W_q`, so
-scaling the kernels would do nothing. Scaling the gain is exact, and possible for one head alone
-where the gain has an entry for every feature of every head, as in OLMo 2. A gain of `(head_dim,)`,
-as in Qwen 3 and Gemma 3, is shared by all heads, and there the clip refuses. Gains are taken to be
-stored as they multiply; a model that stores their offset from one needs its block left out.
+If queries and keys are normalised, `q = gain * normalise(W_q x)` does not depend on the scale of
+`W_q`, so scaling the kernels has no effect. Scaling the gain is exact, and possible for a single
+head if the gain has an entry for every feature of every head, as in OLMo 2. A gain of
+`(head_dim,)`, as in Qwen 3 and Gemma 3, is shared by all heads, which is an error. The stored gain
+is assumed to be the multiplier; if a model stores its offset from one, its block must be excluded.
 """
 
 import dataclasses
@@ -33,7 +33,8 @@ def read_block(block: FoundBlock, maxima_shape: Shape) -> BlockPlan:
     """Returns the plan of one block, given the shape of its maxima `(..., stack, query heads)`.
 
     Raises:
-        ValueError: If no reading of the shapes fits, several do, or the block cannot be clipped.
+        ValueError: If no interpretation of the shapes fits, several do, or the block cannot be
+            clipped.
     """
     plans, misfits = _plans(block, maxima_shape)
     if len(plans) == 1:
@@ -66,11 +67,11 @@ def read_block(block: FoundBlock, maxima_shape: Shape) -> BlockPlan:
 
 
 def guess_block(block: FoundBlock) -> BlockPlan | RefusalError | None:
-    """Returns the plan of one block without its maxima, why it cannot be clipped, or None.
+    """Returns the plan of one block without its maxima, the reason against it, or None.
 
-    Every number of heads on every stack is tried. One reading has to be the only one that the
-    output projection agrees with: `(4, 64, 64)` alone may be four layers of merged heads as well as
-    64 heads of 64. A block is refused where every reading is.
+    Every number of heads and every stack is tried. Exactly one interpretation must agree with the
+    output projection: `(4, 64, 64)` may be four layers of merged heads or 64 heads of size 64. A
+    reason is returned if it applies to every interpretation.
     """
     plans, misfits = _plans(block, None)
     if len(plans) == 1 and plans[0][1].agrees:
@@ -81,7 +82,7 @@ def guess_block(block: FoundBlock) -> BlockPlan | RefusalError | None:
 def _plans(
     block: FoundBlock, maxima_shape: Shape | None
 ) -> tuple[list[tuple[BlockPlan, Reading]], list[MisfitError]]:
-    """Returns the plans that fit best, and reasons against the rest; equal blocks are read once."""
+    """Returns the plans that fit best, and reasons against the others; cached for equal blocks."""
     return _cached_plans(block.layout, tuple(block.leaves.items()), maxima_shape)
 
 
@@ -99,7 +100,7 @@ def _cached_plans(
 
 
 def _block_plan(reading: Reading) -> BlockPlan:
-    """Returns the plan under one reading; paths are names inside the block."""
+    """Returns the plan under one interpretation; paths are names inside the block."""
     attempt = reading.attempt
     leaves: list[LeafPlan] = []
     for p, kernel in zip(reading.layout.projections, reading.kernels, strict=True):
@@ -145,7 +146,7 @@ def _leaf_plans(attempt: Attempt, p: Projection, kernel: LeafPlan) -> Iterator[L
 
 
 def _gain_plans(attempt: Attempt, norm: str | None, segment: Segment) -> list[LeafPlan]:
-    """Returns the plans of a norm's gain and shift, empty where heads share or lack a gain."""
+    """Returns the plans of a norm's gain and shift, empty if heads share a gain or have none."""
     plans: list[LeafPlan] = []
     inside = under(attempt.shapes, norm) if norm else {}
     for name, shape in inside.items():
@@ -161,9 +162,9 @@ def _gain_plans(attempt: Attempt, norm: str | None, segment: Segment) -> list[Le
 
 
 def _gains_instead(plan: BlockPlan, attempt: Attempt, latent: bool) -> BlockPlan:
-    """Returns the plan with gains in place of kernels where queries or keys are normalised.
+    """Returns the plan with gains instead of kernels if queries or keys are normalised.
 
-    In latent attention a lone "q_norm" acts on the low-rank query, before its heads are made.
+    In latent attention a "q_norm" alone is applied to the low-rank query, before the heads.
 
     Raises:
         RefusalError: If heads share the gain of the queries.
@@ -196,7 +197,7 @@ def _gains_instead(plan: BlockPlan, attempt: Attempt, latent: bool) -> BlockPlan
 
 
 def _other_heads(block: FoundBlock, maxima_shape: Shape) -> str:
-    """Says how many heads the kernel has, where its axes or the output projection show it."""
+    """Describes the number of heads of the kernel, if its axes or the output projection show it."""
     readings = [
         reading
         for _, reading in _plans(block, None)[0]
@@ -211,7 +212,7 @@ def _other_heads(block: FoundBlock, maxima_shape: Shape) -> str:
 
 
 def _reduction(block: FoundBlock, maxima_shape: Shape) -> str:
-    """Says what to write where the maxima fit after a maximum over some of their axes.
+    """Suggests a reduction if the maxima fit after a maximum over some of their axes.
 
     A module that records `(batch, heads)` under `nn.scan` gives `(layers, batch, heads)`; whole
     logits are `(batch, heads, queries, keys)`, under a scan with layers before them.

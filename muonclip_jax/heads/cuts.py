@@ -1,19 +1,18 @@
-"""Attention kernels as matrices: whole, by part, or head by head.
+"""Division of attention kernels into matrices: whole, by part, or by head.
 
-A query kernel `(d_model, heads, head_dim)` is one matrix with all heads side by side, which is what
-the field does by default. It may also be seen as `heads` matrices that happen to share their
-input, and a fused kernel as the queries, keys and values that it makes. Every matrix is
-orthogonalised by itself and has the scale of its own shape:
+By default a query kernel `(d_model, heads, head_dim)` is one matrix with all heads. It may also be
+divided into `heads` matrices, and a fused kernel into queries, keys and values. Every matrix is
+orthogonalised separately and has its own shape scale:
 
 | name | query `(d, heads, size)` | GPT-2's `(d, 3 d)` | DeepSeek's `(rank, heads (nope + rope))` |
 |---|---|---|---|
-| "merged" | one matrix | as names tell | one matrix |
+| "merged" | one matrix | by name | one matrix |
 | "split" | one matrix | queries, keys, values | without rotation, with rotation |
-| "per_head" | one a head | one a head of each | two a head |
+| "per_head" | one per head | one per head of each | two per head |
 
-A block is read whole, for the rotary size of a query shows in the key's projection beside it, the
-number of key heads of a fused kernel in the output's. Every number of heads that shapes allow is
-tried; where those would cut the kernels differently, the size of a head has to be said.
+All leaves of a block are used, because the rotary size of a query follows from the key projection,
+and the number of key heads of a fused kernel from the output projection. Every number of heads that
+shapes allow is tried; if they give different splits, the head size must be given.
 """
 
 import dataclasses
@@ -49,21 +48,21 @@ def attention_cuts(
     head_dim: int | None,
     blocks: tuple[Rule, ...] | None,
 ) -> dict[str, Cut]:
-    """Returns spec and description, by path, of leaves that layouts cut otherwise than names do.
+    """Returns spec and description, by path, of leaves that layouts split differently than names.
 
     Args:
         leaves: The parameters by path, without an outer "params" level.
-        specs: What names say of those leaves that may be cut: their spec, None where that is open.
-            Leaves that AdamW trains or that a rule decides are not among them.
+        specs: Specs by name of the leaves that may be split, None if ambiguous, without leaves that
+            AdamW trains or that a rule decides.
         hidden: Paths of masked leaves.
         attention: "split" or "per_head".
         stack: The axes of stacked layers of the leaves in `specs`.
-        stacked: Those leaves whose paths show stacked layers.
-        head_dim: Features of one head where shapes cannot tell.
-        blocks: What `block_rules` returned.
+        stacked: The leaves whose paths indicate stacked layers.
+        head_dim: Size of a head, if it cannot be inferred from shapes.
+        blocks: The result of `block_rules`.
 
     Raises:
-        ValueError: If a block cannot be read, or part of it is masked.
+        ValueError: If a block cannot be split, or part of it is masked.
     """
     masked = dict.fromkeys(hidden, _SOME_MATRIX)
     cuts: dict[str, Cut] = {}
@@ -110,7 +109,7 @@ def _block_cuts(
     stacked: bool,
     head_dim: int | None,
 ) -> tuple[tuple[str, Cut], ...]:
-    """Returns the cuts of one block's kernels by their name in it; equal blocks are read once."""
+    """Returns the splits of one block's kernels by name; results are cached for equal blocks."""
     leaves, specs = dict(shapes), dict(table)
     stackings: list[tuple[int, ...]] = [(), (scan_axis,)]
     if scan_axis == 0:
@@ -148,7 +147,7 @@ def _block_cuts(
 def _is_cut(
     p: Projection, shapes: Mapping[str, Shape], specs: Mapping[str, MatrixSpec | None]
 ) -> bool:
-    """Whether a projection has one part only, or its name has cut it into its parts already."""
+    """Whether a projection has only one part, or is already split into its parts by name."""
     name = kernel_name(shapes, p.path)
     if len(p.parts) == 1 or name is None:
         return True
@@ -163,7 +162,7 @@ def _is_cut(
 def _cuts_of(
     reading: Reading, specs: Mapping[str, MatrixSpec | None], attention: str
 ) -> Iterator[tuple[str, Cut]]:
-    """Yields the cuts of a block's kernels under one reading, by their name in the block."""
+    """Yields the splits of a block's kernels under one interpretation, by name in the block."""
     by_head = attention == "per_head"
     kernels = [(kernel, by_head) for kernel in reading.kernels]
     if by_head:
@@ -192,7 +191,7 @@ def _cuts_of(
 
 
 def _values(reading: Reading) -> Iterator[LeafPlan]:
-    """Yields the value projection beside separate queries and keys."""
+    """Yields the value projection next to separate query and key projections."""
     for path in VALUE_NAMES:
         if path in reading.layout.paths or kernel_name(reading.attempt.shapes, path) is None:
             continue
@@ -215,7 +214,7 @@ def _check_names_agree(kernel: LeafPlan, grid: str, whole: MatrixSpec) -> None:
 
 
 def _by_part(kernel: LeafPlan, grid: str) -> MatrixSpec:
-    """All heads of each part side by side, in one matrix a part."""
+    """One matrix per part, with all its heads."""
     (inputs,), axes, repeat = kernel.input_axes, kernel.feature_axes, kernel.repeat
     if len(kernel.segments) == 1:
         return MatrixSpec((inputs, axes))
@@ -231,7 +230,7 @@ def _by_part(kernel: LeafPlan, grid: str) -> MatrixSpec:
 
 
 def _by_head(kernel: LeafPlan, grid: str) -> MatrixSpec:
-    """One matrix a head of each part: the last axis holds whole heads, the others count them."""
+    """One matrix per head of each part; the last axis has whole heads, others are batch axes."""
     (inputs,), last = kernel.input_axes, kernel.feature_axes[-1]
     one = [s.size for s in kernel.segments for _ in range(s.heads)]
     sizes = {"flat": one * kernel.repeat, "rows": one}.get(grid, one[:1])

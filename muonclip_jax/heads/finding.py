@@ -1,12 +1,12 @@
-"""Attention blocks in a tree of parameters, and choosing among them with `blocks=`.
+"""Finds attention blocks in a tree of parameters, and selects them with `blocks=`.
 
-A block is a module that has the projections of a layout directly below it. It is called by its
-path, the one under which its maxima are recorded: "decoder/block_0/attention". An outer "params"
-level is no part of that.
+A block is a module that has the projections of a layout directly below it. It is identified by its
+path, under which its maxima are recorded, such as "decoder/block_0/attention", without an outer
+"params" level.
 
-A kernel may sit at "q_proj/kernel", in a wrapper for an adapter ("q_proj/base_module/kernel"), or
-in a `NamedArray` of haliax ("q_proj/weight/array"), and low-rank adapters have other names in every
-library. `plain_name` gives each of those one name.
+A kernel may be at "q_proj/kernel", in a wrapper for an adapter ("q_proj/base_module/kernel"), or in
+a `NamedArray` of haliax ("q_proj/weight/array"), and names of low-rank adapters differ between
+libraries. `plain_name` normalises these names.
 """
 
 import dataclasses
@@ -56,14 +56,14 @@ _REWRITES = (
 
 @dataclasses.dataclass(frozen=True)
 class FoundBlock:
-    """A module that holds the projections of a layout.
+    """A module that contains the projections of a layout.
 
     Args:
         path: Its path.
         layout: The layout.
-        selected: Whether `blocks=` asks for it to be clipped.
+        selected: Whether `blocks=` selects it.
         leaves: Shapes of its leaves by `plain_name` inside it.
-        paths: Their whole paths.
+        paths: Their full paths.
     """
 
     path: str
@@ -79,7 +79,7 @@ def strip_outer(path: str) -> str:
 
 
 def plain_name(name: str) -> str:
-    """Returns a leaf's name inside its block without wrappers, in one spelling for adapters.
+    """Returns a leaf's normalised name inside its block, without wrappers.
 
     Example:
         >>> names = ("q_proj/base_module/kernel", "q_proj/weight/array", "q_proj/w_lora_b")
@@ -109,7 +109,7 @@ def has_adapter(shapes: Shapes, path: str) -> bool:
 
 
 def block_rules(blocks: Any, argument: str = "blocks") -> tuple[Rule, ...] | None:
-    """Returns `blocks=` as rules, validated; None where every built-in block is meant.
+    """Returns `blocks=` as validated rules; None selects every built-in block.
 
     Example:
         >>> block_rules("encoder")
@@ -145,7 +145,7 @@ def block_rules(blocks: Any, argument: str = "blocks") -> tuple[Rule, ...] | Non
 
 
 def _holds(layout: AttentionLayout | None, shapes: Shapes) -> bool:
-    """Whether a module holds all projections of a layout: kernels, or adapters of hidden ones."""
+    """Whether a module has all projections of a layout: kernels, or adapters of masked ones."""
     for path in () if layout is None else layout.paths:
         name = kernel_name(shapes, path)
         if len(shapes[name]) < 2 if name is not None else not has_adapter(shapes, path):
@@ -160,9 +160,9 @@ def find_blocks(
 
     Args:
         leaves: The parameters by their path, without an outer "params" level.
-        rules: What `block_rules` returned. Built-in blocks that no rule asks for are returned too,
-            not selected.
-        strict: Whether a rule that matches nothing is an error; not so in part of a tree.
+        rules: The result of `block_rules`. Built-in blocks that no rule selects are returned too,
+            as not selected.
+        strict: Whether a rule that matches nothing is an error; False for part of a tree.
 
     Raises:
         ValueError: If a rule matches nothing, unless `strict` is False.

@@ -1,4 +1,4 @@
-"""Where the heads of a block lie, as frozen values, and how features divide into heads."""
+"""The positions of heads in a block, as frozen values, and the division of features into heads."""
 
 import dataclasses
 import math
@@ -9,11 +9,11 @@ from muonclip_jax.heads.layouts import ROLES, AttentionLayout, Projection
 
 
 class MisfitError(Exception):
-    """One way to read a block's shapes does not work out; the message says why."""
+    """One interpretation of a block's shapes is impossible; the message has the reason."""
 
 
 class RefusalError(MisfitError):
-    """The block is understood, and it cannot be clipped; `leaf` is what the message begins with."""
+    """The block is understood, but it cannot be clipped; the message begins with `leaf`."""
 
     def __init__(self, why: str, leaf: str | None = None):
         super().__init__(why if leaf is None else f"{leaf!r} {why}")
@@ -26,7 +26,7 @@ class RefusalError(MisfitError):
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """`heads * size` neighbouring features with one role, `size` a head."""
+    """`heads * size` consecutive features with one role, `size` per head."""
 
     role: str
     heads: int
@@ -35,10 +35,10 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class LeafPlan:
-    """Where the heads lie in one leaf.
+    """The positions of heads in one leaf.
 
-    The features are the leaf's `feature_axes`, flattened in order. They are `repeat` times the
-    row of `segments`; head `h` of a role is in repetition `h // heads`.
+    The features are the leaf's `feature_axes`, flattened in order. They consist of `repeat` copies
+    of the row of `segments`; head `h` of a role is in copy `h // heads`.
     """
 
     path: str
@@ -70,12 +70,11 @@ class LeafPlan:
         return dataclasses.replace(self, segments=tuple(segments))
 
     def grid(self, kv_heads: int) -> str | None:
-        """Says how the feature axes hold the segments head by head, if they can.
+        """Returns how the feature axes correspond to the segments, or None.
 
-        One merged axis ("flat") always can. Several axes must be the grid that the heads make:
-        repetitions and what lies in each ("rows"), repetitions, heads and size ("units"), all
-        heads and size ("heads"), or parts, heads and size ("parts"). Query heads may have two
-        axes, key heads and the group of each.
+        One merged axis is "flat". Several axes must be repetitions and the features of each
+        ("rows"), repetitions, heads and size ("units"), all heads and size ("heads"), or parts,
+        heads and size ("parts"). Query heads may have two axes, `(key heads, group)`.
 
         Example:
             >>> fused = (Segment("query", 2, 8), Segment("key", 2, 8), Segment("value", 2, 8))
@@ -130,7 +129,7 @@ class BlockPlan:
         return (*self.stack, self.heads)
 
     def in_tree(self, block: str, paths: Mapping[str, str]) -> "BlockPlan":
-        """Returns the plan of a block with whole paths in the place of names inside it."""
+        """Returns the plan of a block with full paths instead of names inside it."""
         leaves = (dataclasses.replace(leaf, path=paths[leaf.path]) for leaf in self.leaves)
         return dataclasses.replace(self, path=block, leaves=tuple(leaves))
 
@@ -149,10 +148,10 @@ def divide(
         features: Output features of each projection, by its path.
         heads: Query heads.
         rope: Size of latent attention's shared rotary key.
-        out_features: Features that the output projection takes.
+        out_features: Input features of the output projection.
 
     Raises:
-        MisfitError: If they do not divide so.
+        MisfitError: If the features are not divisible in this way.
     """
     size = _head_size(layout, features, heads, rope, out_features)
     counts = [n for n in range(heads, 0, -1) if heads % n == 0]
@@ -189,10 +188,10 @@ def _head_size(
     rope: int | None,
     out_features: int | None,
 ) -> int:
-    """Returns the size of the query and key head that clip together.
+    """Returns the size of a query and key head.
 
-    From the layout where it says so, else from a projection that makes queries alone, else from
-    the output projection, whose inputs are one value head a query head.
+    From the layout if it has one, else from a projection that produces only queries, else from the
+    output projection, which has one value head per query head as input.
     """
     for p in layout.projections:
         sizes = dict(zip(p.parts, p.sizes or (), strict=False))
@@ -221,7 +220,7 @@ def _head_size(
 def _row(
     p: Projection, total: int, heads: int, kv_heads: int, head_dim: int, rope: int | None
 ) -> tuple[tuple[Segment, ...], int]:
-    """Returns what lies along a projection's features, and how often it repeats."""
+    """Returns the segments of a projection's features, and the number of repetitions."""
     of_queries = p.interleaved is True and all(ROLES[part] for part in p.parts)
     repeat = (heads if of_queries else kv_heads) if p.interleaved else 1
     counts = [heads if ROLES[part] else kv_heads for part in p.parts]

@@ -1,11 +1,11 @@
-"""From a block's shapes to its heads: which axes are stacked, which hold heads, how many there are.
+"""Infers the heads of a block from its shapes: stacked axes, head axes, and number of heads.
 
-A kernel of rank 3 may be `(d_model, heads, head_dim)` or `(layers, d_model, features)`. No rule on
-ranks can tell, but the whole block can: every leaf is stacked alike, the maxima or the output
-projection say how many query heads there are, and all parts must add up. So every way to read the
-query's kernel (`attempts`) is tried on the whole block (`Attempt.read`), and what does not fit is a
-`MisfitError` with the reason. Whoever asks finishes each reading in its own way and says which
-readings it prefers (`solve`).
+A kernel of rank 3 may be `(d_model, heads, head_dim)` or `(layers, d_model, features)`. Its rank
+does not determine which, but the whole block does: every leaf has the same stack, the maxima or the
+output projection give the number of query heads, and all sizes must be consistent. So every
+interpretation of the query kernel (`attempts`) is tried on the whole block (`Attempt.read`), and an
+inconsistency is a `MisfitError` with the reason. The caller completes each reading and ranks them
+(`solve`).
 """
 
 import contextlib
@@ -33,7 +33,7 @@ _NO_OUTPUT = (*VALUE_NAMES, *(name for names in NORM_NAMES for name in names))
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What one attempt found."""
+    """The result of one attempt."""
 
     attempt: "Attempt"
     layout: AttentionLayout  # with a gate where the shapes show one
@@ -45,7 +45,7 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """One way to read a block."""
+    """One interpretation of a block."""
 
     layout: AttentionLayout
     shapes: Shapes
@@ -91,20 +91,20 @@ class Attempt:
         return LeafPlan(name, self.shapes[name], stacked, tuple(free))
 
     def _taken(self, name: str) -> Shape:
-        """Returns the axes that an output projection's kernel takes in one layer."""
+        """Returns the input axes of an output projection's kernel in one layer."""
         one, _ = self.one_layer(name)
         if name.endswith("weight") and (len(one) == 2 or not self._counted(one[:-1])):
             return one[1:]
         return one[:-1]
 
     def _counted(self, inputs: Shape) -> bool:
-        """Whether the axes that an output projection takes may be the heads and their features."""
+        """Whether the input axes of an output projection may be heads and their features."""
         if len(inputs) > 2:  # heads on several axes, as the query has them
             return inputs[:-1] == self.kernel(self.layout.query).features[:-1]
         return len(inputs) == 1 or inputs[:1] == (self.heads,)
 
     def _out_features(self) -> int | None:
-        """Returns the input features of the output projection, where there is one."""
+        """Returns the input features of the output projection, if there is one."""
         spelled = {spelling(path): path for path in self._children()}
         for name in OUT_NAMES:
             found = kernel_name(self.shapes, spelled[name]) if name in spelled else None
@@ -132,7 +132,7 @@ class Attempt:
         return down, size
 
     def read(self) -> Reading:
-        """Returns what this attempt finds, or raises `MisfitError`."""
+        """Returns the reading of this attempt, or raises `MisfitError`."""
         kernels = {p.path: self.kernel(p) for p in self.layout.projections}
         totals = {path: kernel.total for path, kernel in kernels.items()}
         latent, out = self.latent(), self._out_features()
@@ -153,9 +153,9 @@ class Attempt:
         return Reading(self, layout, kv_heads, size, tuple(kernels.values()), agrees)
 
     def _half_taken(self, total: int) -> int | None:
-        """Returns half of the query's features where an unknown kernel takes just those.
+        """Returns half of the query's features if they are the input of an unknown kernel.
 
-        An output projection under a name that is not known shows a gate all the same.
+        So an output projection with an unknown name also reveals a gate.
         """
         taken: set[int] = set()
         for path in self._children():
@@ -167,7 +167,7 @@ class Attempt:
         return total // 2 if total % 2 == 0 and total // 2 in taken and total not in taken else None
 
     def _with_gate(self, kernels: dict[str, LeafPlan], out: int | None) -> AttentionLayout:
-        """Returns the layout, with a gate beside every head's query where the shapes show one.
+        """Returns the layout, with a gate for every query head if the shapes show one.
 
         A query projection with twice the features that the output takes is either gated, or has
         heads twice as large as the values'. The keys and values beside it tell which.
@@ -214,7 +214,7 @@ def attempts(
     maxima_shape: Shape | None = None,
     stacked: Iterable[tuple[int, ...]] | None = None,
 ) -> Iterator[Attempt]:
-    """Yields every way to read a block.
+    """Yields every interpretation of a block.
 
     Without `maxima_shape`, `(..., stacked layers, query heads)`, every number of heads that the
     query's features allow is tried; without `stacked`, every stack, unless the layout has it.
@@ -271,5 +271,5 @@ def solve(
 
 
 def refusal_in(misfits: Iterable[MisfitError]) -> RefusalError | None:
-    """Returns the first reason against clipping a block that was understood."""
+    """Returns the first reason against clipping, of interpretations that are consistent."""
     return next((misfit for misfit in misfits if isinstance(misfit, RefusalError)), None)

@@ -1,4 +1,4 @@
-"""The leaves of a tree on one device: one matrix after another on a CPU, else in stacks."""
+"""Orthogonalisation on one device: sequentially on CPUs, otherwise in stacks."""
 
 import functools
 import math
@@ -32,7 +32,7 @@ def orthogonalize_on_one_device(
     """Replaces every matrix by its polar factor.
 
     Args:
-        polar: How to orthogonalise; it has its platform (`decide_platform`).
+        polar: The plan of Newton-Schulz, with a platform (`decide_platform`).
         eps: Smallest divisor, as in `orthogonalize`.
         leaves: The leaves.
         specs: The normalised spec of each.

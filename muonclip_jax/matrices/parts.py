@@ -1,12 +1,11 @@
-"""A parameter as the matrices inside it, and back.
+"""Conversion of a parameter to its matrices, and back.
 
-A `MatrixSpec` names the reduction and output axes of a parameter, and where a fused kernel is split
-first. Everything else is a batch axis. An attention kernel
-`(d_model, heads, head_dim)` is one `(d_model, heads * head_dim)` matrix; twenty-four of them that
-`nn.scan` stacked are a batch of twenty-four; a fused `(d_model, 3 * d_model)` QKV kernel is three
-matrices, each `(d_model, d_model)`.
+A `MatrixSpec` has the reduction and output axes of a parameter, and the splits of a fused kernel.
+All other axes are batch axes. An attention kernel `(d_model, heads, head_dim)` is one
+`(d_model, heads * head_dim)` matrix; 24 of them stacked by `nn.scan` are a batch of 24; a fused
+`(d_model, 3 * d_model)` QKV kernel is three matrices, each `(d_model, d_model)`.
 
-The parts are planned in Python from shapes (`plan_leaf`); arrays follow the plan (`to_matrices`,
+The conversion is planned in Python from shapes (`plan_leaf`) and applied to arrays (`to_matrices`,
 `from_matrices`).
 """
 
@@ -26,10 +25,10 @@ class Part:
     """One part of a parameter: a batch of equally shaped matrices.
 
     Attributes:
-        shape: Shape of the part in the parameter's own axes, after the cuts.
+        shape: Shape of the part in the parameter's axes, after the splits.
         fan_in: Rows of each matrix: the product of the reduction axes.
         fan_out: Columns of each matrix: the product of the output axes.
-        count: How many matrices there are: the product of the batch axes.
+        count: Number of matrices: the product of the batch axes.
         permutation: Axes in the order batch, reduction, output.
     """
 
@@ -42,7 +41,7 @@ class Part:
 
 @dataclass(frozen=True)
 class LeafPlan:
-    """How one parameter becomes matrices: the cuts, then a part for every combination of pieces."""
+    """The splits of one parameter, and a part for every combination of their pieces."""
 
     splits: tuple[Split, ...]
     parts: tuple[Part, ...]
@@ -53,10 +52,10 @@ def plan_leaf(shape: Sequence[int], spec: MatrixSpec) -> LeafPlan:
 
     Args:
         shape: The parameter's shape.
-        spec: Its normalised spec (`normalize_spec`): non-negative axes, checked cuts.
+        spec: Its normalised spec (`normalize_spec`): non-negative axes, checked splits.
 
     Returns:
-        The plan; `to_matrices` and `from_matrices` follow it.
+        The plan for `to_matrices` and `from_matrices`.
 
     Example:
         >>> from muonclip_jax.routing import MatrixSpec
@@ -109,7 +108,7 @@ def to_matrices(x: jax.Array, plan: LeafPlan) -> list[jax.Array]:
 
 
 def from_matrices(matrices: Sequence[jax.Array], plan: LeafPlan) -> jax.Array:
-    """Puts the parts of `to_matrices` back into one parameter."""
+    """Reassembles a parameter from the parts of `to_matrices`."""
     pieces = []
     for matrix, part in zip(matrices, plan.parts, strict=True):
         permuted = tuple(part.shape[axis] for axis in part.permutation)
@@ -119,7 +118,7 @@ def from_matrices(matrices: Sequence[jax.Array], plan: LeafPlan) -> jax.Array:
 
 
 def split_leaf(x: jax.Array, splits: Sequence[Split]) -> list[jax.Array]:
-    """Cuts `x` by every split in turn; the first split varies slowest."""
+    """Applies the splits to `x`, one after another; the first split varies slowest."""
     pieces = [x]
     for split in splits:
         pieces = [part for piece in pieces for part in _cut(piece, split)]

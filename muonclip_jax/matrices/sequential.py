@@ -1,18 +1,18 @@
-"""Matrices one after another: the order of work on a CPU.
+"""Sequential processing of matrices, for CPUs.
 
-One matrix fills the cores of a CPU, so a batched product gains nothing there. What counts is the
-memory that is alive at once and the time that the program takes to compile. Parts of one shape
-share a *chunk*: they are copied into a stack of bounded size, a loop replaces the stack's matrices
-in place, and the results are cut out of it. A part larger than the bound (scanned layers) is a
-chunk of its own and is not copied.
+One matrix keeps all cores of a CPU busy, so batched products are not faster. Sequential processing
+saves temporary memory and compile time. Parts of the same shape form a *chunk*: they are copied
+into a stack of bounded size, a loop replaces the matrices of the stack in place, and the results
+are sliced from it. A part larger than the bound (scanned layers) is a chunk by itself and is not
+copied.
 
 Two properties of XLA's CPU backend shape the code:
 
-1. It orders independent operations for concurrency, so the temporaries of all chunks would be alive
-   together; `lax.optimization_barrier` does not prevent that. Therefore each chunk is one branch of
-   a conditional whose predicate reads a number from the chunk before. The predicate is true for
-   every number, the other branch is never taken, and the compiler cannot know either.
-2. It compiles every fused loop anew unless it has compiled the very same one. `stack[3]` and
+1. It schedules independent operations concurrently, so the temporaries of all chunks would be live
+   at once; `lax.optimization_barrier` does not prevent this. Therefore each chunk is a branch of a
+   conditional whose predicate depends on the result of the previous chunk. The predicate is always
+   true, but the compiler cannot infer this.
+2. It compiles every fused loop separately unless it is identical to a previous one. `stack[3]` and
    `stack[4]` are two loops; with the offset as data they are one. Therefore offsets are data.
 """
 
@@ -37,7 +37,7 @@ class Chunk:
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """Where each part begins in the stack."""
+        """The start of each part in the stack."""
         return tuple(itertools.accumulate(self.counts[:-1], initial=0))
 
 
@@ -57,10 +57,10 @@ def plan_sequentially(
     Args:
         leaves: The plan of each leaf.
         dtypes: The dtype of each leaf, by name; only equal ones share a chunk.
-        max_bytes: Bound on the size of a stack in bytes; a larger part is a chunk of its own.
+        max_bytes: Bound on the size of a stack in bytes; a larger part is a chunk by itself.
 
     Returns:
-        The plan; `map_sequentially` follows it. Matrices without entries are in no chunk.
+        The plan for `map_sequentially`. Matrices without entries are in no chunk.
 
     Example:
         >>> from muonclip_jax.routing import MatrixSpec
@@ -100,11 +100,11 @@ def map_sequentially(
 
     Args:
         function: From a matrix `(fan_in, fan_out)` to the same shape and dtype.
-        leaves: The arrays that the plan was made for.
+        leaves: The arrays, with the shapes of the plan.
         plan: The plan.
 
     Returns:
-        The leaves, every matrix of them replaced.
+        The leaves with every matrix replaced.
     """
     parts = [to_matrices(x, leaf) for x, leaf in zip(leaves, plan.leaves, strict=True)]
     if not plan.chunks:
@@ -146,14 +146,14 @@ def map_matrices(function: Callable[[jax.Array], jax.Array], stack: jax.Array) -
 
 
 def _opaque_true(number: jax.Array) -> jax.Array:
-    """True for every number and NaN, which the compiler cannot find out."""
+    """A predicate that is always true, also for NaN, but that the compiler cannot infer."""
     number = jnp.real(number).astype(jnp.float32)
     # No number is below -1 once clamped; XLA does not track the range of floats.
     return ~(lax.clamp(np.float32(-1), number, np.float32(1)) < -2)
 
 
 def _as_data(offsets: set[int], true: jax.Array) -> dict[int, jax.Array]:
-    """The offsets as values that the compiler does not fold into the code that uses them."""
+    """The offsets as data that the compiler does not constant-fold."""
     values = lax.cond(
         true,
         lambda: [jnp.int32(offset) for offset in sorted(offsets)],

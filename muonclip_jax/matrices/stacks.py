@@ -1,9 +1,9 @@
-"""Same-shaped matrices from all over a tree as stacks that one batched call works on.
+"""Stacks of same-shaped matrices across a tree, each processed by one batched call.
 
-A network has hundreds of matrices and a handful of shapes. One Newton-Schulz per leaf makes a
-program as long as the tree is deep; one per shape keeps it short. Newton-Schulz commutes with
-transposition, so a tall matrix joins the wide ones. A bound on a stack's size bounds temporary
-memory.
+A network has hundreds of matrices but only a few shapes. With one Newton-Schulz per leaf, program
+size grows with the depth of the network; with one per shape it does not. Newton-Schulz commutes
+with transposition, so tall matrices are transposed and stacked with wide ones. A bound on the size
+of a stack bounds temporary memory.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Stack:
-    """Matrices that are worked on together, each `(rows, columns)` with `rows <= columns`."""
+    """Matrices that are processed together, each `(rows, columns)` with `rows <= columns`."""
 
     rows: int
     columns: int
@@ -41,7 +41,7 @@ class Stack:
 
     @property
     def count(self) -> int:
-        """How many matrices there are."""
+        """Number of matrices."""
         return sum(run.stop - run.start for run in self.runs)
 
 
@@ -62,7 +62,7 @@ def plan_stacks(leaves: Sequence[LeafPlan], dtypes: Sequence[str], max_bytes: in
         max_bytes: Bound on the size of a stack in bytes; a single matrix may exceed it.
 
     Returns:
-        The plan; `map_stacks` follows it. Matrices without entries are in no stack.
+        The plan for `map_stacks`. Matrices without entries are in no stack.
 
     Example:
         >>> from muonclip_jax.routing import MatrixSpec
@@ -90,11 +90,11 @@ def map_stacks(
 
     Args:
         function: From `(count, rows, columns)` to the same shape and dtype.
-        leaves: The arrays that the plan was made for.
+        leaves: The arrays, with the shapes of the plan.
         plan: The plan.
 
     Returns:
-        The leaves, every matrix of them replaced.
+        The leaves with every matrix replaced.
     """
     parts = [to_matrices(x, leaf) for x, leaf in zip(leaves, plan.leaves, strict=True)]
     # Runs of a part arrive in order of `start`, for that is the order they were planned in.

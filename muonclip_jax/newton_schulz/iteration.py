@@ -5,20 +5,21 @@
     X <- a X + B X                    (3)
 
 In exact arithmetic this applies the odd quintic `a x + b x^3 + c x^5` to every singular value and
-leaves the singular vectors alone. The loops are unrolled and the coefficients are Python floats: a
-loop would keep XLA from fusing the scalings into the products, and five steps make a small program.
+does not change the singular vectors. The loops are unrolled and the coefficients are Python floats:
+a loop would keep XLA from fusing the scalings into the products, and five steps are a small
+program.
 
-Before, `normalize` and `rescale` bring the singular values into [0, 1]. Every step that only makes
-small ones grow is lost; so the tighter the bound on the largest one, the better:
+First, `normalize` and `rescale` scale the singular values to [0, 1]. The tighter the bound on the
+largest one, the fewer steps are needed:
 
-- "frobenius": divide by `||X||_F`. Far too much when the spectrum is flat.
+- "frobenius": divide by `||X||_F`, a loose bound if the spectrum is flat.
 - "schatten": divide by `||A||_F^(1/2) = (sum sigma^4)^(1/4)`; the first step computes `A` anyway.
 - "schatten8": divide by `||A A||_F^(1/4) = (sum sigma^8)^(1/8)`; in 32 bits `A A` is free as well.
 - "spectral": divide by the largest singular value, which costs an eigenvalue computation.
 - "aol": divide row `i` by `(sum_j |A_ij|)^(1/2)`. The result is not the polar factor of `X`.
 
-All start from the Frobenius norm, which keeps every number within the range of float16. `axes`
-names the mapped axes whose devices each have some columns of a matrix; () means that one has all.
+All start from the Frobenius norm, which keeps all numbers in the range of float16. `axes` are the
+mapped axes over which the columns of a matrix are sharded; () if they are not.
 """
 
 import functools
@@ -68,7 +69,7 @@ def newton_schulz_by_columns(X: jax.Array, plan: ResolvedPlan, axes: tuple[str, 
 
 
 def gram_newton_schulz(X: jax.Array, plan: ResolvedPlan) -> jax.Array:
-    """Iterates on the small `R = X X^H` (Zhang et al. 2026); `X` is touched at the ends.
+    """Iterates on the small `R = X X^H` (Zhang et al. 2026); `X` is used only at both ends.
 
         R = X X^H;  Q = I
         step:     Z = b R + c R R;  Q <- Q Z + a Q;  W = R Z + a R;  R <- Z W + a W
@@ -106,8 +107,8 @@ def normalize(
 ) -> jax.Array:
     """Divides wide matrices by their Frobenius (or spectral) norm; returns float32 or wider.
 
-    `eps` is the smallest divisor once the largest entry is near one, which only the zero matrix
-    meets; without the plan's `relative_eps` it is added to the norm as it is, as in Optax.
+    `eps` is the smallest divisor of a matrix whose largest entry is near one, so it affects only
+    the zero matrix; without the plan's `relative_eps` it is added to the norm, as in Optax.
     """
     wide = accumulator(plan.dtype)
     X, power = scale_by_power_of_two(x.astype(jnp.promote_types(wide, x.dtype)), axes)
@@ -121,11 +122,11 @@ def normalize(
 
 
 def scale_by_power_of_two(x: jax.Array, axes: tuple[str, ...] = ()) -> tuple[jax.Array, jax.Array]:
-    """Brings the largest entry of each matrix (real or imaginary part) near one, without rounding.
+    """Scales each matrix to a largest entry (real or imaginary part) near one, without rounding.
 
-    Returns also the powers of two, `(..., 1, 1)`. The largest entry, then in [1, 4), is found among
-    the bits, which are ordered as sizes are. CPUs and TPUs read a subnormal number as zero, so no
-    product could lift it; but its bits are an integer, its multiple of the smallest number.
+    Also returns the powers of two, `(..., 1, 1)`. The largest entry, afterwards in [1, 4), is found
+    by comparing bits as integers. CPUs and TPUs flush subnormal numbers to zero, so they cannot be
+    scaled by a product; their bits, as an integer, are the multiple of the smallest number.
     """
     if jnp.iscomplexobj(x):
         parts = jnp.concatenate([jnp.real(x), jnp.imag(x)], axis=-1)
@@ -153,9 +154,9 @@ def scale_by_power_of_two(x: jax.Array, axes: tuple[str, ...] = ()) -> tuple[jax
 def rescale(
     X: jax.Array, plan: ResolvedPlan, axes: tuple[str, ...] = ()
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Divides normalised `X` by a norm of `A` or of `A A`, where the preconditioning is one.
+    """Divides normalised `X` by a norm of `A` or of `A A`, if the preconditioning is one.
 
-    Returns `X`, `A`, and `A A` where it is known, for the first step, in the plan's dtype.
+    Returns `X`, `A`, and `A A` if it was computed, for the first step, in the plan's dtype.
     """
     dtype = jnp.dtype(plan.dtype)
     low = X.astype(dtype)

@@ -1,4 +1,4 @@
-"""How to orthogonalise: what does not depend on the array, validated once and remembered."""
+"""The validated arguments of `orthogonalize`, and the choices for one shape and dtype."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ _LEAST_RATIO = 2
 
 @dataclasses.dataclass(frozen=True)
 class ResolvedPlan:
-    """What one shape's computation does."""
+    """The choices for one shape and dtype."""
 
     method: str  # "standard", "gram" or "svd"
     dtype: str  # of the products, e.g. "float16" or "complex64"
@@ -75,7 +75,7 @@ class PolarPlan:
     def resolve(self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> ResolvedPlan:
         """Decides method, dtype and restarts for matrices `(..., m, n)` of a dtype.
 
-        "auto" takes the cheaper form, but the Gram form only where rounding does it no harm.
+        "auto" uses the cheaper form, but the Gram form only in a dtype in which it is stable.
         """
         platform = plan_platform(self.platform)
         if self.implementation != "xla":
@@ -159,7 +159,7 @@ def plan_polar(
 ) -> PolarPlan:
     """Validates the arguments of `orthogonalize`, which describes them, as a hashable plan.
 
-    Without `relative_eps`, `eps` is added to the norm as it is, as in Optax.
+    Without `relative_eps`, `eps` is added to the norm without scaling, as in Optax.
     """
     rows, source = resolve_coefficients(ns_coeffs, ns_steps)
     try:
@@ -210,7 +210,7 @@ def decide_platform(
 ) -> tuple[PolarPlan, jax.typing.ArrayLike]:
     """Completes a plan with the platform that `plan_platform` finds.
 
-    Where that is not the caller's choice, a program with this `eps` is lowered for no other one.
+    Unless the caller chose it, a program with the returned `eps` cannot be lowered for another one.
     """
     given = plan.platform is not None or plan.method == "svd"
     platform = plan_platform(plan.platform, mesh, arrays)

@@ -1,8 +1,8 @@
 """The matrix products of Newton-Schulz, most of which have a Hermitian result.
 
-`X X^H` is, and so is every product of polynomials of it, since they commute: `b A + c A A`,
-`Q Z + a Q`. `symmetric` says how they are computed: "xla" in full; "triangle" one triangle of 2 x 2
-blocks, where that is faster on a CPU; a name of `kernels.SYMMETRIC` by that kernel.
+`X X^H` is Hermitian, and so are products of polynomials of it, since they commute: `b A + c A A`,
+`Q Z + a Q`. `symmetric` selects the implementation: "xla" computes them in full; "triangle" one
+triangle of 2 x 2 blocks, where that is faster on a CPU; a name in `kernels.SYMMETRIC` that kernel.
 """
 
 import jax

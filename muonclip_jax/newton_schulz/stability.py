@@ -1,9 +1,10 @@
-"""What rounding does to coefficient rows, followed on singular values alone.
+"""Effects of rounding on coefficient rows, simulated on singular values.
 
-Values just above 1 diverge where a row rises steeply (`guard_rows`). The Gram form never looks at
-`X` between restarts (`choose_restarts`): `Q` and `Q X` are rounded relative to their largest
-entries, so singular values come out wrong by up to `max |Q| max(sigma)` roundings; and `R = X X^H`
-to its largest eigenvalue, which makes some slightly negative, where the polynomials grow fastest.
+Values just above 1 diverge where a row rises steeply (`guard_rows`). The Gram form does not use `X`
+between restarts (`choose_restarts`): `Q` and `Q X` are rounded relative to their largest entries,
+so the error of singular values is up to `max |Q| max(sigma)` rounding units; and `R = X X^H` is
+rounded relative to its largest eigenvalue, which makes some eigenvalues slightly negative, where
+the polynomials grow fastest.
 """
 
 import functools
@@ -28,10 +29,10 @@ _DIVERGED = 1.6  # an iterate past this is on its way out
 
 @functools.lru_cache(maxsize=256)
 def guard_rows(rows: Rows, dtype: str, method: str = "standard") -> Rows:
-    """Shrinks the arguments of rows that rounding in `dtype` could make diverge.
+    """Adds a safety factor to rows that could diverge by rounding in `dtype`.
 
-    If values that rounding pushes outwards at every step diverge, the rows get a safety factor as
-    large as that. Rows that diverge even in exact arithmetic are left unchanged.
+    If values that are rounded outwards in every step diverge, the rows get a safety factor of that
+    size. Rows that diverge even in exact arithmetic are left unchanged.
     """
     # Between two products with X the Gram form rounds twice: Q, and Q X.
     growth = GROWTH[dtype] * (2 if method == "gram" else 1)
@@ -60,10 +61,10 @@ def amplification(before: Rows, segment: Rows, spurious: float) -> float:
 
 @functools.lru_cache(maxsize=256)
 def choose_restarts(rows: Rows, dtype: str) -> tuple[int, ...] | None:
-    """Chooses after which steps the Gram form restarts; None where it is unsafe wherever it does.
+    """Chooses after which steps the Gram form restarts; None if it is unsafe with any restarts.
 
-    Takes as few restarts as keep the amplification of every segment good, at the places where the
-    worst segment is best. In bfloat16 the Gram form is never safe.
+    Uses the fewest restarts that keep the amplification of every segment below the bound, at the
+    positions that minimise the worst segment's. In bfloat16 the Gram form is never safe.
     """
     if dtype == "bfloat16":
         return None

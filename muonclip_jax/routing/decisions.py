@@ -1,10 +1,10 @@
-"""All decisions for one tree: the user's rules, the tree, attention layouts, in this order.
+"""All decisions for one tree: by the user's rules, the tree, and attention layouts, in this order.
 
-Some leaves are told by the whole tree alone. What makes a number for each of the experts beside it
-is their router. An output head makes as many numbers as the token embedding has rows, of as many as
-it has columns: if exactly one kernel outside of all blocks does, it is the head. Position and type
-tables are no token embeddings. Where that does not decide, the layers that may be the last one get
-a flag.
+Some leaves can be recognised only from the whole tree. A kernel with one output per expert next to
+it is the router. An output head has the input width and output size of the token embedding's
+columns and rows: if exactly one kernel outside of all blocks has, it is the head. Position and type
+tables are not token embeddings. If this does not decide, layers that may be the last one get a
+flag.
 """
 
 import dataclasses
@@ -39,11 +39,11 @@ def decide(
 ) -> tuple[Decision, ...]:
     """Decides for all visible leaves, given the paths of masked ones and fields of `MatrixRules`.
 
-    Equal trees are read once.
+    Results are cached for equal trees.
 
     Raises:
-        ValueError: If it is open which axes of a leaf form matrices, or an attention block that is
-            to be cut cannot be read.
+        ValueError: If the matrix axes of a leaf are ambiguous, or an attention block cannot be
+            split.
     """
     given = {leaf.path: _by_rule(rules, leaf) for leaf in leaves}
     ruled = frozenset(path for path, decision in given.items() if decision is not None)
@@ -86,7 +86,7 @@ def _cut_attention(
     ruled: frozenset[str],
     hidden: tuple[str, ...],
 ) -> dict[str, Decision]:
-    """What attention layouts say in the place of what names say, not of rules."""
+    """Decisions by attention layouts, which replace those by names but not those by rules."""
     free = {
         strip_outer(leaf.path): leaf
         for leaf in leaves
@@ -115,7 +115,7 @@ def _cut_attention(
 
 
 def _find_routers(leaves: Sequence[Leaf], decided: Mapping[str, Decision]) -> dict[str, Decision]:
-    """Returns the decisions that change: what makes a number for each expert is their router."""
+    """Returns the changed decisions: a kernel with one output per expert is a router."""
     experts: dict[str, set[int]] = {}
     for leaf in leaves:
         decision = decided[leaf.path]
@@ -138,7 +138,7 @@ def _find_routers(leaves: Sequence[Leaf], decided: Mapping[str, Decision]) -> di
 def _find_output_head(
     leaves: Sequence[Leaf], decided: Mapping[str, Decision], ruled: frozenset[str]
 ) -> dict[str, Decision]:
-    """Returns the decisions that change: the head goes to AdamW, candidates get a flag."""
+    """Returns the changed decisions: the output head goes to AdamW, candidates get a flag."""
     blocks = _blocks(leaves, decided)
     leaves = [leaf for leaf in leaves if leaf.path not in ruled]
     sizes: dict[str, tuple[int, int]] = {}  # of kernels outside of blocks
@@ -165,7 +165,7 @@ def _candidates(
     decided: Mapping[str, Decision],
     has_table: bool,
 ) -> dict[str, str]:
-    """Flags kernels whose outputs nothing reads, or whose inputs nothing makes."""
+    """Flags kernels whose output size is no other kernel's input size, or the reverse."""
     specs = [(leaf, spec) for leaf in leaves if (spec := decided[leaf.path].spec) is not None]
     both = [_sizes(leaf, spec) for leaf, spec in specs]
     read, made = (Counter(size[side] for size in both) for side in (0, 1))
@@ -195,7 +195,7 @@ def _in_list(leaf: Leaf) -> bool:
 
 
 def _blocks(leaves: Sequence[Leaf], decided: Mapping[str, Decision]) -> set[str]:
-    """The modules that are blocks: several kernels, and no list, stack or token embedding."""
+    """The modules that are blocks: several kernels, but no list, stack or token embedding."""
     kernels: Counter[str] = Counter()
     wider: set[str] = {""}
     for leaf in leaves:

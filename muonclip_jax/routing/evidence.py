@@ -1,4 +1,4 @@
-"""What a tree shows about its kernels: biases, widths of blocks, and sizes of heads beside them."""
+"""Evidence about kernels in a tree: biases, widths of blocks, and head sizes."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ _KEY_VALUE = r"(?:.*_)?(?:k|v|kv|key|value|wk|wv|wkv)(?:_.*)?"
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a tree shows about its kernels, by their paths."""
+    """Evidence about the kernels of a tree, by path."""
 
     biases: Mapping[str, tuple[str, Shape]]  # path of the bias, and its shape in one layer
     #: The width of the hidden state in the kernel's block.
@@ -60,7 +60,7 @@ def biases_of(leaves: Sequence[Leaf], stacks: Mapping[str, Axes]) -> dict[str, t
 
 
 def by_bias(shape: Shape, bias: Shape | None) -> bool | None:
-    """Whether a bias shows that the output comes first; None where it shows nothing."""
+    """Whether a bias shows that the output axis is first; None if it shows nothing."""
     if bias is None or not 0 < len(bias) < len(shape):
         return None
     first, last = shape[: len(bias)] == bias, shape[-len(bias) :] == bias
@@ -99,7 +99,7 @@ def gather(leaves: Sequence[Leaf], stacks: Mapping[str, Axes]) -> Evidence:
 
 
 def output_first(name: str) -> bool:
-    """Whether libraries that call a kernel so have its output first."""
+    """Whether libraries that use this name for a kernel have its output axis first."""
     return fits(r"weight(?:_.*)?", name)
 
 

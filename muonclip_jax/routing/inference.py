@@ -1,9 +1,9 @@
-"""From the leaves of a tree to a decision for each: structure where it tells, names where not.
+"""Decides for each leaf of a tree, by structure if it is conclusive, otherwise by name.
 
-Which side of a kernel is its input is a habit of libraries ("kernel" and "w" have it first,
-"weight" has it last: Flax and Haiku; Equinox, torch and haliax), so what the tree shows comes
-first: a bias has the shape of the output side, and what reads the hidden state of a block has the
-block's width on its input side.
+Whether the input axes of a kernel are first differs between libraries ("kernel" and "w" have them
+first, in Flax and Haiku; "weight" has them last, in Equinox, torch and haliax), so structure takes
+precedence: a bias has the shape of the output axes, and kernels applied to the hidden state of a
+block have the block's width as input axis.
 """
 
 import re
@@ -36,7 +36,7 @@ _NOT_TOKENS = word(
 
 @dataclass(frozen=True)
 class Decision:
-    """What a leaf is."""
+    """The decision for one leaf."""
 
     spec: MatrixSpec | None  # its matrices; None is AdamW
     why: str
@@ -52,9 +52,9 @@ def infer(
     """Decides for all leaves of a tree together.
 
     Args:
-        leaves: All leaves that are visible.
-        ruled: Paths that the user's rules decide: they are no evidence.
-        scan_axis: Where stacked layers sit, as far as the user says.
+        leaves: All leaves that are not masked.
+        ruled: Paths that the user's rules decide, which are not used as evidence.
+        scan_axis: The user's axes of stacked layers.
     """
     free = [leaf for leaf in leaves if leaf.path not in ruled]
     widths = frozenset(columns for _, columns in token_tables(free))
@@ -75,7 +75,7 @@ def infer(
 
 
 def token_tables(leaves: Iterable[Leaf]) -> list[Shape]:
-    """Shapes of the tables of token embeddings; position and type tables are none."""
+    """Shapes of the token embedding tables, without position and type tables."""
     found: list[Shape] = []
     for leaf in leaves:
         told = look_up(leaf.name, leaf.shape) if len(leaf.shape) == 2 else None
@@ -86,7 +86,7 @@ def token_tables(leaves: Iterable[Leaf]) -> list[Shape]:
 
 
 def _is_plain(leaf: Leaf, bias: Shape | None) -> bool:
-    """Whether a leaf shows by itself that it is not stacked, whatever its name asks for."""
+    """Whether the shape of a leaf shows that it is not stacked."""
     if bias is None:
         return _is_window(leaf)
     extra = extra_axes(leaf.name, leaf.shape)
@@ -162,7 +162,7 @@ def _decide(leaf: Leaf, axes: Axes, evidence: Evidence) -> Decision:
 
 
 def _by_structure(leaf: Leaf, shape: Shape, evidence: Evidence) -> str | None:
-    """The layout of a kernel whose name says nothing, if exactly one is possible."""
+    """The layout of a kernel with unknown name, if exactly one is possible."""
     rank, bias = len(shape), evidence.bias(leaf)
     if bias is not None:
         first = by_bias(shape, bias)
@@ -186,7 +186,7 @@ def _by_structure(leaf: Leaf, shape: Shape, evidence: Evidence) -> str | None:
 
 
 def _oriented(leaf: Leaf, shape: Shape, letters: str, evidence: Evidence) -> str:
-    """A layout with the input on the side where the tree shows it, or the library has it."""
+    """A layout with the input axes where the tree shows them, else where the library has them."""
     if not fits("i+o+|o+i+", letters.replace("b", "")):
         return letters
     rest = iter(letters.replace("b", "")[::-1])
@@ -207,7 +207,7 @@ def _oriented(leaf: Leaf, shape: Shape, letters: str, evidence: Evidence) -> str
 
 
 def _by_axis_names(leaf: Leaf, axes: Axes, evidence: Evidence) -> Decision | None:
-    """What the framework's names of axes say, if they name the hidden state's axis."""
+    """The layout by the framework's axis names, if they include the hidden state's axis."""
     if leaf.axes is None or not all(n or i in axes for i, n in enumerate(leaf.axes)):
         return None
     told = look_up(leaf.name, leaf.shape)

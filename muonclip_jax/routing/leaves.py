@@ -1,14 +1,12 @@
-"""The leaves of a tree as routing sees them, and layouts: a letter for each axis of a leaf.
+"""The leaves of a tree with normalised names, and layouts: a letter for each axis of a leaf.
 
-The last name along a path says what the leaf is for its module ("kernel", "bias"), the name before
-it which module that is ("query", "Dense_0"), and those before say where it sits ("MoeBlock_0").
-Libraries write the same word differently, so names are compared in one spelling: "MoeBlock_0",
-"moe_block" and "MoEBlock" are all "moe_block". Whole words are compared, never parts of them: an
-"overhead_proj" is no head.
+The last name in a path is the kind of leaf ("kernel", "bias"), the name before it the module
+("query", "Dense_0"), and earlier ones the enclosing modules ("MoeBlock_0"). Spelling differs
+between libraries, so names are normalised: "MoeBlock_0", "moe_block" and "MoEBlock" are all
+"moe_block". Whole words are compared, so "overhead_proj" is not a head.
 
-A layout writes "i" for an axis that is summed over (the kernel's input), "o" for one that is
-produced (its output), "b" for a batch axis: a matrix for each of its entries. A query kernel
-`(d_model, heads, head_dim)` is "ioo".
+In a layout, "i" is an input axis (summed over), "o" an output axis, and "b" a batch axis, with one
+matrix per entry. A query kernel `(d_model, heads, head_dim)` is "ioo".
 """
 
 import functools
@@ -34,11 +32,11 @@ _LAYER = re.compile(r"(?:[a-z0-9_]*_)?(?:res|encoder|decoder)?(?:layer|block|sta
 
 
 class LeafName(NamedTuple):
-    """One parameter's names in one spelling.
+    """The normalised names of one parameter.
 
-    In `stacked` a container of layers stands in the path and no number tells one of them, as
-    `nn.scan` makes them: every leaf below has an axis of layers. In `grouped` it may hold numbered
-    modules ("layers/layer_0"), which are scanned several at a time, or a plain dict of layers.
+    With `stacked` the path has a container of layers without a layer number, as from `nn.scan`:
+    every leaf below has a layer axis. With `grouped` it may contain numbered modules
+    ("layers/layer_0"), which are scanned several at a time, or a dict of layers.
     """
 
     leaf: str  # the last name
@@ -49,7 +47,7 @@ class LeafName(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """All that a decision may depend on, hashable."""
+    """Everything that a decision may depend on; hashable."""
 
     path: str
     shape: Shape
@@ -63,7 +61,7 @@ class Leaf(NamedTuple):
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The paths of the modules that hold it, the innermost first; "" is the whole tree."""
+        """The paths of the modules that contain it, the innermost first; "" is the whole tree."""
         return _modules(self.path)
 
 
@@ -114,8 +112,8 @@ def read_path(path: str) -> LeafName:
 def read_tree(params: Tree) -> tuple[tuple[Leaf, ...], list[Any]]:
     """Returns the leaves of a tree, and the same leaves as they are.
 
-    Names of axes come from haliax (`NamedArray.axes`), Flax Linen's boxes (`names`) and NNX
-    variables (`sharding_names`), told by their attributes: none of the packages is imported.
+    Axis names are from haliax (`NamedArray.axes`), Flax Linen's boxes (`names`) and NNX variables
+    (`sharding_names`), recognised by their attributes without importing the packages.
 
     Raises:
         TypeError: If a leaf is no array.
@@ -187,7 +185,7 @@ def lengths(letters: str, shape: Shape, side: str) -> tuple[int, ...]:
 
 
 def possible_layouts(shape: Shape) -> tuple[str, ...]:
-    """The layouts that a leaf of unknown name may have, the usual ones first."""
+    """The possible layouts of a leaf with unknown name, the usual ones first."""
     rank = len(shape)
     if rank == 2:
         return ("io", "oi")

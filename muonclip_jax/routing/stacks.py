@@ -1,13 +1,14 @@
-"""Which axes of which leaf hold stacked layers, read from the leaves that are stacked together.
+"""Infers the axes of stacked layers from the leaves that are stacked together.
 
-`nn.scan` and its relatives give every parameter of a layer one more axis, of one length, at one
-place. So the kernels of a stack are those below one module that all have more axes than their names
-ask for, and the axis is the one on which all of them have the same length. Only leaves of rank two
-or more that Muon trains are asked, so that a tree without the others is read the same way.
+`nn.scan` and similar transformations add one axis of equal length and position to every parameter
+of a layer. So the kernels of a stack are those below one module that all have more axes than their
+names imply, and the layer axis is the one on which they all have the same length. Only leaves of
+rank two or more that Muon trains are used, so a masked tree without the others gives the same
+result.
 
-Where several axes agree, what the layers do decides: a layer that is repeated reads what it writes.
-Where that leaves several, or none agrees, the axes are open, and `MatrixRules(scan_axis=...)` says
-which they are.
+If several axes qualify, those are used for which a layer's input width equals its output width. If
+several remain, or none qualifies, the axes are ambiguous, and `MatrixRules(scan_axis=...)` is
+needed.
 """
 
 import itertools
@@ -34,9 +35,9 @@ WIDTH_AXIS = r"(?:embed|emb|embedding|hidden|model|d_model|model_dim)(?:_(?!voca
 
 @lru_cache(maxsize=65536)
 def extra_axes(name: LeafName, shape: Shape) -> frozenset[int] | None:
-    """How many axes more than its name asks for a leaf may have; None if it is no evidence.
+    """Possible numbers of axes in addition to those its name implies; None if it is no evidence.
 
-    Leaves that AdamW trains are none, and neither are those whose names say nothing.
+    Leaves trained by AdamW are no evidence, nor are those with unknown names.
 
     Example:
         >>> from muonclip_jax.routing.leaves import read_path
@@ -66,7 +67,7 @@ class Stacks:
     groups: list[_Group] = field(default_factory=list[_Group])
 
     def solve(self, module: str, leaves: Sequence[Leaf]) -> None:
-        """Finds the axes of the leaves below a module together, or asks the modules in it."""
+        """Finds the axes of the leaves below a module together, or else of its submodules."""
         extras = {leaf: extra_axes(leaf.name, leaf.shape) for leaf in leaves}
         known = {leaf: extra for leaf, extra in extras.items() if extra is not None}
         kernels = list(known) or [leaf for leaf in leaves if _may_be_kernel(leaf)]
@@ -106,17 +107,17 @@ class Stacks:
             self.solve(child, group)
 
     def _contained(self, leaf: Leaf) -> bool:
-        """Whether the path says that layers are stacked here."""
+        """Whether the path indicates stacked layers."""
         given = self._given(leaf)
         return leaf.name.stacked or (leaf.name.grouped and given not in (None, (0,)))
 
     def _given(self, leaf: Leaf) -> Axes | None:
-        """The axes that the user names for a leaf."""
+        """The axes that the user gives for a leaf."""
         pairs = self.scan_axis or ()
         return next((axes for pattern, axes in pairs if re.search(pattern, leaf.path)), None)
 
     def _candidates(self, kernels: Sequence[Leaf], extra: int) -> list[Axes]:
-        """The axes on which all kernels have the same lengths; those that say the same once."""
+        """The axes on which all kernels have the same lengths, without equivalent ones."""
         fewest = min(len(leaf.shape) for leaf in kernels)
         given = {self._given(leaf) for leaf in kernels}
         if len(given) > 1:
@@ -132,9 +133,10 @@ class Stacks:
         return list(found.values())
 
     def _narrowed(self, kernels: Sequence[Leaf], found: list[Axes], shown: bool) -> list[Axes]:
-        """Those of several choices with which a layer reads what it writes.
+        """The choices for which a layer's output width is an input width.
 
-        Where no path shows a stack, lengths agree by chance too, and a single choice is tested.
+        If no path indicates a stack, lengths may be equal by chance, so a single choice is tested
+        too.
         """
         first = kernels[0].shape
         one_shape = all(leaf.shape == first for leaf in kernels)
@@ -162,7 +164,7 @@ class Stacks:
         return found
 
     def _assign(self, leaves: Sequence[Leaf], kernels: Sequence[Leaf], choice: Axes) -> None:
-        """Gives the kernels their axes, and every other leaf beside them that has them too."""
+        """Assigns the axes to the kernels, and to other leaves of the module that have them."""
         self.axes |= {leaf.path: _axes(leaf, choice) for leaf in kernels}
         first = kernels[0]
         for leaf in leaves:
@@ -176,7 +178,7 @@ class Stacks:
                 self.axes[leaf.path] = next(fitting, ())
 
     def adopt(self) -> None:
-        """Settles open kernels by the nearest stack around them, if it fits one option alone."""
+        """Resolves ambiguous kernels by the nearest enclosing stack, if exactly one option fits."""
         for leaves, kernels, options in self.groups:
             first = kernels[0]
             for module in first.modules[1:]:
@@ -199,8 +201,8 @@ def find_stacks(
     """Finds the axes of stacked layers of all leaves of rank two or more.
 
     Args:
-        leaves: The leaves that nothing else decides.
-        scan_axis: What the user says.
+        leaves: The leaves that no rule decides.
+        scan_axis: The user's choice.
         plain: Paths of leaves that are known not to be stacked.
         widths: Widths of the model's token embeddings.
     """
@@ -233,7 +235,7 @@ def _in(path: str, module: str) -> bool:
 
 
 def _allowed(given: Axes | None, choices: list[Axes], extra: int, rank: int) -> list[Axes]:
-    """Those choices that the user allows: the named axes, or more of them in nested stacks."""
+    """The choices that the user allows: the given axes, or more of them in nested stacks."""
     if given is None:
         return choices
     if any(not -rank <= axis < rank for axis in given[:extra]):
@@ -252,7 +254,7 @@ def _may_be_kernel(leaf: Leaf) -> bool:
 
 
 def _show(leaves: Sequence[Leaf], kernels: Sequence[Leaf], choice: Axes) -> bool:
-    """Whether kernels of several shapes and all vectors beside them have the axis of layers."""
+    """Whether kernels of several shapes and all vectors next to them have the layer axis."""
     length = kernels[0].shape[choice[0]]
     others = [leaf.shape for leaf in leaves if leaf not in kernels]
     several = len({leaf.shape for leaf in kernels}) > 1
@@ -260,7 +262,7 @@ def _show(leaves: Sequence[Leaf], kernels: Sequence[Leaf], choice: Axes) -> bool
 
 
 def _read(leaf: Leaf, axes: Axes) -> str | None:
-    """The layout with "b" for the layers, or None where the name does not fit what is left."""
+    """The layout with "b" for the layers, or None if the name does not fit the other axes."""
     told = look_up(leaf.name, without(leaf.shape, axes))
     if told is None and extra_axes(leaf.name, leaf.shape) is None:
         return f"{axes}"
@@ -270,7 +272,7 @@ def _read(leaf: Leaf, axes: Axes) -> str | None:
 
 
 def _sizes(leaf: Leaf, axes: Axes) -> tuple[int, int]:
-    """How many features one layer's kernel reads and makes."""
+    """Input and output features of one layer's kernel."""
     shape = without(leaf.shape, axes)
     told = look_up(leaf.name, shape)
     letters = told[1] if told and told[1] else "b" * len(shape)
@@ -284,7 +286,7 @@ def _hidden(leaf: Leaf, axes: Axes) -> set[int]:
 
 
 def _repeats(kernels: Sequence[Leaf], choice: Axes) -> bool:
-    """Whether the kernels write something that they read, as far as their names tell."""
+    """Whether an output size of the kernels is also an input size, as far as known by name."""
     sides = {side: [x for x in kernels if direction(x.name) == side] for side in "io"}
     read, written = (
         set[int]().union(*(_hidden(leaf, _axes(leaf, choice)) for leaf in sides[side]))

@@ -1,4 +1,4 @@
-"""The error for leaves that nothing decides: every reading that fits, as a rule to paste."""
+"""The error for unknown leaves: every possible layout, as a rule to paste."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ _LEAVES_SHOWN = 8
 
 
 def unknown_leaves(leaves: Sequence[Leaf], decided: Mapping[str, Decision]) -> ValueError:
-    """Builds the error for the leaves that are open, given the decision for each path."""
+    """Builds the error for the unknown leaves, given the decision for each path."""
     groups: dict[tuple[str, tuple[int, ...], tuple[str, ...]], list[Leaf]] = {}
     for leaf in leaves:
         if readings := decided[leaf.path].readings:

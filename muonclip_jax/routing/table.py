@@ -1,20 +1,19 @@
-"""The table that says, by name, which leaves are matrices and which AdamW trains.
+"""The table of parameter names: which leaves are matrices, and which AdamW trains.
 
 The first row that fits a leaf decides. A row's names are regular expressions that must match a
-whole name in one spelling (see `leaves.py`). A star in a layout repeats the letter before it as
-often as the rank asks. Axes of stacked layers are no part of a layout: `stacks.py` takes them off
-first. Kernels are written with the input first; `inference.py` turns those of libraries that have
-it last.
+whole normalised name (see `leaves.py`). A star in a layout repeats the letter before it to match
+the rank. Layouts do not contain the axes of stacked layers, which `stacks.py` removes first.
+Layouts have the input first; `inference.py` reverses those of libraries that have it last.
 
-What belongs to Muon follows Jordan et al. 2024 (kellerjordan.github.io/posts/muon) and Moonlight
-(arXiv 2502.16982): matrices that act on hidden states. Embedding tables, output heads, router
-kernels, biases, gains and norms stay with AdamW, and so do three more kinds:
+As in Jordan et al. 2024 (kellerjordan.github.io/posts/muon) and Moonlight (arXiv 2502.16982), Muon
+trains matrices that act on hidden states. AdamW trains embedding tables, output heads, router
+kernels, biases, gains and norms, and three more kinds:
 
-1. LoRA factors: what acts is their product, and the polar factor of one factor is no steepest
-   descent on the product.
-2. Depthwise filters: they mix no channels, so there is no matrix in them. Other convolutions are
-   matrices from (window, input channels) to output channels, the first one of a model included.
-3. Learned tokens, queries and tables: they are inputs, whatever their rank.
+1. LoRA factors: only their product matters, and the polar factor of one factor is not the steepest
+   descent direction of the product.
+2. Depthwise filters: they mix no channels, so they are not matrices. Other convolutions, including
+   the first one of a model, are matrices from (window, input channels) to output channels.
+3. Learned tokens, queries and tables, of any rank: they are inputs.
 """
 
 import re
@@ -56,7 +55,7 @@ class Row:
 
 
 def word(words: str) -> str:
-    """A name that has one of these words, between underscores, a number after it or not."""
+    """A name that contains one of these words between underscores, optionally with a number."""
     return rf"(?:.*_)?(?:{words})\d*(?:_.*)?"
 
 
@@ -294,7 +293,7 @@ def look_up(name: LeafName, shape: Shape) -> tuple[Row, str] | None:
 
 @lru_cache(maxsize=8192)
 def direction(name: LeafName) -> str:
-    """Whether a kernel reads the hidden state ("i"), writes it ("o"), or its name is silent."""
+    """Whether the hidden state is a kernel's input ("i") or output ("o"), or unknown by name."""
     if fits(r".*_b(?:_proj)?", name.role):
         return ""
     return "i" if fits(_READS, name.role) else "o" if fits(_WRITES, name.role) else ""

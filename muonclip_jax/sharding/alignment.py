@@ -16,17 +16,17 @@ def align_shardings(params: Tree, param_shardings: Tree) -> list[PlacedLeaf]:
     """Finds the sharding of every leaf in a tree of shardings, by path.
 
     Args:
-        params: The tree of parameters, or a masked one; only shapes are looked at.
-        param_shardings: A tree of `NamedSharding` with an entry for every leaf of `params`, or for
-            a subtree that holds it; a single one for all; or a function from `params` to such a
-            tree. It may have entries for leaves that are masked here.
+        params: The parameters, or a masked pytree of them; only shapes are used.
+        param_shardings: A pytree of `NamedSharding` with an entry for every leaf or subtree of
+            `params`; a single one for all; or a function from `params` to such a pytree. It may
+            have entries for leaves that are masked in `params`.
 
     Returns:
         `(path, leaf, sharding)` for every leaf; the sharding is None where the entry is None or a
         single device.
 
     Raises:
-        TypeError: If an entry is no sharding.
+        TypeError: If an entry is not a sharding.
         ValueError: If a leaf has no entry, or its entry does not fit its shape.
     """
     param_shardings = tree_from(param_shardings, params, is_entry)
@@ -47,12 +47,12 @@ def align_shardings(params: Tree, param_shardings: Tree) -> list[PlacedLeaf]:
 
 
 def is_entry(x: object) -> bool:
-    """Tells whether `x` is an entry of a tree of shardings, and no subtree of it."""
+    """Whether `x` is an entry of a tree of shardings, and not a subtree."""
     return x is None or isinstance(x, Sharding | PartitionSpec)
 
 
 def check_reduced(path: str, sharding: NamedSharding) -> None:
-    """Raises a ValueError where a sum over mesh axes has still to be taken."""
+    """Raises a ValueError if a sharding is unreduced over mesh axes."""
     if sharding.spec.unreduced:
         raise ValueError(
             f"{path} is unreduced over the mesh axes {tuple(sorted(sharding.spec.unreduced))}: the "

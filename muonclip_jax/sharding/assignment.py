@@ -1,9 +1,8 @@
-"""How many matrices of each shape each group of devices works on.
+"""The number of matrices of each shape per group of devices.
 
-All devices run one program, so 13 equal matrices on 8 devices are padded to 16, and three devices
-compute for nothing (round-robin). With several shapes the leftovers of one fill the gaps of
-another: matrices are assigned together, the longest first, and each device runs the branch of the
-program that has its numbers of matrices.
+All devices run one program, so round-robin assignment pads 13 equal matrices on 8 devices to 16,
+and three devices process padding half of the time. With several shapes, the remainders of all are
+assigned together, longest-first, and each device runs the branch of the program for its counts.
 """
 
 import heapq
@@ -17,7 +16,7 @@ MAX_BRANCHES = 8
 
 @dataclass(frozen=True)
 class Assignment:
-    """How many matrices `counts[group][kind]` of every kind each group of devices gets."""
+    """The number of matrices of every kind per group of devices, `counts[group][kind]`."""
 
     counts: tuple[tuple[int, ...], ...]
     #: Cost of the busiest group.
@@ -40,8 +39,8 @@ def assign_longest_first(
 ) -> Assignment | None:
     """Assigns the costliest matrices first, each to the group with the least work so far.
 
-    `counts`, `costs` and `limits` have an entry for each kind of matrix: how many there are, what
-    one costs, and how many a group may get. Returns None if the groups would run more than
+    `counts`, `costs` and `limits` have an entry for each kind of matrix: their number, the cost of
+    one, and the maximum number per group. Returns None if the groups would run more than
     `MAX_BRANCHES` different branches.
 
     Example:
@@ -77,10 +76,10 @@ def assign_longest_first(
 def branches_of(
     counts: Sequence[tuple[int, ...]],
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
-    """Returns the different rows of counts, most frequent first, and the number of each group's.
+    """Returns the different rows of counts, most frequent first, and each group's index among them.
 
-    Groups without matrices run the most frequent branch: waiting would not be faster, and one
-    branch alone needs no conditional.
+    Groups without matrices run the most frequent branch: idling would not be faster, and a single
+    branch needs no conditional.
 
     Example:
         >>> branches_of([(1, 0), (0, 0), (1, 0), (0, 2)])

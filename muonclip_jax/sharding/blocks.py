@@ -1,7 +1,7 @@
-"""What one device holds of each matrix.
+"""The local block of each matrix on one device.
 
-A parameter of shape `(24, 1024, 16, 64)` sharded `P(None, "fsdp", "tp")` is 24 matrices with rows
-1024 and columns 16 * 64. A device holds a block of each: some of the rows (over "fsdp") and some of
+A parameter of shape `(24, 1024, 16, 64)` sharded `P(None, "fsdp", "tp")` is 24 matrices with 1024
+rows and 16 * 64 columns. A device has a block of each: some of the rows (over "fsdp") and some of
 the columns (over "tp"). Rows and columns may be products of axes and be sharded on any of them, so
 a `Block` keeps the dimensions that sharding separates.
 """
@@ -25,9 +25,9 @@ Dim: TypeAlias = tuple[int, Axes]
 
 @dataclass(frozen=True)
 class Block:
-    """A device's piece of a wide matrix: the dimensions that make its rows and its columns.
+    """The local block of a wide matrix: the dimensions that form its rows and columns.
 
-    `transposed` says that the parameter's own matrix is the transpose of this one.
+    With `transposed`, the parameter's matrix is the transpose of this one.
     """
 
     rows: tuple[Dim, ...]
@@ -50,23 +50,23 @@ class Block:
         return frozenset(axis for _, axes in self.dims for axis in axes)
 
     def gathered_shape(self, axes: Container[str], sizes: Sizes) -> tuple[int, int]:
-        """Rows and columns once the matrix is gathered along some axes."""
+        """Rows and columns after gathering the matrix along some axes."""
         rows, columns = (_length(dims, axes, sizes) for dims in (self.rows, self.columns))
         return rows, columns
 
 
 @dataclass(frozen=True)
 class LocalLeaf:
-    """A device's piece of a parameter.
+    """The local shard of a parameter.
 
     Attributes:
-        plan: The matrices inside the piece.
-        gathered: `(dimension, axes)` along which the piece is gathered first, because it cannot be
-            split or shared as it is sharded.
-        out_gathered: `(dimension, axes)` along which its result is gathered in the end.
-        blocks: For every part of the plan, what the device holds of each matrix.
-        order: The piece's dimensions, those that count matrices first.
-        permutations: For every part, the order that makes blocks of `(matrices, *dimensions)`.
+        plan: The matrices in the shard.
+        gathered: `(dimension, axes)` along which the shard is all-gathered first, because its
+            sharding prevents splitting or distributing it.
+        out_gathered: `(dimension, axes)` along which its result is all-gathered at the end.
+        blocks: For every part of the plan, the local block of each matrix.
+        order: The shard's dimensions, batch dimensions first.
+        permutations: For every part, the permutation from `(matrices, *dimensions)` to blocks.
         batch: The axes that shard batch dimensions: the matrices themselves differ along them.
     """
 
@@ -120,10 +120,10 @@ def plan_local(
     shared: frozenset[str],
     sizes: Sizes,
 ) -> LocalLeaf:
-    """Plans what one device holds of a parameter of a shape, along `shared` axes to be shared.
+    """Plans the local shard of a parameter that is distributed over the `shared` axes.
 
-    Two kinds of dimensions are gathered first: one of a matrix that is sharded over an axis that
-    shares no work, and one where a shard holds pieces of several parts.
+    Two kinds of dimensions are all-gathered first: matrix dimensions that are sharded over an axis
+    not in `shared`, and those where a shard contains pieces of several parts.
     """
     reduction, output = (axes_tuple(dims) for dims in spec.dims)
     splits = {split.axis: split for split in spec.splits}
@@ -169,17 +169,17 @@ def plan_local(
 
 
 def _local_split(split: Split, ways: int) -> Split | None:
-    """The split of one shard, where every shard is split alike; else None."""
+    """The split of one shard, if it is the same for all shards; else None."""
     if split.view is None or split.along == 0 or split.view[0] % ways:
         return None
     return Split(split.axis, split.sizes, (split.view[0] // ways, *split.view[1:]), split.along)
 
 
 def local_matrices(x: jax.Array, local: LocalLeaf) -> list[jax.Array]:
-    """A device's piece as the matrices of its parts, each `(count, *dimensions)`.
+    """The local shard as the matrices of its parts, each `(count, *dimensions)`.
 
-    `to_blocks` transposes what is selected of them: were the whole piece transposed, compilers
-    would lay out the momentum and the gradient that way.
+    `to_blocks` transposes only the selected ones: if the whole shard were transposed, compilers
+    would choose that layout for the momentum and the gradient.
     """
     for axis, names in local.gathered:
         x = lax.all_gather(x, names, axis=axis, tiled=True)

@@ -2,13 +2,13 @@
 
 Devices of one slice (a TPU pod, the GPUs of one NVLink domain) communicate over its own network;
 slices communicate over the data centre's, tens of times slower. JAX numbers the slices:
-`device.slice_index`. A mesh axis is a DCN axis where every step along it leads to another slice. An
-axis that has several devices of each slice is none: to leave it out would repeat the work inside of
-slices too. The number of a process tells nothing, since one slice has many hosts.
+`device.slice_index`. A mesh axis is a DCN axis if all devices along it are in different slices. An
+axis with several devices per slice is not: without it, work would be replicated inside of slices
+too. Process numbers do not help, since one slice has many hosts.
 
-Devices do not share matrices along a DCN axis that replicates them: every slice works on all of
-them, and nothing crosses. Matrices that a DCN axis shards have to cross in any case; the devices on
-both sides share them, for that sends less than gathering would.
+Matrices that are replicated along a DCN axis are not distributed over it: every slice processes all
+of them without communication. Matrices that are sharded over a DCN axis must be sent over it
+anyway; they are distributed over it, which sends less than an all-gather.
 """
 
 import warnings
@@ -22,17 +22,17 @@ from muonclip_jax.sharding.mesh_shardings import Axes
 
 
 def slice_of(device: Any) -> int:
-    """The number of a device's slice; 0 where the platform has none."""
+    """The index of a device's slice; 0 if the platform has none."""
     number = getattr(device, "slice_index", None)
     return 0 if number is None else number
 
 
 def dcn_axes(mesh: Mesh | AbstractMesh) -> Axes:
-    """Returns the axes of a mesh along which no two devices are of one slice.
+    """Returns the axes of a mesh along which no two devices are in the same slice.
 
     Args:
-        mesh: The mesh. An abstract one does not know its devices: then no axis is a DCN axis, with
-            a warning where this program has devices of several slices.
+        mesh: The mesh. An abstract mesh has no devices, so no axis is a DCN axis, with a warning if
+            this program has devices of several slices.
 
     Returns:
         Names of axes, in the order of the mesh.

@@ -1,8 +1,9 @@
-"""The collectives before and after the work: matrices are gathered, results scattered.
+"""The collectives before and after orthogonalisation, which gather matrices and scatter results.
 
-Each device sends blocks of matrices that others work on, and receives the missing blocks of its
-own. That is one all-to-all over the mesh axes that shard the matrix. Along axes that replicate it
-nothing is sent: each device selects its own matrices, and results are all-gathered.
+Each device sends its blocks of matrices that other devices process, and receives the missing blocks
+of its own matrices, in one all-to-all over the mesh axes that shard the matrix. Along axes that
+replicate it nothing is sent before: each device selects its own matrices, and results are
+all-gathered.
 
 Example: four matrices on a mesh `fsdp` 2 x `tp` 2, one for each device; group `g = 2 i + j` is the
 device `(i, j)`. Sharded `P("fsdp", "tp")`, device `(i, j)` holds block `(i, j)` of every matrix. It
@@ -10,9 +11,9 @@ sends that of matrix `g` to group `g`, and receives the blocks `(0, 0), (0, 1), 
 its own: an array `(2, 2, rows / 2, columns / 2)`, which becomes `(2, rows / 2, 2, columns / 2)` and
 then `(rows, columns)`. Sharded `P("fsdp")`, it holds the rows `i` of every matrix, selects those of
 matrices `j` and `2 + j`, and sends them along `fsdp` to the devices `(0, j)` and `(1, j)`. Results
-take the same way back, and `(i, 0)` and `(i, 1)` all-gather theirs along `tp`.
+are sent back the same way, and `(i, 0)` and `(i, 1)` all-gather theirs along `tp`.
 
-Where a matrix is split by columns, its device trades rows for columns in a second all-to-all.
+If a matrix is split by columns, a second all-to-all exchanges rows for columns.
 """
 
 import itertools
@@ -37,11 +38,12 @@ _GATHERED_AT_ONCE = 2**30
 
 
 def gather_matrices(x: jax.Array, block: Block, exchange: Exchange, sizes: Sizes) -> jax.Array:
-    """Gathers few whole matrices, or columns of them, from blocks of many.
+    """Gathers a few whole matrices, or columns of them, from blocks of many.
 
-    From `(slots * n, *block.shape)`, what this device sends (`members_sent`), to `(slots, rows,
-    columns)`; entry `s * n + h` goes to place `h` of the `n` along the matrix axes that shard the
-    matrices. Split matrices have a share of the columns, in an order that `scatter_results` undoes.
+    From the blocks that this device sends (`members_sent`), `(slots * n, *block.shape)`, to
+    `(slots, rows, columns)`; entry `s * n + h` goes to place `h` of the `n` along the matrix axes
+    that shard the matrices. Split matrices have some of the columns, in an order that
+    `scatter_results` undoes.
     """
     sharded, _ = _matrix_axes(block, exchange)
     x = x.reshape(-1, _size(sharded, sizes), *block.shape)
@@ -65,7 +67,7 @@ def gather_matrices(x: jax.Array, block: Block, exchange: Exchange, sizes: Sizes
 def scatter_results(
     x: jax.Array, bucket: Bucket, exchange: Exchange, sizes: Sizes
 ) -> list[jax.Array]:
-    """Scatters results to the devices that hold their blocks; returns those of each run.
+    """Scatters results to the devices with their blocks; returns the blocks of each run.
 
     Undoes `gather_matrices`.
     """
@@ -108,10 +110,10 @@ def scatter_results(
 
 
 def members_sent(bucket: Bucket, exchange: Exchange, sizes: Sizes) -> tuple[np.ndarray, Axes]:
-    """Which of a bucket's matrices a device sends, by its place along the axes that replicate them.
+    """The matrices of a bucket that a device sends, by place along the axes that replicate them.
 
-    Returns numbers of matrices `(places along those axes, slots * places along the sharding ones)`,
-    any number for padding; and those axes.
+    Returns indices of matrices `(places along those axes, slots * places along the sharding axes)`,
+    arbitrary for padding; and those axes.
     """
     sharded, unsharded = _matrix_axes(bucket.block, exchange)
     axes = exchange.matrix_axes
@@ -153,8 +155,8 @@ def _matrix_axes(block: Block, exchange: Exchange) -> tuple[Axes, Axes]:
 def _column_axes(block: Block, exchange: Exchange) -> tuple[Axes, Axes]:
     """The column axes that shard rows now, and those that replicate the matrix.
 
-    Axes that shard columns already need nothing. The order of columns (and of rows) plays no part
-    in `X X^H X`, as long as all devices of a group agree on it.
+    Axes that already shard columns need no exchange. `X X^H X` does not depend on the order of
+    columns and rows, as long as it is the same on all devices of a group.
     """
     by_rows = {axis for _, axes in block.rows for axis in axes}
     return (

@@ -20,13 +20,13 @@ Sizes: TypeAlias = Mapping[str, int]
 
 @dataclasses.dataclass(frozen=True)
 class MeshShardings:
-    """A mesh and the axes of it that shard every leaf.
+    """A mesh, and the axes that shard every leaf.
 
     Attributes:
         mesh: The mesh, as `jax.shard_map` takes it.
         sizes: Names and sizes of the axes that are not manual, the slowest first.
         leaves: For every leaf, the axes that shard each of its dimensions.
-        dcn: Those of the axes that cross the slow network between slices.
+        dcn: The axes that cross the slow network between slices.
     """
 
     mesh: Mesh | AbstractMesh
@@ -58,7 +58,7 @@ class MeshShardings:
 
 
 def place(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """Brings `x` to a sharding, traced or not and whatever the types of the axes."""
+    """Reshards `x`, traced or not, for all types of mesh axes."""
     if not isinstance(x, Tracer):
         return jax.device_put(x, on_devices(sharding))
     kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
@@ -76,7 +76,7 @@ def place(x: jax.Array, sharding: NamedSharding) -> jax.Array:
 
 
 def on_devices(sharding: NamedSharding) -> NamedSharding:
-    """The same sharding on a mesh that knows its devices: the one that `jax.set_mesh` set.
+    """The same sharding on a concrete mesh: the one set by `jax.set_mesh`.
 
     Raises:
         ValueError: If no such mesh is set.
@@ -94,7 +94,7 @@ def on_devices(sharding: NamedSharding) -> NamedSharding:
 
 
 def sharding_of(x: object) -> NamedSharding | None:
-    """The sharding that is known now: an array's own, or the one in a traced array's type."""
+    """The known sharding: an array's own, or that of a traced array's type."""
     sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
         return None
@@ -108,6 +108,6 @@ def axes_of(spec: PartitionSpec, rank: int) -> LeafAxes:
 
 
 def entries_of(spec: PartitionSpec) -> tuple[Any, ...]:
-    """The entries of a spec, which JAX does not unpack where it has unreduced axes too."""
+    """The entries of a spec, which JAX does not unpack if it has unreduced axes."""
     # Older specs have no `partitions`.
     return tuple(getattr(spec, "partitions", spec))

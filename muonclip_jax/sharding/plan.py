@@ -1,4 +1,4 @@
-"""The plan of a tree as values: rounds of jobs, which say which matrix goes to which devices."""
+"""The plan of a tree: sequential rounds of jobs; a job assigns matrices of one shape to devices."""
 
 import math
 from dataclasses import dataclass
@@ -10,34 +10,34 @@ from muonclip_jax.sharding.mesh_shardings import Axes, Sizes
 
 @dataclass(frozen=True)
 class Exchange:
-    """How devices share a stack of matrices.
+    """Mesh axes over which a stack of matrices is distributed.
 
     Attributes:
-        matrix_axes: Mesh axes along which devices work on different matrices.
-        column_axes: Mesh axes along which devices work on different columns of the same matrices.
+        matrix_axes: Mesh axes along which devices process different matrices.
+        column_axes: Mesh axes along which devices process different columns of the same matrices.
     """
 
     matrix_axes: Axes
     column_axes: Axes
 
     def groups(self, sizes: Sizes) -> int:
-        """How many groups of devices there are, each with matrices of its own."""
+        """Number of groups of devices; each group has its own matrices."""
         return math.prod(sizes[axis] for axis in self.matrix_axes)
 
     def ways(self, sizes: Sizes) -> int:
-        """Over how many devices each matrix is split."""
+        """Number of devices over which each matrix is split."""
         return math.prod(sizes[axis] for axis in self.column_axes)
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Matrices of a job that are sharded in the same way and are sent together.
+    """Matrices of a job with the same sharding, which are sent in one collective.
 
     Attributes:
-        block: What a device holds of each.
-        runs: The matrices, as a device counts them.
-        slots: How many of them a group of devices gets at most.
-        places: Where each goes, `slot * groups + group`, ascending. Other places are padding.
+        block: The block of each matrix on one device.
+        runs: The matrices, in local numbering.
+        slots: Maximum number of them per group of devices.
+        places: Destination of each, `slot * groups + group`, ascending. Other places are padding.
     """
 
     block: Block
@@ -48,13 +48,13 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Job:
-    """Matrices of one shape that are exchanged and worked on together.
+    """Matrices of one shape that are sent and processed together.
 
     Attributes:
         shape: Rows and columns of each matrix.
         dtype: Their dtype, by name.
-        buckets: The matrices, by how they are sharded.
-        slots: For every group of devices the slots, counted over all buckets, with real matrices.
+        buckets: The matrices, by sharding.
+        slots: For every group of devices the slots, over all buckets, that are not padding.
     """
 
     shape: tuple[int, int]
@@ -65,13 +65,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Round:
-    """Jobs that share an exchange, and how many matrices of each a group of devices works on.
+    """Jobs with the same exchange, and the number of matrices of each job per group of devices.
 
     Attributes:
-        exchange: Which axes separate matrices, and which split them.
+        exchange: The mesh axes for matrices and for columns.
         jobs: The jobs.
-        branches: The different numbers of matrices, one for every job.
-        branch: For each group of devices, its branch.
+        branches: The different tuples of matrix counts, one count per job.
+        branch: For each group of devices, the index of its branch.
     """
 
     exchange: Exchange
@@ -82,7 +82,7 @@ class Round:
 
 @dataclass(frozen=True)
 class MeshPlan:
-    """What a device has to do: names and sizes of the mesh axes, its leaves, its rounds of work."""
+    """The program of a device: names and sizes of the mesh axes, local leaves, and rounds."""
 
     sizes: tuple[tuple[str, int], ...]
     leaves: tuple[LocalLeaf, ...]

@@ -1,11 +1,11 @@
-"""Planning a tree: which group of devices works on which matrix, and when.
+"""Planning a tree: which group of devices processes which matrix, in which round.
 
-Matrices whose batch axes are sharded alike and which the same devices share form a *pool* (those of
-another pipeline stage stay on that stage). Of each shape, a multiple of the number of groups is
-assigned round-robin, in rounds of bounded size. What is left over of all shapes is assigned
-together, the longest first, or split by columns over groups of devices, whichever is faster.
-Splitting costs two collectives of the small Gram matrix in every Newton-Schulz step. Matrices that
-are too large for one device are always split.
+Matrices with equally sharded batch axes that are distributed over the same devices form a *pool*
+(matrices of a pipeline stage stay on that stage). Of each shape, a multiple of the number of groups
+is assigned round-robin, in rounds of bounded size. The remaining matrices of all shapes are
+assigned longest-first, or split by columns over groups of devices, whichever is faster. Splitting
+costs two collectives of the small Gram matrix per Newton-Schulz step. Matrices that are too large
+for one device are always split.
 """
 
 import dataclasses
@@ -55,16 +55,16 @@ def plan_for(
     options: Distribution,
     dcn: Axes = (),
 ) -> MeshPlan:
-    """Plans how the devices of a mesh share the matrices of a tree.
+    """Plans the distribution of the matrices of a tree over a mesh.
 
     Args:
         polar: How to orthogonalise.
         shapes: The leaves' shapes and dtypes, by name.
         specs: Their normalised specs.
         in_axes: The axes that shard their dimensions.
-        out_axes: The axes that are to shard those of the results: the first ones of `in_axes`.
+        out_axes: The axes that shard the results' dimensions: prefixes of `in_axes`.
         sizes: Names and sizes of the mesh axes.
-        options: Who shares the work.
+        options: The user's options.
         dcn: The axes that cross the network between slices.
     """
     lengths = dict(sizes)
@@ -100,7 +100,7 @@ def plan_for(
 def _sharing_axes(
     sizes: Sizes, dcn: Axes, chosen: Axes | None, leaf: LeafAxes, spec: MatrixSpec
 ) -> frozenset[str]:
-    """The mesh axes along which devices share a leaf: no DCN axis that replicates its matrices."""
+    """The mesh axes over which a leaf is distributed: not DCN axes that replicate its matrices."""
     if chosen is not None:
         return frozenset(chosen)
     sharded = {name for dims in spec.dims for axis in axes_tuple(dims) for name in leaf[axis]}
@@ -158,7 +158,7 @@ def _last_rounds(
     sizes: Sizes,
     cost: Cost,
 ) -> Rounds:
-    """The fastest rounds for the last even shares and the leftovers."""
+    """The fastest rounds for the last full round-robin round and the remaining matrices."""
 
     def round_robin(exchange: Exchange, matrices: Matrices) -> tuple[float, Rounds]:
         ways, groups = exchange.ways(sizes), exchange.groups(sizes)
@@ -196,7 +196,7 @@ def _last_rounds(
 
 
 def _exchanges(axes: Axes, sizes: Sizes) -> list[Exchange]:
-    """Every way to split columns over some axes: fewest ways first, then the last, fastest axes."""
+    """All choices of axes to split columns: fewest devices first, then the last, fastest axes."""
     choices = [
         Exchange(tuple(axis for axis in axes if axis not in columns), columns)
         for number in range(len(axes) + 1)
@@ -211,7 +211,7 @@ def _exchanges(axes: Axes, sizes: Sizes) -> list[Exchange]:
 def _make_round(
     exchange: Exchange, matrices: Matrices, assignment: Assignment | None, sizes: Sizes
 ) -> Round:
-    """The round in which devices work on the given matrices."""
+    """The round in which the given matrices are processed."""
     if assignment is None:
         (members,) = matrices.values()
         counts = assign_round_robin(len(members), 1.0, exchange.groups(sizes)).counts
@@ -227,7 +227,7 @@ def _make_round(
 
 
 def _make_job(kind: Kind, members: Members, counts: Sequence[int]) -> Job:
-    """Assigns matrices one by one to the groups of devices that get some, slot after slot."""
+    """Assigns matrices one by one to the groups of devices, filling slots in order."""
     groups = range(len(counts))
     order = iter(group for slot in range(max(counts)) for group in groups if slot < counts[group])
     buckets, slots, offset = [], [[] for _ in groups], 0

@@ -1,8 +1,8 @@
-"""How the leaves of a tree are sharded: read off their types, or given.
+"""Shardings of the leaves of a tree: from their types, or given by the caller.
 
-While JAX traces, an array on a mesh with Explicit axes has its sharding in its type. On a mesh with
-Auto axes the compiler decides later, and the type only tells that there is a mesh: there the
-shardings have to be given, as the tree `jax.tree.map(lambda x: x.sharding, params)`.
+While tracing, an array on a mesh with Explicit axes has its sharding in its type. On a mesh with
+Auto axes the compiler decides later, and the type only contains the mesh: there the shardings must
+be given, as the tree `jax.tree.map(lambda x: x.sharding, params)`.
 """
 
 import warnings
@@ -31,18 +31,18 @@ def read_shardings(
 
     Args:
         tree: Arrays, traced or not.
-        param_shardings: As in `align_shardings`; None reads them off the arrays.
-        warn: Whether to warn where there are many devices and the shardings cannot be known.
+        param_shardings: As in `align_shardings`; None reads them from the arrays.
+        warn: Whether to warn if there are several devices and the shardings are unknown.
         required_by: The setting that makes this an error, if there is one.
 
     Returns:
-        Mesh and shardings, or None where there is one device and no Explicit axis, or all axes are
-        manual, or nothing is known.
+        Mesh and shardings, or None if there is one device and no Explicit axis, or all axes are
+        manual, or the shardings are unknown.
 
     Raises:
         TypeError: As in `align_shardings`.
-        ValueError: As in `align_shardings`; also where leaves are on different devices or meshes,
-            or are still to be summed over mesh axes, or what is required cannot be known.
+        ValueError: As in `align_shardings`; also if leaves are on different devices or meshes, or
+            are unreduced over mesh axes, or required shardings are unknown.
     """
     leaves = flatten_with_paths(tree)[0]
     seen: list[PlacedLeaf] = [(path, leaf, sharding_of(leaf)) for path, leaf in leaves]
@@ -76,7 +76,7 @@ def read_shardings(
 def _unseen_axes(
     mesh: Mesh | AbstractMesh, seen: Sequence[PlacedLeaf], warn: bool, required_by: str
 ) -> Axes:
-    """The Auto axes of a mesh, where leaves are traced: their types do not tell what they shard."""
+    """The Auto axes of a mesh if leaves are traced, since their types do not contain them."""
     if not any(isinstance(leaf, Tracer) for _, leaf, _ in seen):
         return ()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
@@ -105,10 +105,10 @@ def _mesh_shardings(
     leaves: Sequence[PlacedLeaf],
     unseen: Axes = (),
 ) -> MeshShardings | None:
-    """What the axes of a mesh shard; `devices` is the same mesh, which may know its devices.
+    """What the axes of a mesh shard; `devices` is the same mesh, possibly with devices.
 
-    Explicit axes count even where all have size one: they are in the types of the arrays, so the
-    program of one device has to run where they are manual.
+    Explicit axes matter even if all have size one: they are in the types of the arrays, so the
+    program of one device must run where they are manual.
     """
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     ours: Axes = tuple(
@@ -131,7 +131,7 @@ def _mesh_shardings(
 
 
 def _check_devices(leaves: Sequence[PlacedLeaf]) -> None:
-    """Raises a ValueError where arrays outside of a trace are bound to different devices."""
+    """Raises a ValueError if arrays outside of a trace are committed to different devices."""
     devices: dict[frozenset[jax.Device], str] = {}
     for path, leaf, _ in leaves:
         if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.committed:
@@ -144,7 +144,7 @@ def _check_devices(leaves: Sequence[PlacedLeaf]) -> None:
 
 
 def _check_one_mesh(leaves: Sequence[PlacedLeaf], prefix: str = "") -> None:
-    """Raises a ValueError where shardings are of different meshes, or leave a sum to be taken."""
+    """Raises a ValueError if shardings have different meshes or unreduced axes."""
     meshes: dict[Mesh | AbstractMesh, str] = {}
     for path, _, sharding in leaves:
         if sharding is not None:
@@ -161,7 +161,7 @@ def _check_one_mesh(leaves: Sequence[PlacedLeaf], prefix: str = "") -> None:
 
 
 def _differ(mesh: Mesh | AbstractMesh, other: Mesh | AbstractMesh) -> bool:
-    """Whether axes differ, or the order of the devices where both know theirs."""
+    """Whether axes differ, or the order of devices if both meshes are concrete."""
     if tuple(mesh.shape.items()) != tuple(other.shape.items()):
         return True
     if mesh is other or not (isinstance(mesh, Mesh) and isinstance(other, Mesh)):

@@ -45,26 +45,26 @@ def orthogonalize_leaves(
     axis_name: Axes = (),
     distribution: Distribution | None = None,
 ) -> list[jax.Array]:
-    """Replaces every matrix of `directions` by its polar factor; devices share the matrices.
+    """Replaces every matrix of `directions` by its polar factor, distributed over devices.
 
     Args:
         polar: How to orthogonalise.
         eps: Smallest divisor, as in `orthogonalize`.
         directions: The leaves.
         specs: The normalised spec of each.
-        in_shardings: How the leaves are sharded (`read_shardings`); None where there is no mesh, or
-            where all its axes are manual.
-        out_shardings: How the results are to be sharded: over the first of the axes that shard the
-            leaves. None is as the leaves are.
-        axis_name: Names of axes that are mapped already (by `pmap` or `shard_map`) and along which
+        in_shardings: Shardings of the leaves (`read_shardings`); None without a mesh, or if all its
+            axes are manual.
+        out_shardings: Shardings of the results, over prefixes of the axes that shard the leaves.
+            None means those of the leaves.
+        axis_name: Names of axes that are already mapped (by `pmap` or `shard_map`) and along which
             the leaves are equal.
-        distribution: How the devices share the work; None is `Distribution()`.
+        distribution: The user's options; None means `Distribution()`.
 
     Returns:
         The polar factors, in the shapes and dtypes of the leaves.
 
     Raises:
-        ValueError: If `distribution` names an axis that the mesh does not have, or an axis of
+        ValueError: If `distribution` has an axis that the mesh does not have, or an axis of
             `axis_name` is not mapped.
     """
     # In a checked `shard_map`, a stack of two leaves varies along the mesh axes of both, and so
@@ -226,7 +226,7 @@ def _select_blocks(
 
 
 def _take(x: jax.Array, indices: jax.Array) -> jax.Array:
-    """Some matrices of `x`. Before a few slices compilers compute no more of it than those."""
+    """Some matrices of `x`, by slices if few, so that compilers compute only those of `x`."""
     if len(indices) > _SLICES:
         return x.at[indices].get(mode="clip")
     return jnp.concatenate([lax.dynamic_slice_in_dim(x, index, 1) for index in indices])
@@ -235,7 +235,7 @@ def _take(x: jax.Array, indices: jax.Array) -> jax.Array:
 def _orthogonalize_stacks(
     polar: PolarPlan, eps: jax.typing.ArrayLike, stacks: list[jax.Array], round_: Round
 ) -> list[jax.Array]:
-    """Works on the matrices that this device received, and on as little padding as it can."""
+    """Orthogonalises the matrices that this device received, and as little padding as possible."""
     me = lax.axis_index(round_.exchange.matrix_axes)
 
     def work(counts: tuple[int, ...], stacks: list[jax.Array]) -> list[jax.Array]:
@@ -262,7 +262,7 @@ def _orthogonalize_stacks(
 
 
 def _packing(job: Job) -> tuple[np.ndarray, np.ndarray] | None:
-    """For every group, its slots with real matrices before the others, and the inverse; or None."""
+    """For every group, the order of slots with padding last, and its inverse; or None."""
     slots, most = sum(bucket.slots for bucket in job.buckets), max(map(len, job.slots))
     if len(job.buckets) == 1:
         return None
@@ -282,7 +282,7 @@ def _polars(
 
 
 def _sent_dtype(polar: PolarPlan, job: Job, exchange: Exchange) -> str:
-    """Results are sent in the dtype that they were computed in, where that is narrower."""
+    """The dtype in which results are sent: that of the computation, if it is narrower."""
     if exchange.column_axes and polar.method != "svd":
         polar = dataclasses.replace(polar, method="standard")
     work = jnp.dtype(polar.resolve(job.shape, job.dtype).dtype)

@@ -1,4 +1,4 @@
-"""ZeRO-1: the momentum sharded over the mesh axes that replicate its parameter, too."""
+"""ZeRO-1: the momentum is also sharded over mesh axes along which its parameter is replicated."""
 
 import dataclasses
 import math
@@ -14,16 +14,16 @@ from muonclip_jax.sharding.mesh_shardings import LeafAxes, MeshShardings, axes_o
 def zero1_shardings(
     shardings: MeshShardings, shapes: Sequence[tuple[int, ...]], specs: Sequence[MatrixSpec]
 ) -> MeshShardings:
-    """Shards every leaf over the mesh axes that replicate it, too, for the momentum (ZeRO-1).
+    """Shards the momentum also over mesh axes along which its parameter is replicated (ZeRO-1).
 
     Args:
-        shardings: The parameters'.
+        shardings: Shardings of the parameters.
         shapes: The leaves' shapes.
-        specs: Their normalised specs. Only axes of rows and columns that are in one part are
-            sharded further, and not over DCN axes.
+        specs: Their normalised specs. Only row and column axes that are not split are sharded
+            further, and not over DCN axes.
 
     Returns:
-        The shardings of the momentum. A leaf keeps the parameter's where no axis can be divided.
+        The shardings of the momentum. A leaf without a divisible axis keeps the parameter's.
 
     References:
         Rajbhandari et al. 2020, "ZeRO", arXiv 1910.02054; Liu et al. 2025, arXiv 2502.16982,
@@ -54,11 +54,11 @@ def zero1_shardings(
 
 
 def check_momentum(momentum: Tree, shardings: MeshShardings) -> None:
-    """Raises a ValueError where Explicit axes shard a momentum otherwise than its gradient.
+    """Raises a ValueError if Explicit axes shard a momentum differently from its gradient.
 
     Args:
         momentum: The tree of momenta.
-        shardings: How they have to be sharded, by the gradients.
+        shardings: The required shardings, from the gradients.
     """
     kinds = shardings.axis_types
 

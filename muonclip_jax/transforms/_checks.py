@@ -33,13 +33,13 @@ def value_at(value: Any, count: Any) -> Any:
 
 
 def check_rate(name: str, value: ScalarOrSchedule) -> None:
-    """Raises where a learning rate is neither a positive number nor traced nor a schedule."""
+    """Raises unless a learning rate is a positive number, traced, or a schedule."""
     check_scalar(name, value, "a positive number", schedule=True)
     check_positive(name, value, " Write a positive number or a schedule.", schedule=True)
 
 
 def check_adam_rate(learning_rate: ScalarOrSchedule, adam_rate: ScalarOrSchedule | None) -> None:
-    """Checks Adam's rate, and warns of a constant one beside a schedule for the other group."""
+    """Checks Adam's rate; warns if it is constant and the other group's is a schedule."""
     if adam_rate is None:
         return
     check_rate("adam_learning_rate", adam_rate)
@@ -56,14 +56,14 @@ def check_adam_rate(learning_rate: ScalarOrSchedule, adam_rate: ScalarOrSchedule
 def check_positive(
     name: str, value: ScalarOrSchedule, instead: str = "", *, schedule: bool = False
 ) -> None:
-    """Raises where an argument is no scalar, or a number that is not positive and finite."""
+    """Raises if an argument is not a scalar, or a number that is not positive and finite."""
     check_scalar(name, value, schedule=schedule)
     if is_concrete(value) and not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be positive, got {value}.{instead}")
 
 
 def check_non_negative(name: str, value: ScalarOrSchedule, *, schedule: bool = False) -> None:
-    """Raises where an argument is no scalar, or a number that is negative or not finite."""
+    """Raises if an argument is not a scalar, or a number that is negative or not finite."""
     check_scalar(name, value, schedule=schedule)
     if is_concrete(value) and not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must not be negative, got {value}.")
@@ -72,11 +72,11 @@ def check_non_negative(name: str, value: ScalarOrSchedule, *, schedule: bool = F
 def check_fraction(
     name: str, value: ScalarOrSchedule, meaning: str, *, schedule: bool = False
 ) -> None:
-    """Raises where an argument is no scalar, or a number outside [0, 1).
+    """Raises if an argument is not a scalar, or a number outside [0, 1).
 
-    `optax.inject_hyperparams` brings numbers to the dtype of the parameters, and bfloat16 has no
-    number between 0.996 and 1: a decay of 0.999 becomes 1, and Adam divides by 1 - 1. A known
-    value raises; of a traced one in 16 bits only the dtype is known, and it warns.
+    `optax.inject_hyperparams` casts numbers to the dtype of the parameters, and bfloat16 has no
+    number between 0.996 and 1: a decay rate of 0.999 becomes 1, and Adam divides by zero. A
+    concrete value raises an error; a traced 16-bit one, whose value is unknown, gives a warning.
     """
     check_scalar(name, value, schedule=schedule)
     dtype = getattr(value, "dtype", np.dtype(float))
@@ -93,7 +93,7 @@ def check_fraction(
 
 
 def check_mask(name: str, mask: Tree) -> None:
-    """Raises where a mask is one value and neither a tree nor a function."""
+    """Raises if a mask is a single value and not a tree or a function."""
     if isinstance(mask, str | bool | int | float | np.generic | np.ndarray | jax.Array):
         raise TypeError(
             f"{name} must be a tree of bools like the parameters, or a function from them to one, "
@@ -103,17 +103,17 @@ def check_mask(name: str, mask: Tree) -> None:
 
 
 def check_every(every: ScalarOrSchedule, what: str, *, schedule: bool = False) -> None:
-    """Raises where `every` is no integer from 1 and no traced scalar."""
+    """Raises if `every` is neither an integer of at least 1 nor a traced scalar."""
     check_scalar("every", every, "an integer from 1", schedule=schedule)
     if is_concrete(every) and not (every >= 1 and every == every // 1):
         raise ValueError(f"every must be an integer from 1, got {every}. It is {what}.")
 
 
 def check_moment_dtype(mu_dtype: DTypeLike | None, name: str, decay: ScalarOrSchedule) -> None:
-    """Refuses a dtype in which a first moment with this decay would stand still.
+    """Raises for a dtype too coarse to update a first moment with this decay.
 
-    A step moves the moment by `1 - decay` of its distance to the gradient. Integers round that to
-    nothing, floats of 8 bits nearly all of it, and any float whose spacing is wider than that.
+    A step changes the moment by `1 - decay` of its distance to the gradient, which is rounded to
+    zero in integers, mostly in 8-bit floats, and in any float with a larger spacing.
     """
     if mu_dtype is None:
         return
@@ -135,7 +135,7 @@ def check_moment_dtype(mu_dtype: DTypeLike | None, name: str, decay: ScalarOrSch
 
 
 def check_moments(params: optax.Params, mu_dtype: DTypeLike | None) -> None:
-    """Refuses leaves whose moment `mu_dtype` cannot hold, at `init`."""
+    """Raises for leaves whose moment cannot be stored as `mu_dtype`, at `init`."""
     for path, leaf in array_leaves(params):
         dtype, where = jnp.dtype(leaf.dtype), path or "The leaf"
         if dtype.name not in (*_REAL, *_COMPLEX):
@@ -165,7 +165,7 @@ _FOREIGN = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 def check_gradients(updates: Tree, params: Tree) -> None:
-    """Raises where gradients and parameters are not one tree of one shape, with the path."""
+    """Raises if gradients and parameters differ in structure or shapes, with the path."""
     if params is None or (
         jax.tree.structure(updates) == jax.tree.structure(params)
         and all(
@@ -196,15 +196,15 @@ def check_gradients(updates: Tree, params: Tree) -> None:
 def transformation(
     name: str, init: Callable[..., Any], update: Callable[..., Any], *, one_tree: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-    """Builds a transformation whose errors tell a state of another one from other mistakes.
+    """Builds a transformation whose errors identify a state of another transformation.
 
-    States are compared only where an error has occurred, so a step costs nothing more.
+    States are compared only after an error, so this does not slow down a step.
 
     Args:
-        name: What users call it.
-        init: Makes the state.
-        update: Makes the updates.
-        one_tree: Whether gradients and parameters must be one tree.
+        name: Its public name.
+        init: Creates the state.
+        update: Computes the updates.
+        one_tree: Whether gradients and parameters must have the same structure.
     """
 
     def update_fn(
