@@ -18,42 +18,31 @@ FACTORS = jnp.array([2.0, -3.0])
 def _operands(dtype: str, batch: int, rows: int, depth: int) -> list[Any]:
     """Draws `x`, `y = x x^T x`, for which `x y^T` is symmetric, and a symmetric addend."""
     x, z = np.random.default_rng(0).standard_normal((2, batch, rows, depth)) / np.sqrt(depth)
-    y = x @ np.swapaxes(x, 1, 2) @ x
-    return [jnp.asarray(each, dtype) for each in (x, y, z @ np.swapaxes(z, 1, 2))]
+    return [jnp.asarray(each, dtype) for each in (x, x @ x.mT @ x, z @ z.mT)]
 
 
-def _exact(x: Any, y: Any, addend: Any) -> np.ndarray:
-    """The upper triangle decides: rounded factors do not commute exactly."""
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    result = 2 * x @ np.swapaxes(y, 1, 2)
-    if addend is not None:
-        result -= 3 * np.asarray(addend, np.float64)
-    return np.triu(result) + np.swapaxes(np.triu(result, 1), 1, 2)
-
-
-def _check(actual: Any, x: Any, y: Any, addend: Any) -> None:
+def _check(run: Any, x: Any, y: Any, addend: Any) -> None:
+    below = jnp.tril(jnp.full(x.shape[1:2] * 2, jnp.nan, x.dtype), -1)  # is never read
+    actual = run(x, y, None if addend is None else addend + below, FACTORS)
     assert actual.dtype == x.dtype
-    expected, found = _exact(x, y, addend), np.asarray(actual, np.float64)
+    expected = 2 * np.asarray(x, np.float64) @ np.asarray(y, np.float64).mT
+    expected -= 0 if addend is None else 3 * np.asarray(addend, np.float64)
+    # The upper triangle decides: rounded factors do not commute exactly.
+    expected, found = np.triu(expected) + np.triu(expected, 1).mT, np.asarray(actual, np.float64)
     tolerance = TOLERANCE[x.dtype.name] * np.abs(expected).max()
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
-    np.testing.assert_array_equal(found, np.swapaxes(found, 1, 2))
+    np.testing.assert_array_equal(found, found.mT)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "batch", "rows", "depth", "with_addend"),
+    ("dtype", "batch", "rows", "depth"),
     # Less than one tile; several, the last one not full; several blocks of depth, the same.
-    [
-        ("float32", 1, 5, 7, False),
-        ("bfloat16", 2, 300, 1100, True),
-        ("float32", 1, 530, 530, True),
-        ("float32", 1, 530, 530, False),
-    ],
+    [("float32", 1, 5, 7), ("bfloat16", 2, 300, 1100), ("float32", 1, 530, 530)],
 )
+@pytest.mark.parametrize("with_addend", [True, False])
 def test_tpu_kernel_is_what_float64_says(dtype, batch, rows, depth, with_addend):
     x, y, addend = _operands(dtype, batch, rows, depth)
-    given = addend + jnp.tril(jnp.full((rows, rows), jnp.nan, dtype), -1)
-    actual = jax.jit(tpu)(x, y, given if with_addend else None, FACTORS)
-    _check(actual, x, y, addend if with_addend else None)
+    _check(jax.jit(tpu), x, y, addend if with_addend else None)
 
 
 def test_tpu_vmap_is_a_longer_stack():
@@ -61,23 +50,20 @@ def test_tpu_vmap_is_a_longer_stack():
     mapped = jax.vmap(lambda x, y, factors: tpu(x, y, addend[:, 0], factors), (1, 1, 0))
     actual = mapped(x, y, jnp.stack([FACTORS, FACTORS]))
     for i in range(2):
-        _check(actual[i], x[:, i], y[:, i], addend[:, 0])
+        _check(lambda *_, i=i: actual[i], x[:, i], y[:, i], addend[:, 0])
 
 
 @pytest.mark.parametrize("with_addend", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_hopper_kernel_is_what_float64_says(monkeypatch, with_addend):
     hopper = pytest.importorskip("tests.kernels.hopper")
     # More tiles than programs, more steps than the ring has stages, a last tile that is not full.
-    batch, rows, depth = (2, 200, 300) if with_addend else (1, 130, 60)
+    x, y, addend = _operands("float16", *((2, 200, 300) if with_addend else (1, 130, 60)))
     interpret = hopper.interpret_hopper(monkeypatch, 2)
-    x, y, addend = _operands("float16", batch, rows, depth)
-    given = addend + jnp.tril(jnp.full((rows, rows), jnp.nan, "float16"), -1)
-    actual = symmetric_gpu.symmetric_product(
-        x, y, given if with_addend else None, FACTORS, interpret=interpret
-    )
-    _check(actual, x, y, addend if with_addend else None)
+    run = functools.partial(symmetric_gpu.symmetric_product, interpret=interpret)
+    _check(run, x, y, addend if with_addend else None)
 
 
+@pytest.mark.parametrize("with_addend", [False, True])
 @pytest.mark.parametrize(
     ("platform", "kernel", "dtype", "shape"),
     [
@@ -87,16 +73,15 @@ def test_hopper_kernel_is_what_float64_says(monkeypatch, with_addend):
         ("cuda", symmetric_gpu, "float16", (1, 1000, 2000)),
     ],
 )
-def test_kernels_lower_for_platforms_that_are_not_here(platform, kernel, dtype, shape):
+def test_kernels_lower_for_platforms_that_are_not_here(platform, kernel, dtype, shape, with_addend):
     x = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    addend = jax.ShapeDtypeStruct((*shape[:2], shape[1]), x.dtype) if with_addend else None
     factors = jax.ShapeDtypeStruct((2,), jnp.float32)
-    for addend in (None, jax.ShapeDtypeStruct((*shape[:2], shape[1]), jnp.dtype(dtype))):
-        text = lowered(platform, kernel.symmetric_product, x, x, addend, factors)
-        assert "symmetric_product" in text
+    assert "symmetric_product" in lowered(platform, kernel.symmetric_product, x, x, addend, factors)
 
 
-@pytest.mark.parametrize("tiles", [1, 2, 9, 32])
-def test_tiles_are_the_upper_triangle_each_once_in_bands(tiles):
-    table = triangle(tiles)
-    assert sorted(map(tuple, table.T.tolist())) == sorted(zip(*np.triu_indices(tiles), strict=True))
-    assert (np.diff(table[0] // 8) >= 0).all()
+def test_tiles_are_the_upper_triangle_each_once_in_bands():
+    for tiles in (1, 2, 9, 32):
+        table = triangle(tiles)
+        assert sorted(zip(*table, strict=True)) == sorted(zip(*np.triu_indices(tiles), strict=True))
+        assert (np.diff(table[0] // 8) >= 0).all()
