@@ -100,7 +100,7 @@ class PolarPlan:
             dtype = "complex128" if real == "float64" else "complex64"
         on_cpu = self.implementation == "xla" and platform == "cpu"
         symmetric = "triangle" if on_cpu else self.implementation
-        rows = () if method == "svd" else guard_rows(self.rows, real, method)
+        rows = () if method == "svd" else guard_rows(self.rows, real)
         restarts = (_gram_restarts(self.rows, real) or ()) if method == "gram" else ()
         passes = len(restarts) + 1 if method == "gram" else len(rows)
         # Rounded to 16 bits, a product and its square, both scaled, are not one the square of the
@@ -138,7 +138,7 @@ class PolarPlan:
 
 
 def _gram_restarts(rows: Rows, dtype: str) -> tuple[int, ...] | None:
-    return choose_restarts(guard_rows(rows, dtype, "gram"), dtype)
+    return choose_restarts(guard_rows(rows, dtype), dtype)
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -1,5 +1,7 @@
 """Reading compiled programs: against XLA's own count, and against what was written."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,30 +11,23 @@ from jax.sharding import AxisType, Mesh, PartitionSpec as P
 from benchmarks.hlo import tally
 
 
-def compiled(function, *shapes):
-    return jax.jit(function).lower(*(jnp.zeros(shape) for shape in shapes)).compile().as_text()
+def counted(function: Any, *shapes: tuple[int, ...]) -> Any:
+    program = jax.jit(function).lower(*(jnp.zeros(shape) for shape in shapes)).compile()
+    return tally(program.as_text() or "")
 
 
-def test_products():
-    assert tally(compiled(jnp.matmul, (4, 8), (8, 16))).flops == 2 * 4 * 8 * 16
-    batched = compiled(lambda x, y: jnp.einsum("bij,bkj->bik", x, y), (3, 4, 8), (3, 5, 8))
-    assert tally(batched).flops == 2 * 3 * 4 * 5 * 8
+def test_products_loops_and_the_costliest_branch():
+    assert counted(jnp.matmul, (4, 8), (8, 16)).flops == 2 * 4 * 8 * 16
+    batched = counted(lambda x, y: jnp.einsum("bij,bkj->bik", x, y), (3, 4, 8), (3, 5, 8))
+    assert batched.flops == 2 * 3 * 4 * 5 * 8
 
+    loop = counted(lambda x, w: jax.lax.fori_loop(0, 7, lambda _, x: x @ w, x), (4, 8), (8, 8))
+    assert (loop.flops, loop.loops, loop.unknown_loops) == (7 * 2 * 4 * 8 * 8, 1, 0)
 
-def test_a_loop_counts_as_often_as_it_runs():
-    def run(x, w):
-        return jax.lax.fori_loop(0, 7, lambda _, x: x @ w, x)
-
-    counted = tally(compiled(run, (4, 8), (8, 8)))
-    assert counted.flops == 7 * 2 * 4 * 8 * 8
-    assert (counted.loops, counted.unknown_loops) == (1, 0)
-
-
-def test_of_branches_the_costliest_counts():
-    def run(x, w, n):
+    def branch(x, w, n):
         return jax.lax.switch(n.astype(int), [lambda: x, lambda: x @ w, lambda: x @ w @ w])
 
-    assert tally(compiled(run, (8, 8), (8, 8), ())).flops == 2 * 2 * 8**3
+    assert counted(branch, (8, 8), (8, 8), ()).flops == 2 * 2 * 8**3
 
 
 def test_collectives():
@@ -44,12 +39,11 @@ def test_collectives():
         return jax.lax.all_to_all(x, "y", split_axis=0, concat_axis=1, tiled=True)
 
     run = jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
-    counted = tally(compiled(run, (2, 5)))
-    size = 2 * 5 * 4
-    assert counted.by_kind(in_loops=True) == {
+    found, size = counted(run, (2, 5)), 2 * 5 * 4
+    assert found.by_kind(in_loops=True) == {
         "all-reduce": {"count": 3, "bytes": 3 * 2 * size * 3 / 4}
     }
-    assert counted.by_kind(in_loops=False) == {
+    assert found.by_kind(in_loops=False) == {
         "all-gather": {"count": 1, "bytes": 8 * size * 7 / 8},
         "all-to-all": {"count": 1, "bytes": 8 * size / 2},
     }
@@ -74,7 +68,30 @@ ENTRY %main (a: bf16[2,64,96], b: bf16[2,96,32]) -> f32[2,64,32] {
 """.replace("HOLES", "{size=2 pad=0_0 lhs_dilate=2}")
 
 
-STARTS = """HloModule jit_f, is_scheduled=true, num_partitions=4
+def test_what_a_tpu_writes():
+    """A batched product is a convolution with holes; a start counts, its end does not."""
+    found = tally(TPU)
+    assert found.flops == 2 * 2 * 64 * 96 * 32
+    assert found.by_kind()["all-gather"] == {"count": 1, "bytes": 32 * 128 * 4 * 3 / 4}
+    assert found.by_kind()["all-reduce"]["bytes"] == pytest.approx(2 * 8 * 128 * 4 * 511 / 512)
+
+
+A, B = 8 * 128 * 4, 2 * 4 * 16 * 2
+STARTS = [
+    ("all-to-all", "((f16[2,4,16]{2,0,1}), f16[2,4,16]{2,0,1})", B * 3 / 4),
+    ("all-to-all", "((f32[8,128], f16[2,4,16]), (f32[8,128], f16[2,4,16]))", (A + B) * 3 / 4),
+    ("all-gather", "(f32[8,128]{1,0}, f32[32,128]{1,0})", 4 * A * 3 / 4),
+    ("all-gather", "((f32[8,128], f16[2,4,16]), (f32[32,128], f16[8,4,16]))", (A + B) * 3),
+    ("reduce-scatter", "((f32[8,128]{1,0}), f32[2,128]{1,0})", A / 4 * 3),
+    ("all-reduce", "(f32[8,128]{1,0}, f16[2,4,16]{2,0,1})", 2 * (A + B) * 3 / 4),
+    ("all-reduce", "((f32[8,128]{1,0}), f32[8,128]{1,0}, u32[])", 2 * A * 3 / 4),
+    ("collective-permute", "(f32[8,128]{1,0}, f32[8,128]{1,0}, u32[], u32[])", A),
+]
+
+
+def test_a_start_sends_its_results():
+    """What begins and ends apart, as on a GPU, has its operands in its type too."""
+    program = """HloModule jit_f, is_scheduled=true, num_partitions=4
 
 ENTRY %main (a: f32[8,128], b: f16[2,4,16]) -> f32[8,128] {
   %a = f32[8,128]{1,0} parameter(0)
@@ -82,34 +99,7 @@ ENTRY %main (a: f32[8,128], b: f16[2,4,16]) -> f32[8,128] {
   START
 }
 """
-
-
-A, B = 8 * 128 * 4, 2 * 4 * 16 * 2
-
-
-@pytest.mark.parametrize(
-    ("kind", "written", "size"),
-    [
-        ("all-to-all", "((f16[2,4,16]{2,0,1}), f16[2,4,16]{2,0,1})", B * 3 / 4),
-        ("all-to-all", "((f32[8,128], f16[2,4,16]), (f32[8,128], f16[2,4,16]))", (A + B) * 3 / 4),
-        ("all-gather", "(f32[8,128]{1,0}, f32[32,128]{1,0})", 4 * A * 3 / 4),
-        ("all-gather", "((f32[8,128], f16[2,4,16]), (f32[32,128], f16[8,4,16]))", (A + B) * 3),
-        ("reduce-scatter", "((f32[8,128]{1,0}), f32[2,128]{1,0})", A / 4 * 3),
-        ("all-reduce", "(f32[8,128]{1,0}, f16[2,4,16]{2,0,1})", 2 * (A + B) * 3 / 4),
-        ("all-reduce", "((f32[8,128]{1,0}), f32[8,128]{1,0}, u32[])", 2 * A * 3 / 4),
-        ("collective-permute", "(f32[8,128]{1,0}, f32[8,128]{1,0}, u32[], u32[])", A),
-    ],
-)
-def test_a_start_sends_its_results(kind: str, written: str, size: float):
-    """What begins and ends apart, as on a GPU, has its operands in its type too."""
-    start = f"%s = {written} {kind}-start(%a, %b), replica_groups=[1,4]<=[4]"
-    assert tally(STARTS.replace("START", start)).by_kind() == {kind: {"count": 1, "bytes": size}}
-
-
-def test_what_a_tpu_writes():
-    """A batched product is a convolution with holes; a start counts, its end does not."""
-    counted = tally(TPU)
-    assert counted.flops == 2 * 2 * 64 * 96 * 32
-    kinds = counted.by_kind()
-    assert kinds["all-gather"] == {"count": 1, "bytes": 32 * 128 * 4 * 3 / 4}
-    assert kinds["all-reduce"]["bytes"] == pytest.approx(2 * 8 * 128 * 4 * 511 / 512)
+    for kind, written, size in STARTS:
+        start = f"%s = {written} {kind}-start(%a, %b), replica_groups=[1,4]<=[4]"
+        found = tally(program.replace("START", start)).by_kind()
+        assert found == {kind: {"count": 1, "bytes": size}}, written

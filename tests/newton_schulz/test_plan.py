@@ -119,6 +119,14 @@ def test_restarts() -> None:
                 plan_polar(name, steps, "gram", dtype)
 
 
+def test_small_matrices_do_not_diverge_in_16_bits() -> None:
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(20_000, 2, 3)), jnp.float32)
+    for dtype in ("float16", "bfloat16"):
+        with jax.disable_jit():  # each 16-bit rounding really takes place
+            y = np.asarray(apply_polar(plan_polar("minimax4", None, "auto", dtype), x), np.float64)
+        assert np.linalg.norm(y, ord=2, axis=(-2, -1)).max() < 1.25, dtype
+
+
 def test_a_restart_saves_float16() -> None:
     assert amplification((), COEFFICIENT_SETS["you"].rows, 4e-4) == pytest.approx(2e8, rel=0.1)
     # Log-spaced singular values: the spectrum on which rounding does the most harm.

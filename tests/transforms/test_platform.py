@@ -39,7 +39,7 @@ def expected(x: np.ndarray, coefficients: str, platform: str) -> np.ndarray:
     values = np.linalg.svd(x.astype(np.float64), compute_uv=False)
     return polynomial_of_singular_values(
         x,
-        list(guard_rows(source.rows, resolved.dtype, resolved.method)),
+        list(guard_rows(source.rows, resolved.dtype)),
         scale=float(np.linalg.norm(values, ord=power)),
     )
 
