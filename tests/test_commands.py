@@ -209,8 +209,8 @@ def test_doctor_passes_here(capsys: pytest.CaptureFixture[str]):
     assert f"jax {importlib.metadata.version('jax')} (0.10 or newer)" in printed
     assert "8 x cpu" in printed
     assert "(768, 3072): ns_method 'gram', ns_dtype 'float32'" in printed
-    assert "dot_product_attention: 'xla' serves and is the default" in printed
-    assert "'cudnn' does not serve: it runs on NVIDIA GPUs" in printed
+    assert "dot_product_attention: 'xla' is available and is the default" in printed
+    assert "'cudnn' is not available: it runs on NVIDIA GPUs" in printed
     assert "FAIL" not in printed
 
 

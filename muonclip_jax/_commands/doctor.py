@@ -146,13 +146,13 @@ def attention() -> Iterator[Finding]:
     for name in IMPLEMENTATIONS:
         attend = functools.partial(dot_product_attention, is_causal=True, implementation=name)
         default = " and is the default" if name == IMPLEMENTATIONS[0] else ""
-        serves = f"serves{default}"
+        status = f"is available{default}"
         try:
             jax.jit(attend).lower(x, x, x)
         except NotImplementedError as error:
             reason = str(error).partition("cannot be used: ")[2] or str(error)
-            serves = "does not serve: " + re.split(r"[;,] (?:or )?use |\. Pass ", reason)[0]
-        yield Finding(f"dot_product_attention: {name!r} {serves.rstrip('.')}")
+            status = "is not available: " + re.split(r"[;,] (?:or )?use |\. Pass ", reason)[0]
+        yield Finding(f"dot_product_attention: {name!r} {status.rstrip('.')}")
 
 
 def kernels() -> Iterator[Finding]:
@@ -164,11 +164,11 @@ def kernels() -> Iterator[Finding]:
         for name in names:
             try:
                 load_kernel(operation, name, plan_platform(None))
-                serves = "serves"
+                status = "is available"
             except NotImplementedError as error:
                 reason = str(error).replace(f"The kernel {name!r}", "it")
-                serves = "does not serve: " + reason.removesuffix(". Pass 'xla'.")
-            yield Finding(f"{argument}: 'xla' is the default; {name!r} {serves}")
+                status = "is not available: " + reason.removesuffix(". Pass 'xla'.")
+            yield Finding(f"{argument}: 'xla' is the default; {name!r} {status}")
 
 
 def small_runs() -> Iterator[Finding]:

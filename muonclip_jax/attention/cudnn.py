@@ -20,7 +20,7 @@ def attend_cudnn(
     """Returns cuDNN's attention and an upper bound of its maxima.
 
     Raises:
-        NotImplementedError: If cuDNN cannot serve the call; says why.
+        NotImplementedError: If cuDNN does not support the call, with the reason.
     """
     reason = None
     if inputs.bias is not None:

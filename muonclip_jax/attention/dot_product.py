@@ -14,7 +14,7 @@ from muonclip_jax.attention.inputs import AnyArray, on_each_device, read_inputs
 from muonclip_jax.attention.pairs import Geometry, Inputs, bias_permits
 from muonclip_jax.kernels import MAX_LOGITS, load_kernel
 
-#: Implementations of `dot_product_attention`; "xla" is exact, serves every call and is the default.
+#: Implementations of `dot_product_attention`; "xla" is exact, supports every call and is the default.
 IMPLEMENTATIONS = ("xla", "cudnn")
 
 
@@ -68,7 +68,7 @@ def dot_product_attention(
 
     Raises:
         ValueError: If shapes or dtypes do not match, or no implementation has that name.
-        NotImplementedError: If the named implementation cannot serve the call; says why.
+        NotImplementedError: If the named implementation does not support the call, with the reason.
 
     Example:
         >>> query = jnp.array([[[1.0]], [[5.0]]])
@@ -159,7 +159,7 @@ def attention_max_logits(
 
     Raises:
         ValueError: If shapes or dtypes do not match, or no implementation has that name.
-        NotImplementedError: If the named implementation cannot serve the call; says why.
+        NotImplementedError: If the named implementation does not support the call, with the reason.
 
     Example:
         >>> query = jnp.array([[[1.0]], [[5.0]]])
