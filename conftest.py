@@ -53,3 +53,12 @@ def _programs_are_freed() -> Iterator[None]:
 
 # Needs torch and others' code; the tests read the files that it wrote.
 collect_ignore = ["tests/golden/write_goldens.py"]
+# They capture maxima of NNX models, which Flax can do from 0.12.6 on.
+if version("flax") in ("0.12.3", "0.12.4", "0.12.5"):
+    collect_ignore += [
+        *("muonclip_jax/nnx.py", "tests/test_capture.py", "tests/test_nnx.py"),
+        "tests/test_flax_training.py",
+        *("tests/docs/test_pages.py", "tests/examples/test_frameworks.py"),
+        *("tests/examples/test_programs.py", "tests/examples/test_notebooks.py"),
+        *("tests/test_mistakes.py", "tests/transforms/test_accumulate.py"),
+    ]

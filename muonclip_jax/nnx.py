@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import flax
 import jax
 from flax import nnx
 from flax.nnx.nn import dtypes
@@ -210,6 +211,7 @@ def capture_max_logits(
         TypeError: If `function` is not callable; from the returned function, if its first argument
             is not a model.
         ValueError: From the returned function, if no attention module recorded a maximum.
+        NotImplementedError: From the returned function, if Flax is older than 0.12.6.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -231,6 +233,12 @@ def capture_max_logits(
         model = bound if isinstance(bound, nnx.Module) else (arguments or (None,))[0]
         if not isinstance(model, nnx.Module):
             raise _no_model(f"the first argument is {type(model).__name__}")
+        if not hasattr(nnx, "capture"):
+            raise NotImplementedError(
+                "capture_max_logits needs nnx.capture of Flax 0.12.6 or later, and Flax "
+                f"{flax.__version__} is installed. Install a newer one, or return maxima from the "
+                "model's own attention: muonclip_jax.attention_max_logits(query, key)."
+            )
         with _recording_modules(model):
             out, state = nnx.capture(function, nnx.Intermediate)(*arguments, **keywords)
         max_logits = only_max_logits(nnx.to_pure_dict(state))

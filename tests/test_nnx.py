@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
 from muonclip_jax.nnx import capture_max_logits, dot_product_attention
@@ -79,3 +80,10 @@ def test_a_capture_traces_a_jitted_function_once_and_keeps_nothing_alive():
     del model
     gc.collect()
     assert alive() is None
+
+
+def test_a_flax_without_captures_is_refused_by_name(monkeypatch):
+    model = _attention()
+    monkeypatch.delattr(nnx, "capture")
+    with pytest.raises(NotImplementedError, match=r"nnx\.capture of Flax 0\.12\.6 or later"):
+        capture_max_logits(model)(X)
