@@ -14,7 +14,7 @@ from muonclip_jax.attention.inputs import AnyArray, on_each_device, read_inputs
 from muonclip_jax.attention.pairs import Geometry, Inputs, bias_permits
 from muonclip_jax.kernels import MAX_LOGITS, load_kernel
 
-#: Implementations of `dot_product_attention`; "xla" is exact, supports every call and is the default.
+#: Implementations of `dot_product_attention`; "xla", the default, is exact and supports every call.
 IMPLEMENTATIONS = ("xla", "cudnn")
 
 

@@ -1,4 +1,4 @@
-"""The arguments of an attention call, checked once and brought into one form."""
+"""The arguments of an attention call, validated and converted to one form."""
 
 import math
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def _check_sequences(query: jax.Array, key: jax.Array, value: jax.Array | None) 
 
 
 def _grouped(name: str, x: AnyArray, full: tuple[int, ...], key_heads: int) -> jax.Array:
-    """Brings a mask or bias that broadcasts to `(*batch, N, T, S)` to `[B, K, G, T, S]`."""
+    """Reshapes a mask or bias that broadcasts to `(*batch, N, T, S)` to `[B, K, G, T, S]`."""
     x = jnp.asarray(x)
     if x.ndim > len(full) or any(
         size not in (1, wanted) for size, wanted in zip(x.shape[::-1], full[::-1], strict=False)
@@ -110,7 +110,7 @@ def read_inputs(
     key_value_seq_lengths: AnyArray | None,
     local_window_size: int | tuple[int, int] | None,
 ) -> tuple[Inputs, Geometry]:
-    """Checks the arguments of `jax.nn.dot_product_attention` and brings them into one form.
+    """Checks the arguments of `jax.nn.dot_product_attention` and converts them to one form.
 
     Raises:
         ValueError: If shapes or dtypes do not match.
@@ -154,7 +154,7 @@ def read_inputs(
 def on_each_device(
     function: Callable[[Inputs], Result], inputs: Inputs, *, check_vma: bool = True
 ) -> Result:
-    """Calls `function` on every device's own sequences and heads, where Explicit axes divide them.
+    """Calls `function` on every device's local sequences and heads, if Explicit axes shard them.
 
     Under Explicit mesh axes a sharding is part of an array's type, so what each device computes is
     known while tracing: its own sequences and key heads, along whole sequences. Queries or keys

@@ -1,7 +1,7 @@
-"""Pallas kernels, each one a second implementation of an operation that XLA computes too.
+"""Pallas kernels, each an alternative implementation of an operation that XLA computes too.
 
-Nothing here is imported before a kernel is named. Pallas is experimental: where a version of JAX
-does not have what a kernel is written in, naming it is refused and everything else works.
+A kernel is imported only when it is selected. Pallas is experimental: if the installed JAX lacks a
+feature that a kernel needs, selecting it is an error, and everything else works.
 """
 
 import functools
@@ -23,7 +23,7 @@ _BAND = 8
 
 
 def load_kernel(operation: str, name: str, platform: str) -> ModuleType:
-    """Imports the kernel `name` of an operation ("symmetric" or "max_logits"), or says why not."""
+    """Imports the kernel `name` of an operation ("symmetric" or "max_logits"), or raises."""
     wanted = {"symmetric": SYMMETRIC, "max_logits": MAX_LOGITS}[operation][name]
     if platform != wanted:
         raise NotImplementedError(
@@ -47,12 +47,13 @@ def multiply_symmetric(
     alpha: float = 1.0,
     beta: float = 1.0,
 ) -> jax.Array:
-    """Computes `alpha x y^T + beta addend` by a kernel of `SYMMETRIC`, where that is symmetric.
+    """Computes a symmetric `alpha x y^T + beta addend` by a kernel of `SYMMETRIC`.
 
-    A kernel's module has `DTYPES`, those that it takes, and `symmetric_product(x, y, addend,
-    factors)`: of `(B, m, n)` with `x y^T` symmetric, a symmetric addend `(B, m, m)` or None, whose
-    upper triangle is read, and `[alpha, beta]` in float32. It computes one triangle of `(B, m, m)`
-    and writes both, so that the result is symmetric to the bit, in the dtype of `x`.
+    A kernel's module has `DTYPES`, its supported dtypes, and
+    `symmetric_product(x, y, addend, factors)` for `x` and `y` of shape `(B, m, n)` with symmetric
+    `x y^T`, a symmetric addend `(B, m, m)` or None, whose upper triangle is read, and
+    `[alpha, beta]` in float32. It computes one triangle of `(B, m, m)` and writes both, so the
+    result is exactly symmetric, in the dtype of `x`.
     """
     kernel = load_kernel("symmetric", name, SYMMETRIC[name])
     if x.dtype.name not in kernel.DTYPES:
@@ -80,7 +81,7 @@ def multiply_symmetric(
 def _differentiable(
     name: str, x: jax.Array, y: jax.Array, addend: jax.Array | None, factors: jax.Array
 ) -> jax.Array:
-    """Runs a kernel; its derivative is that of XLA's product."""
+    """Runs a kernel, with the derivative of XLA's product."""
     kernel = load_kernel("symmetric", name, SYMMETRIC[name])
     return kernel.symmetric_product(x, y, addend, factors)
 
@@ -106,7 +107,7 @@ def _differentiable_jvp(
 def triangle(tiles: int) -> np.ndarray:
     """Lists the square tiles on or above the diagonal of `tiles x tiles`: rows, then columns.
 
-    They come in bands of a few rows, so that programs that run at once read the same operands.
+    They are ordered in bands of a few rows, so that concurrent programs read the same operands.
     """
     found = sorted(
         (row // _BAND, column, row) for column in range(tiles) for row in range(column + 1)

@@ -1,10 +1,10 @@
-"""Per-head maxima on TPUs: the largest logit of every head, over the pairs attended to.
+"""Per-head maxima on TPUs: the largest logit of every head over the unmasked pairs.
 
-The grid goes over sequences, heads, long chunks of keys and blocks of queries: a chunk of keys
-stays in the core's memory while all blocks of queries pass by. A block of logits is folded, 8 x 128
-numbers at a time, into one such tile of maxima, so that nothing is moved between lanes before the
-very end. The matrix unit takes heads-first arrays in tiles of 128: transposing to that, and filling
-the last blocks up with zeros, is one copy of queries and keys before the launch.
+The grid iterates over sequences, heads, long chunks of keys and blocks of queries: a chunk of keys
+stays in VMEM while all blocks of queries are processed. A block of logits is reduced, 8 x 128
+numbers at a time, into one such tile of maxima, so there is no cross-lane reduction before the end.
+The matrix unit needs heads-first arrays in tiles of 128: one copy of queries and keys before the
+launch transposes them and pads the last blocks with zeros.
 """
 
 import functools
@@ -81,7 +81,7 @@ def _kernel(
 
 
 def _padded(x: jax.Array, sizes: tuple[int, int]) -> jax.Array:
-    """Fills the last two axes up with zeros; those that are one long broadcast and stay."""
+    """Pads the last two axes with zeros, except axes of length one, which broadcast."""
     missing = [
         (0, size - have if have > 1 else 0) for have, size in zip(x.shape[-2:], sizes, strict=True)
     ]
@@ -98,11 +98,11 @@ def max_logits(
     window: tuple[int, int] | None,
     interpret: bool = False,
 ) -> Float[Array, "B N"]:
-    """Returns the largest `q . k` of every head in each sequence, -inf where there is no pair.
+    """Returns the largest `q . k` of every head in each sequence, -inf if there is no pair.
 
-    Query head `n` meets key head `n // (N / K)`. Masks are True where a pair may take part, each
-    `(B, N, T, S)` with any axis one long; `limits` are the numbers of queries and keys of each
-    sequence; query `t` sees keys from `t - left` to `t + right` of the `window`.
+    Query head `n` uses key head `n // (N / K)`. Masks are False for masked pairs, each
+    `(B, N, T, S)`, where axes may have length one; `limits` are the numbers of queries and keys of
+    each sequence; query `t` attends to keys from `t - left` to `t + right` of the `window`.
     """
     batch, queries, heads, head_dim = query.shape
     keys, key_heads = key.shape[1:3]

@@ -1,11 +1,11 @@
 """The symmetric product on Hopper GPUs.
 
-As many programs as the GPU has multiprocessors share the tiles of the upper triangle. In each, one
-warpgroup copies rows of the operands into shared memory, a ring of stages ahead, and two others
-multiply them with `wgmma`, each half of a tile; the ring runs on from tile to tile. They write the
-result in blocks of 64 x 64: a block above the diagonal goes out twice, as it is and through a
-transposed view of shared memory; one below does not go out at all; one on the diagonal is mirrored
-first. The addend's blocks are fetched while the products run.
+One program per multiprocessor processes tiles of the upper triangle. In each program, one warpgroup
+copies rows of the operands into a ring buffer in shared memory, and two others multiply them with
+`wgmma`, each half of a tile; the ring buffer is kept across tiles. The result is written in blocks
+of 64 x 64: a block above the diagonal is written twice, directly and through a transposed view of
+shared memory; one below is not written; one on the diagonal is mirrored first. The addend's blocks
+are loaded during the products.
 """
 
 import functools
@@ -151,7 +151,7 @@ def _kernel(table, factors, x, y, *refs, tiles: int, work: int, programs: int) -
 
 
 def _write(out, result, stage, mirror, index, region) -> None:
-    """Writes a block and its transpose, or nothing where the block is below the diagonal."""
+    """Writes a block and its transpose, or nothing if the block is below the diagonal."""
     i, j = index
     result = result.astype(out.dtype)
 
@@ -194,7 +194,7 @@ def symmetric_product(
     batch, rows, _ = x.shape
 
     def padded(array: jax.Array, last: int) -> jax.Array:
-        """Fills up to whole tiles of rows, and to a multiple of `last` columns."""
+        """Pads to whole tiles of rows, and to a multiple of `last` columns."""
         _, height, width = array.shape
         return jnp.pad(array, ((0, 0), (0, -height % _TILE), (0, -width % last)))
 

@@ -1,9 +1,9 @@
 """The symmetric product on TPUs.
 
-The grid goes over matrices, tiles of the upper triangle and, innermost, the depth. A tile has one
-step more than it has blocks of depth: the step before the last writes the tile and the last writes
-its transpose. To Pallas these are two blocks of one output, so it pipelines both writes behind the
-next tile's products, clips what sticks out of the array, and fetches nothing for the extra step.
+The grid iterates over matrices, tiles of the upper triangle and, innermost, the depth. A tile has
+one step more than blocks of depth: the second-last step writes the tile and the last writes its
+transpose. For Pallas these are two blocks of one output, so it overlaps both writes with the next
+tile's products, clips them at the end of the array, and loads nothing for the extra step.
 """
 
 import functools
@@ -27,7 +27,7 @@ _VMEM_BYTES = 48 << 20
 
 
 def _tile_size(rows: int) -> int:
-    """Returns the side of the tiles that `rows` are cut into: few entries, then few reads."""
+    """Returns the size of the tiles for `rows`: with few padded entries, then few reads."""
 
     def work(size: int) -> float:
         tiles = pl.cdiv(rows, size)
