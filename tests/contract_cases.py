@@ -4,8 +4,8 @@ A new transformation is a new row; every promise is then asked of it.
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 import muonclip_jax as mc
+from tests.helpers import normal_tree
 
 #: Every axis divides over a mesh of 4 x 2 or is left whole; "row" is a matrix of one row.
 MATRICES = {
@@ -37,132 +38,86 @@ MODEL = {
 MAX_LOGITS = {"attention": np.array([150.0, 90.0, 400.0, 101.0], np.float32)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
-    """A transformation and what its update needs.
-
-    Attributes:
-        factory: The public function.
-        traced: Hyperparameters that may be traced, with values off their defaults.
-        static: Names of the others that `optax.inject_hyperparams` would take for numbers or
-            schedules.
-        shapes: The parameters' shapes.
-        extra: Extra arguments of the update.
-        leave_out: A leaf that the transformation can do without, under `masked` and
-            `multi_transform`.
-    """
+    """A transformation, hyperparameters that may be traced, and what its update needs."""
 
     factory: Callable[..., optax.GradientTransformationExtraArgs]
-    traced: Mapping[str, float]
+    traced: dict[str, float]
     shapes: Any
-    leave_out: tuple[str, ...]
+    #: Whether the update takes maxima.
+    clips: bool = False
+    #: The hyperparameters that `optax.inject_hyperparams` would take for numbers or schedules.
     static: tuple[str, ...] = ()
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def make(self) -> optax.GradientTransformationExtraArgs:
-        """Builds the transformation with the row's hyperparameters."""
         return self.factory(**self.traced)
 
     def extra_args(self) -> dict[str, Any]:
-        """Returns the extra arguments as device arrays."""
-        return jax.tree.map(jnp.asarray, dict(self.extra))
+        return {"max_logits": jax.tree.map(jnp.asarray, MAX_LOGITS)} if self.clips else {}
 
     def tree(self, seed: int, dtype: Any = jnp.float32) -> Any:
-        """Returns normal numbers in the row's shapes."""
-        rng = np.random.default_rng(seed)
-        return jax.tree.map(
-            lambda shape: jnp.asarray(rng.standard_normal(shape), dtype),
-            self.shapes,
-            is_leaf=lambda x: isinstance(x, tuple),
-        )
+        return normal_tree(self.shapes, seed, dtype)
 
     def chosen(self, tree: Any) -> Any:
-        """Returns the tree of whether a leaf stays under `masked` and `multi_transform`."""
-        names = "/".join(self.leave_out)
-        return jax.tree.map_with_path(
-            lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/") != names, tree
+        """Which leaves stay under `masked` and `multi_transform`."""
+        return {
+            name: jax.tree.map(lambda _, name=name: name not in ("tall", "mlp"), leaves)
+            for name, leaves in tree.items()
+        }
+
+
+def wrapped(wrap: Callable[..., Any]) -> Callable[..., Any]:
+    """A muonclip in `accumulate` or `metrics`, which take a step or a sample on every call."""
+
+    def make(
+        learning_rate: Any, qk_clip_threshold: Any, param_shardings: Any = None
+    ) -> optax.GradientTransformationExtraArgs:
+        inner = mc.muonclip(
+            learning_rate, qk_clip_threshold=qk_clip_threshold, param_shardings=param_shardings
+        )
+        options: dict[str, Any] = {"every": 1, "param_shardings": param_shardings}
+        if wrap is mc.metrics:
+            return wrap(inner, qk_clip_threshold=qk_clip_threshold, **options)
+        return wrap(
+            inner,
+            max_logits=lambda params: {} if params == {} else MAX_LOGITS,
+            should_skip_update_fn=optax.skip_not_finite,
+            **options,
         )
 
-
-def accumulated_muonclip(
-    learning_rate: Any, qk_clip_threshold: Any, param_shardings: Any = None
-) -> optax.GradientTransformationExtraArgs:
-    """Accumulation with a step on every call, so that what is asked of steps is asked of it."""
-    return mc.accumulate(
-        mc.muonclip(
-            learning_rate, qk_clip_threshold=qk_clip_threshold, param_shardings=param_shardings
-        ),
-        every=1,
-        max_logits=lambda params: {} if params == {} else MAX_LOGITS,
-        should_skip_update_fn=optax.skip_not_finite,
-        param_shardings=param_shardings,
-    )
+    return make
 
 
-def measured_muonclip(
-    learning_rate: Any, qk_clip_threshold: Any, param_shardings: Any = None
-) -> optax.GradientTransformationExtraArgs:
-    """A sample on every call, so that what is asked of steps is asked of it."""
-    return mc.metrics(
-        mc.muonclip(
-            learning_rate, qk_clip_threshold=qk_clip_threshold, param_shardings=param_shardings
-        ),
-        every=1,
-        qk_clip_threshold=qk_clip_threshold,
-        param_shardings=param_shardings,
-    )
-
-
+CLIP = {"learning_rate": 0.02, "qk_clip_threshold": 95.0}
 ROWS: dict[str, Row] = {
     "scale_by_muon": Row(
-        factory=functools.partial(mc.scale_by_muon, "keller_jordan"),
-        traced={"beta": 0.9, "eps": 1e-7},
+        functools.partial(mc.scale_by_muon, "keller_jordan"),
+        {"beta": 0.9, "eps": 1e-7},
+        MATRICES,
         static=("ns_steps",),
-        shapes=MATRICES,
-        leave_out=("tall", "kernel"),
     ),
     "orthogonalize_updates": Row(
-        factory=functools.partial(mc.orthogonalize_updates, ns_coeffs="keller_jordan"),
-        traced={"eps": 1e-7},
+        functools.partial(mc.orthogonalize_updates, ns_coeffs="keller_jordan"),
+        {"eps": 1e-7},
+        MATRICES,
         static=("ns_steps", "rules"),
-        shapes=MATRICES,
-        leave_out=("tall", "kernel"),
     ),
-    "scale_by_neuron_rms": Row(
-        factory=mc.scale_by_neuron_rms,
-        traced={"b2": 0.8, "eps": 1e-3},
-        shapes=MATRICES,
-        leave_out=("tall", "kernel"),
-    ),
-    "hyperball": Row(
-        factory=mc.hyperball,
-        traced={"learning_rate": 0.1},
-        shapes=MATRICES,
-        leave_out=("tall", "kernel"),
-    ),
+    "scale_by_neuron_rms": Row(mc.scale_by_neuron_rms, {"b2": 0.8, "eps": 1e-3}, MATRICES),
+    "hyperball": Row(mc.hyperball, {"learning_rate": 0.1}, MATRICES),
     "add_weight_decay": Row(
-        factory=functools.partial(mc.add_weight_decay, cautious=True),
-        traced={"weight_decay": 0.1, "base_width": 4.0},
-        shapes=MATRICES,
-        leave_out=("tall", "kernel"),
+        functools.partial(mc.add_weight_decay, cautious=True),
+        {"weight_decay": 0.1, "base_width": 4.0},
+        MATRICES,
     ),
-    "scale_by_shape": Row(
-        factory=mc.scale_by_shape,
-        traced={"consistent_rms": 0.3},
-        shapes=MATRICES,
-        leave_out=("tall", "kernel"),
-    ),
+    "scale_by_shape": Row(mc.scale_by_shape, {"consistent_rms": 0.3}, MATRICES),
     "qk_clip": Row(
-        factory=mc.qk_clip,
-        traced={"threshold": 95.0, "alpha": 0.4},
-        static=("blocks",),
-        shapes=MODEL,
-        extra={"max_logits": MAX_LOGITS},
-        leave_out=("mlp", "kernel"),
+        mc.qk_clip, {"threshold": 95.0, "alpha": 0.4}, MODEL, clips=True, static=("blocks",)
     ),
     "muon": Row(
-        factory=mc.muon,
-        traced={"learning_rate": 0.02, "weight_decay": 0.1, "beta": 0.9, "adam_b2": 0.99},
+        mc.muon,
+        {"learning_rate": 0.02, "weight_decay": 0.1, "beta": 0.9, "adam_b2": 0.99},
+        MODEL,
         static=(
             "ns_steps",
             "weight_decay_mask",
@@ -170,36 +125,26 @@ ROWS: dict[str, Row] = {
             "muon_weight_dimension_numbers",
             "nesterov",
         ),
-        shapes=MODEL,
-        leave_out=("mlp", "kernel"),
     ),
     "muonclip": Row(
-        factory=mc.muonclip,
-        traced={
-            "learning_rate": 0.02,
+        mc.muonclip,
+        {
+            **CLIP,
             "weight_decay": 0.05,
-            "qk_clip_threshold": 95.0,
             "qk_clip_alpha": 0.4,
+            "beta": 0.9,
             "consistent_rms": 0.3,
+            "eps": 1e-7,
+            "adam_learning_rate": 0.004,
             "adam_b1": 0.8,
+            "adam_b2": 0.9,
+            "adam_eps": 1e-2,
+            "adam_weight_decay": 0.02,
         },
+        MODEL,
+        clips=True,
         static=("ns_steps", "weight_decay_mask", "qk_clip_blocks", "mu_dtype", "nesterov"),
-        shapes=MODEL,
-        extra={"max_logits": MAX_LOGITS},
-        leave_out=("mlp", "kernel"),
     ),
-    "accumulate": Row(
-        factory=accumulated_muonclip,
-        traced={"learning_rate": 0.02, "qk_clip_threshold": 95.0},
-        shapes=MODEL,
-        extra={"max_logits": MAX_LOGITS},
-        leave_out=("mlp", "kernel"),
-    ),
-    "metrics": Row(
-        factory=measured_muonclip,
-        traced={"learning_rate": 0.02, "qk_clip_threshold": 95.0},
-        shapes=MODEL,
-        extra={"max_logits": MAX_LOGITS},
-        leave_out=("mlp", "kernel"),
-    ),
+    "accumulate": Row(wrapped(mc.accumulate), CLIP, MODEL, clips=True),
+    "metrics": Row(wrapped(mc.metrics), CLIP, MODEL, clips=True),
 }

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
@@ -88,3 +89,27 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 def update(tx: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     """Calls `tx.update`; the trees that come back are looked into, so they are typed as Any."""
     return tx.update(*args, **kwargs)
+
+
+def normal_tree(shapes: Any, seed: int, dtype: Any = "float32") -> Any:
+    """Normal numbers in a tree of shapes."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.standard_normal(shape), dtype),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float = TOLERANCE["float32"]) -> None:
+    """Two trees of one structure, entry by entry."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance), actual, expected
+    )
+
+
+def assert_equal(actual: Any, expected: Any) -> None:
+    """Two trees of one structure, bit for bit."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)

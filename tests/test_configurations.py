@@ -1,7 +1,6 @@
 """What every transformation promises, under each of JAX's own settings and on every kind of mesh.
 
-The rows of `contract_cases.ROWS` are the transformations; a configuration is a row of a table here.
-Two steps in each must give what two steps without it give.
+Two steps of each row of `contract_cases.ROWS` must give what two steps elsewhere give.
 """
 
 import contextlib
@@ -18,25 +17,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
 from tests.contract_cases import MATRICES, MAX_LOGITS, MODEL, ROWS, Row
+from tests.helpers import TOLERANCE
 
 every_row = pytest.mark.parametrize("name", ROWS)
 
-#: Two programs of the same float32 mathematics, on updates and states of size one.
-TOLERANCE = 1e-5
-FAST = {"xla_backend_optimization_level": 0}
-OPTIMISED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
-
 
 class Steps(NamedTuple):
-    """What two jitted steps have left.
-
-    Attributes:
-        initial: The state before.
-        params: The parameters before.
-        updates: The updates of both steps.
-        state: The state after them.
-        traces: How often the step was traced.
-    """
+    """The state and parameters before two jitted steps, what they have left, and their traces."""
 
     initial: Any
     params: Any
@@ -50,14 +37,14 @@ def two_steps(
     tx: Any = None,
     place: Callable[[Any], Any] = lambda tree: tree,
     dtype: Any = jnp.float32,
-    options: Any = FAST,
+    options: Any = None,
     second: Callable[[], Any] = contextlib.nullcontext,
 ) -> Steps:
     """Initialises and takes two steps, the second one under `second`."""
     tx = row.make() if tx is None else tx
     traces = []
 
-    @functools.partial(jax.jit, compiler_options=dict(options))
+    @functools.partial(jax.jit, compiler_options=options)
     def step(gradients: Any, state: Any, params: Any, extra: Any) -> Any:
         traces.append(1)
         updates, state = tx.update(gradients, state, params, **extra)
@@ -74,7 +61,6 @@ def two_steps(
 
 @functools.cache
 def plain(name: str) -> Steps:
-    """The steps without a configuration, computed once for all tests."""
     return two_steps(ROWS[name])
 
 
@@ -84,61 +70,32 @@ def form(tree: Any) -> Any:
 
 def check(steps: Steps, name: str) -> None:
     """Values of the plain steps, the form of `init` and of the parameters, one trace."""
-    expected = plain(name)
-    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=TOLERANCE)
-    for actual, wanted in (
-        (steps.updates, expected.updates),
-        (steps.state, expected.state),
-    ):
-        jax.tree.map(lambda a, w: close(np.asarray(a, np.float64), w), actual, wanted)
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=TOLERANCE["float32"])
+    jax.tree.map(
+        lambda a, e: close(np.asarray(a, np.float64), e),
+        (steps.updates, steps.state),
+        (plain(name).updates, plain(name).state),
+    )
     assert form(steps.state) == form(steps.initial)
-    for updates in steps.updates:
-        assert form(updates) == form(steps.params)
+    assert [form(updates) for updates in steps.updates] == [form(steps.params)] * 2
     assert steps.traces == 1
 
 
 # -- JAX's settings --
 
-SETTINGS: dict[str, Callable[[], Any]] = {
-    "debug_nans": lambda: jax.debug_nans(True),
-    "debug_infs": lambda: jax.debug_infs(True),
-}
-
 
 @every_row
-@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-def test_numbers_are_checked(name: str, setting: Callable[[], Any]):
-    with setting():
-        steps = two_steps(ROWS[name])
+def test_numbers_are_checked_and_nothing_moves_between_host_and_devices(name: str):
+    with jax.debug_nans(True), jax.debug_infs(True):
+        steps = two_steps(ROWS[name], second=lambda: jax.transfer_guard("disallow"))
     check(steps, name)
-
-
-#: These show while tracing, so nothing is compiled.
-TRACING: dict[str, Callable[[], Any]] = {
-    "rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
-    "checking_leaks": jax.checking_leaks,
-}
-
-
-@every_row
-@pytest.mark.parametrize("setting", TRACING.values(), ids=TRACING)
-def test_tracing_is_checked(name: str, setting: Callable[[], Any]):
-    row = ROWS[name]
-    params, gradients = row.tree(0), row.tree(1)
-    with setting():
-        tx = row.make()
-        state = tx.init(params)
-        update = functools.partial(jax.jit(tx.update).eval_shape, **row.extra_args())
-        updates, after = update(gradients, state, params)
-    assert form((updates, after)) == form((params, state))
 
 
 @every_row
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_64_bit_mode(name: str, dtype: str):
-    row = ROWS[name]
     with jax.enable_x64(True):
-        steps = two_steps(row, dtype=dtype)
+        steps = two_steps(ROWS[name], dtype=dtype)
         if dtype == "bfloat16":
             # Values in 16 bits are compared where the mode is off.
             assert form(steps.state) == form(steps.initial)
@@ -148,47 +105,53 @@ def test_64_bit_mode(name: str, dtype: str):
 
 
 @every_row
-def test_nothing_moves_between_host_and_devices(name: str):
-    check(two_steps(ROWS[name], second=lambda: jax.transfer_guard("disallow")), name)
+def test_the_optimising_compiler(name: str):
+    optimised = {
+        "xla_backend_optimization_level": 3,
+        "xla_llvm_disable_expensive_passes": False,
+    }
+    check(two_steps(ROWS[name], options=optimised), name)
+
+
+def traced(row: Row) -> None:
+    params, gradients, tx = row.tree(0), row.tree(1), row.make()
+    state = tx.init(params)
+    update = functools.partial(jax.jit(tx.update).eval_shape, **row.extra_args())
+    assert form(update(gradients, state, params)) == form((params, state))
 
 
 @every_row
-def test_the_optimising_compiler(name: str):
-    check(two_steps(ROWS[name], options=OPTIMISED), name)
+def test_ranks_are_not_promoted_and_no_tracer_leaks(name: str):
+    with jax.numpy_rank_promotion("raise"), jax.checking_leaks():
+        traced(ROWS[name])
 
 
 #: What contains no Adam and no bias correction: Optax's own raise under strict promotion.
-STRICT: dict[str, tuple[Any, Any]] = {
-    "scale_by_muon": (MATRICES, lambda: mc.scale_by_muon(adaptive=True)),
-    "neuron_rms": (MATRICES, lambda: mc.scale_by_neuron_rms()),
-    "hyperball": (MATRICES, lambda: mc.hyperball(0.1)),
-    "scale_by_shape": (MATRICES, lambda: mc.scale_by_shape(consistent_rms=0.3)),
-    "qk_clip": (MODEL, lambda: mc.qk_clip(mc.clip_until(5, 95.0), alpha=0.4)),
-    "accumulate": (
-        MODEL,
+STRICT: dict[str, Row] = {
+    "scale_by_muon": Row(lambda: mc.scale_by_muon(adaptive=True), {}, MATRICES),
+    "qk_clip": Row(lambda: mc.qk_clip(mc.clip_until(5, 95.0), alpha=0.4), {}, MODEL, True),
+    "accumulate": Row(
         lambda: mc.accumulate(
             optax.sgd(0.1),
             every=2,
             max_logits=lambda params: MAX_LOGITS,
             should_skip_update_fn=optax.skip_not_finite,
         ),
+        {},
+        MODEL,
+        True,
     ),
-    "metrics": (MODEL, lambda: mc.metrics(optax.sgd(0.1), every=2, qk_clip_threshold=95.0)),
+    "metrics": Row(
+        lambda: mc.metrics(optax.sgd(0.1), every=2, qk_clip_threshold=95.0), {}, MODEL, True
+    ),
+    **{name: ROWS[name] for name in ("scale_by_neuron_rms", "hyperball", "scale_by_shape")},
 }
 
 
-@pytest.mark.parametrize(("shapes", "make"), STRICT.values(), ids=STRICT)
-def test_strict_promotion(shapes: Any, make: Any):
-    row = Row(make, {}, shapes, ())
-    params, gradients = row.tree(0), row.tree(1)
-    extra = {"max_logits": jax.tree.map(jnp.asarray, MAX_LOGITS)} if shapes is MODEL else {}
+@pytest.mark.parametrize("row", STRICT.values(), ids=STRICT)
+def test_strict_promotion(row: Row):
     with jax.numpy_dtype_promotion("strict"):
-        tx = make()
-        state = tx.init(params)
-        update = functools.partial(jax.jit(tx.update).eval_shape, **extra)
-        updates, after = update(gradients, state, params)
-    assert form(after) == form(state)
-    assert form(updates) == form(params)
+        traced(row)
 
 
 # -- meshes --

@@ -6,6 +6,7 @@ decoupled and multiplied by the rate before the shape's factor: our defaults.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ TOLERANCE = {False: 2e-6, True: 5e-3}
 
 
 @functools.cache
-def ours(case: Case, ns_dtype: jax.typing.DTypeLike) -> Trajectory:
+def ours(case: Case, ns_dtype: str) -> Trajectory:
     """Runs the problem through our transformations, kernels transposed to `(in, out)`."""
     consistent_rms = {"original": None, "match_rms_adamw": 0.2}[case.adjust_lr_fn]
     tx = optax.chain(
@@ -46,7 +47,7 @@ def ours(case: Case, ns_dtype: jax.typing.DTypeLike) -> Trajectory:
     params = {name: jnp.asarray(value.T) for name, value in first.items()}
     state = tx.init(params)
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def step(gradient, state, params):
         updates, state = tx.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
@@ -60,9 +61,34 @@ def ours(case: Case, ns_dtype: jax.typing.DTypeLike) -> Trajectory:
     return steps
 
 
-def assert_same(case: Case, actual: Trajectory, expected: Trajectory) -> None:
+def golden(case: Case) -> Trajectory:
+    with np.load(GOLDENS) as file:
+        stacks = {name: file[f"{case.key}/{name}"] for name in SHAPES}
+    return [{name: stacks[name][step] for name in SHAPES} for step in range(len(problem()[1]))]
+
+
+def live(case: Case) -> Trajectory:
+    pytest.importorskip("torch")
+    from tests.golden.write_goldens import trajectory
+
+    return trajectory(case)
+
+
+#: The last are two different roundings of one iteration: twice torch's own distance from float32.
+RUNS = [
+    *((case, golden, "float32") for case in CASES),
+    *((case, live, "float32") for case in CASES),
+    *((case, golden, "bfloat16") for case in CASES if case.as_shipped),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "source", "ns_dtype"), RUNS, ids=[f"{c.key}-{f.__name__}-{d}" for c, f, d in RUNS]
+)
+def test_the_same_trajectory(case: Case, source: Any, ns_dtype: str):
     previous = problem()[0]
-    for number, (ours_now, theirs_now) in enumerate(zip(actual, expected, strict=True), start=1):
+    steps = zip(ours(case, ns_dtype), source(case), strict=True)
+    for number, (ours_now, theirs_now) in enumerate(steps, start=1):
         for name in SHAPES:
             # The bound means nothing unless the step is far larger than it.
             assert np.abs(theirs_now[name] - previous[name]).max() > 8 * TOLERANCE[True]
@@ -76,12 +102,6 @@ def assert_same(case: Case, actual: Trajectory, expected: Trajectory) -> None:
         previous = theirs_now
 
 
-def golden(case: Case) -> Trajectory:
-    with np.load(GOLDENS) as file:
-        stacks = {name: file[f"{case.key}/{name}"] for name in SHAPES}
-    return [{name: stacks[name][step] for name in SHAPES} for step in range(len(problem()[1]))]
-
-
 def test_the_file_was_written_for_this_problem():
     first, gradients = problem()
     with np.load(GOLDENS) as file:
@@ -90,24 +110,3 @@ def test_the_file_was_written_for_this_problem():
             np.testing.assert_array_equal(
                 file[f"gradients/{name}"], np.stack([gradient[name] for gradient in gradients])
             )
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.key)
-def test_golden_trajectory(case: Case):
-    assert_same(case, ours(case, ns_dtype=jnp.float32), golden(case))
-
-
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if case.as_shipped], ids=lambda case: case.key
-)
-def test_golden_trajectory_with_newton_schulz_in_bfloat16_on_both_sides(case: Case):
-    # Two different roundings of the same iteration: twice torch's own distance from float32.
-    assert_same(case, ours(case, ns_dtype=jnp.bfloat16), golden(case))
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.key)
-def test_live_trajectory(case: Case):
-    pytest.importorskip("torch")
-    from tests.golden.write_goldens import trajectory
-
-    assert_same(case, ours(case, ns_dtype=jnp.float32), trajectory(case))

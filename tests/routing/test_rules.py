@@ -109,21 +109,6 @@ def test_rule_that_matches_nothing_is_an_error_on_a_full_tree_only():
     rules.labels({"a": jnp.ones((2, 2)), "b": MASKED})
 
 
-def test_labels_and_dimension_numbers_are_what_optax_takes():
-    tx = optax.multi_transform(
-        {"muon": optax.trace(0.9), "adamw": optax.set_to_zero()}, MatrixRules([("0$", None)]).labels
-    )
-    updates, state = jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS)
-    assert float(updates["lm_head"]["kernel"].sum()) == updates["layers_0"]["mlp"][0].sum() == 0
-    assert float(updates["layers_0"]["mlp"][1].sum()) == 16 * 8
-    # `map_params` calls `init` with an empty tree.
-    mapped = optax.tree.map_params(tx, lambda x: x + 1, state)
-    assert jax.tree.structure(mapped) == jax.tree.structure(state)
-    tx = optax.contrib.muon(0.1, muon_weight_dimension_numbers=infer_dimension_numbers)
-    updates = jax.eval_shape(lambda p: tx.update(p, tx.init(p), p)[0], PARAMS)
-    assert jax.tree.structure(updates) == jax.tree.structure(PARAMS)
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

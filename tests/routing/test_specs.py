@@ -151,16 +151,6 @@ def test_trees_of_specs(params, specs, muon):
     assert muon_paths(params, specs) == muon
 
 
-def test_optax_agrees_on_prefix_trees():
-    """The masks of `optax.contrib.muon` are the oracle."""
-    tx = optax.contrib.muon(0.1, muon_weight_dimension_numbers=SOME)
-    state = optax.tree.get(tx.init(TWO), "mu", filtering=lambda path, _: "muon" in str(path))
-    kept = jax.tree.map(
-        lambda x: not isinstance(x, optax.MaskedNode), state, is_leaf=lambda x: x == MASKED
-    )
-    assert sum(jax.tree.leaves(kept)) == len(muon_paths(TWO, SOME)) == 1
-
-
 def test_leaves_come_along_in_the_order_of_the_parameters():
     params = {"b": ONES, "a": [jnp.ones((3, 4)), jnp.ones(5)]}
     resolved = resolve_specs(params, {"a": [MatrixSpec((1, 0)), None], "b": MatrixSpec()})

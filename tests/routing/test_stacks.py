@@ -14,8 +14,13 @@ from muonclip_jax.routing import MatrixRules, infer_dimension_numbers
 from tests.routing.test_table import tree
 
 
-def stack(axis, layers=3, d=48, heads=6, size=8, hidden=80):
-    """A block, as `nn.scan` stacks it on a parameter axis."""
+def insert(shape, axis, length):
+    at = axis if axis >= 0 else len(shape) + 1 + axis
+    return (*shape[:at], length, *shape[at:])
+
+
+def stack(name, axis, layers=3, d=48, heads=6, size=8, hidden=80):
+    """A block, as `nn.scan` stacks it on a parameter axis; None for one layer without it."""
     shapes = {
         "attn/query/kernel": (d, heads, size),
         "attn/key/kernel": (d, heads, size),
@@ -23,54 +28,56 @@ def stack(axis, layers=3, d=48, heads=6, size=8, hidden=80):
         "mlp/wi/kernel": (d, hidden),
         "mlp/wo/kernel": (hidden, d),
     }
-    return {path: insert(shape, axis, layers) for path, shape in shapes.items()}
-
-
-def insert(shape, axis, length):
-    at = axis if axis >= 0 else len(shape) + 1 + axis
-    return (*shape[:at], length, *shape[at:])
-
-
-def under(name, shapes):
-    return {f"{name}/{path}": shape for path, shape in shapes.items()}
+    return {
+        f"{name}/{path}": shape if axis is None else insert(shape, axis, layers)
+        for path, shape in shapes.items()
+    }
 
 
 def batch_axes(shapes, rules=None):
     """Path -> axes that are no part of a matrix."""
     decided = (rules or MatrixRules()).decisions(tree(shapes))
-    used = {
-        path: [a for axes in normalized_axes(decision.spec) for a in axes]
+    return {
+        path: tuple(
+            axis
+            for axis in range(len(shapes[path]))
+            if not any(axis in axes for axes in normalized_axes(decision.spec))
+        )
         for path, _, decision in decided
         if decision.spec is not None
-    }
-    return {
-        path: tuple(a for a in range(len(x)) if a not in used[path]) for path, x in shapes.items()
     }
 
 
 @pytest.mark.parametrize("axis", [0, 1, -1])
 @pytest.mark.parametrize("layers", [3, 6, 48, 1], ids=["", "as heads", "as width", "one layer"])
 def test_the_axis_is_read_from_the_stack(axis, layers):
-    shapes = under("layers", stack(axis, layers))
-    expected = {path: (axis % len(shape),) for path, shape in shapes.items()}
+    shapes = stack("layers", axis, layers)
+    assert batch_axes(shapes) == {path: (axis % len(shape),) for path, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    "stacks",
+    [
+        {"encoder/layers": (0, 3), "decoder/layers": (1, 5)},
+        {"decoder/layers": (1, 3), "decoder/remainder": (None, 3)},
+        {"Transformer/encoderblock": (0, 3)},
+    ],
+    ids=["every stack has its own axis", "layers beside a stack", "a name that does not tell"],
+)
+def test_trees_of_stacks(stacks):
+    shapes, expected = {}, {}
+    for name, (axis, layers) in stacks.items():
+        shapes |= stack(name, axis, layers)
+        expected |= dict.fromkeys(stack(name, axis, layers), () if axis is None else (axis,))
     assert batch_axes(shapes) == expected
-
-
-def test_every_stack_has_its_own_axis():
-    shapes = under("encoder/layers", stack(0)) | under("decoder/layers", stack(1, layers=5))
-    found = batch_axes(shapes)
-    assert {found[path] for path in found if path.startswith("encoder")} == {(0,)}
-    assert {found[path] for path in found if path.startswith("decoder")} == {(1,)}
 
 
 @pytest.mark.parametrize("axes", [(0, 1), (1, 2)])
 def test_nested_scans(axes):
-    once = stack(1 if axes == (1, 2) else 0, layers=2)
-    twice = {path: insert(shape, axes[1], 4) for path, shape in once.items()}
-    shapes = under("layers/global_layer", once) | under("layers/local_layers", twice)
-    found = batch_axes(shapes)
-    for path, batch in found.items():
-        assert batch == (axes if "local" in path else axes[:1]), path
+    local = stack("layers/local_layers", axes[0], layers=2)
+    shapes = stack("layers/global_layer", axes[0], layers=2)
+    shapes |= {path: insert(shape, axes[1], 4) for path, shape in local.items()}
+    assert batch_axes(shapes) == {path: axes if path in local else axes[:1] for path in shapes}
 
 
 @pytest.mark.parametrize(
@@ -88,24 +95,23 @@ def test_nested_scans(axes):
             },
             {"layer/query/kernel": (0,), "layer/up/kernel": (0,)},
         ),
+        # A kernel beside a stack is read as the stack.
+        (
+            stack("layers", 1) | {"layers/extra/up/kernel": (48, 3, 20)},
+            {"layers/extra/up/kernel": (1,)},
+        ),
+        # Vectors are no evidence.
+        (
+            stack("layers", 1)
+            | {"layers/norm/scale": (3, 48), "layers/attn/query/bias": (3, 6, 8)},
+            {"layers/mlp/wi/kernel": (1,)},
+        ),
     ],
 )
-def test_lengths_that_agree_by_chance_make_no_stack(shapes, batch):
+def test_what_is_evidence(shapes, batch):
     assert batch.items() <= batch_axes(shapes).items()
     with pytest.raises(ValueError, match="scan_axis="):
         batch_axes({"layers_0/dense/kernel": (8, 8, 4), "layers_2/dense/kernel": (3, 8, 8)})
-
-
-def test_containers_without_a_telling_name_are_stacks_too():
-    assert set(batch_axes(under("Transformer/encoderblock", stack(0))).values()) == {(0,)}
-
-
-def test_layers_beside_a_stack_are_not_stacked():
-    plain = {path: shape[1:] for path, shape in stack(0).items()}
-    shapes = under("decoder/layers", stack(1)) | under("decoder/remainder", plain)
-    found = batch_axes(shapes)
-    assert {found[path] for path in found if "remainder" in path} == {()}
-    assert {found[path] for path in found if "remainder" not in path} == {(1,)}
 
 
 @pytest.mark.parametrize(
@@ -116,41 +122,26 @@ def test_layers_beside_a_stack_are_not_stacked():
         {"layers/w1/kernel": (8, 8, 8)},
         {"layers/dense/kernel": (8, 8, 4)},
     ],
-    ids=["one kernel", "two kernels of one shape", "a cube", "square by chance"],
+    ids=["one kernel", "two of one shape", "a cube", "square by chance"],
 )
 def test_an_open_axis_is_an_error_that_names_scan_axis(shapes):
     with pytest.raises(ValueError, match=r"scan_axis=") as error:
         MatrixRules().labels(tree(shapes))
     assert all(path in str(error.value) for path in shapes)
-    rules = MatrixRules(scan_axis=1)
-    assert set(batch_axes(shapes, rules).values()) == {(1,)}
-    rules = MatrixRules(scan_axis=[("layers", 2)])
-    assert set(batch_axes(shapes, rules).values()) == {(2,)}
+    for scan_axis, axis in ((1, 1), ([("layers", 2)], 2)):
+        found = batch_axes(shapes, MatrixRules(scan_axis=scan_axis))
+        assert set(found.values()) == {(axis,)}
 
 
 def test_pairs_of_pattern_and_axes_are_read_leaf_by_leaf():
     shapes = {"encoder/up/kernel": (3, 8, 8), "decoder/up/kernel": (8, 3, 8)}
     found = batch_axes(shapes, MatrixRules(scan_axis=[("encoder", 0), ("decoder", 1)]))
-    assert list(found.values()) == [(0,), (1,)]
+    assert found == {"encoder/up/kernel": (0,), "decoder/up/kernel": (1,)}
     with pytest.raises(ValueError, match="scan_axis="):
         MatrixRules(scan_axis=5).labels(tree(shapes))
 
 
-def test_a_kernel_beside_a_stack_is_read_as_the_stack():
-    shapes = under("layers", stack(1)) | {"layers/extra/up/kernel": (48, 3, 20)}
-    assert batch_axes(shapes)["layers/extra/up/kernel"] == (1,)
-
-
-def test_vectors_are_no_evidence():
-    shapes = under("layers", stack(1))
-    more = tree(shapes | {"layers/norm/scale": (3, 48), "layers/attn/query/bias": (3, 6, 8)})
-    assert (
-        MatrixRules().dimension_numbers(more)["layers"]["mlp"]
-        == infer_dimension_numbers(tree(shapes))["layers"]["mlp"]
-    )
-
-
-def test_muonclip_decides_on_the_wholetree():
+def test_muonclip_decides_on_the_whole_tree():
     """The embedding tells the axis; the masked tree that Muon sees does not have it."""
     params = {
         "embed": {"embedding": jnp.ones((20, 6))},

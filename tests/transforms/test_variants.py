@@ -1,17 +1,17 @@
-"""`matrix_axes`, `orthogonalize_updates` and the variants, against float64 NumPy written apart."""
+"""`matrix_axes` and what stands on it, against float64 NumPy written apart."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib._muon as optax_muon
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import muonclip_jax as mc
-from tests.helpers import update
+from tests.helpers import assert_close, assert_equal, normal_tree, update
 
 #: A plain matrix, stacked layers, heads as batch, fused kernels cut on either side, interleaved.
 SHAPES = {
@@ -35,50 +35,31 @@ PARTITIONS = {
     "fused": PartitionSpec("a", "b"),
     "rows": PartitionSpec("a", "b"),
 }
+ALL = slice(None)
+#: Indices that cut each matrix `(inputs, outputs)` out of a leaf, written out by hand.
+ENTRIES: dict[str, list[Any]] = {
+    "plain": [ALL],
+    "stack": [0, 1],
+    "heads": [(ALL, head) for head in range(4)],
+    # Of two groups of 4 x 2 columns: 2, 4 and 2 columns each.
+    "fused": [
+        (ALL, columns) for columns in ([0, 1, 8, 9], [2, 3, 4, 5, 10, 11, 12, 13], [6, 7, 14, 15])
+    ],
+    "rows": [slice(0, 12), slice(12, 16)],
+}
 
 
-def entries(name: str) -> Iterator[tuple[Any, ...]]:
-    """Indices that cut each matrix `(inputs, outputs)` out of a leaf, written out by hand."""
-    everything = slice(None)
-    match name:
-        case "plain":
-            yield (everything, everything)
-        case "stack":
-            yield from ((layer, everything, everything) for layer in range(2))
-        case "heads":
-            yield from ((everything, head, everything) for head in range(4))
-        case "fused":  # of two groups of 4 x 2 columns: 2, 4 and 2 columns each
-            yield from (
-                (everything, columns)
-                for columns in ([0, 1, 8, 9], [2, 3, 4, 5, 10, 11, 12, 13], [6, 7, 14, 15])
-            )
-        case "rows":
-            yield from ((slice(0, 12), everything), (slice(12, 16), everything))
-
-
-def tree(seed: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
-
-
-def by_matrix(function: Any, *trees: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def by_matrix(function: Any, *trees: Any) -> dict[str, np.ndarray]:
     """Applies a function of float64 matrices to each matrix of some trees."""
     result = {name: np.zeros(shape) for name, shape in SHAPES.items()}
-    for name in SHAPES:
-        for index in entries(name):
-            result[name][index] = function(*(np.float64(t[name][index]) for t in trees))
+    for name, indices in ENTRIES.items():
+        for index in indices:
+            result[name][index] = function(*(np.asarray(t[name], np.float64)[index] for t in trees))
     return result
 
 
-def assert_close(actual: Any, expected: Any, tolerance: float = 2e-5) -> None:
-    for name in SHAPES:
-        np.testing.assert_allclose(
-            actual[name], expected[name], rtol=0, atol=tolerance, err_msg=name
-        )
-
-
-PARAMS, FIRST, SECOND = tree(0), tree(1), tree(2)
-ZERO = {**PARAMS, "plain": np.zeros(SHAPES["plain"], np.float32)}
+PARAMS, FIRST, SECOND = (normal_tree(SHAPES, seed) for seed in range(3))
+ZERO = {**PARAMS, "plain": jnp.zeros(SHAPES["plain"])}
 #: Rules that the library must not read off the names.
 GIVEN: dict[str, Any] = {"weight_dimension_numbers": SPECS}
 
@@ -87,7 +68,7 @@ def run(tx: Any, params: Any = PARAMS, apply: bool = False) -> tuple[Any, Any]:
     """The updates of two steps."""
     state, results = tx.init(params), []
     for gradients in (FIRST, SECOND):
-        updates, state = update(tx, jax.tree.map(jnp.asarray, gradients), state, params)
+        updates, state = update(tx, gradients, state, params)
         results.append(updates)
         if apply:
             params = optax.apply_updates(params, updates)
@@ -194,13 +175,51 @@ def test_weight_decay_without_options_is_optax_and_takes_masks_and_schedules():
     schedule = optax.linear_schedule(0.1, 0.0, 4)
     ours = run(mc.add_weight_decay(schedule, mask))
     theirs = run(optax.add_decayed_weights(schedule, mask))
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert_equal(ours, theirs)
     # Products of small numbers underflow; their signs do not.
     tiny = {"w": jnp.full((1, 2), 1e-30)}
     tx = mc.add_weight_decay(0.5, cautious=True)
     opposite = {"w": jnp.array([[1e-30, -1e-30]])}
     decayed = update(tx, opposite, tx.init(tiny), tiny)[0]["w"]
     np.testing.assert_array_equal(decayed, np.array([[1.5e-30, -1e-30]], np.float32))
+
+
+# -- the scale by shape --
+
+ONES = {"wide": jnp.ones((4, 9)), "tall": jnp.ones((9, 4)), "heads": jnp.ones((3, 8, 2, 5))}
+SHAPED = {
+    "wide": mc.MuonDimensionNumbers(0, 1),
+    "tall": mc.MuonDimensionNumbers(0, 1),
+    "heads": mc.MuonDimensionNumbers(1, (2, 3)),
+}
+
+
+def scaled(tx: Any, updates: Any) -> Any:
+    return update(tx, updates, tx.init(updates))[0]
+
+
+@pytest.mark.parametrize("consistent_rms", [None, 0.2])
+def test_is_optax_factor_by_factor(consistent_rms):
+    ours = scaled(mc.scale_by_shape(SHAPED, consistent_rms), ONES)
+    assert_close(ours, scaled(optax_muon.scale_by_shape(SHAPED, consistent_rms), ONES), 1e-6)
+
+
+def test_orthogonal_update_gets_the_rms_asked_for():
+    q = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (12, 7)))[0]
+    w = scaled(mc.scale_by_shape(consistent_rms=0.2), {"w": q})["w"]
+    assert float(jnp.sqrt(jnp.mean(w**2))) == pytest.approx(0.2, rel=1e-5)
+
+
+def test_parts_of_a_fused_kernel_have_their_own_factor():
+    spec = mc.MatrixSpec((0, 1), (mc.Split(1, (16, 4)),))
+    w = scaled(mc.scale_by_shape({"w": spec}), {"w": jnp.ones((4, 20))})["w"]
+    np.testing.assert_array_equal(w, [[2.0] * 16 + [1.0] * 4] * 4)
+
+
+def test_rule_by_name_and_dtype():
+    w = scaled(mc.scale_by_shape(rule="rms_to_rms"), {"w": jnp.ones((4, 1), jnp.bfloat16)})["w"]
+    assert w.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(w, jnp.full((4, 1), 0.5, jnp.bfloat16))
 
 
 # -- one device and eight --
@@ -238,18 +257,3 @@ def test_one_device_equals_eight(name: str, kind: AxisType):
                 x.sharding.is_equivalent_to(shardings[leaf], x.ndim) for leaf, x in updates.items()
             )
             assert_close(updates, expected[number], 1e-4)
-
-
-def test_bad_arguments_and_missing_parameters():
-    for make, message in (
-        (lambda: mc.scale_by_neuron_rms(1.0), r"b2 must be in \[0, 1\)"),
-        (lambda: mc.hyperball(-0.1), "learning_rate must be positive"),
-        (lambda: mc.add_weight_decay(-0.1), "weight_decay must not be negative"),
-        (lambda: mc.add_weight_decay(0.1, base_width=0), "base_width must be positive"),
-        (lambda: mc.orthogonalize_updates(ns_coeffs="none"), "ns_coeffs"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            make()
-    for tx in (mc.hyperball(0.1, **GIVEN), mc.add_weight_decay(0.1)):
-        with pytest.raises(ValueError, match="needs the parameters"):
-            tx.update(FIRST, tx.init(PARAMS))
