@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
-from tests.helpers import TOLERANCE, polynomial_of_singular_values
+from tests.helpers import TOLERANCE, normal_tree, polynomial_of_singular_values
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 ROWS = [(3.4445, -4.7750, 2.0315)] * 2
@@ -192,6 +192,22 @@ def test_zero_keeps_its_sharding_where_axes_are_mixed():
         after = jax.jit(tx.update)(params, before, params)[1]
     assert before.mu["w"].sharding.spec == P(None, ("data", "tp"))
     same_places(after.mu, {"w": before.mu["w"].sharding})
+
+
+def test_what_a_clip_and_adam_leave_stays_where_param_shardings_say():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AUTO,), devices=jax.devices()[:2])
+    shapes = {"kernel": (2, 8, 8, 5), "bias": (2, 8, 5)}
+    params = normal_tree({"layers": {"attention": {"query": shapes, "key": shapes}}}, 0)
+    shardings = jax.tree.map(
+        lambda x: NamedSharding(mesh, P("data") if x.ndim > 3 else P()), params
+    )
+    params = jax.device_put(params, shardings)
+    tx: Any = mc.muonclip(0.1, rules=mc.MatrixRules(scan_axis=0), param_shardings=shardings)
+    maxima = {"layers/attention": jnp.full((2, 8), 150.0)}
+    before = tx.init(params)
+    updates, after = jax.jit(tx.update)(params, before, params, max_logits=maxima)
+    same_places(updates, shardings)
+    same_places(after, jax.tree.map(lambda x: x.sharding, before))
 
 
 # -- gradients through an update --
