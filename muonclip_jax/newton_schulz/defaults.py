@@ -1,7 +1,4 @@
-"""The defaults of Newton-Schulz, in one place.
-
-All functions and the command line read them here.
-"""
+"""The defaults of Newton-Schulz: all functions and the command line read them here."""
 
 # Of five sets at equal settings it trained to the lowest loss (docs/settings.md); and 16 bits round
 # it least.
