@@ -116,7 +116,7 @@ def read_tree(params: Tree) -> tuple[tuple[Leaf, ...], list[Any]]:
     (`sharding_names`), recognised by their attributes without importing the packages.
 
     Raises:
-        TypeError: If a leaf is no array.
+        TypeError: If a leaf is not an array.
     """
     flat = array_leaves(params)
     names: list[tuple[str, ...] | None] = []

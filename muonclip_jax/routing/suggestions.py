@@ -33,13 +33,12 @@ def unknown_leaves(leaves: Sequence[Leaf], decided: Mapping[str, Decision]) -> V
     lines.append("The pair is (reduction axes, output axes), all others are batch axes.")
     if any("stacked layers" in decided[leaf.path].why for leaf in leaves):
         lines[-1] += (
-            " Where layers are stacked on one axis, MatrixRules(scan_axis=0), or "
-            "MatrixRules(scan_axis=[(pattern, axis)]), says which it is."
+            " If layers are stacked on one axis, write MatrixRules(scan_axis=0) or "
+            "MatrixRules(scan_axis=[(pattern, axis)])."
         )
     return ValueError(
-        f"{count} {'leaf' if count == 1 else 'leaves'} of rank three or more cannot be told by "
-        "name or structure, so it is open which axes form matrices. Say it by rules:\n"
-        + "\n".join(lines)
+        f"{count} {'leaf' if count == 1 else 'leaves'} of rank three or more cannot be identified "
+        "by name or structure, so their matrix axes are unknown. Write rules:\n" + "\n".join(lines)
     )
 
 

@@ -157,7 +157,7 @@ def test_masked_biases_do_not_matter_and_the_group_that_adamw_trains_is_not_aske
         ),
         (lambda: rules("per_head").labels(DENSE), "found no attention block among"),
         (lambda: rules("per_head", blocks="middle").labels(TWO), "'middle' matches no path"),
-        (lambda: mc.label_params({"attn": OWN}), "cannot be told by name"),
+        (lambda: mc.label_params({"attn": OWN}), "cannot be identified by name"),
         (lambda: rules("split").labels(UNEVEN), "gives the head size"),
         (lambda: mc.apply_qk_clip(ARRAYS, FOUR, blocks=LAST), "has 6 heads, 4 maxima were given"),
     ],
