@@ -61,7 +61,7 @@ $(KERNELS)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 # Tests that skip where these compilers are not installed.
-COMPILER_TESTS := tests/sharding/test_muon_tpu.py tests/kernels/test_compiled.py
+COMPILER_TESTS := tests/sharding/test_muon_share.py tests/kernels/test_compiled.py
 
 kernels: $(KERNELS)/.ready  ## compile every kernel with the real TPU and GPU compilers, no such machine needed
 	$(KERNELS)/bin/python -m pytest -q -rs $(COMPILER_TESTS) $(ARGS)

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 from jax.interpreters import batching, mlir
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Shaped
 
 #: What `platform=` allows, with the names that JAX lowers for.
 PLATFORMS = {"cpu": ("cpu",), "gpu": ("cuda", "rocm"), "tpu": ("tpu",)}
 
 
-def check_platform(platform: Any) -> str | None:
-    """Returns `platform=` as one of `PLATFORMS`.
+def check_platform(platform: object) -> str | None:
+    """Returns a caller's `platform=` in the words of `PLATFORMS`.
 
     Raises:
         ValueError: If there is no such platform.
@@ -41,7 +41,9 @@ def check_platform(platform: Any) -> str | None:
     )
 
 
-def plan_platform(given: str | None, mesh: Any = None, arrays: Iterable[Any] = ()) -> str:
+def plan_platform(
+    given: str | None, mesh: Mesh | AbstractMesh | None = None, arrays: Iterable[object] = ()
+) -> str:
     """Decides which platform a computation is for.
 
     Args:
@@ -162,10 +164,10 @@ def varying_axes(x: Any) -> frozenset[str]:
 
 
 def vary_like(x: jax.Array, other: jax.Array) -> jax.Array:
-    """Returns `x`, cast to also vary over the mesh axes of `other`.
+    """Returns `x`, known to vary over the mesh axes too that `other` is known to vary over.
 
-    Without this the cast would be inside a branch, and its derivative is a sum over devices, which
-    would deadlock with devices that take another branch.
+    Inside of a branch, JAX would cast `x`; the derivative of a cast is a sum over devices, and
+    those that take another branch would never join it.
     """
     missing = tuple(sorted(varying_axes(other) - varying_axes(x)))
     return lax.pcast(x, missing, to="varying") if missing else x

@@ -29,18 +29,7 @@ def orthogonalize_on_one_device(
     specs: Sequence[MatrixSpec],
     max_stack_bytes: int,
 ) -> list[jax.Array]:
-    """Replaces every matrix by its polar factor.
-
-    Args:
-        polar: The plan of Newton-Schulz, with a platform (`decide_platform`).
-        eps: Smallest divisor, as in `orthogonalize`.
-        leaves: The leaves.
-        specs: The normalised spec of each.
-        max_stack_bytes: Bound on a stack; a single matrix may exceed it.
-
-    Returns:
-        The polar factors, as the leaves.
-    """
+    """Replaces every matrix by its polar factor, in stacks of at most `max_stack_bytes`."""
     memory = device_memory(str(polar.platform))
     if memory is not None:
         max_stack_bytes = min(max_stack_bytes, memory // _ACCELERATOR_MEMORY_SHARE)

@@ -22,20 +22,14 @@ from muonclip_jax.routing import MatrixSpec, Split, axes_tuple
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a parameter: a batch of equally shaped matrices.
+    """One part of a parameter: `count` matrices `(fan_in, fan_out)`."""
 
-    Attributes:
-        shape: Shape of the part in the parameter's axes, after the splits.
-        fan_in: Rows of each matrix: the product of the reduction axes.
-        fan_out: Columns of each matrix: the product of the output axes.
-        count: Number of matrices: the product of the batch axes.
-        permutation: Axes in the order batch, reduction, output.
-    """
-
+    #: The part in the parameter's own axes.
     shape: tuple[int, ...]
     fan_in: int
     fan_out: int
     count: int
+    #: Axes in the order batch, reduction, output.
     permutation: tuple[int, ...]
 
 

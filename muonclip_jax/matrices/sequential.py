@@ -52,22 +52,10 @@ class SequentialPlan:
 def plan_sequentially(
     leaves: Sequence[LeafPlan], dtypes: Sequence[str], max_bytes: int
 ) -> SequentialPlan:
-    """Plans the chunks of a tree.
+    """Plans the chunks of a tree, from plans and dtypes of its leaves.
 
-    Args:
-        leaves: The plan of each leaf.
-        dtypes: The dtype of each leaf, by name; only equal ones share a chunk.
-        max_bytes: Bound on the size of a stack in bytes; a larger part is a chunk by itself.
-
-    Returns:
-        The plan for `map_sequentially`. Matrices without entries are in no chunk.
-
-    Example:
-        >>> from muonclip_jax.routing import MatrixSpec
-        >>> from muonclip_jax.matrices.parts import plan_leaf
-        >>> leaves = [plan_leaf((8, 2), MatrixSpec())] * 3
-        >>> [chunk.parts for chunk in plan_sequentially(leaves, ["float32"] * 3, 128).chunks]
-        [((0, 0), (1, 0)), ((2, 0),)]
+    A stack has at most `max_bytes` and one dtype; a larger part is a chunk of its own. Matrices
+    without entries are in no chunk.
     """
     chunks = []
     for (rows, columns, dtype), members in parts_by_shape(leaves, dtypes).items():
@@ -96,16 +84,7 @@ def plan_sequentially(
 def map_sequentially(
     function: Callable[[jax.Array], jax.Array], leaves: Sequence[jax.Array], plan: SequentialPlan
 ) -> list[jax.Array]:
-    """Applies `function` to every matrix of `leaves`, chunk by chunk.
-
-    Args:
-        function: From a matrix `(fan_in, fan_out)` to the same shape and dtype.
-        leaves: The arrays, with the shapes of the plan.
-        plan: The plan.
-
-    Returns:
-        The leaves with every matrix replaced.
-    """
+    """Replaces every matrix `(fan_in, fan_out)` of the leaves by `function` of it, by chunk."""
     parts = [to_matrices(x, leaf) for x, leaf in zip(leaves, plan.leaves, strict=True)]
     if not plan.chunks:
         return list(leaves)

@@ -54,15 +54,10 @@ class StackPlan:
 
 
 def plan_stacks(leaves: Sequence[LeafPlan], dtypes: Sequence[str], max_bytes: int) -> StackPlan:
-    """Plans the stacks of a tree.
+    """Plans the stacks of a tree, from plans and dtypes of its leaves.
 
-    Args:
-        leaves: The plan of each leaf.
-        dtypes: The dtype of each leaf, by name; only equal ones share a stack.
-        max_bytes: Bound on the size of a stack in bytes; a single matrix may exceed it.
-
-    Returns:
-        The plan for `map_stacks`. Matrices without entries are in no stack.
+    A stack has one dtype and at most `max_bytes`, or a single matrix. Matrices without entries are
+    in no stack.
 
     Example:
         >>> from muonclip_jax.routing import MatrixSpec
@@ -86,16 +81,7 @@ def plan_stacks(leaves: Sequence[LeafPlan], dtypes: Sequence[str], max_bytes: in
 def map_stacks(
     function: Callable[[jax.Array], jax.Array], leaves: Sequence[jax.Array], plan: StackPlan
 ) -> list[jax.Array]:
-    """Applies `function` to every stack of `leaves`.
-
-    Args:
-        function: From `(count, rows, columns)` to the same shape and dtype.
-        leaves: The arrays, with the shapes of the plan.
-        plan: The plan.
-
-    Returns:
-        The leaves with every matrix replaced.
-    """
+    """Replaces every matrix of the leaves by `function` of its stack `(count, rows, columns)`."""
     parts = [to_matrices(x, leaf) for x, leaf in zip(leaves, plan.leaves, strict=True)]
     # Runs of a part arrive in order of `start`, for that is the order they were planned in.
     done: dict[tuple[int, int], list[jax.Array]] = {}

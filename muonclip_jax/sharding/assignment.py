@@ -24,12 +24,7 @@ class Assignment:
 
 
 def assign_round_robin(count: int, cost: float, groups: int) -> Assignment:
-    """Assigns equal matrices evenly.
-
-    Example:
-        >>> assign_round_robin(5, 1.0, 3)
-        Assignment(counts=((2,), (2,), (1,)), makespan=2.0)
-    """
+    """Assigns equal matrices evenly: five on three groups are 2, 2 and 1."""
     most, full = -(-count // groups), count % groups or groups
     return Assignment(((most,),) * full + ((most - 1,),) * (groups - full), most * cost)
 
@@ -46,8 +41,6 @@ def assign_longest_first(
     Example:
         >>> assign_longest_first([3, 2], [1.0, 2.0], 4, [3, 3])
         Assignment(counts=((2, 0), (1, 0), (0, 1), (0, 1)), makespan=2.0)
-        >>> assign_longest_first([3, 2], [1.0, 2.0], 4, [1, 1]).counts
-        ((1, 1), (1, 0), (1, 0), (0, 1))
 
     References:
         Graham 1969, "Bounds on multiprocessing timing anomalies".
@@ -78,12 +71,8 @@ def branches_of(
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
     """Returns the different rows of counts, most frequent first, and each group's index among them.
 
-    Groups without matrices run the most frequent branch: idling would not be faster, and a single
-    branch needs no conditional.
-
-    Example:
-        >>> branches_of([(1, 0), (0, 0), (1, 0), (0, 2)])
-        (((1, 0), (0, 2)), (0, 0, 0, 1))
+    Groups without matrices run the most frequent branch: waiting would not be faster, and one
+    branch alone needs no conditional.
     """
     branches = [row for row, _ in Counter(row for row in counts if any(row)).most_common()]
     number = {row: index for index, row in enumerate(branches)}

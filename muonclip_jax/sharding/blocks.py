@@ -57,35 +57,24 @@ class Block:
 
 @dataclass(frozen=True)
 class LocalLeaf:
-    """The local shard of a parameter.
-
-    Attributes:
-        plan: The matrices in the shard.
-        gathered: `(dimension, axes)` along which the shard is all-gathered first, because its
-            sharding prevents splitting or distributing it.
-        out_gathered: `(dimension, axes)` along which its result is all-gathered at the end.
-        blocks: For every part of the plan, the local block of each matrix.
-        order: The shard's dimensions, batch dimensions first.
-        permutations: For every part, the permutation from `(matrices, *dimensions)` to blocks.
-        batch: The axes that shard batch dimensions: the matrices themselves differ along them.
-    """
+    """A device's piece of a parameter: the matrices inside, and a block for every part of them."""
 
     plan: LeafPlan
+    blocks: tuple[Block, ...]
+    #: `(dimension, axes)` along which the piece is gathered first, and its result in the end.
     gathered: tuple[tuple[int, Axes], ...]
     out_gathered: tuple[tuple[int, Axes], ...]
-    blocks: tuple[Block, ...]
-    order: tuple[int, ...]
+    #: The dimensions that count matrices, and those of a matrix.
+    batch: tuple[int, ...]
+    own: tuple[int, ...]
+    #: For every part, the order of the latter that makes blocks, after the number of the matrix.
     permutations: tuple[tuple[int, ...], ...]
-    batch: frozenset[str]
+    #: The axes along which the matrices themselves differ.
+    batch_axes: frozenset[str]
 
 
 def make_block(reduction: Sequence[Dim], output: Sequence[Dim], sizes: Sizes) -> Block:
-    """The block of a wide matrix, from the parameter's own dimensions.
-
-    Example:
-        >>> make_block([(64, ())], [(2, ("tp",)), (16, ())], {"tp": 4}).columns
-        ((32, ('tp',)),)
-    """
+    """The block of a wide matrix, from the parameter's own dimensions."""
     rows, columns = _merged(reduction), _merged(output)
     if _length(reduction, sizes, sizes) > _length(output, sizes, sizes):
         return Block(columns, rows, transposed=True)
@@ -100,6 +89,7 @@ def _length(dims: Sequence[Dim], gathered: Container[str], sizes: Sizes) -> int:
 
 
 def _merged(dims: Sequence[Dim]) -> tuple[Dim, ...]:
+    """Dimensions merged where sharding allows it: `(2, tp), (16,)` are `(32, tp)`."""
     merged: list[Dim] = []
     for length, axes in dims:
         if merged and not axes:
@@ -164,8 +154,7 @@ def plan_local(
         for axis, (names, kept) in enumerate(zip(in_axes, out_axes, strict=True))
         if len(names) > len(kept)
     )
-    order = batch + own
-    return LocalLeaf(plan, tuple(gathered), out_gathered, blocks, order, permutations, differ)
+    return LocalLeaf(plan, blocks, tuple(gathered), out_gathered, batch, own, permutations, differ)
 
 
 def _local_split(split: Split, ways: int) -> Split | None:
@@ -184,7 +173,7 @@ def local_matrices(x: jax.Array, local: LocalLeaf) -> list[jax.Array]:
     for axis, names in local.gathered:
         x = lax.all_gather(x, names, axis=axis, tiled=True)
     return [
-        piece.transpose(local.order).reshape(part.count, *_own(part, local))
+        piece.transpose(local.batch + local.own).reshape(part.count, *_own_shape(part, local))
         for piece, part in zip(split_leaf(x, local.plan.splits), local.plan.parts, strict=True)
     ]
 
@@ -196,11 +185,11 @@ def to_blocks(x: jax.Array, local: LocalLeaf, part: int) -> jax.Array:
 
 def from_blocks(blocks: Sequence[jax.Array], local: LocalLeaf) -> jax.Array:
     """Undoes `local_matrices` and `to_blocks`."""
-    pieces = []
+    pieces, order = [], local.batch + local.own
     for x, part, permutation in zip(blocks, local.plan.parts, local.permutations, strict=True):
-        own = (part.count, *_own(part, local))
-        x = x.reshape([own[axis] for axis in permutation]).transpose(_inverse(permutation))
-        x = x.reshape([part.shape[axis] for axis in local.order]).transpose(_inverse(local.order))
+        shape = (part.count, *_own_shape(part, local))
+        x = x.reshape([shape[axis] for axis in permutation]).transpose(inverse_of(permutation))
+        x = x.reshape([part.shape[axis] for axis in order]).transpose(inverse_of(order))
         pieces.append(x)
     x = join_leaf(pieces, local.plan.splits)
     for axis, names in local.gathered:
@@ -211,11 +200,10 @@ def from_blocks(blocks: Sequence[jax.Array], local: LocalLeaf) -> jax.Array:
     return x
 
 
-def _own(part: Part, local: LocalLeaf) -> list[int]:
-    """Lengths of a matrix's dimensions, in the parameter's order."""
-    count = len(local.permutations[0]) - 1
-    return [part.shape[axis] for axis in local.order[len(local.order) - count :]]
+def _own_shape(part: Part, local: LocalLeaf) -> list[int]:
+    return [part.shape[axis] for axis in local.own]
 
 
-def _inverse(permutation: Sequence[int]) -> list[int]:
+def inverse_of(permutation: Sequence[int]) -> list[int]:
+    """The permutation that undoes another."""
     return [permutation.index(axis) for axis in range(len(permutation))]

@@ -30,16 +30,8 @@ def slice_of(device: Any) -> int:
 def dcn_axes(mesh: Mesh | AbstractMesh) -> Axes:
     """Returns the axes of a mesh along which no two devices are in the same slice.
 
-    Args:
-        mesh: The mesh. An abstract mesh has no devices, so no axis is a DCN axis, with a warning if
-            this program has devices of several slices.
-
-    Returns:
-        Names of axes, in the order of the mesh.
-
-    Example:
-        >>> dcn_axes(jax.make_mesh((2, 4), ("slice", "fsdp")))
-        ()
+    An abstract mesh does not know its devices: then no axis is a DCN axis, with a warning where
+    this program has devices of several slices.
     """
     if not isinstance(mesh, Mesh):
         slices = len(set(map(slice_of, jax.devices())))

@@ -26,7 +26,7 @@ import numpy as np
 from jax import lax
 
 from muonclip_jax._devices import all_gather
-from muonclip_jax.sharding.blocks import Block
+from muonclip_jax.sharding.blocks import Block, inverse_of
 from muonclip_jax.sharding.mesh_shardings import Axes, Sizes
 from muonclip_jax.sharding.plan import Bucket, Exchange
 
@@ -81,7 +81,7 @@ def scatter_results(
     x = x[:, :, : block.gathered_shape(sharded, sizes)[1]]
     order = _interleaved(block, sharded)
     shape = (slots, *(sizes[axis] for axis in sharded), *block.shape)
-    x = x.reshape([shape[axis] for axis in order]).transpose(np.argsort(order).tolist())
+    x = x.reshape([shape[axis] for axis in order]).transpose(inverse_of(order))
     x = x.reshape(slots, _size(sharded, sizes), *block.shape)
     if sharded:
         x = lax.all_to_all(x, sharded, split_axis=1, concat_axis=1, tiled=True)

@@ -20,18 +20,13 @@ Sizes: TypeAlias = Mapping[str, int]
 
 @dataclasses.dataclass(frozen=True)
 class MeshShardings:
-    """A mesh, and the axes that shard every leaf.
-
-    Attributes:
-        mesh: The mesh, as `jax.shard_map` takes it.
-        sizes: Names and sizes of the axes that are not manual, the slowest first.
-        leaves: For every leaf, the axes that shard each of its dimensions.
-        dcn: The axes that cross the slow network between slices.
-    """
+    """A mesh as `jax.shard_map` takes it, and the axes that shard each dimension of each leaf."""
 
     mesh: Mesh | AbstractMesh
+    #: Names and sizes of the axes that are not manual, the slowest first.
     sizes: tuple[tuple[str, int], ...]
     leaves: tuple[LeafAxes, ...]
+    #: Those of the axes that cross the network between slices.
     dcn: Axes = ()
 
     def of(self, leaves: Sequence[int]) -> "MeshShardings":
@@ -76,11 +71,7 @@ def place(x: jax.Array, sharding: NamedSharding) -> jax.Array:
 
 
 def on_devices(sharding: NamedSharding) -> NamedSharding:
-    """The same sharding on a concrete mesh: the one set by `jax.set_mesh`.
-
-    Raises:
-        ValueError: If no such mesh is set.
-    """
+    """The same sharding on a mesh that knows its devices: the one that `jax.set_mesh` set."""
     if isinstance(sharding.mesh, Mesh):
         return sharding
     mesh = jax.sharding.get_mesh()

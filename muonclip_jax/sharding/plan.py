@@ -10,12 +10,7 @@ from muonclip_jax.sharding.mesh_shardings import Axes, Sizes
 
 @dataclass(frozen=True)
 class Exchange:
-    """Mesh axes over which a stack of matrices is distributed.
-
-    Attributes:
-        matrix_axes: Mesh axes along which devices process different matrices.
-        column_axes: Mesh axes along which devices process different columns of the same matrices.
-    """
+    """How devices share a stack: different matrices along some mesh axes, columns along others."""
 
     matrix_axes: Axes
     column_axes: Axes
@@ -31,51 +26,36 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Matrices of a job with the same sharding, which are sent in one collective.
+    """Matrices of a job that are sharded in the same way and are sent together."""
 
-    Attributes:
-        block: The block of each matrix on one device.
-        runs: The matrices, in local numbering.
-        slots: Maximum number of them per group of devices.
-        places: Destination of each, `slot * groups + group`, ascending. Other places are padding.
-    """
-
+    #: What a device holds of each.
     block: Block
+    #: The matrices, as a device counts them.
     runs: tuple[Run, ...]
+    #: How many of them a group of devices gets at most.
     slots: int
+    #: Where each goes, `slot * groups + group`, ascending. Other places are padding.
     places: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Job:
-    """Matrices of one shape that are sent and processed together.
-
-    Attributes:
-        shape: Rows and columns of each matrix.
-        dtype: Their dtype, by name.
-        buckets: The matrices, by sharding.
-        slots: For every group of devices the slots, over all buckets, that are not padding.
-    """
+    """Matrices of one shape that are worked on together, by how they are sharded."""
 
     shape: tuple[int, int]
     dtype: str
     buckets: tuple[Bucket, ...]
+    #: For every group of devices the slots, counted over all buckets, with real matrices.
     slots: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class Round:
-    """Jobs with the same exchange, and the number of matrices of each job per group of devices.
-
-    Attributes:
-        exchange: The mesh axes for matrices and for columns.
-        jobs: The jobs.
-        branches: The different tuples of matrix counts, one count per job.
-        branch: For each group of devices, the index of its branch.
-    """
+    """Jobs that share an exchange, and how many matrices of each a group of devices works on."""
 
     exchange: Exchange
     jobs: tuple[Job, ...]
+    #: The different numbers of matrices, one for every job, and the branch of each group.
     branches: tuple[tuple[int, ...], ...]
     branch: tuple[int, ...]
 

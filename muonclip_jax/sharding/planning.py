@@ -37,8 +37,8 @@ Kind: TypeAlias = tuple[int, int, str]
 #: Matrices of one kind: what a device holds of each, and its leaf, part and number in the part.
 Members: TypeAlias = list[tuple[Block, int, int, int]]
 Matrices: TypeAlias = Mapping[Kind, Members]
-#: How to share which matrices; no assignment is round-robin of one kind.
-Rounds: TypeAlias = list[tuple[Exchange, Matrices, Assignment | None]]
+#: How to share which matrices.
+Rounds: TypeAlias = list[tuple[Exchange, Matrices, Assignment]]
 #: `(rows, columns, dtype, ways)` to the cost of a matrix that is split `ways` ways, in
 #: floating-point operations a device, collectives included.
 Cost: TypeAlias = Callable[[int, int, str, int], float]
@@ -80,9 +80,9 @@ def plan_for(
         shared = _sharing_axes(lengths, dcn, options.axes, in_axes[leaf], spec)
         local = plan_local(shape, spec, in_axes[leaf], out_axes[leaf], shared, lengths)
         leaves.append(local)
-        apart = shared - local.batch
+        apart = shared - local.batch_axes
         axes = tuple(name for name, size in sizes if size > 1 and name in apart)
-        pool = pools.setdefault((axes, local.batch), {})
+        pool = pools.setdefault((axes, local.batch_axes), {})
         for number, (part, block) in enumerate(zip(local.plan.parts, local.blocks, strict=True)):
             rows, columns = block.gathered_shape(lengths, lengths)
             if rows * columns * part.count:
@@ -90,7 +90,7 @@ def plan_for(
                 members += [(block, leaf, number, index) for index in range(part.count)]
     cost = functools.partial(_cost, polar, options)
     rounds = [
-        _make_round(*arguments, lengths)
+        _make_round(*arguments)
         for (axes, _), pool in pools.items()
         for arguments in _plan_pool(pool, axes, lengths, options, cost)
     ]
@@ -146,7 +146,9 @@ def _plan_pool(
             last = parts.pop()
             stop = len(last) // groups * groups
             even[kind], left[kind], limits[kind] = last[:stop], last[stop:], limit
-        rounds += [(exchange, {kind: part}, None) for part in parts]
+        rounds += [
+            (exchange, {kind: part}, assign_round_robin(len(part), 1.0, groups)) for part in parts
+        ]
     return rounds + _last_rounds(even, left, limits, exchanges, sizes, cost)
 
 
@@ -162,13 +164,12 @@ def _last_rounds(
 
     def round_robin(exchange: Exchange, matrices: Matrices) -> tuple[float, Rounds]:
         ways, groups = exchange.ways(sizes), exchange.groups(sizes)
-        assigned = [
-            assign_round_robin(len(members), cost(*kind, ways), groups)
-            for kind, members in matrices.items()
+        rounds: Rounds = [
+            (exchange, {kind: x}, assign_round_robin(len(x), cost(*kind, ways), groups))
+            for kind, x in matrices.items()
+            if x
         ]
-        return sum(one.makespan for one in assigned), [
-            (exchange, {kind: members}, None) for kind, members in matrices.items()
-        ]
+        return sum(assignment.makespan for *_, assignment in rounds), rounds
 
     def longest_first(exchange: Exchange, matrices: Matrices) -> tuple[float, Rounds]:
         ways, groups = exchange.ways(sizes), exchange.groups(sizes)
@@ -183,8 +184,8 @@ def _last_rounds(
         return assigned.makespan, [(exchange, matrices, assigned)]
 
     whole = exchanges[0]
-    together = {kind: even[kind] + left[kind] for kind in even if even[kind] or left[kind]}
-    evenly, rounds = round_robin(whole, {kind: even[kind] for kind in even if even[kind]})
+    together = {kind: even[kind] + left[kind] for kind in even}
+    evenly, rounds = round_robin(whole, even)
     left = {kind: members for kind, members in left.items() if members}
     # On a tie the first: it has no branches, and no collectives between the steps.
     choices = [round_robin(whole, together), longest_first(whole, together)]
@@ -208,16 +209,12 @@ def _exchanges(axes: Axes, sizes: Sizes) -> list[Exchange]:
     )
 
 
-def _make_round(
-    exchange: Exchange, matrices: Matrices, assignment: Assignment | None, sizes: Sizes
-) -> Round:
-    """The round in which the given matrices are processed."""
-    if assignment is None:
-        (members,) = matrices.values()
-        counts = assign_round_robin(len(members), 1.0, exchange.groups(sizes)).counts
-        branches, branch = (counts[0],), (0,) * len(counts)
+def _make_round(exchange: Exchange, matrices: Matrices, assignment: Assignment) -> Round:
+    """The round in which devices work on the given matrices."""
+    counts = assignment.counts
+    if len(matrices) == 1:
+        branches, branch = (max(counts),), (0,) * len(counts)
     else:
-        counts = assignment.counts
         branches, branch = branches_of(counts)
     jobs = tuple(
         _make_job(kind, members, [row[number] for row in counts])

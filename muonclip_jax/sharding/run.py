@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from muonclip_jax._devices import vary_like
 from muonclip_jax.matrices import map_matrices, orthogonalize_on_one_device
 from muonclip_jax.newton_schulz import (
     PolarPlan,
@@ -163,7 +164,7 @@ def _run_locally(
         gathered = [
             [
                 gather_matrices(
-                    _select_blocks(parts, plan, bucket, exchange), bucket.block, exchange, sizes
+                    _select_blocks(settings, parts, bucket, exchange), bucket.block, exchange, sizes
                 )
                 for bucket in job.buckets
             ]
@@ -190,46 +191,52 @@ def _run_locally(
 
 
 def _select_blocks(
-    parts: Sequence[Sequence[jax.Array]], plan: MeshPlan, bucket: Bucket, exchange: Exchange
+    settings: _Settings, parts: Sequence[Sequence[jax.Array]], bucket: Bucket, exchange: Exchange
 ) -> jax.Array:
     """The blocks of a bucket that this device sends."""
+    _, plan, *_ = settings
+    assert plan is not None
     members, replicating = members_sent(bucket, exchange, dict(plan.sizes))
-    xs = [parts[run.leaf][run.part][run.start : run.stop] for run in bucket.runs]
 
     def blocks_of(number: int, x: jax.Array) -> jax.Array:
         run = bucket.runs[number]
         return to_blocks(x, plan.leaves[run.leaf], run.part)
 
     if not replicating:
-        (order,) = members
-        stack = jnp.concatenate([blocks_of(number, x) for number, x in enumerate(xs)])
+        runs = [lax.slice_in_dim(parts[x.leaf][x.part], x.start, x.stop) for x in bucket.runs]
+        stack = jnp.concatenate([blocks_of(number, x) for number, x in enumerate(runs)])
         if bucket.places == tuple(range(len(stack))):
-            return jnp.pad(stack, [(0, len(order) - len(stack))] + [(0, 0)] * (stack.ndim - 1))
-        return stack[order]
+            padding = members.size - len(stack)
+            return jnp.pad(stack, [(0, padding)] + [(0, 0)] * (stack.ndim - 1))
+        return stack[members[0]]
+    # For every place along the replicating axes and every matrix: its run, and its index.
+    bounds = np.cumsum([0, *(run.stop - run.start for run in bucket.runs)])
+    numbers = np.searchsorted(bounds, members, side="right") - 1
+    indices = members - bounds[numbers] + np.array([run.start for run in bucket.runs])[numbers]
     me = lax.axis_index(replicating)
-    bounds = np.cumsum([0, *map(len, xs)])
-    sources = np.searchsorted(bounds, members, side="right") - 1
-    indices = (members - bounds[sources]).astype(np.int32)
+
+    def select_one(number: int) -> Callable[[jax.Array], jax.Array]:
+        x = vary_like(parts[bucket.runs[number].leaf][bucket.runs[number].part], me)
+        # Without the barrier, XLA moves the slice, which all branches have, behind them, and what a
+        # branch then returns is a copy of the whole parameter.
+        return lambda index: lax.optimization_barrier(
+            blocks_of(number, lax.dynamic_slice_in_dim(x, index, 1))
+        )
+
     pieces = []
-    # Neighbours that come from the same runs, whatever the device's place, are selected together.
-    for runs, columns in itertools.groupby(
-        range(members.shape[1]), key=lambda column: sorted({*sources[:, column].tolist()})
+    for among, columns in itertools.groupby(
+        range(members.shape[1]), key=lambda column: sorted({*numbers[:, column].tolist()})
     ):
         some = list(columns)
-        source, index = (jnp.asarray(table[:, some])[me] for table in (sources, indices))
-        piece = blocks_of(runs[0], _take(xs[runs[0]], index))
-        for run in runs[1:]:
-            here = (source == run).reshape(-1, *[1] * (piece.ndim - 1))
-            piece = jnp.where(here, blocks_of(run, _take(xs[run], index)), piece)
-        pieces.append(piece)
+        number, index = jnp.asarray(np.array([numbers[:, some], indices[:, some]], np.int32))[:, me]
+        if len(among) == 1 and len(some) > _SLICES:
+            run = bucket.runs[among[0]]
+            pieces.append(blocks_of(among[0], parts[run.leaf][run.part][index]))
+            continue
+        branches = [select_one(each) for each in among]
+        branch = jnp.searchsorted(jnp.asarray(among), number)
+        pieces += [lax.switch(branch[i], branches, index[i]) for i in range(len(some))]
     return jnp.concatenate(pieces)
-
-
-def _take(x: jax.Array, indices: jax.Array) -> jax.Array:
-    """Some matrices of `x`, by slices if few, so that compilers compute only those of `x`."""
-    if len(indices) > _SLICES:
-        return x.at[indices].get(mode="clip")
-    return jnp.concatenate([lax.dynamic_slice_in_dim(x, index, 1) for index in indices])
 
 
 def _orthogonalize_stacks(

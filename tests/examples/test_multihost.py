@@ -114,6 +114,19 @@ def test_a_restart_ends_with_the_same_bits(runs: dict[str, Any], shared: dict[st
     assert metrics(folder) == metrics(base / "whole")
 
 
+def check_same_run(folder: Path, base: Path) -> None:
+    """Compares what a run ends with to the run without a break, in units of what it moved.
+
+    Other devices add float32 gradients in another order. A difference of the last bit, 6e-8, grows
+    up to the slope of Newton-Schulz's polynomial at zero (hundreds) in the directions of small
+    singular values, and 40 steps carry it on: 5e-5 of what the parameters move was measured.
+    """
+    begun, expected = saved_state(base / "killed", EVERY), saved_state(base / "whole")
+    for path, leaf in saved_state(folder).items():
+        moved = np.linalg.norm(expected[path] - begun[path])
+        assert np.linalg.norm(leaf - expected[path]) <= 1e-4 * moved, path
+
+
 def test_one_process_goes_on_from_the_checkpoint_of_many(
     runs: dict[str, Any], shared: dict[str, str]
 ):
@@ -125,10 +138,7 @@ def test_one_process_goes_on_from_the_checkpoint_of_many(
         single.finish()
     assert single.lines(0)[0].endswith(f"from step {EVERY}")
     assert "1 processes" in single.lines(0)[0]
-    # The same devices in one process add in another order, and 40 steps carry that on.
-    expected = saved_state(base / "whole")
-    for path, leaf in saved_state(folder).items():
-        np.testing.assert_allclose(leaf, expected[path], rtol=0, atol=1e-5, err_msg=path)
+    check_same_run(folder, base)
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -156,10 +166,7 @@ def test_a_run_goes_on_where_the_devices_do_not_divide_the_batch(
     said = three.lines(0)
     assert said[0].endswith(f"mesh {{'fsdp': 3, 'tp': 1}}, from step {EVERY}")
     assert "3 devices along fsdp do not divide --batch-size 8" in said[1]
-    # Sums over other devices, carried on by 40 steps.
-    expected = saved_state(base / "whole")
-    for path, leaf in saved_state(folder).items():
-        np.testing.assert_allclose(leaf, expected[path], rtol=0, atol=1e-5, err_msg=path)
+    check_same_run(folder, base)
 
 
 def test_devices_that_would_do_nothing_are_refused(tmp_path: Path, shared: dict[str, str]):
@@ -203,16 +210,6 @@ def test_ports_are_not_those_of_outgoing_connections():
     ports = [free_port() for _ in range(3)]
     assert len(set(ports)) == 3
     assert all(20_000 <= port < 30_000 for port in ports)
-
-
-def test_a_machine_of_a_cluster_is_none_to_the_tests():
-    kept = {"PATH": "/bin", "HOME": "/root"}
-    inside = {
-        "KUBERNETES_SERVICE_HOST": "10.0.0.1",
-        "SLURM_JOB_ID": "7",
-        "OMPI_COMM_WORLD_SIZE": "2",
-    }
-    assert alone(kept | inside) == kept
 
 
 def test_the_page_starts_two_processes(tmp_path: Path, shared: dict[str, str]):
