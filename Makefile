@@ -126,10 +126,10 @@ stacks: .venv-stacks/$(STACK)/.ready  ## run a recipe of docs/stacks with the re
 # The folders whose tests compile little. What a change is about runs beside them by
 # `make quick ARGS=tests/attention`.
 QUICK := tests/routing tests/matrices/test_parts.py tests/matrices/test_stacks.py \
-	tests/matrices/test_scales.py tests/newton_schulz/test_coefficients.py \
-	tests/clipping/test_gamma.py tests/clipping/test_maxima.py tests/clipping/test_describe.py \
-	tests/transforms/test_muon.py tests/transforms/test_shape.py tests/test_muonclip.py \
-	tests/test_imports.py tests/test_commands.py
+	tests/newton_schulz/test_coefficients.py tests/clipping/test_gamma.py \
+	tests/clipping/test_maxima.py tests/clipping/test_describe.py tests/transforms/test_muon.py \
+	tests/transforms/test_shape.py tests/test_muonclip.py tests/test_imports.py \
+	tests/test_commands.py
 
 quick: lint imports  ## the inner loop, under two minutes: the tests that compile little
 	$(BIN)/basedpyright muonclip_jax
@@ -138,6 +138,7 @@ quick: lint imports  ## the inner loop, under two minutes: the tests that compil
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/python tools/check_sizes.py
 
 types: $(READY)
 	$(BIN)/basedpyright
