@@ -206,7 +206,7 @@ def test_describe_takes_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_doctor_passes_here(capsys: pytest.CaptureFixture[str]):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    assert f"jax {importlib.metadata.version('jax')} (0.10 or newer)" in printed
+    assert f"jax {importlib.metadata.version('jax')} (0.9.2 or newer)" in printed
     assert "8 x cpu" in printed
     assert "(768, 3072): ns_method 'gram', ns_dtype 'float32'" in printed
     assert "dot_product_attention: 'xla' is available and is the default" in printed
@@ -219,7 +219,7 @@ def test_doctor_fails_where_something_is_too_old_or_breaks(monkeypatch: Any, cap
         raise RuntimeError("no backend")
 
     real = importlib.metadata.version
-    versions = {"optax": "0.2.7", "jax": "0.9.2"}  # compared as numbers
+    versions = {"optax": "0.2.5", "jax": "0.8.10"}  # compared as numbers
     monkeypatch.setattr(
         importlib.metadata, "version", lambda name: versions.get(name) or real(name)
     )
@@ -227,8 +227,8 @@ def test_doctor_fails_where_something_is_too_old_or_breaks(monkeypatch: Any, cap
         monkeypatch.setattr(doctor, name, lambda: iter(()))
     assert main(["doctor"]) == 1
     printed = capsys.readouterr().out
-    assert "FAIL optax 0.2.7 is too old: pip install 'optax>=0.2.8'" in printed
-    assert "FAIL jax 0.9.2 is too old: pip install 'jax>=0.10'" in printed
+    assert "FAIL optax 0.2.5 is too old: pip install 'optax>=0.2.6'" in printed
+    assert "FAIL jax 0.8.10 is too old: pip install 'jax>=0.9.2'" in printed
     versions.clear()
     monkeypatch.setattr(doctor, "devices", broken)
     assert main(["doctor"]) == 1
