@@ -108,13 +108,12 @@ def orthogonalize_updates(
         ns_implementation,
         platform,
     )
-    dims = weight_dimension_numbers
     orthogonalizer = Orthogonalizer(
         polar,
         eps,
         adaptive,
         rules,
-        dims,
+        weight_dimension_numbers,
         param_shardings,
         axis_name,
         distribution or DEFAULT_DISTRIBUTION,
@@ -132,7 +131,7 @@ def orthogonalize_updates(
     ) -> tuple[optax.Updates, Any]:
         del params, extra_args
         leaves = orthogonalizer.read(updates)
-        if param_shardings is not None or orthogonalizer.distribution.shard_momentum:
+        if orthogonalizer.places:
             updates = place_tree(updates, leaves.sharded)
         return orthogonalizer.polar_factors(updates, leaves), state
 
@@ -174,9 +173,9 @@ class Orthogonalizer:
         check_type("axis_name", self.axis_name, str | tuple | None, "'data' or ('data', 'fsdp')")
 
     @property
-    def mapped_axes(self) -> tuple[str, ...]:
-        """`axis_name` as a tuple."""
-        return (self.axis_name,) if isinstance(self.axis_name, str) else self.axis_name or ()
+    def places(self) -> bool:
+        """Whether momentum and directions are placed on the mesh, or left as JAX shards them."""
+        return self.param_shardings is not None or self.distribution.shard_momentum
 
     def read(self, tree: optax.Updates, init: bool = False) -> Leaves:
         """Decides what the matrices are and how they are sharded; at `init` checks dtypes too."""
@@ -197,7 +196,9 @@ class Orthogonalizer:
 
     def polar_factors(self, directions: optax.Updates, leaves: Leaves) -> optax.Updates:
         """Replaces each matrix of the directions, sharded as `leaves.sharded`."""
-        _check_equal_along(self.mapped_axes, leaves.specs)
+        name = self.axis_name
+        mapped_axes = (name,) if isinstance(name, str) else name or ()
+        _check_equal_along(mapped_axes, leaves.specs)
         xs, treedef = jax.tree.flatten(directions)
         polars = orthogonalize_leaves(
             self.polar,
@@ -206,7 +207,7 @@ class Orthogonalizer:
             [spec for _, _, spec in leaves.specs],
             leaves.sharded,
             leaves.shardings,
-            self.mapped_axes,
+            mapped_axes,
             self.distribution,
         )
         if self.adaptive:

@@ -69,8 +69,7 @@ def on_mesh(
     if param_shardings is None:
         return tx
 
-    def placed(state: Any, like: Tree) -> Any:
-        shardings = mesh_shardings(like, param_shardings)
+    def placed(state: Any, like: Tree, shardings: MeshShardings | None) -> Any:
         if shardings is None or not moments:
             return state
         by_leaf = jax.tree.unflatten(jax.tree.structure(like), shardings.shardings())
@@ -79,12 +78,13 @@ def on_mesh(
         )
 
     def init_fn(params: optax.Params) -> Any:
-        return placed(tx.init(params), params)
+        return placed(tx.init(params), params, mesh_shardings(params, param_shardings))
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
         new, after = tx.update(updates, state, params, **extra_args)
-        return place_tree(new, mesh_shardings(updates, param_shardings)), placed(after, updates)
+        shardings = mesh_shardings(updates, param_shardings)
+        return place_tree(new, shardings), placed(after, updates, shardings)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -161,26 +161,24 @@ def scale_by_muon(
         ns_implementation,
         platform,
     )
-    dims = weight_dimension_numbers
     orthogonalizer = Orthogonalizer(
         polar,
         eps,
         adaptive,
         rules,
-        dims,
+        weight_dimension_numbers,
         param_shardings,
         axis_name,
         distribution or DEFAULT_DISTRIBUTION,
     )
-    shard_momentum = orthogonalizer.distribution.shard_momentum
 
     def init_fn(params: optax.Params) -> MuonState:
         check_moments(params, mu_dtype)
         leaves = orthogonalizer.read(params, init=True)
-        if param_shardings is None and not shard_momentum:
-            mu = optax.tree.zeros_like(params, dtype=mu_dtype)
-        else:
+        if orthogonalizer.places:
             mu = zeros_on_mesh(params, mu_dtype, leaves.sharded)
+        else:
+            mu = optax.tree.zeros_like(params, dtype=mu_dtype)
         # Where an update leaves it, so that the second step has the types of the first.
         return MuonState(count=replicate(jnp.zeros([], jnp.int32), leaves.shardings), mu=mu)
 
@@ -196,7 +194,7 @@ def scale_by_muon(
             before = place_tree(before, leaves.sharded)
         elif leaves.sharded is not None:
             check_momentum(before, leaves.sharded)
-        if param_shardings is not None or shard_momentum:
+        if orthogonalizer.places:
             updates = place_tree(updates, leaves.sharded)
         count = jnp.asarray(optax.safe_increment(jnp.asarray(state.count)))
         decay = value_at(beta, state.count)
@@ -216,7 +214,7 @@ def scale_by_muon(
         directions = jax.tree.map(functools.partial(_direction, weights), mu, updates)
         polars = orthogonalizer.polar_factors(directions, leaves)
         mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
-        if shard_momentum:
+        if orthogonalizer.distribution.shard_momentum:
             mu = place_tree(mu, leaves.sharded)
         return polars, MuonState(count=count, mu=mu)
 
