@@ -132,13 +132,14 @@ def hyperball(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Takes a step relative to the norm of the weights and keeps that norm: Hyperball.
 
-    With the direction `U` and the Frobenius norm `R` that a matrix had at the first update,
+    With the direction `U` and the norm of the weights `R = ||W||_F`,
 
         V = W - learning_rate R U / ||U||_F
         W <- R V / ||V||_F
 
     It replaces `scale_by_shape`, weight decay and the learning rate, because the result does not
-    depend on the norms of `U` and `V`. After `scale_by_muon` it is MuonH.
+    depend on the norms of `U` and `V`. After `scale_by_muon` it is MuonH. `R` is at most the norm
+    at the first update; a norm that `qk_clip` has reduced since then stays reduced.
 
     For a matrix that is zero at the first update, `R` is the norm of LeCun initialisation,
     `sqrt(fan_out)`, as an upper bound: it grows by `learning_rate R` per step until it has that
@@ -204,7 +205,7 @@ def hyperball(
             wide = jnp.promote_types(jnp.promote_types(u.dtype, p.dtype), jnp.float32)
             u_wide, p_wide = u.astype(wide), p.astype(wide)
             fan_out = a.size(u.shape, "outputs").astype(n.dtype)
-            radius = jnp.where(n == 0, jnp.sqrt(fan_out), n)
+            radius = jnp.where(n == 0, jnp.sqrt(fan_out), jnp.minimum(n, a.norm(p_wide, "matrix")))
             moved = p_wide - rate * _ratio(radius, a.norm(u, "matrix")) * u_wide
             length = a.norm(moved, "matrix")
             kept = jnp.where(n == 0, jnp.minimum(length, radius), radius)

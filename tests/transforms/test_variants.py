@@ -160,6 +160,30 @@ def test_hyperball_keeps_norms_and_lets_a_zero_matrix_grow(params: Any):
     assert float(jnp.linalg.norm(far["plain"])) == pytest.approx(4.0, rel=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["merged", "per_head"])
+def test_hyperball_keeps_the_norm_that_a_clip_left(attention: str):
+    """The clip is last in the chain; restoring the first norm would undo it in the next step."""
+    names = {name: {"kernel": (8, 2, 4)} for name in ("query", "key", "value")}
+    params, grads = (normal_tree({"attn": names}, seed) for seed in (0, 1))
+    rules = mc.MatrixRules(attention=attention)
+    tx = optax.chain(mc.scale_by_muon(rules=rules), mc.hyperball(0.1, rules=rules), mc.qk_clip())
+    state, axes = tx.init(params), (0, 2) if attention == "per_head" else (0, 1, 2)
+
+    def norms(params: Any) -> list[np.ndarray]:
+        kernels = (np.float64(params["attn"][name]["kernel"]) for name in ("query", "key"))
+        return [np.sqrt(np.square(kernel).sum(axes)) for kernel in kernels]
+
+    first, seen = norms(params), []
+    for largest in (400.0, 50.0, 50.0):
+        maxima = {"attn": jnp.asarray([largest, 1.0])}
+        updates, state = update(tx, grads, state, params, max_logits=maxima)
+        params = optax.apply_updates(params, updates)
+        seen.append(norms(params))
+    np.testing.assert_allclose(seen[1:], [seen[0]] * 2, rtol=1e-6)
+    if attention == "per_head":
+        np.testing.assert_allclose(np.divide(seen[0], first), [[0.5, 1.0]] * 2, rtol=1e-6)
+
+
 @pytest.mark.parametrize("cautious", [False, True])
 def test_weight_decay_is_cautious_and_falls_with_the_width(cautious: bool):
     def decayed(u: np.ndarray, w: np.ndarray) -> np.ndarray:
