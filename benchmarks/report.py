@@ -1,4 +1,4 @@
-"""Writes the tables of the README and of the docs from the stored results.
+"""Writes the tables of the docs from the stored results.
 
     python benchmarks/report.py
 
@@ -70,7 +70,6 @@ def _trained(write: Callable[..., str], **settings: Any) -> Callable[[Results], 
 Blocks = Mapping[str, Callable[[Results], str]]
 #: Every part of each page that is written here.
 PAGES: Mapping[str, Blocks] = {
-    "README.md": {"comparison": _trained(report_training.comparison_table)},
     "docs/comparison.md": {
         "comparison": _trained(report_training.comparison_table),
         "second text": _trained(report_training.second_text_table),
@@ -118,7 +117,7 @@ def main() -> None:
     """Writes the pages."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--root", type=Path, default=ROOT, help="the folder of the README")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the folder that holds docs/")
     parser.add_argument("--check", action="store_true", help="only compare")
     parser.add_argument("--plot", action="store_true", help=f"also draw {PICTURE}")
     options = parser.parse_args()

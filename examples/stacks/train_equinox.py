@@ -75,7 +75,7 @@ def loss_fn(params, static, tokens):
 
 model = Model(32, 4, jax.random.key(0))
 params, static = eqx.partition(model, eqx.is_inexact_array)
-tx = mc.muonclip(learning_rate=5e-3, qk_clip_threshold=20.0)
+tx = mc.muonclip(learning_rate=2e-3, qk_clip_threshold=20.0)
 state = tx.init(params)
 
 

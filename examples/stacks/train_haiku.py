@@ -54,7 +54,7 @@ def loss_fn(params, tokens):
 
 
 params, maxima = model.init(jax.random.key(0), batch(0))
-tx = mc.muonclip(learning_rate=5e-3, qk_clip_threshold=20.0)
+tx = mc.muonclip(learning_rate=2e-3, qk_clip_threshold=20.0)
 state = tx.init(params)
 
 

@@ -58,7 +58,7 @@ def loss_fn(params, tokens):
 
 
 model = Model()
-tx = mc.muonclip(learning_rate=5e-3, qk_clip_threshold=20.0)
+tx = mc.muonclip(learning_rate=2e-3, qk_clip_threshold=20.0)
 params = model.init(jax.random.key(0), batch(0))["params"]
 train_state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 

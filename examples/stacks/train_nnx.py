@@ -79,7 +79,7 @@ def create():
     )
     nnx.update(model, jax.device_put(params, shardings))
     maxima = nnx.eval_shape(lambda model: loss_fn(model, batch(0))[1], model)
-    tx = mc.muonclip(learning_rate=5e-3, qk_clip_threshold=20.0, param_shardings=shardings)
+    tx = mc.muonclip(learning_rate=2e-3, qk_clip_threshold=20.0, param_shardings=shardings)
     tx = mc.metrics(tx, every=10, qk_clip_threshold=20.0)
     tx = mc.accumulate(tx, MICRO_BATCHES, max_logits=maxima, param_shardings=shardings)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)

@@ -123,7 +123,7 @@ def test_the_report_writes_pages(results, tmp_path):
     for said in ("| ours, minimax4 |", "| fused q k v |", "T = 256"):
         assert said in text["docs/performance.md"]
     # What is stored is what is published: the pages of the repository.
-    for name in ("README.md", "docs/scaling.md", "docs/comparison.md"):
+    for name in ("docs/scaling.md", "docs/comparison.md"):
         assert text[name] == (ROOT / name).read_text()
     assert (tmp_path / PICTURE).read_bytes().startswith(b"\x89PNG")
     assert run("report", *options, "--check").returncode == 0

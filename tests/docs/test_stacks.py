@@ -1,5 +1,6 @@
 """The pages of `docs/stacks` show the code of the recipes that run, whatever its indentation."""
 
+import os
 import re
 import subprocess
 import sys
@@ -32,6 +33,22 @@ def test_every_recipe_has_a_page_and_named_versions():
     for path in (ROOT / "stacks").glob("*.txt"):
         lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
         assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "package"),
+    [("plain_jax", "jax"), ("linen", "flax"), ("nnx", "flax"), ("equinox", "equinox")]
+    + [("haiku", "haiku")],
+)
+def test_a_recipe_runs(recipe: str, package: str, tmp_path):
+    pytest.importorskip(package, reason=f"`make stacks STACK={recipe}` makes its environment")
+    subprocess.run(
+        [sys.executable, f"examples/stacks/train_{recipe}.py", tmp_path],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        check=True,
+    )
 
 
 @pytest.mark.slow
