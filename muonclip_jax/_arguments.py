@@ -3,8 +3,10 @@
 Checks look at Python values and let tracers pass.
 """
 
+import contextlib
 import functools
 import inspect
+import math
 from collections.abc import Callable, Collection
 from typing import Any, ParamSpec, TypeGuard, TypeVar
 
@@ -75,23 +77,41 @@ def is_concrete(value: object) -> TypeGuard[float]:
     )
 
 
-def check_scalar(name: str, value: Any, kind: str = "a number", *, schedule: bool = False) -> None:
-    """Raises where an argument is no number, no traced scalar and, if allowed, no schedule.
+#: Ranges of numbers, as messages name them.
+_RANGES: dict[str, Callable[[float], bool]] = {
+    "a number": lambda x: True,
+    "positive": lambda x: x > 0,
+    "positive and finite": lambda x: 0 < x < math.inf,
+    "finite and not negative": lambda x: 0 <= x < math.inf,
+    "in [0, 1)": lambda x: 0 <= x < 1,
+    "in [0, 1]": lambda x: 0 <= x <= 1,
+    "an integer from 1": lambda x: x >= 1 and x == x // 1,
+}
+
+
+def check_number(
+    name: str, value: Any, within: str = "a number", hint: str = "", *, schedule: bool = False
+) -> None:
+    """Raises unless an argument is a number in a range, a traced scalar or an allowed schedule.
 
     Args:
         name: The argument, as the caller wrote it.
         value: What was given.
-        kind: What is expected of a number, for the message.
-        schedule: Whether a function of the number of updates is meant too.
+        within: The range, a key of `_RANGES`.
+        hint: Sentences for the message about a number outside of the range.
+        schedule: Whether a function of the number of updates is allowed.
 
     Raises:
         TypeError: With what was given and what to write.
+        ValueError: For a number outside of the range.
     """
+    kinds = within if within.startswith("an integer") else "a number"
     if is_concrete(value) and not isinstance(value, bool):
+        if not _RANGES[within](value):
+            raise ValueError(f"{name} must be {within}, got {value}.{' ' * bool(hint)}{hint}")
         return
-    kinds = (np.integer, np.floating)
     if isinstance(value, jax.Array | np.ndarray) and any(
-        jax.numpy.issubdtype(value.dtype, k) for k in kinds
+        jax.numpy.issubdtype(value.dtype, kind) for kind in (np.integer, np.floating)
     ):
         return
     is_function = callable(value) and not isinstance(value, type)
@@ -99,24 +119,19 @@ def check_scalar(name: str, value: Any, kind: str = "a number", *, schedule: boo
         return
     if is_function:
         raise TypeError(
-            f"{name} must be {kind} or a traced scalar, got the function "
+            f"{name} must be {kinds} or a traced scalar, got the function "
             f"{getattr(value, '__name__', value)!r}: it cannot be a schedule. To change it between "
             f"steps, write optax.inject_hyperparams(...)(..., {name}=schedule)."
         )
-    allowed = f"{kind}, a traced scalar or a schedule" if schedule else f"{kind} or a traced scalar"
-    raise TypeError(
-        f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}."
-        f"{_as_number(name, value)}"
+    allowed = (
+        f"{kinds}, a traced scalar or a schedule" if schedule else f"{kinds} or a traced scalar"
     )
-
-
-def _as_number(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        return ""
-    try:
-        return f" Write {name}={float(value)}."
-    except ValueError:
-        return ""
+    cure = ""
+    with contextlib.suppress(TypeError, ValueError):
+        cure = f" Write {name}={float(value)}." if isinstance(value, str) else ""
+    raise TypeError(
+        f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}.{cure}"
+    )
 
 
 def check_flag(name: str, value: Any) -> None:

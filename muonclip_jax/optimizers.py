@@ -9,7 +9,7 @@ import optax
 from jax.typing import DTypeLike
 from optax.contrib import MuonDimensionNumbers
 
-from muonclip_jax._arguments import names_known
+from muonclip_jax._arguments import check_number, names_known
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree, array_leaves, tree_from
 from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.heads.finding import Blocks, block_rules
@@ -31,8 +31,6 @@ from muonclip_jax.transforms._checks import (
     check_mask,
     check_moment_dtype,
     check_moments,
-    check_non_negative,
-    check_rate,
     transformation,
 )
 from muonclip_jax.transforms._orthogonalize_updates import WeightDimNumOrFn
@@ -277,7 +275,7 @@ def muon(
     _check_rates(
         learning_rate, adam_learning_rate, weight_decay, adam_weight_decay, weight_decay_mask
     )
-    check_non_negative("adam_eps_root", adam_eps_root)
+    check_number("adam_eps_root", adam_eps_root, "finite and not negative")
     adam = _adam(adam_b1, adam_b2, eps, adam_eps_root, mu_dtype, nesterov, param_shardings)
     if rules is not None and muon_weight_dimension_numbers is not None:
         raise ValueError(
@@ -338,10 +336,10 @@ def _check_rates(
     adam_weight_decay: ScalarOrSchedule,
     mask: Tree,
 ) -> None:
-    check_rate("learning_rate", learning_rate)
+    check_number("learning_rate", learning_rate, "positive and finite", schedule=True)
     check_adam_rate(learning_rate, adam_learning_rate)
-    check_non_negative("weight_decay", weight_decay, schedule=True)
-    check_non_negative("adam_weight_decay", adam_weight_decay, schedule=True)
+    for name, decay in (("weight_decay", weight_decay), ("adam_weight_decay", adam_weight_decay)):
+        check_number(name, decay, "finite and not negative", schedule=True)
     check_mask("weight_decay_mask", mask)
 
 
@@ -357,7 +355,7 @@ def _adam(
     """Adam's direction, with checked settings and its state sharded on a mesh."""
     check_fraction("adam_b1", b1, "the decay of Adam's first moment, such as 0.9")
     check_fraction("adam_b2", b2, "the decay of Adam's second moment, such as 0.95")
-    check_non_negative("adam_eps", eps)
+    check_number("adam_eps", eps, "finite and not negative")
     check_moment_dtype(mu_dtype, "adam_b1", b1)
     adam = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
     placed = on_mesh(adam, param_shardings)

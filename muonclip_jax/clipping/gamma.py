@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from muonclip_jax._arguments import check_scalar, is_concrete
+from muonclip_jax._arguments import check_number
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule
 
 #: Rules for keys that several query heads share; `role_factors` explains them.
@@ -113,18 +113,10 @@ def check_clip_settings(
     schedules: bool = False,
 ) -> None:
     """Raises on settings out of range; traced values and schedules pass."""
-    check_scalar(f"{prefix}threshold", threshold, "a positive number", schedule=schedules)
-    check_scalar(f"{prefix}alpha", alpha, "a number in [0, 1]", schedule=schedules)
-    if is_concrete(threshold) and not threshold > 0:
-        raise ValueError(
-            f"{prefix}threshold must be positive, got {threshold}. It is the maximum pre-softmax "
-            "logit that a head may have after the step; Kimi K2 uses 100."
-        )
-    if is_concrete(alpha) and not 0 <= alpha <= 1:
-        raise ValueError(
-            f"{prefix}alpha must be in [0, 1], got {alpha}. It is the exponent of gamma for "
-            "queries; with 0.5 queries and keys are scaled equally, with 1 only queries."
-        )
+    hint = "It is the maximum pre-softmax logit of a head after the step; Kimi K2 uses 100."
+    check_number(f"{prefix}threshold", threshold, "positive", hint, schedule=schedules)
+    hint = "It is the exponent of gamma for queries; 0.5 scales queries and keys equally."
+    check_number(f"{prefix}alpha", alpha, "in [0, 1]", hint, schedule=schedules)
     if not isinstance(shared_keys, str) or shared_keys not in SHARED_KEYS:
         raise ValueError(
             f"{prefix}shared_keys must be one of {', '.join(map(repr, SHARED_KEYS))}, got "

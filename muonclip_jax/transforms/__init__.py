@@ -32,7 +32,7 @@ from muonclip_jax.transforms._scale_by_muon import (
 from muonclip_jax.transforms._variants import (
     HyperballState as HyperballState,
     NeuronRmsState as NeuronRmsState,
+    add_weight_decay as add_weight_decay,
     hyperball as hyperball,
     scale_by_neuron_rms as scale_by_neuron_rms,
 )
-from muonclip_jax.transforms._weight_decay import add_weight_decay as add_weight_decay

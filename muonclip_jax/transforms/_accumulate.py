@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from muonclip_jax._arguments import names_known
+from muonclip_jax._arguments import check_number, names_known
 from muonclip_jax._tree import (
     MAX_LOGITS,
     ScalarOrSchedule,
@@ -24,7 +24,7 @@ from muonclip_jax._tree import (
     tree_from,
 )
 from muonclip_jax.attention.maxima import merge_max_logits
-from muonclip_jax.transforms._checks import check_every, transformation, value_at
+from muonclip_jax.transforms._checks import transformation, value_at
 from muonclip_jax.transforms._placing import mesh_shardings, place_tree, replicate
 
 #: As in `optax.MultiSteps`: maps gradients, step count and parameters to whether to skip this
@@ -123,26 +123,25 @@ def accumulate(
             f"accumulate takes a gradient transformation such as muonclip_jax.muonclip(1e-3), got "
             f"{type(tx).__name__}. For optax.MultiSteps, give the transformation inside it."
         )
-    check_every(every, "the number of micro-batches of a step, or a schedule", schedule=True)
+    hint = "It is the number of micro-batches of a step, or a schedule."
+    check_number("every", every, "an integer from 1", hint, schedule=True)
     inner = optax.with_extra_args_support(tx)
     if max_logits is not None and not callable(max_logits):
         _forms(max_logits)  # refuses a bad example now
 
     def init_fn(params: optax.Params) -> AccumulateState:
         forms = _forms(tree_from(max_logits, params, lambda x: isinstance(x, Shaped)))
-        count, skip_state = jnp.zeros([], jnp.int32), ()
+        count, skip_forms = jax.ShapeDtypeStruct((), jnp.int32), ()
         if should_skip_update_fn is not None:
-            zeros = optax.tree.zeros_like(params)
-            _, skip_forms = jax.eval_shape(should_skip_update_fn, zeros, count, params)
-            # Without the mesh of `params`, whose devices a traced shape does not know.
-            skip_state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), skip_forms)
-        shardings = mesh_shardings(params, param_shardings)
+            _, skip_forms = jax.eval_shape(should_skip_update_fn, params, count, params)
+        # Zeros for each: a state whose leaves share memory cannot be donated.
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), (count, count, forms, skip_forms)
+        )
         mean = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_wide(p)), params)
-        # Two counts, because a state whose leaves share memory cannot be donated.
-        small = (count, jnp.copy(count), jax.tree.map(jnp.zeros_like, forms), skip_state)
-        mini_step, gradient_step, maxima, skip_state = replicate(small, shardings)
-        mean = place_tree(mean, shardings)
-        inner_state = inner.init(params)
+        shardings = mesh_shardings(params, param_shardings)
+        mini_step, gradient_step, maxima, skip_state = replicate(zeros, shardings)
+        mean, inner_state = place_tree(mean, shardings), inner.init(params)
         return AccumulateState(mini_step, gradient_step, mean, maxima, inner_state, skip_state)
 
     def update_fn(
@@ -153,113 +152,117 @@ def accumulate(
         max_logits: Tree = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, AccumulateState]:
-        shardings = mesh_shardings(updates, param_shardings)
-        first = state.mini_step == 0
-        recorded, rebuild = _recorded(max_logits, state.max_logits)
-        recorded = _in_dtypes_of(state.max_logits, replicate(recorded, shardings))
-        merged = merge_max_logits(state.max_logits, recorded)
-        maxima = jax.tree.map(lambda new, old: jnp.where(first, new, old), recorded, merged)
-        mean = jax.tree.map(
-            lambda g, m: _mean(g, m, first, state.mini_step), updates, state.gradients
-        )
-        mini_step, skip_state = state.mini_step + 1, state.skip_state
+        skip, skip_state = None, state.skip_state
         if should_skip_update_fn is not None:
             skip, skip_state = should_skip_update_fn(updates, state.gradient_step, params)
-            skip, skip_state = _boolean(skip), _in_dtypes_of(state.skip_state, skip_state)
-            mean, maxima, mini_step = jax.tree.map(
-                lambda new, old: jnp.where(skip, old, new),
-                (mean, maxima, mini_step),
-                (state.gradients, state.max_logits, state.mini_step),
-            )
-        mean = place_tree(mean, shardings)
-        maxima, mini_step = replicate((maxima, mini_step), shardings)
+            skip_state = _like(skip_state, state.skip_state)
+        shardings = mesh_shardings(updates, param_shardings)
+        recorded = replicate(_recorded(max_logits, state.max_logits), shardings)
+        recorded = _like(recorded, state.max_logits)
+        mean, maxima, mini_step = _averages(updates, recorded, skip, state)
+        mean, maxima = place_tree(mean, shardings), replicate(maxima, shardings)
+        mini_step = replicate(mini_step, shardings)
         complete = mini_step >= value_at(every, state.gradient_step)
 
         def act(mean: Tree, maxima: Tree, inner_state: Any, params: Tree) -> tuple[Tree, Any]:
-            gradients = jax.tree.map(lambda m, g: m.astype(g.dtype), mean, updates)
-            known = {} if max_logits is None else {"max_logits": rebuild(maxima)}
-            new, new_state = inner.update(gradients, inner_state, params, **known, **extra_args)
-            return new, _in_dtypes_of(inner_state, new_state)
+            given = {} if max_logits is None else {"max_logits": _replaced(max_logits, maxima)}
+            gradients = _like(mean, updates)
+            new, after = inner.update(gradients, inner_state, params, **given, **extra_args)
+            return new, _like(after, inner_state)
 
-        # A step taken and a step not taken must look alike, down to the sharding, and what `tx`
-        # returns is only known by tracing it; jit keeps the trace for the branch.
-        traced = jax.jit(act)
-
-        def wait(mean: Tree, maxima: Tree, inner_state: Any, params: Tree) -> tuple[Tree, Any]:
-            new, _ = jax.eval_shape(traced, mean, maxima, inner_state, params)
-            return jax.tree.map(jnp.zeros_like, new), inner_state
-
-        operands = (mean, maxima, state.inner_state, params)
-        if isinstance(complete, Tracer):
-            updates, inner_state = jax.lax.cond(complete, traced, wait, *operands)
-        else:  # outside of jit, a cond would be compiled anew on every call
-            updates, inner_state = (act if complete else wait)(*operands)
-        steps = optax.safe_increment(state.gradient_step)
-        return updates, AccumulateState(
-            mini_step=jnp.where(complete, 0, mini_step),
-            gradient_step=jnp.where(complete, steps, state.gradient_step),
-            gradients=mean,
-            max_logits=maxima,
-            inner_state=inner_state,
-            skip_state=skip_state,
-        )
+        updates, inner_state = _act_if(complete, act, mean, maxima, state.inner_state, params)
+        mini_step = jnp.where(complete, 0, mini_step)
+        step = optax.safe_increment(state.gradient_step)
+        step = jnp.where(complete, step, state.gradient_step)
+        return updates, AccumulateState(mini_step, step, mean, maxima, inner_state, skip_state)
 
     return transformation("accumulate", init_fn, update_fn, one_tree=True)
+
+
+def _act_if(
+    complete: jax.Array,
+    act: Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree]],
+    mean: Tree,
+    maxima: Tree,
+    inner_state: Tree,
+    params: Tree,
+) -> tuple[Tree, Tree]:
+    """Updates and inner state of a step, or zeros and the same state if it is not complete."""
+    # Both must look alike, down to the sharding, and what the inner transformation returns is only
+    # known by tracing it; jit keeps the trace for the branch.
+    traced = jax.jit(act)
+
+    def wait(mean: Tree, maxima: Tree, inner_state: Tree, params: Tree) -> tuple[Tree, Tree]:
+        new, _ = jax.eval_shape(traced, mean, maxima, inner_state, params)
+        return jax.tree.map(jnp.zeros_like, new), inner_state
+
+    operands = (mean, maxima, inner_state, params)
+    if isinstance(complete, Tracer):
+        return jax.lax.cond(complete, traced, wait, *operands)
+    return (act if complete else wait)(*operands)  # a cond would be compiled anew on every call
 
 
 def _wide(x: jax.Array) -> jax.typing.DTypeLike:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _mean(g: jax.Array, mean: jax.Array, first: jax.Array, count: jax.Array) -> jax.Array:
-    """Welford's mean of `count` values and one more; before the first, `mean` is not used."""
-    g = g.astype(mean.dtype)
-    return jnp.where(first, g, mean + (g - mean) / (count + 1).astype(mean.dtype))
-
-
-def _in_dtypes_of(old: Tree, new: Tree) -> Tree:
+def _like(new: Tree, old: Tree) -> Tree:
+    """`new` in the dtypes of `old`."""
     return jax.tree.map(lambda x, y: jnp.asarray(x).astype(jnp.asarray(y).dtype), new, old)
 
 
-def _boolean(skip: jax.Array) -> jax.Array:
-    skip = jnp.asarray(skip)
-    if skip.dtype != jnp.bool_ or skip.shape != ():
+def _averages(
+    updates: Tree, recorded: Tree, skip: jax.Array | None, state: AccumulateState
+) -> tuple[Tree, Tree, jax.Array]:
+    """Mean gradient, maxima and number of micro-batches after one more, unless it is skipped."""
+    first, count = state.mini_step == 0, state.mini_step + 1  # the first ignores the old values
+
+    def mean(g: jax.Array, m: jax.Array) -> jax.Array:  # Welford's
+        g = g.astype(m.dtype)
+        return jnp.where(first, g, m + (g - m) / count.astype(m.dtype))
+
+    merged = merge_max_logits(state.max_logits, recorded)
+    maxima = jax.tree.map(lambda new, old: jnp.where(first, new, old), recorded, merged)
+    new = (jax.tree.map(mean, updates, state.gradients), maxima, count)
+    if skip is None:
+        return new
+    if jnp.result_type(skip) != jnp.bool_ or jnp.shape(skip) != ():
         raise ValueError(
-            f"should_skip_update_fn returned {skip.dtype} of shape {skip.shape} as its first "
-            "value; expected a boolean of shape (). Reduce it with jnp.any or jnp.all."
+            f"should_skip_update_fn returned {jnp.result_type(skip)} of shape {jnp.shape(skip)} as "
+            "its first value; expected a boolean of shape (). Reduce it with jnp.any or jnp.all."
         )
-    return skip
+    old = (state.gradients, state.max_logits, state.mini_step)
+    return jax.tree.map(lambda old, new: jnp.where(skip, old, new), old, new)
 
 
-def _positions(leaves: list[tuple[str, Any]]) -> list[int]:
-    """Which leaves are maxima: those named `max_logits`, or all if there are none."""
-    named = [i for i, (path, _) in enumerate(leaves) if MAX_LOGITS in path.split("/")]
-    return named or list(range(len(leaves)))
+def _maxima_in(tree: Tree) -> dict[str, Any]:
+    """Path -> maxima: the leaves named `max_logits`, or all leaves if there are none."""
+    leaves = dict(flatten_with_paths(tree)[0])
+    named = {path: x for path, x in leaves.items() if MAX_LOGITS in path.split("/")}
+    return named or leaves
+
+
+def _replaced(tree: Tree, maxima: dict[str, jax.Array]) -> Tree:
+    """A tree with other maxima at their paths."""
+    leaves, structure = flatten_with_paths(tree)
+    return jax.tree.unflatten(structure, [maxima.get(path, leaf) for path, leaf in leaves])
 
 
 def _forms(example: Tree) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape of each maximum, in float32 or wider."""
-    leaves, _ = flatten_with_paths(example)
-    forms: dict[str, jax.ShapeDtypeStruct] = {}
-    for path, leaf in (leaves[i] for i in _positions(leaves)):
+    for path, leaf in (maxima := _maxima_in(example)).items():
         if not isinstance(leaf, Shaped):
             raise ValueError(
                 f"max_logits must show the shapes of the maxima; at {path!r} it has "
                 f"{leaf!r}. Expected an array or jax.ShapeDtypeStruct((heads,), jnp.float32)."
             )
-        forms[path] = jax.ShapeDtypeStruct(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
-    return forms
+    return {path: jax.ShapeDtypeStruct(x.shape, _wide(x)) for path, x in maxima.items()}
 
 
-def _recorded(
-    max_logits: Tree, known: dict[str, jax.Array]
-) -> tuple[dict[str, jax.Array], Callable[[dict[str, jax.Array]], Tree]]:
-    """The maxima of a micro-batch by path, and a function that replaces them."""
-    leaves, structure = flatten_with_paths(max_logits)
-    positions = _positions(leaves)
-    recorded = {leaves[i][0]: leaves[i][1] for i in positions}
-    found = {path: jnp.shape(x) for path, x in recorded.items()}
-    expected = {path: jnp.shape(x) for path, x in known.items()}
+def _recorded(max_logits: Tree, known: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The maxima of a micro-batch by path, which must be those of the state."""
+    recorded = _maxima_in(max_logits)
+    found, expected = ({path: jnp.shape(x) for path, x in m.items()} for m in (recorded, known))
     if found != expected:
         differing = {path: x for path, x in found.items() if expected.get(path) != x}
         forms = [
@@ -274,11 +277,4 @@ def _recorded(
             f"forward pass{': {' + ', '.join(forms) + '}' if forms else ''}; without maxima, leave "
             "max_logits out of it."
         )
-
-    def rebuild(maxima: dict[str, jax.Array]) -> Tree:
-        rebuilt = [leaf for _, leaf in leaves]
-        for i in positions:
-            rebuilt[i] = maxima[leaves[i][0]]
-        return jax.tree.unflatten(structure, rebuilt)
-
-    return recorded, rebuild
+    return recorded

@@ -1,9 +1,5 @@
-"""Checks: hyperparameters at construction; gradients and states when `update` gets them.
+"""Checks: hyperparameters at construction; gradients and states when `update` gets them."""
 
-Hyperparameters may be traced or schedules; those pass.
-"""
-
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +11,13 @@ import optax
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from muonclip_jax._arguments import check_scalar, is_concrete
+from muonclip_jax._arguments import check_number, is_concrete
 from muonclip_jax._tree import ScalarOrSchedule, Tree, array_leaves, flatten_with_paths
 
 _REAL = ("float32", "bfloat16", "float16", "float64")
 _COMPLEX = ("complex64", "complex128")
+#: Errors that a state of another structure leads to, somewhere inside Optax or here.
+_FOREIGN = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 def value_at(value: Any, count: Any) -> Any:
@@ -32,17 +30,11 @@ def value_at(value: Any, count: Any) -> Any:
     return value(count) if callable(value) else value
 
 
-def check_rate(name: str, value: ScalarOrSchedule) -> None:
-    """Raises unless a learning rate is a positive number, traced, or a schedule."""
-    check_scalar(name, value, "a positive number", schedule=True)
-    check_positive(name, value, " Write a positive number or a schedule.", schedule=True)
-
-
 def check_adam_rate(learning_rate: ScalarOrSchedule, adam_rate: ScalarOrSchedule | None) -> None:
     """Checks Adam's rate; warns if it is constant and the other group's is a schedule."""
     if adam_rate is None:
         return
-    check_rate("adam_learning_rate", adam_rate)
+    check_number("adam_learning_rate", adam_rate, "positive and finite", schedule=True)
     if callable(learning_rate) and not callable(adam_rate):
         warnings.warn(
             f"learning_rate is a schedule and adam_learning_rate={adam_rate} is not: Adam's rate "
@@ -53,43 +45,26 @@ def check_adam_rate(learning_rate: ScalarOrSchedule, adam_rate: ScalarOrSchedule
         )
 
 
-def check_positive(
-    name: str, value: ScalarOrSchedule, instead: str = "", *, schedule: bool = False
-) -> None:
-    """Raises if an argument is not a scalar, or a number that is not positive and finite."""
-    check_scalar(name, value, schedule=schedule)
-    if is_concrete(value) and not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive, got {value}.{instead}")
-
-
-def check_non_negative(name: str, value: ScalarOrSchedule, *, schedule: bool = False) -> None:
-    """Raises if an argument is not a scalar, or a number that is negative or not finite."""
-    check_scalar(name, value, schedule=schedule)
-    if is_concrete(value) and not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must not be negative, got {value}.")
-
-
 def check_fraction(
     name: str, value: ScalarOrSchedule, meaning: str, *, schedule: bool = False
 ) -> None:
-    """Raises if an argument is not a scalar, or a number outside [0, 1).
+    """Raises if a decay rate is not a scalar, or a number outside [0, 1).
 
     `optax.inject_hyperparams` casts numbers to the dtype of the parameters, and bfloat16 has no
     number between 0.996 and 1: a decay rate of 0.999 becomes 1, and Adam divides by zero. A
     concrete value raises an error; a traced 16-bit one, whose value is unknown, gives a warning.
     """
-    check_scalar(name, value, schedule=schedule)
-    dtype = getattr(value, "dtype", np.dtype(float))
-    cure = ""
+    dtype, cure = getattr(value, "dtype", np.dtype(float)), ""
     if dtype.itemsize < 4:
         cure = (
             f" {name} is held in {dtype}, where 0.999 is {float(np.asarray(0.999, dtype)):.4g}; "
             "keep it in float32: optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32)."
         )
-    if cure and isinstance(value, Tracer):
-        warnings.warn(f"{name} is {meaning}.{cure}", stacklevel=4)
-    elif (cure or is_concrete(value)) and not 0 <= value < 1:  # pyright: ignore[reportOperatorIssue]
-        raise ValueError(f"{name} must be in [0, 1), got {value}. It is {meaning}.{cure}")
+        if isinstance(value, Tracer):
+            warnings.warn(f"{name} is {meaning}.{cure}", stacklevel=4)
+        else:
+            value = float(np.asarray(value))
+    check_number(name, value, "in [0, 1)", f"It is {meaning}.{cure}", schedule=schedule)
 
 
 def check_mask(name: str, mask: Tree) -> None:
@@ -100,13 +75,6 @@ def check_mask(name: str, mask: Tree) -> None:
             f"got {mask!r}. optax.inject_hyperparams takes functions for schedules: give it "
             f"static_args=({name!r},)."
         )
-
-
-def check_every(every: ScalarOrSchedule, what: str, *, schedule: bool = False) -> None:
-    """Raises if `every` is neither an integer of at least 1 nor a traced scalar."""
-    check_scalar("every", every, "an integer from 1", schedule=schedule)
-    if is_concrete(every) and not (every >= 1 and every == every // 1):
-        raise ValueError(f"every must be an integer from 1, got {every}. It is {what}.")
 
 
 def check_moment_dtype(mu_dtype: DTypeLike | None, name: str, decay: ScalarOrSchedule) -> None:
@@ -160,24 +128,28 @@ def check_moments(params: optax.Params, mu_dtype: DTypeLike | None) -> None:
             )
 
 
-#: Errors that a state of another structure leads to, somewhere inside Optax or here.
-_FOREIGN = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+def check_params(name: str, params: Tree) -> None:
+    """Raises if `update` of the transformation `name` was called without the parameters."""
+    if params is None:
+        raise ValueError(f"{name} needs the parameters: tx.update(grads, state, params).")
 
 
 def check_gradients(updates: Tree, params: Tree) -> None:
     """Raises if gradients and parameters differ in structure or shapes, with the path."""
-    if params is None or (
-        jax.tree.structure(updates) == jax.tree.structure(params)
-        and all(
-            getattr(x, "shape", None) == getattr(y, "shape", None)
-            for x, y in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True)
-        )
-    ):
+    forms = [
+        (jax.tree.structure(tree), [getattr(x, "shape", None) for x in jax.tree.leaves(tree)])
+        for tree in (updates, params)
+    ]
+    if params is None or forms[0] == forms[1]:
         return
     gradients, parameters = dict(array_leaves(updates)), dict(array_leaves(params))
-    missing, unknown = parameters.keys() - gradients.keys(), gradients.keys() - parameters.keys()
-    only = [f"no leaf {path!r}, which the parameters have" for path in sorted(missing)[:4]]
-    only += [f"{path!r}, which the parameters do not have" for path in sorted(unknown)[:4]]
+    only = [
+        f"no leaf {path!r}, which the parameters have"
+        for path in sorted(parameters.keys() - gradients.keys())[:4]
+    ] + [
+        f"{path!r}, which the parameters do not have"
+        for path in sorted(gradients.keys() - parameters.keys())[:4]
+    ]
     if only:
         raise ValueError(
             f"The gradients have {'; '.join(only)}. They must have the same structure: "
@@ -198,13 +170,8 @@ def transformation(
 ) -> optax.GradientTransformationExtraArgs:
     """Builds a transformation whose errors identify a state of another transformation.
 
-    States are compared only after an error, so this does not slow down a step.
-
-    Args:
-        name: Its public name.
-        init: Creates the state.
-        update: Computes the updates.
-        one_tree: Whether gradients and parameters must have the same structure.
+    States are compared only after an error, so this does not slow down a step. With `one_tree`,
+    gradients and parameters must have the same structure.
     """
 
     def update_fn(
@@ -229,22 +196,24 @@ def transformation(
 
 
 def _differences(init: Callable[..., Any], params: Tree, state: Tree) -> str:
-    """Says how a state differs from the one that `init` makes; empty where it does not."""
+    """How a state differs from the one that `init` creates; empty if it does not."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             expected = jax.eval_shape(init, params)
     except Exception:
         return ""  # The error at hand is not the state's.
-    given, own = (dict(flatten_with_paths(tree)[0]) for tree in (state, expected))
+    given, own = (
+        {path: np.shape(leaf) for path, leaf in flatten_with_paths(tree)[0]}
+        for tree in (state, expected)
+    )
     found = [f"it has no {path!r}" for path in own if path not in given][:3]
     found += [f"it has {path!r}" for path in given if path not in own][:3]
-    shapes = [
-        f"{path!r} has shape {jnp.shape(given[path])} and not {own[path].shape}"
-        for path in own
-        if path in given and jnp.shape(given[path]) != own[path].shape
-    ]
-    found += shapes[:3]
+    found += [
+        f"{path!r} has shape {given[path]} and not {shape}"
+        for path, shape in own.items()
+        if given.get(path, shape) != shape
+    ][:3]
     if not found and jax.tree.structure(state) != jax.tree.structure(expected):
         found = [f"it is a {type(state).__name__}, expected a {type(expected).__name__}"]
     return "; ".join(found)

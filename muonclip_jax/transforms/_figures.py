@@ -20,6 +20,8 @@ from muonclip_jax.matrices import StackPlan, plan_leaf, plan_stacks, to_matrices
 from muonclip_jax.newton_schulz.products import gram, matmul
 from muonclip_jax.routing import MatrixRules, resolve_specs
 
+#: Figures of matrices; the others are of attention blocks.
+OF_MATRICES = ("update_rms", "spectral_norm", "orthogonality_error", "effective_rank")
 #: Steps of the power iteration. Whatever the spectrum, the relative error of the eigenvalue after
 #: `k` steps from a random start is like `log(m) / k` in the mean (Kuczynski and Wozniakowski 1992,
 #: SIAM J. Matrix Anal. Appl. 13), and that of its root half as large. A step costs two operations
@@ -32,66 +34,83 @@ _STACK_BYTES = 64 * 2**20
 
 
 class Matrices(NamedTuple):
-    """The matrices of a tree that Muon trains: leaf after leaf, part after part.
+    """The matrices of a tree that Muon trains, in the order leaf, part, matrix."""
 
-    Attributes:
-        positions: Where each leaf that has some is among all leaves of the tree, by its path.
-        stacks: How they are split, and which matrices share a stack.
-    """
-
-    positions: tuple[tuple[str, int], ...]
+    #: Path and position among all leaves of each leaf with matrices.
+    leaves: tuple[tuple[str, int], ...]
     stacks: StackPlan
 
     @property
-    def counts(self) -> list[int]:
-        """How many matrices each leaf has."""
-        return [sum(part.count for part in leaf.parts) for leaf in self.stacks.leaves]
+    def counts(self) -> dict[str, int]:
+        """Path -> number of matrices."""
+        plans = zip(self.leaves, self.stacks.leaves, strict=True)
+        return {path: sum(part.count for part in leaf.parts) for (path, _), leaf in plans}
 
 
 def matrices_of(tree: Tree, rules: MatrixRules | None) -> Matrices:
     """Plans the measurement of a tree of parameters or updates."""
     specs = enumerate(resolve_specs(tree, rules=rules))
     found = [(path, i, plan_leaf(x.shape, spec)) for i, (path, x, spec) in specs if spec]
-    leaves = [plan for *_, plan in found]
-    entries = sum(part.count * part.fan_in * part.fan_out for x in leaves for part in x.parts)
+    plans = [plan for *_, plan in found]
+    entries = sum(part.count * part.fan_in * part.fan_out for x in plans for part in x.parts)
     max_bytes = max(_STACK_BYTES, 4 * entries // _STACK_SHARE)
-    stacks = plan_stacks(leaves, ["float32"] * len(leaves), max_bytes)
+    stacks = plan_stacks(plans, ["float32"] * len(plans), max_bytes)
     return Matrices(tuple((path, i) for path, i, _ in found), stacks)
 
 
-def measure(
-    function: Callable[[jax.Array], jax.Array], leaves: Sequence[jax.Array], matrices: Matrices
+def matrix_figures(
+    matrices: Matrices, updates: Sequence[jax.Array], momentum: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Figure -> its value for every matrix, float32; of updates, and of their momentum by path."""
+    figures = _measure(update_figures, 3, updates, matrices)
+    ranks = jnp.zeros_like(figures[:1])
+    if momentum:
+        paths = zip(matrices.leaves, updates, strict=True)
+        known = [momentum.get(path, jnp.zeros_like(x)) for (path, _), x in paths]
+        ranks = _measure(effective_rank, 1, known, matrices)
+    return dict(zip(OF_MATRICES, (*figures, *ranks), strict=True))
+
+
+def _measure(
+    function: Callable[[jax.Array], jax.Array],
+    number: int,
+    leaves: Sequence[jax.Array],
+    matrices: Matrices,
 ) -> jax.Array:
-    """`function` of every stack `(count, rows, columns)`, as `(figures, matrices)` in float32."""
-    plan = matrices.stacks
-    parts = [to_matrices(x, leaf) for x, leaf in zip(leaves, plan.leaves, strict=True)]
-    sizes = [(i, j, p.count) for i, x in enumerate(plan.leaves) for j, p in enumerate(x.parts)]
-    starts = itertools.accumulate((count for *_, count in sizes), initial=0)
-    first = {(i, j): start for (i, j, _), start in zip(sizes, starts, strict=False)}
-    order, measured = [], []
-    for stack in plan.stacks:
-        pieces = []
+    """The figures that `function` computes of every stack `(count, rows, columns)`."""
+    parts = {
+        (i, j): part
+        for i, (x, plan) in enumerate(zip(leaves, matrices.stacks.leaves, strict=True))
+        for j, part in enumerate(to_matrices(x, plan))
+    }
+    starts = list(itertools.accumulate((len(part) for part in parts.values()), initial=0))
+    first = dict(zip(parts, starts, strict=False))
+    # Matrices without entries are in no stack and keep zeros.
+    values = jnp.zeros((number, starts[-1]), jnp.float32)
+    for stack in matrices.stacks.stacks:
+        pieces, places = [], []
         for run in stack.runs:
-            piece = parts[run.leaf][run.part][run.start : run.stop]
+            piece = parts[run.leaf, run.part][run.start : run.stop]
             piece = piece.astype(jnp.promote_types(piece.dtype, jnp.float32))
             pieces.append(piece.mT if run.transposed else piece)
-            order.append(first[run.leaf, run.part] + np.arange(run.start, run.stop))
-        measured.append(function(jnp.concatenate(pieces)))
-    total = sum(matrices.counts)
-    if not measured:
-        return jnp.zeros((3, total), jnp.float32)
-    values = jnp.concatenate(measured, axis=1)
-    # Matrices without entries are in no stack and keep zeros.
-    return jnp.zeros((len(values), total), jnp.float32).at[:, np.concatenate(order)].set(values)
+            places.append(first[run.leaf, run.part] + np.arange(run.start, run.stop))
+        measured = function(jnp.concatenate(pieces))
+        values = values.at[:, np.concatenate(places)].set(measured)
+    return values
 
 
 def update_figures(x: Inexact[Array, "count m n"]) -> Float[Array, "3 count"]:
     """Returns RMS, spectral norm and orthogonality error of wide matrices (see `MuonMetrics`)."""
     size, y = _scaled(x)
-    product = gram(y)
-    mean = _trace(product) / (x.shape[-2] * x.shape[-1])
-    norm = jnp.sqrt(_largest_eigenvalue(product))
-    return jnp.stack([size * jnp.sqrt(mean), size * norm, _distance_from_identity(product)])
+    product, rows = gram(y), x.shape[-2]
+    trace = _trace(product)
+    # Not sqrt(m / rank - 1), in which all digits of a small distance cancel.
+    mean = trace[:, None, None] / rows
+    identity = jnp.broadcast_to(jnp.eye(rows, dtype=product.dtype), product.shape)
+    difference = product / jnp.where(mean == 0, 1, mean) - identity
+    error = jnp.sqrt(jnp.sum(jnp.abs(difference) ** 2, axis=(-2, -1)) / rows)
+    rms = size * jnp.sqrt(trace / (rows * x.shape[-1]))
+    return jnp.stack([rms, size * jnp.sqrt(_largest_eigenvalue(product)), error])
 
 
 def effective_rank(x: Inexact[Array, "count m n"]) -> Float[Array, "1 count"]:
@@ -119,20 +138,10 @@ def _scaled(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return size, y / jnp.where(size == 0, 1, size)[:, None, None].astype(y.dtype)
 
 
-def _distance_from_identity(product: jax.Array) -> jax.Array:
-    rows = product.shape[-1]
-    mean = _trace(product)[:, None, None] / rows
-    # Not sqrt(m / rank - 1), in which all digits of a small distance cancel.
-    identity = jnp.broadcast_to(jnp.eye(rows, dtype=product.dtype), product.shape)
-    difference = product / jnp.where(mean == 0, 1, mean) - identity
-    return jnp.sqrt(jnp.sum(jnp.abs(difference) ** 2, axis=(-2, -1)) / rows)
-
-
 def _largest_eigenvalue(product: jax.Array) -> jax.Array:
     """The power iteration on positive semi-definite matrices."""
-    rows = product.shape[-1]
     # Random, so that no structure of a network is orthogonal to it.
-    start = np.random.default_rng(0).standard_normal((rows, 1))
+    start = np.random.default_rng(0).standard_normal((product.shape[-1], 1))
 
     def step(vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
         moved = matmul(product, vectors)
@@ -141,6 +150,6 @@ def _largest_eigenvalue(product: jax.Array) -> jax.Array:
 
     # The first step is outside of the loop: inside `shard_map` its result varies over devices as
     # the matrices do, which a constant does not.
-    first, length = step(jnp.asarray(start / np.linalg.norm(start), product.dtype))
-    _, length = jax.lax.fori_loop(1, POWER_STEPS, lambda _, carry: step(carry[0]), (first, length))
+    first = step(jnp.asarray(start / np.linalg.norm(start), product.dtype))
+    _, length = jax.lax.fori_loop(1, POWER_STEPS, lambda _, carry: step(carry[0]), first)
     return length[:, 0, 0]

@@ -7,7 +7,6 @@ result broadcasts against the leaf.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -15,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from muonclip_jax._arguments import names_known
+from muonclip_jax._arguments import check_number, names_known
 from muonclip_jax._tree import ScalarLike, Tree
 from muonclip_jax.routing import MatrixRules, Split, axes_tuple, resolve_muon_specs
-from muonclip_jax.transforms._checks import check_positive
+from muonclip_jax.sharding import MeshShardings
+from muonclip_jax.transforms._placing import mesh_shardings, zeros_on_mesh
 
 #: What to reduce along: the axes of the inputs, those of the outputs, or both.
 Over = Literal["inputs", "outputs", "matrix"]
@@ -52,14 +52,14 @@ class MatrixAxes:
 
     def over(self, over: Over) -> tuple[int, ...]:
         """Returns the axes that are reduced."""
-        match over:
-            case "inputs":
-                return self.inputs
-            case "outputs":
-                return self.outputs
-            case "matrix":
-                return self.inputs + self.outputs
-        raise ValueError(f"over={over!r} is unknown. Write 'inputs', 'outputs' or 'matrix'.")
+        axes = {
+            "inputs": self.inputs,
+            "outputs": self.outputs,
+            "matrix": self.inputs + self.outputs,
+        }
+        if over not in axes:
+            raise ValueError(f"over={over!r} is unknown. Write 'inputs', 'outputs' or 'matrix'.")
+        return axes[over]
 
     def sum(self, x: jax.Array, over: Over) -> jax.Array:
         """Sums along axes of the matrices, in float32 or wider.
@@ -73,13 +73,16 @@ class MatrixAxes:
             The sums, broadcastable against `x`: reduced axes have length one, except that a split
             axis keeps its length, each entry with the sum over its own part.
         """
-        cut = {split.axis: split for split in self.splits}
         axes = self.over(over)
-        whole = tuple(axis for axis in axes if axis not in cut)
+        splits = [split for split in self.splits if split.axis in axes]
+        whole = tuple(axis for axis in axes if axis not in [split.axis for split in splits])
         x = jnp.sum(x.astype(jnp.promote_types(x.dtype, jnp.float32)), whole, keepdims=True)
-        for axis in axes:
-            if axis in cut:
-                x = _sum_parts(x, cut[axis])
+        for split in splits:
+            numbers, sums = _part_numbers(split, x.ndim), jnp.zeros((), x.dtype)
+            for part in range(len(split.sizes)):
+                total = jnp.sum(jnp.where(numbers == part, x, 0), split.axis, keepdims=True)
+                sums = jnp.where(numbers == part, total, sums)
+            x = sums
         return x
 
     def mean(self, x: jax.Array, over: Over) -> jax.Array:
@@ -93,14 +96,14 @@ class MatrixAxes:
 
     def size(self, shape: tuple[int, ...], over: Over) -> np.ndarray:
         """Number of entries that `sum` adds, broadcastable against a leaf of this shape."""
-        cut = {split.axis: split for split in self.splits}
+        splits = {split.axis: split for split in self.splits}
         size = np.ones((1,) * len(shape))
         for axis in self.over(over):
-            if axis in cut:
-                lengths = np.array(cut[axis].part_lengths)[_part_numbers(cut[axis])]
-                size = size * np.expand_dims(lengths, [a for a in range(len(shape)) if a != axis])
-            else:
-                size = size * shape[axis]
+            size = size * (
+                np.array(splits[axis].part_lengths)[_part_numbers(splits[axis], len(shape))]
+                if axis in splits
+                else shape[axis]
+            )
         return size
 
 
@@ -141,34 +144,38 @@ def matrix_axes(
     return jax.tree.unflatten(jax.tree.structure(tree), found)
 
 
-def _part_numbers(split: Split) -> np.ndarray:
-    """The number of the part that each entry of the axis belongs to."""
-    view = (split.length,) if split.view is None else split.view
-    along = np.repeat(np.arange(len(split.sizes)), split.sizes)
-    others = [axis for axis in range(len(view)) if axis != split.along]
-    return np.broadcast_to(np.expand_dims(along, others), view).ravel()
+def zeros_reduced(params: Tree, axes: Tree, over: Over, param_shardings: Tree) -> Tree:
+    """Zeros of the shapes of reductions of the leaves, float32 or wider."""
+
+    def form(p: jax.Array, a: MatrixAxes) -> jax.ShapeDtypeStruct:
+        real = jnp.finfo(jnp.promote_types(p.dtype, jnp.float32)).dtype
+        return jax.eval_shape(lambda: a.sum(jnp.zeros(p.shape, real), over))
+
+    forms = jax.tree.map(form, params, axes)
+    return zeros_on_mesh(forms, None, reduced_shardings(params, axes, over, param_shardings))
 
 
-def _sum_parts(x: jax.Array, split: Split) -> jax.Array:
-    """Sums each part of an axis, and gives every entry the sum of its part."""
-    numbers = np.expand_dims(
-        _part_numbers(split), [axis for axis in range(x.ndim) if axis != split.axis]
+def reduced_shardings(
+    tree: Tree, axes: Tree, over: Over, param_shardings: Tree
+) -> MeshShardings | None:
+    """The shardings of reductions of the leaves, which are replicated along the reduced axes."""
+    shardings = mesh_shardings(tree, param_shardings)
+    if shardings is None:
+        return None
+    leaves = tuple(
+        tuple(() if axis in a.over(over) else names for axis, names in enumerate(leaf))
+        for leaf, a in zip(shardings.leaves, jax.tree.leaves(axes), strict=True)
     )
-    sums = jnp.zeros((), x.dtype)
-    for part in range(len(split.sizes)):
-        inside = numbers == part
-        total = jnp.sum(jnp.where(inside, x, 0), split.axis, keepdims=True)
-        sums = jnp.where(inside, total, sums)
-    return sums
+    return dataclasses.replace(shardings, leaves=leaves)
 
 
-#: Factors of an orthogonal matrix by (fan_in, fan_out), which are numbers or arrays of them.
-_RULES: dict[str, Callable[..., np.ndarray]] = {
-    # Keller Jordan; Optax's default; torch's "original".
-    "width_transfer": lambda fan_in, fan_out: np.sqrt(np.maximum(1.0, fan_out / fan_in)),
-    # Unit RMS-to-RMS operator norm: Scion; dion's "spectral_norm".
-    "rms_to_rms": lambda fan_in, fan_out: np.sqrt(fan_out / fan_in),
-}
+def _part_numbers(split: Split, rank: int) -> np.ndarray:
+    """The number of the part of each entry along the split axis, with length one along others."""
+    view = split.view or (split.length,)
+    along = np.repeat(np.arange(len(split.sizes)), split.sizes)
+    along = along.reshape([-1 if axis == split.along else 1 for axis in range(len(view))])
+    numbers = np.broadcast_to(along, view)
+    return numbers.reshape([-1 if axis == split.axis else 1 for axis in range(rank)])
 
 
 @names_known
@@ -210,29 +217,30 @@ def scale_by_shape(
         >>> float(tx.update(params, tx.init(params))[0]["w"][0, 0])
         1.0
     """
-    if consistent_rms is not None:
-        instead = " Write 0.2 for AdamW's RMS, None for none."
-        check_positive("consistent_rms", consistent_rms, instead)
-    if rule is not None and consistent_rms is not None:
+    if rule not in (None, "width_transfer", "rms_to_rms"):
         raise ValueError(
-            f"scale_by_shape takes consistent_rms or rule, got consistent_rms={consistent_rms} "
-            f"and rule={rule!r}. Leave one of them out."
-        )
-    factor = _RULES.get("width_transfer" if rule is None else rule)
-    if factor is None:
-        raise ValueError(
-            f"rule={rule!r} is not known. Write {' or '.join(map(repr, _RULES))}; "
+            f"rule={rule!r} is not known. Write 'width_transfer' or 'rms_to_rms'; "
             "c sqrt(max(fan_in, fan_out)) is consistent_rms=c."
         )
+    if consistent_rms is not None:
+        hint = "Write 0.2 for AdamW's RMS, None for none."
+        check_number("consistent_rms", consistent_rms, "positive and finite", hint)
+        if rule is not None:
+            raise ValueError(
+                f"scale_by_shape takes consistent_rms or rule, got consistent_rms={consistent_rms} "
+                f"and rule={rule!r}. Leave one of them out."
+            )
 
     def scale_leaf(x: jax.Array, axes: MatrixAxes) -> jax.Array:
         if x.size == 0:
             return x
         fan_in, fan_out = axes.size(x.shape, "inputs"), axes.size(x.shape, "outputs")
-        if consistent_rms is None:
-            scale = factor(fan_in, fan_out)
-        else:
+        if consistent_rms is not None:
             scale = np.sqrt(np.maximum(fan_in, fan_out)) * consistent_rms
+        elif rule == "rms_to_rms":  # unit RMS-to-RMS operator norm: Scion; dion's "spectral_norm"
+            scale = np.sqrt(fan_out / fan_in)
+        else:  # Keller Jordan; Optax's default; torch's "original"
+            scale = np.sqrt(np.maximum(1.0, fan_out / fan_in))
         # Rounded once.
         wide = jnp.promote_types(x.dtype, jnp.float32)
         return (jnp.asarray(scale, wide) * x.astype(wide)).astype(x.dtype)

@@ -1,16 +1,16 @@
 """`metrics` measures the updates of the transformation that it wraps."""
 
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from muonclip_jax._arguments import is_concrete, names_known
+from muonclip_jax._arguments import check_number, is_concrete, names_known
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree, flatten_with_paths
 from muonclip_jax.attention.maxima import finite_max
 from muonclip_jax.clipping.gamma import check_clip_settings, clip_gamma, is_over
@@ -24,13 +24,12 @@ from muonclip_jax.heads.clips import read_block
 from muonclip_jax.heads.finding import Blocks, FoundBlock, Rule, block_rules, find_blocks
 from muonclip_jax.routing import MatrixRules
 from muonclip_jax.sharding import read_shardings
-from muonclip_jax.transforms._checks import check_every, transformation, value_at
+from muonclip_jax.transforms._checks import transformation, value_at
 from muonclip_jax.transforms._figures import (
+    OF_MATRICES,
     Matrices,
-    effective_rank,
     matrices_of,
-    measure,
-    update_figures,
+    matrix_figures,
 )
 from muonclip_jax.transforms._placing import replicate
 
@@ -39,8 +38,6 @@ from muonclip_jax.transforms._placing import replicate
 _NOTICEABLE = 1.1
 #: A maximum falls where it is below this multiple of the lowest one since the block was clipped.
 _FALL = 0.99
-#: Figures of matrices; the others are of attention blocks.
-OF_MATRICES = ("update_rms", "spectral_norm", "orthogonality_error", "effective_rank")
 
 
 class MetricsState(NamedTuple):
@@ -122,9 +119,11 @@ def metrics(
             f"metrics takes a gradient transformation such as muonclip_jax.muonclip(1e-3), got "
             f"{type(inner).__name__}."
         )
-    check_every(every, "the number of updates from one sample to the next")
-    if qk_clip_threshold is not None:
-        check_clip_settings(qk_clip_threshold, 0.5, "query", prefix="qk_clip_", schedules=True)
+    hint = "It is the number of updates from one sample to the next."
+    check_number("every", every, "an integer from 1", hint)
+    threshold = math.inf if qk_clip_threshold is None else qk_clip_threshold
+    check_clip_settings(threshold, 0.5, "query", prefix="qk_clip_", schedules=True)
+    clips = not (is_concrete(threshold) and threshold == math.inf)
     attention = block_rules(qk_clip_blocks, "qk_clip_blocks")
     measured = optax.with_extra_args_support(inner)
 
@@ -132,155 +131,129 @@ def metrics(
         blocks = 0
         if qk_clip_threshold is not None:
             blocks = sum(block.selected for block in blocks_of(params, attention)[0])
-        matrices = sum(matrices_of(params, rules).counts)
-        state = (
-            jnp.zeros([], jnp.int32),
-            # Every array is made by itself: a state whose leaves share memory cannot be donated.
-            {
-                "step": jnp.full([], -1, jnp.int32),
-                **{name: jnp.zeros(matrices, jnp.float32) for name in OF_MATRICES},
-                "max_logit": jnp.zeros(blocks, jnp.float32),
-                "min_gamma": jnp.ones(blocks, jnp.float32),
-                "clipped_heads": jnp.zeros(blocks, jnp.int32),
-                "clips_without_effect": jnp.zeros(blocks, jnp.int32),
-            },
-            jnp.zeros(blocks, jnp.float32),
-        )
-        state = replicate(state, read_shardings(params, param_shardings, warn=False))
-        return MetricsState(*state, measured.init(params))
+        matrices = sum(matrices_of(params, rules).counts.values())
+        # Every array is made by itself: a state whose leaves share memory cannot be donated.
+        sample = {
+            "step": jnp.full([], -1, jnp.int32),
+            **{name: jnp.zeros(matrices, jnp.float32) for name in OF_MATRICES},
+            "max_logit": jnp.zeros(blocks, jnp.float32),
+            "min_gamma": jnp.ones(blocks, jnp.float32),
+            "clipped_heads": jnp.zeros(blocks, jnp.int32),
+            "clips_without_effect": jnp.zeros(blocks, jnp.int32),
+        }
+        small = (jnp.zeros([], jnp.int32), sample, jnp.zeros(blocks, jnp.float32))
+        shardings = read_shardings(params, param_shardings, warn=False)
+        return MetricsState(*replicate(small, shardings), measured.init(params))
 
     def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, MetricsState]:
         updates, inner_state = measured.update(updates, state.inner_state, params, **extra_args)
+        matrices, leaves = matrices_of(updates, rules), jax.tree.leaves(updates)
+        blocks, maxima = (), []
+        if qk_clip_threshold is not None:
+            blocks, maxima = _recordings(updates, extra_args.get("max_logits"), attention, clips)
+        program: Callable[..., Any] = functools.partial(_next_sample, matrices, blocks)
         shardings = read_shardings(updates, param_shardings, warn=False)
-
-        def run(function: Callable[..., Any], *operands: Any) -> Any:
+        if shardings is not None and not shardings.inside_manual:
             # On Explicit mesh axes JAX asks how every product is sharded; here the partitioner
             # decides.
-            if shardings is not None and not shardings.inside_manual:
-                everywhere = NamedSharding(shardings.mesh, PartitionSpec())
-                function = jax.sharding.auto_axes(function, out_sharding=everywhere)
-            return function(*operands)
-
-        matrices, leaves = matrices_of(updates, rules), jax.tree.leaves(updates)
-        momentum = _momentum(inner_state, [path for path, _ in matrices.positions])
-        operands = ([leaves[position] for _, position in matrices.positions], momentum)
-        sample, lowest = dict(state.sample), state.lowest
-        old = {name: sample[name] for name in OF_MATRICES}
-        now = state.count % every == 0
-        if isinstance(now, Tracer):
-            measured_now = functools.partial(run, functools.partial(_matrix_figures, matrices))
-            sample |= jax.lax.cond(now, measured_now, lambda *_: old, *operands)
-        elif now:  # outside of jit, a cond would be compiled anew on every call
-            sample |= run(functools.partial(_matrix_figures, matrices), *operands)
-        of_now = {"step": state.count.astype(jnp.int32)}
-        if qk_clip_threshold is not None:
-            clips = not (is_concrete(qk_clip_threshold) and qk_clip_threshold == jnp.inf)
-            recorded = _recorded(updates, extra_args.get("max_logits"), attention, clips)
-            blocks = tuple((path, shape) for path, shape, _ in recorded)
-            figures, lowest, sample["clips_without_effect"] = run(
-                functools.partial(_block_figures, blocks),
-                [arrays for *_, arrays in recorded],
-                value_at(qk_clip_threshold, state.count),
-                lowest,
-                sample["clips_without_effect"],
-            )
-            of_now |= figures
-        sample |= {name: jnp.where(now, x, sample[name]) for name, x in of_now.items()}
+            everywhere = NamedSharding(shardings.mesh, PartitionSpec())
+            program = jax.sharding.auto_axes(program, out_sharding=everywhere)
+        sample, lowest = program(
+            state.count % every == 0,
+            (state.count, dict(state.sample), state.lowest),
+            [leaves[position] for _, position in matrices.leaves],
+            _momentum(inner_state, matrices.counts),
+            maxima,
+            value_at(threshold, state.count),
+        )
         count = jnp.asarray(optax.safe_increment(jnp.asarray(state.count)))
         return updates, MetricsState(*replicate((count, sample, lowest), shardings), inner_state)
 
     return transformation("metrics", init_fn, update_fn)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _matrix_figures(
-    matrices: Matrices, updates: Sequence[jax.Array], momentum: dict[int, jax.Array]
-) -> dict[str, jax.Array]:
-    rms, norms, errors = measure(update_figures, updates, matrices)
-    ranks = jnp.zeros_like(rms)
-    if momentum:
-        known = [momentum.get(i, jnp.zeros_like(x)) for i, x in enumerate(updates)]
-        (ranks,) = measure(effective_rank, known, matrices)
-    return dict(zip(OF_MATRICES, (rms, norms, errors, ranks), strict=True))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _block_figures(
+# Outside of jit, a bare `cond` would be compiled anew on every call.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _next_sample(
+    matrices: Matrices,
     blocks: tuple[tuple[str, tuple[int, ...]], ...],
-    recorded: Sequence[Sequence[jax.Array]],
+    now: jax.Array,
+    state: tuple[jax.Array, dict[str, jax.Array], jax.Array],
+    updates: Sequence[jax.Array],
+    momentum: dict[str, jax.Array],
+    recorded: Sequence[list[jax.Array]],
     threshold: ScalarLike,
-    lowest: jax.Array,
-    without_effect: jax.Array,
-) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
-    """Figures of each block, and how long its clip has not lowered its maximum."""
-    if not blocks:
-        return {}, lowest, without_effect
-    maxima = [
-        merge_recordings(arrays, shape, path)
-        for (path, shape), arrays in zip(blocks, recorded, strict=True)
-    ]
-    gammas = [clip_gamma(x, threshold) for x in maxima]
-    finite = [finite_max(x, range(x.ndim)) for x in maxima]
-    largest = jnp.stack([x.astype(jnp.float32) for x in finite])
-    clipped = is_over(largest, _NOTICEABLE * jnp.asarray(threshold, jnp.float32))
-    fell = (lowest == 0) | (largest < _FALL * lowest)
-    figures = {
-        "max_logit": jnp.stack([x.max().astype(jnp.float32) for x in maxima]),
-        "min_gamma": jnp.stack([gamma.min().astype(jnp.float32) for gamma in gammas]),
-        "clipped_heads": jnp.stack([jnp.sum(gamma < 1, dtype=jnp.int32) for gamma in gammas]),
-    }
-    lowest = jnp.where(clipped, jnp.where(fell, largest, lowest), 0)
-    return figures, lowest, jnp.where(clipped & ~fell, without_effect + 1, 0)
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """The sample, a new one if `now`, and the lowest maximum of each block that is clipped."""
+    count, old, lowest = state
+    without_effect = old["clips_without_effect"]
+    sample = old | {"step": count.astype(jnp.int32)}
+    if blocks:
+        pairs = zip(blocks, recorded, strict=True)
+        maxima = [merge_recordings(arrays, shape, path) for (path, shape), arrays in pairs]
+        gammas = [clip_gamma(x, threshold) for x in maxima]
+        sample |= {
+            "max_logit": jnp.stack([x.max().astype(jnp.float32) for x in maxima]),
+            "min_gamma": jnp.stack([gamma.min().astype(jnp.float32) for gamma in gammas]),
+            "clipped_heads": jnp.stack([jnp.sum(gamma < 1, dtype=jnp.int32) for gamma in gammas]),
+        }
+        largest = jnp.stack([finite_max(x, range(x.ndim)).astype(jnp.float32) for x in maxima])
+        clipped = is_over(largest, _NOTICEABLE * jnp.asarray(threshold, jnp.float32))
+        fell = (lowest == 0) | (largest < _FALL * lowest)
+        lowest = jnp.where(clipped, jnp.where(fell, largest, lowest), 0)
+        without_effect = jnp.where(clipped & ~fell, without_effect + 1, 0)
+    sample = {name: jnp.where(now, x, old[name]) for name, x in sample.items()}
+    sample |= jax.lax.cond(
+        now,
+        lambda: matrix_figures(matrices, updates, momentum),
+        lambda: {name: old[name] for name in OF_MATRICES},
+    )
+    return sample | {"clips_without_effect": without_effect}, lowest
 
 
 def blocks_of(tree: Tree, rules: tuple[Rule, ...] | None) -> tuple[list[FoundBlock], list[str]]:
-    """The attention blocks of a tree and what is masked in it; nothing of an empty tree."""
+    """The attention blocks of a tree and its masked leaves; nothing for an empty tree."""
     named = named_leaves(tree)
     if not named.paths:
         return [], []
     return find_blocks(named.by_path, rules, strict=not named.masked), list(named.masked)
 
 
-def _recorded(
+def _recordings(
     tree: Tree, max_logits: Tree, rules: tuple[Rule, ...] | None, clips: bool
-) -> list[tuple[str, tuple[int, ...], list[jax.Array]]]:
-    """Path, shape `(*stack, heads)` and recordings of every selected block.
+) -> tuple[tuple[tuple[str, tuple[int, ...]], ...], list[list[jax.Array]]]:
+    """Path and shape `(*stack, heads)` of every selected block, and its recorded maxima.
 
-    The shape is read off the kernels where a clip counts heads by it; a model that is not clipped
-    need not have kernels that can be.
+    If the blocks are clipped, their kernels give the shape; otherwise they need not be readable.
     """
     found, masked = blocks_of(tree, rules)
     selected = [block for block in found if block.selected]
-    if selected and max_logits is None:
+    if not selected:
+        return (), []
+    if max_logits is None:
         raise ValueError(
             "metrics has a qk_clip_threshold, but update got no maxima. Call tx.update("
             "grads, state, params, max_logits=max_logits), or leave qk_clip_threshold out of "
             "metrics(...)."
         )
-    matched = match_maxima(found, max_logits, masked, rules) if selected else {}
-    shapes = [trailing_shape(matched[block.path]) for block in selected]
+    matched = match_maxima(found, max_logits, masked, rules)
+    maxima = [matched[block.path] for block in selected]
+    shapes = [trailing_shape(recorded) for recorded in maxima]
     if clips:
-        shapes = [
-            read_block(x, shape).maxima_shape for x, shape in zip(selected, shapes, strict=True)
-        ]
-    return [(x.path, shape, matched[x.path]) for x, shape in zip(selected, shapes, strict=True)]
+        blocks = zip(selected, shapes, strict=True)
+        shapes = [read_block(block, shape).maxima_shape for block, shape in blocks]
+    return tuple((x.path, shape) for x, shape in zip(selected, shapes, strict=True)), maxima
 
 
-def _momentum(state: Any, paths: Sequence[str]) -> dict[int, jax.Array]:
-    """The momentum of the leaves at these paths, by number, wherever in the state it is."""
-    found: dict[str, jax.Array] = {}
-    for node in jax.tree.leaves(state, is_leaf=_has_momentum):
-        if _has_momentum(node):
-            for path, leaf in flatten_with_paths(node.mu)[0]:
-                found.setdefault(path, leaf)
-    return {i: found[path] for i, path in enumerate(paths) if path in found}
+def _momentum(state: Any, paths: Iterable[str]) -> dict[str, jax.Array]:
+    """The momentum of the leaves at these paths, wherever in the state it is."""
 
+    def has_momentum(node: Any) -> bool:
+        # Optax's word for it, in the states of its own Muon and of Adam too.
+        return isinstance(node, tuple) and "mu" in getattr(node, "_fields", ())
 
-def _has_momentum(node: Any) -> bool:
-    # Optax's word for it, in the states of its own Muon and of Adam too.
-    return isinstance(node, tuple) and "mu" in getattr(node, "_fields", ())
+    nodes = filter(has_momentum, jax.tree.leaves(state, is_leaf=has_momentum))
+    found = [dict(flatten_with_paths(node.mu)[0]) for node in nodes]
+    return {path: mu[path] for path in paths for mu in reversed(found) if path in mu}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from muonclip_jax._arguments import check_flag, check_type, names_known
+from muonclip_jax._arguments import check_flag, check_number, check_type, names_known
 from muonclip_jax._devices import varying_axes
 from muonclip_jax._tree import ScalarLike, Tree
 from muonclip_jax.newton_schulz import (
@@ -27,7 +27,6 @@ from muonclip_jax.sharding import (
     read_shardings,
     zero1_shardings,
 )
-from muonclip_jax.transforms._checks import check_non_negative
 from muonclip_jax.transforms._placing import place_tree
 
 #: One spec for all leaves, a tree of them (full, prefix or masked), or a function of the tree.
@@ -166,7 +165,7 @@ class Orthogonalizer:
     distribution: Distribution
 
     def __post_init__(self) -> None:
-        check_non_negative("eps", self.eps)
+        check_number("eps", self.eps, "finite and not negative")
         check_flag("adaptive", self.adaptive)
         as_rules(self.rules)
         check_type("distribution", self.distribution, Distribution, "Distribution(...) or None")

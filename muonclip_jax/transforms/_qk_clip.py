@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from muonclip_jax._arguments import check_scalar, names_known
+from muonclip_jax._arguments import check_number, names_known
 from muonclip_jax._tree import ScalarOrSchedule
 from muonclip_jax.clipping.clip import clip_tree
 from muonclip_jax.clipping.gamma import check_clip_settings
@@ -47,7 +47,7 @@ def clip_until(step: int, threshold: ScalarOrSchedule = 100.0) -> Callable[[Any]
     References:
         Kimi Team, Kimi K2, arXiv 2507.20534: no head was clipped after the first 70,000 steps.
     """
-    check_scalar("step", step, "a number of updates")
+    check_number("step", step)
     check_clip_settings(threshold, 0.5, "query", schedules=True)
 
     def schedule(count: Any) -> jax.Array:

@@ -10,8 +10,8 @@ import numpy as np
 from muonclip_jax._tree import Tree
 from muonclip_jax.heads.finding import Blocks, block_rules
 from muonclip_jax.routing import MatrixRules
-from muonclip_jax.transforms._figures import matrices_of
-from muonclip_jax.transforms._metrics import OF_MATRICES, MetricsState, blocks_of
+from muonclip_jax.transforms._figures import OF_MATRICES, matrices_of
+from muonclip_jax.transforms._metrics import MetricsState, blocks_of
 
 
 class MuonMetrics(NamedTuple):
@@ -82,13 +82,9 @@ class MuonMetrics(NamedTuple):
         return flat
 
 
-def _root_mean_square(x: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.mean(x**2))
-
-
-#: Figures of matrices, then those of blocks -> what stands for several of them.
+#: What stands for several matrices or blocks.
 _REDUCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "update_rms": _root_mean_square,
+    "update_rms": lambda x: jnp.sqrt(jnp.mean(x**2)),
     "spectral_norm": jnp.max,
     "orthogonality_error": jnp.max,
     "effective_rank": jnp.mean,
@@ -125,8 +121,8 @@ def read_metrics(
 
     Example:
         >>> import optax
-        >>> from muonclip_jax.transforms import metrics
         >>> params = {"dense": {"kernel": jnp.eye(4, 16)}, "bias": jnp.ones(16)}
+        >>> from muonclip_jax.transforms import metrics
         >>> tx = metrics(optax.sgd(0.1), every=1)
         >>> _, state = tx.update(params, tx.init(params), params)
         >>> float(read_metrics(state, params).spectral_norm["dense/kernel"][0])
@@ -142,28 +138,24 @@ def read_metrics(
         )
     # As arrays, where a library has boxed them.
     sample = {name: jnp.asarray(x) for name, x in found[0].sample.items()}
-    matrices = matrices_of(params, rules)
+    counts = matrices_of(params, rules).counts
     blocks: list[str] = []
     if sample["max_logit"].size:
         known, _ = blocks_of(params, block_rules(qk_clip_blocks, "qk_clip_blocks"))
         blocks = [block.path for block in known if block.selected]
     have = (sample["update_rms"].size, sample["max_logit"].size)
-    counts = matrices.counts
-    if have != (sum(counts), len(blocks)):
+    if have != (sum(counts.values()), len(blocks)):
         raise ValueError(
             f"The state has metrics of {have[0]} matrices and {have[1]} attention blocks, and "
-            f"params have {sum(counts)} and {len(blocks)} by these rules. Give read_metrics the "
-            "parameters of this optimizer, and the same rules= and qk_clip_blocks= as metrics "
-            "has."
+            f"params have {sum(counts.values())} and {len(blocks)} by these rules. Give "
+            "read_metrics the parameters of this optimizer, and the same rules= and "
+            "qk_clip_blocks= as metrics has."
         )
-    step = sample.pop("step")
-    bounds = np.cumsum(counts)[:-1]
+    step, bounds = sample.pop("step"), np.cumsum(list(counts.values()))[:-1]
     figures = {
-        name: {
-            path: x for (path, _), x in zip(matrices.positions, jnp.split(x, bounds), strict=False)
-        }
+        name: dict(zip(counts, jnp.split(x, bounds), strict=False))
         if name in OF_MATRICES
-        else {path: x[i] for i, path in enumerate(blocks)}
+        else dict(zip(blocks, x, strict=True))
         for name, x in sample.items()
     }
     return MuonMetrics(step, **figures)

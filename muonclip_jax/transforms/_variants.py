@@ -1,25 +1,25 @@
-"""Variants of Muon built on `matrix_axes`: NorMuon's normalisation and Hyperball."""
+"""Variants of Muon built on `matrix_axes`: NorMuon, Hyperball, and weight decay with options."""
 
-import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from muonclip_jax._arguments import names_known
+from muonclip_jax._arguments import check_flag, check_number, names_known
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree
 from muonclip_jax.routing import MatrixRules
-from muonclip_jax.sharding import MeshShardings
-from muonclip_jax.transforms._checks import (
-    check_fraction,
-    check_non_negative,
-    check_rate,
-    value_at,
+from muonclip_jax.transforms._checks import check_fraction, check_mask, check_params, value_at
+from muonclip_jax.transforms._matrix_axes import (
+    MatrixAxes,
+    matrix_axes,
+    reduced_shardings,
+    zeros_reduced,
 )
-from muonclip_jax.transforms._matrix_axes import MatrixAxes, Over, matrix_axes
 from muonclip_jax.transforms._orthogonalize_updates import WeightDimNumOrFn
-from muonclip_jax.transforms._placing import mesh_shardings, place_tree, replicate, zeros_on_mesh
+from muonclip_jax.transforms._placing import mesh_shardings, place_tree, replicate
 
 
 class NeuronRmsState(NamedTuple):
@@ -79,26 +79,27 @@ def scale_by_neuron_rms(
         Li et al. 2025, NorMuon, arXiv 2510.05491, Algorithm 1.
     """
     check_fraction("b2", b2, "the decay of the second moment, such as 0.95")
-    check_non_negative("eps", eps)
+    check_number("eps", eps, "finite and not negative")
 
-    def axes_of(tree: Tree) -> Tree:
-        return matrix_axes(tree, rules, weight_dimension_numbers=weight_dimension_numbers)
+    axes_of = functools.partial(
+        matrix_axes, rules=rules, weight_dimension_numbers=weight_dimension_numbers
+    )
 
     def init_fn(params: optax.Params) -> NeuronRmsState:
-        return NeuronRmsState(_zeros_beside(params, axes_of(params), "inputs", param_shardings))
+        return NeuronRmsState(zeros_reduced(params, axes_of(params), "inputs", param_shardings))
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, NeuronRmsState]:
         del params, extra_args
         axes = axes_of(updates)
-        nu = jax.tree.map(
-            lambda u, v, a: (b2 * v + (1 - b2) * a.mean(_square(u), "inputs")).astype(v.dtype),
-            updates,
-            state.nu,
-            axes,
-        )
-        nu = place_tree(nu, _shardings_beside(updates, axes, "inputs", param_shardings))
+
+        def average(u: jax.Array, v: jax.Array, a: MatrixAxes) -> jax.Array:
+            square = a.mean(jnp.square(jnp.abs(u)), "inputs")
+            return (b2 * v + (1 - b2) * square).astype(v.dtype)
+
+        nu = jax.tree.map(average, updates, state.nu, axes)
+        nu = place_tree(nu, reduced_shardings(updates, axes, "inputs", param_shardings))
 
         def scale(u: jax.Array, v: jax.Array, a: MatrixAxes) -> jax.Array:
             scaled = u / (jnp.sqrt(v) + eps)
@@ -173,33 +174,30 @@ def hyperball(
     References:
         Hyperball, arXiv 2606.16899; arXiv 2603.28743.
     """
-    check_rate("learning_rate", learning_rate)
+    check_number("learning_rate", learning_rate, "positive and finite", schedule=True)
 
-    def axes_of(tree: Tree) -> Tree:
-        return matrix_axes(tree, rules, weight_dimension_numbers=weight_dimension_numbers)
+    axes_of = functools.partial(
+        matrix_axes, rules=rules, weight_dimension_numbers=weight_dimension_numbers
+    )
 
     def init_fn(params: optax.Params) -> HyperballState:
         count = jnp.zeros([], jnp.int32)
-        return HyperballState(
-            count=replicate(count, mesh_shardings(params, param_shardings)),
-            norm=_zeros_beside(params, axes_of(params), "matrix", param_shardings),
-        )
+        norm = zeros_reduced(params, axes_of(params), "matrix", param_shardings)
+        return HyperballState(replicate(count, mesh_shardings(params, param_shardings)), norm)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, HyperballState]:
         del extra_args
-        if params is None:
-            raise ValueError("hyperball needs the parameters: tx.update(grads, state, params).")
+        check_params("hyperball", params)
         axes = axes_of(updates)
         rate = value_at(learning_rate, state.count)
-        norm = jax.tree.map(
-            lambda p, n, a: jnp.where(state.count == 0, a.norm(p, "matrix").astype(n.dtype), n),
-            params,
-            state.norm,
-            axes,
-        )
-        norm = place_tree(norm, _shardings_beside(updates, axes, "matrix", param_shardings))
+
+        def first(p: jax.Array, n: jax.Array, a: MatrixAxes) -> jax.Array:
+            return jnp.where(state.count == 0, a.norm(p, "matrix").astype(n.dtype), n)
+
+        norm = jax.tree.map(first, params, state.norm, axes)
+        norm = place_tree(norm, reduced_shardings(updates, axes, "matrix", param_shardings))
 
         def step(u: jax.Array, p: jax.Array, n: jax.Array, a: MatrixAxes) -> jax.Array:
             wide = jnp.promote_types(jnp.promote_types(u.dtype, p.dtype), jnp.float32)
@@ -217,35 +215,86 @@ def hyperball(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _square(x: jax.Array) -> jax.Array:
-    return jnp.square(jnp.abs(x))
+@names_known
+def add_weight_decay(
+    weight_decay: ScalarOrSchedule,
+    mask: Tree | Callable[[optax.Params], Tree] | None = None,
+    *,
+    cautious: bool = False,
+    base_width: ScalarLike | None = None,
+    rules: MatrixRules | None = None,
+    weight_dimension_numbers: WeightDimNumOrFn | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adds weight decay, optionally cautious or proportional to 1 / width.
+
+    With the direction `U` that a later `optax.scale_by_learning_rate` subtracts,
+
+        U <- U + weight_decay W                            as `optax.add_decayed_weights`
+        U <- U + weight_decay W [U W >= 0]                 cautious
+        U <- U + weight_decay (base_width / fan_in) W      with base_width
+
+    Cautious decay applies only to entries that the update shrinks too.
+
+    Args:
+        weight_decay: The decay; a number or a schedule.
+        mask: As in `optax.add_decayed_weights`.
+        cautious: Whether to decay only entries in which update and weight have the same sign or one
+            of them is zero. Static.
+        base_width: Fan-in at which the decay equals `weight_decay`; a matrix with twice that fan-in
+            decays half as fast. With None, decay does not depend on width. May be traced.
+        rules: As in `scale_by_muon`; used only with `base_width`.
+        weight_dimension_numbers: As in `scale_by_muon`; used only with `base_width`.
+
+    Returns:
+        A transformation with the state of `optax.add_decayed_weights`. Its `update` needs the
+        parameters.
+
+    Raises:
+        ValueError: At construction for an invalid hyperparameter; from `update` without parameters.
+        TypeError: At construction for a mask that is neither a tree nor a function.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params, updates = {"w": jnp.array([[2.0, 2.0]])}, {"w": jnp.array([[1.0, -1.0]])}
+        >>> tx = add_weight_decay(0.1, cautious=True)
+        >>> print(tx.update(updates, tx.init(params), params)[0]["w"])
+        [[ 1.2 -1. ]]
+
+    References:
+        Cautious weight decay: arXiv 2510.12402. Decay and width: arXiv 2512.05620.
+    """
+    check_number("weight_decay", weight_decay, "finite and not negative", schedule=True)
+    check_mask("mask", mask)
+    check_flag("cautious", cautious)
+    if base_width is not None:
+        hint = "Write the fan-in at which weight_decay holds."
+        check_number("base_width", base_width, "positive and finite", hint)
+    decay = optax.add_decayed_weights(weight_decay, mask)
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        del extra_args
+        check_params("add_weight_decay", params)
+        decayed = params
+        if base_width is not None:
+            decayed = jax.tree.map(
+                lambda p, a: (p * (base_width / a.size(p.shape, "inputs"))).astype(p.dtype),
+                decayed,
+                matrix_axes(params, rules, weight_dimension_numbers=weight_dimension_numbers),
+            )
+        if cautious:
+            # By signs, because the product of two small numbers underflows.
+            decayed = jax.tree.map(
+                lambda u, p: jnp.where(jnp.real(jnp.conj(jnp.sign(u)) * jnp.sign(p)) < 0, 0, p),
+                updates,
+                decayed,
+            )
+        return decay.update(updates, state, decayed)
+
+    return optax.GradientTransformationExtraArgs(decay.init, update_fn)
 
 
 def _ratio(x: jax.Array, y: jax.Array) -> jax.Array:
     """`x / y`, and 0 where `y` is 0."""
     return jnp.where(y == 0, 0, x / jnp.where(y == 0, 1, y))
-
-
-def _shardings_beside(
-    tree: Tree, axes: Tree, over: Over, param_shardings: Tree
-) -> MeshShardings | None:
-    """The shardings of reductions of the leaves, which are replicated along the reduced axes."""
-    shardings = mesh_shardings(tree, param_shardings)
-    if shardings is None:
-        return None
-    leaves = tuple(
-        tuple(() if axis in a.over(over) else names for axis, names in enumerate(leaf))
-        for leaf, a in zip(shardings.leaves, jax.tree.leaves(axes), strict=True)
-    )
-    return dataclasses.replace(shardings, leaves=leaves)
-
-
-def _zeros_beside(params: Tree, axes: Tree, over: Over, param_shardings: Tree) -> Any:
-    """Zeros in the form of reductions of the leaves, float32 or wider."""
-
-    def form(p: jax.Array, a: MatrixAxes) -> jax.ShapeDtypeStruct:
-        real = jnp.finfo(jnp.promote_types(p.dtype, jnp.float32)).dtype
-        return jax.eval_shape(lambda x: a.sum(x, over), jax.ShapeDtypeStruct(p.shape, real))
-
-    forms = jax.tree.map(form, params, axes)
-    return zeros_on_mesh(forms, None, _shardings_beside(params, axes, over, param_shardings))
