@@ -21,9 +21,9 @@ from muonclip_jax.heads.finding import (
     kernel_name,
     under,
 )
-from muonclip_jax.heads.layouts import NORM_NAMES, SCALED, AttentionLayout, Projection
+from muonclip_jax.heads.layouts import NORM_NAMES, SCALED, AttentionLayout
 from muonclip_jax.heads.plan import BlockPlan, LeafPlan, MisfitError, RefusalError, Segment
-from muonclip_jax.heads.solver import Attempt, Reading, attempts, refusal_in, solve
+from muonclip_jax.heads.reading import Attempt, attempts, refusal_in, solve
 
 _GAINS = ("scale", "weight", "w", "gain", "gamma", "")
 _SHIFTS = ("bias", "beta", "offset")
@@ -36,17 +36,17 @@ def read_block(block: FoundBlock, maxima_shape: Shape) -> BlockPlan:
         ValueError: If no interpretation of the shapes fits, several do, or the block cannot be
             clipped.
     """
-    plans, misfits = _plans(block, maxima_shape)
+    plans, misfits = _plans(block.layout, tuple(block.leaves.items()), maxima_shape)
     if len(plans) == 1:
-        return plans[0][0].in_tree(block.path, block.paths)
+        return _in_tree(plans[0], block)
     name = kernel_name(block.leaves, block.layout.projections[0].path)
     shape, path = ((), block.path) if name is None else (block.leaves[name], block.paths[name])
     kernel = f"The attention kernel {path!r} of shape {shape}"
     if plans:
         ways = "; ".join(
             f"{plan.heads} heads of {plan.head_dim}, stacked {plan.stack or 'nowhere'} on axes "
-            f"{reading.kernels[0].stack_axes}"
-            for plan, reading in plans
+            f"{plan.leaves[0].stack_axes}"
+            for plan in plans
         )
         raise ValueError(
             f"{kernel} can be read in several ways: {ways}. Say which with "
@@ -73,56 +73,51 @@ def guess_block(block: FoundBlock) -> BlockPlan | RefusalError | None:
     output projection: `(4, 64, 64)` may be four layers of merged heads or 64 heads of size 64. A
     reason is returned if it applies to every interpretation.
     """
-    plans, misfits = _plans(block, None)
-    if len(plans) == 1 and plans[0][1].agrees:
-        return plans[0][0].in_tree(block.path, block.paths)
+    plans, misfits = _plans(block.layout, tuple(block.leaves.items()), None)
+    if len(plans) == 1 and plans[0].agrees:
+        return _in_tree(plans[0], block)
     return None if plans else refusal_in(misfits)
 
 
-def _plans(
-    block: FoundBlock, maxima_shape: Shape | None
-) -> tuple[list[tuple[BlockPlan, Reading]], list[MisfitError]]:
-    """Returns the plans that fit best, and reasons against the others; cached for equal blocks."""
-    return _cached_plans(block.layout, tuple(block.leaves.items()), maxima_shape)
+def _in_tree(plan: BlockPlan, block: FoundBlock) -> BlockPlan:
+    """Returns a plan with full paths instead of names inside the block."""
+    leaves = (dataclasses.replace(leaf, path=block.paths[leaf.path]) for leaf in plan.leaves)
+    return dataclasses.replace(plan, path=block.path, leaves=tuple(leaves))
 
 
 @functools.lru_cache(maxsize=1024)
-def _cached_plans(
+def _plans(
     layout: AttentionLayout, shapes: tuple[tuple[str, Shape], ...], maxima_shape: Shape | None
-) -> tuple[list[tuple[BlockPlan, Reading]], list[MisfitError]]:
-    def penalty(reading: Reading) -> tuple[int, ...]:
-        stacks = [kernel.stack_axes for kernel in reading.kernels]
+) -> tuple[list[BlockPlan], list[MisfitError]]:
+    """Returns the plans that fit best, and reasons against the others; cached for equal blocks."""
+
+    def penalty(plan: BlockPlan) -> tuple[int, ...]:
+        stacks = [kernel.stack_axes for kernel in plan.leaves]
         stacked_first = all(x == tuple(range(len(x))) for x in stacks)
-        return not reading.agrees, maxima_shape is not None and not stacked_first
+        return not plan.agrees, maxima_shape is not None and not stacked_first
 
-    found, misfits = solve(attempts(layout, dict(shapes), maxima_shape), _block_plan, penalty)
-    return [(plan, readings[0]) for plan, readings in found.items()], misfits
-
-
-def _block_plan(reading: Reading) -> BlockPlan:
-    """Returns the plan under one interpretation; paths are names inside the block."""
-    attempt = reading.attempt
-    leaves: list[LeafPlan] = []
-    for p, kernel in zip(reading.layout.projections, reading.kernels, strict=True):
-        if any(segment.role in SCALED for segment in kernel.segments):
-            leaves += _leaf_plans(attempt, p, kernel)
-    plan = BlockPlan(
-        path="",
-        layout=reading.layout.name,
-        heads=attempt.heads,
-        kv_heads=reading.kv_heads,
-        head_dim=reading.head_dim,
-        stack=attempt.stack,
-        leaves=tuple(leaves),
-    )
-    return _gains_instead(plan, attempt, reading.layout.own_keys)
+    found, misfits = solve(attempts(layout, dict(shapes), maxima_shape), _clipped, penalty)
+    return list(found), misfits
 
 
-def _leaf_plans(attempt: Attempt, p: Projection, kernel: LeafPlan) -> Iterator[LeafPlan]:
-    """Yields the plans of a projection's kernel, its bias and its adapter."""
-    inside = under(attempt.shapes, p.path)
+def _clipped(attempt: Attempt, plan: BlockPlan) -> BlockPlan:
+    """Returns the plan with the leaves that a clip multiplies; paths are names in the block."""
+    pairs = zip(attempt.layout.projections, plan.leaves, strict=True)
+    leaves = [leaf for p, kernel in pairs for leaf in _leaf_plans(attempt, p.path, kernel)]
+    roles, gains, note = _normalised(attempt, plan)
+    for i, leaf in enumerate(leaves):
+        segments = (dataclasses.replace(s, role=roles.get(s.role, s.role)) for s in leaf.segments)
+        leaves[i] = dataclasses.replace(leaf, segments=tuple(segments))
+    scaled = [leaf for leaf in leaves + gains if any(s.role in SCALED for s in leaf.segments)]
+    return dataclasses.replace(plan, leaves=tuple(scaled), note=note)
+
+
+def _leaf_plans(attempt: Attempt, projection: str, kernel: LeafPlan) -> Iterator[LeafPlan]:
+    """Yields the plans of a scaled projection's kernel, its bias and its adapter."""
+    scaled = any(segment.role in SCALED for segment in kernel.segments)
+    inside = under(attempt.shapes, projection) if scaled else {}
     for name, shape in inside.items():
-        path, first = f"{p.path}/{name}".removesuffix("/"), name.partition("/")[0]
+        path, first = f"{projection}/{name}".removesuffix("/"), name.partition("/")[0]
         if path == kernel.path:
             yield kernel
         elif name in BIAS_NAMES or first == LORA_B:
@@ -145,6 +140,40 @@ def _leaf_plans(attempt: Attempt, p: Projection, kernel: LeafPlan) -> Iterator[L
             )
 
 
+def _normalised(attempt: Attempt, plan: BlockPlan) -> tuple[dict[str, str], list[LeafPlan], str]:
+    """Returns, if queries or keys are normalised, changed roles of segments, and the gains' plans.
+
+    In latent attention a "q_norm" alone is applied to the low-rank query, before the heads.
+
+    Raises:
+        RefusalError: If heads share the gain of the queries.
+    """
+    latent = attempt.layout.own_keys
+    for query, key in NORM_NAMES:
+        query, key = (name if under(attempt.shapes, name) else None for name in (query, key))
+        if key or (query and not latent):
+            break
+    else:
+        return {}, [], ""
+    names = " and ".join(repr(name) for name in (query, key) if name)
+    made = {segment.role for kernel in plan.leaves for segment in kernel.segments}
+    role = "query" if "query" in made else "query_alone"
+    keys = _gain_plans(attempt, key, Segment("key", plan.kv_heads, plan.head_dim))
+    # If heads share the key's gain, the query takes the whole factor.
+    whole = {"query": "query_alone"} if key and not keys else {}
+    queries = _gain_plans(attempt, query, Segment(whole.get(role, role), plan.heads, plan.head_dim))
+    if latent or (query and not queries):
+        raise RefusalError(
+            f"its queries and keys are normalised ({names}) with gains that the heads share or "
+            "do not have, so scaling the kernels has no effect and one head cannot be "
+            "clipped separately. Exclude the block with blocks=, or train without QK-Clip: the "
+            "gains bound the logits"
+        )
+    roles = whole | ({role: "gate"} if query else {}) | ({"key": "value"} if key else {})
+    gains = queries + (keys if "key" in made else [])
+    return roles, gains, f"normalised: gains of {names}"
+
+
 def _gain_plans(attempt: Attempt, norm: str | None, segment: Segment) -> list[LeafPlan]:
     """Returns the plans of a norm's gain and shift, empty if heads share a gain or have none."""
     plans: list[LeafPlan] = []
@@ -161,51 +190,16 @@ def _gain_plans(attempt: Attempt, norm: str | None, segment: Segment) -> list[Le
     return plans if any(name in _GAINS for name in inside) else []
 
 
-def _gains_instead(plan: BlockPlan, attempt: Attempt, latent: bool) -> BlockPlan:
-    """Returns the plan with gains instead of kernels if queries or keys are normalised.
-
-    In latent attention a "q_norm" alone is applied to the low-rank query, before the heads.
-
-    Raises:
-        RefusalError: If heads share the gain of the queries.
-    """
-    for query, key in NORM_NAMES:
-        query, key = (name if under(attempt.shapes, name) else None for name in (query, key))
-        if key or (query and not latent):
-            break
-    else:
-        return plan
-    names = " and ".join(repr(name) for name in (query, key) if name)
-    roles = {segment.role for leaf in plan.leaves for segment in leaf.segments}
-    role = "query" if "query" in roles else "query_alone"
-    queries = _gain_plans(attempt, query, Segment(role, plan.heads, plan.head_dim))
-    keys = _gain_plans(attempt, key, Segment("key", plan.kv_heads, plan.head_dim))
-    if latent or (query and not queries):
-        raise RefusalError(
-            f"its queries and keys are normalised ({names}) with gains that the heads share or "
-            "do not have, so scaling the kernels has no effect and one head cannot be "
-            "clipped separately. Exclude the block with blocks=, or train without QK-Clip: the "
-            "gains bound the logits"
-        )
-    untouched = ({role: "gate"} if query else {}) | ({"key": "value"} if key else {})
-    leaves = [*(leaf.with_roles(untouched) for leaf in plan.leaves), *queries]
-    if key and not keys:  # heads share the key's gain: the query takes the whole factor
-        leaves = [leaf.with_roles({"query": "query_alone"}) for leaf in leaves]
-    leaves += keys if "key" in roles else []
-    scaled = (leaf for leaf in leaves if any(s.role in SCALED for s in leaf.segments))
-    return dataclasses.replace(plan, leaves=tuple(scaled), note=f"normalised: gains of {names}")
-
-
 def _other_heads(block: FoundBlock, maxima_shape: Shape) -> str:
     """Describes the number of heads of the kernel, if its axes or the output projection show it."""
-    readings = [
-        reading
-        for _, reading in _plans(block, None)[0]
-        if len(reading.attempt.stack) < len(maxima_shape)
-        and (reading.agrees or len(reading.kernels[0].features) > 1)
+    plans = [
+        plan
+        for plan in _plans(block.layout, tuple(block.leaves.items()), None)[0]
+        if len(plan.stack) < len(maxima_shape)
+        and (plan.agrees or len(plan.leaves[0].feature_axes) > 1)
     ]
-    most = max((len(reading.attempt.stack) for reading in readings), default=0)
-    heads = {r.attempt.heads for r in readings if len(r.attempt.stack) == most}
+    most = max((len(plan.stack) for plan in plans), default=0)
+    heads = {plan.heads for plan in plans if len(plan.stack) == most}
     if len(heads) != 1 or maxima_shape[-1] in heads:
         return ""
     return f": the kernel has {heads.pop()} heads, {maxima_shape[-1]} maxima were given"
@@ -224,7 +218,9 @@ def _reduction(block: FoundBlock, maxima_shape: Shape) -> str:
     for heads, what in ((rank - 1, batch), (rank - 3, whole)):
         for layers in range(min(rank - 1, heads + 1)) if heads >= 0 else ():
             kept = (*range(layers), heads)
-            if _plans(block, tuple(maxima_shape[axis] for axis in kept))[0]:
+            if _plans(
+                block.layout, tuple(block.leaves.items()), tuple(maxima_shape[a] for a in kept)
+            )[0]:
                 axes = tuple(axis for axis in range(rank) if axis not in kept)
                 axis = f"axis={axes[0] if len(axes) == 1 else axes}"
                 return f" {what}: jax.tree.map(lambda s: s.max({axis}), max_logits)."

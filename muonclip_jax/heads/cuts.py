@@ -1,8 +1,6 @@
 """Division of attention kernels into matrices: whole, by part, or by head.
 
-By default a query kernel `(d_model, heads, head_dim)` is one matrix with all heads. It may also be
-divided into `heads` matrices, and a fused kernel into queries, keys and values. Every matrix is
-orthogonalised separately and has its own shape scale:
+Every matrix is orthogonalised separately and has its own shape scale:
 
 | name | query `(d, heads, size)` | GPT-2's `(d, 3 d)` | DeepSeek's `(rank, heads (nope + rope))` |
 |---|---|---|---|
@@ -17,17 +15,16 @@ shapes allow is tried; if they give different splits, the head size must be give
 
 import dataclasses
 import functools
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from muonclip_jax._specs import MatrixSpec, Split, normalize_spec, normalized_axes
+from muonclip_jax._specs import MatrixSpec, Split, matrix_shapes, normalize_spec, normalized_axes
 from muonclip_jax.heads.finding import Rule, Shape, find_blocks, kernel_name
 from muonclip_jax.heads.layouts import VALUE_NAMES, AttentionLayout, Projection
-from muonclip_jax.heads.plan import LeafPlan, MisfitError, Segment
-from muonclip_jax.heads.solver import Reading, attempts, refusal_in, solve
+from muonclip_jax.heads.plan import BlockPlan, LeafPlan, MisfitError, Segment
+from muonclip_jax.heads.reading import Attempt, attempts, refusal_in, solve
 
 #: What `MatrixRules(attention=)` may be.
 ATTENTION = ("merged", "split", "per_head")
@@ -50,16 +47,9 @@ def attention_cuts(
 ) -> dict[str, Cut]:
     """Returns spec and description, by path, of leaves that layouts split differently than names.
 
-    Args:
-        leaves: The parameters by path, without an outer "params" level.
-        specs: Specs by name of the leaves that may be split, None if ambiguous, without leaves that
-            AdamW trains or that a rule decides.
-        hidden: Paths of masked leaves.
-        attention: "split" or "per_head".
-        stack: The axes of stacked layers of the leaves in `specs`.
-        stacked: The leaves whose paths indicate stacked layers.
-        head_dim: Size of a head, if it cannot be inferred from shapes.
-        blocks: The result of `block_rules`.
+    `leaves` are all parameters by path, `specs` the leaves that may be split (None if their axes
+    are ambiguous), `hidden` the paths of masked leaves, `stack` the axes of stacked layers of the
+    leaves in `specs`, and `stacked` those whose paths indicate stacked layers.
 
     Raises:
         ValueError: If a block cannot be split, or part of it is masked.
@@ -115,22 +105,21 @@ def _block_cuts(
     if scan_axis == 0:
         stackings = [tuple(range(n)) for n in range(max(map(len, leaves.values()), default=0))]
 
-    def penalty(reading: Reading) -> tuple[int, ...]:
-        stack = reading.attempt.stack
-        segments = [s for kernel in reading.kernels for s in kernel.segments]
+    def penalty(plan: BlockPlan) -> tuple[int, ...]:
+        segments = [s for kernel in plan.leaves for s in kernel.segments]
         sizes = {s.role: s.size for s in segments if s.role in ("query", "query_alone")}
         misses = head_dim not in (None, sum(sizes.values()))
-        return not reading.agrees, bool(stack) != stacked, len(stack), misses
+        return not plan.agrees, bool(plan.stack) != stacked, len(plan.stack), misses
 
     found, misfits = solve(
         attempts(layout, leaves, None, stackings),
-        lambda reading: tuple(_cuts_of(reading, specs, attention)),
+        lambda attempt, plan: tuple(_cuts_of(attempt, plan, specs, attention == "per_head")),
         penalty,
     )
     if len(found) == 1:
         return next(iter(found))
     if found:
-        heads = sorted({r.attempt.heads for readings in found.values() for r in readings})
+        heads = sorted({plan.heads for plans in found.values() for plan in plans})
         shown = ", ".join(map(str, heads[:8])) + (", ..." if len(heads) > 8 else "")
         raise MisfitError(
             f"its shapes allow {shown} heads. Give the head size: "
@@ -138,43 +127,43 @@ def _block_cuts(
             "blocks=[(pattern, AttentionLayout(..., head_dim=64))]"
         )
     refusal = refusal_in(misfits)
-    by_name = attention == "split" and all(_is_cut(p, leaves, specs) for p in layout.projections)
-    if refusal is None and by_name:
+    if refusal is None and attention == "split" and _names_split(layout, leaves, specs):
         return ()
     raise refusal or (misfits[0] if misfits else MisfitError("its kernels have too few axes"))
 
 
-def _is_cut(
-    p: Projection, shapes: Mapping[str, Shape], specs: Mapping[str, MatrixSpec | None]
+def _names_split(
+    layout: AttentionLayout, shapes: Mapping[str, Shape], specs: Mapping[str, MatrixSpec | None]
 ) -> bool:
-    """Whether a projection has only one part, or is already split into its parts by name."""
-    name = kernel_name(shapes, p.path)
-    if len(p.parts) == 1 or name is None:
-        return True
-    spec = specs.get(name)
-    if spec is None:
-        return False
-    axes = {axis for group in normalized_axes(spec) for axis in group}
-    batch = math.prod(n for axis, n in enumerate(shapes[name]) if axis not in axes)
-    return bool(spec.splits) or (batch > 1 and batch % len(p.parts) == 0)
+    """Whether every projection of several parts is already split into them by its name."""
+    for p in layout.projections:
+        name = kernel_name(shapes, p.path)
+        if len(p.parts) > 1 and name is not None:
+            spec = specs.get(name)
+            matrices = 1 if spec is None else sum(n for n, *_ in matrix_shapes(spec, shapes[name]))
+            if matrices % len(p.parts):
+                return False
+    return True
 
 
 def _cuts_of(
-    reading: Reading, specs: Mapping[str, MatrixSpec | None], attention: str
+    attempt: Attempt, plan: BlockPlan, specs: Mapping[str, MatrixSpec | None], by_head: bool
 ) -> Iterator[tuple[str, Cut]]:
     """Yields the splits of a block's kernels under one interpretation, by name in the block."""
-    by_head = attention == "per_head"
-    kernels = [(kernel, by_head) for kernel in reading.kernels]
-    if by_head:
-        kernels += [(kernel, True) for kernel in _values(reading)]
-    if (latent := reading.attempt.latent()) is not None:
-        down, size = latent
-        segments = Segment("latent", 1, size), Segment("shared rotary key", 1, down.total - size)
-        kernels.append((dataclasses.replace(down, segments=segments), False))
+    kernels = [(kernel, by_head) for kernel in plan.leaves]
+    for path in VALUE_NAMES if by_head else ():  # values beside separate queries and keys
+        if path not in attempt.layout.paths and kernel_name(attempt.shapes, path) is not None:
+            kernel, heads = attempt.kernel(Projection(path, ("value",))), plan.kv_heads
+            if kernel.total % heads:
+                raise MisfitError(f"{path}: {kernel.total} features for {heads} key heads")
+            segment = Segment("value", heads, kernel.total // heads)
+            kernels.append((dataclasses.replace(kernel, segments=(segment,)), True))
+    if (latent := attempt.latent()) is not None:
+        kernels.append((latent, False))
     for kernel, by_head in kernels:
         if kernel.path not in specs:
             continue
-        grid = kernel.grid(reading.kv_heads)
+        grid = kernel.grid(plan.kv_heads)
         if grid is None:
             raise MisfitError(
                 f"{kernel.path}: its features {kernel.features} do not contain the heads"
@@ -188,18 +177,6 @@ def _cuts_of(
         parts = ", ".join(s.role.replace("query_alone", "rotary query") for s in kernel.segments)
         why = f"attention: {parts}{', by head' * by_head}"
         yield kernel.path, (normalize_spec(cut, kernel.shape, kernel.path), why)
-
-
-def _values(reading: Reading) -> Iterator[LeafPlan]:
-    """Yields the value projection next to separate query and key projections."""
-    for path in VALUE_NAMES:
-        if path in reading.layout.paths or kernel_name(reading.attempt.shapes, path) is None:
-            continue
-        kernel = reading.attempt.kernel(Projection(path, ("value",)))
-        if kernel.total % reading.kv_heads:
-            raise MisfitError(f"{path}: {kernel.total} features for {reading.kv_heads} key heads")
-        segment = Segment("value", reading.kv_heads, kernel.total // reading.kv_heads)
-        yield dataclasses.replace(kernel, segments=(segment,))
 
 
 def _check_names_agree(kernel: LeafPlan, grid: str, whole: MatrixSpec) -> None:

@@ -1,12 +1,7 @@
 """Finds attention blocks in a tree of parameters, and selects them with `blocks=`.
 
-A block is a module that has the projections of a layout directly below it. It is identified by its
-path, under which its maxima are recorded, such as "decoder/block_0/attention", without an outer
-"params" level.
-
-A kernel may be at "q_proj/kernel", in a wrapper for an adapter ("q_proj/base_module/kernel"), or in
-a `NamedArray` of haliax ("q_proj/weight/array"), and names of low-rank adapters differ between
-libraries. `plain_name` normalises these names.
+A block is a module that has the projections of a layout directly below it. Its maxima are recorded
+under its path, such as "decoder/block_0/attention", without an outer "params" level.
 """
 
 import dataclasses
@@ -56,21 +51,13 @@ _REWRITES = (
 
 @dataclasses.dataclass(frozen=True)
 class FoundBlock:
-    """A module that contains the projections of a layout.
-
-    Args:
-        path: Its path.
-        layout: The layout.
-        selected: Whether `blocks=` selects it.
-        leaves: Shapes of its leaves by `plain_name` inside it.
-        paths: Their full paths.
-    """
+    """A module that contains the projections of a layout."""
 
     path: str
     layout: AttentionLayout
-    selected: bool
-    leaves: dict[str, Shape]
-    paths: dict[str, str]
+    selected: bool  # whether `blocks=` selects it
+    leaves: dict[str, Shape]  # by `plain_name` inside it
+    paths: dict[str, str]  # their full paths
 
 
 def strip_outer(path: str) -> str:
@@ -79,7 +66,7 @@ def strip_outer(path: str) -> str:
 
 
 def plain_name(name: str) -> str:
-    """Returns a leaf's normalised name inside its block, without wrappers.
+    """Returns a leaf's name inside its block, without wrappers, in one spelling for adapters.
 
     Example:
         >>> names = ("q_proj/base_module/kernel", "q_proj/weight/array", "q_proj/w_lora_b")
@@ -109,12 +96,7 @@ def has_adapter(shapes: Shapes, path: str) -> bool:
 
 
 def block_rules(blocks: Any, argument: str = "blocks") -> tuple[Rule, ...] | None:
-    """Returns `blocks=` as validated rules; None selects every built-in block.
-
-    Example:
-        >>> block_rules("encoder")
-        (('encoder', None),)
-    """
+    """Returns `blocks=` as validated rules; None selects every built-in block."""
     if blocks is None:
         return None
     pair = isinstance(blocks, tuple) and len(blocks) == 2 and isinstance(blocks[1], AttentionLayout)
@@ -156,16 +138,10 @@ def _holds(layout: AttentionLayout | None, shapes: Shapes) -> bool:
 def find_blocks(
     leaves: Mapping[str, Any], rules: tuple[Rule, ...] | None, *, strict: bool = True
 ) -> list[FoundBlock]:
-    """Finds attention blocks, in the order of their paths in the tree.
-
-    Args:
-        leaves: The parameters by their path, without an outer "params" level.
-        rules: The result of `block_rules`. Built-in blocks that no rule selects are returned too,
-            as not selected.
-        strict: Whether a rule that matches nothing is an error; False for part of a tree.
+    """Finds attention blocks among the leaves of a tree, selected by `block_rules` or not.
 
     Raises:
-        ValueError: If a rule matches nothing, unless `strict` is False.
+        ValueError: If a rule matches nothing, unless `strict` is False, as for part of a tree.
     """
     modules: dict[str, dict[str, str]] = {}
     for path in leaves:

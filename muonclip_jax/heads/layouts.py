@@ -7,9 +7,7 @@ queries and keys. Their position depends on the model:
 * A fused projection produces queries, keys and values, concatenated (GPT-2), interleaved by head
   (`q k v q k v ...`, BLOOM), or interleaved by group (Falcon).
 * In multi-head latent attention (DeepSeek, Kimi) each head has its own key for the part without
-  rotary positions, and all heads share one rotary key. The shared key is not scaled, so the rotary
-  part of the query is scaled by gamma.
-* A kernel may also produce a gate with the query, or values with the key. Neither is scaled.
+  rotary positions, and all heads share one rotary key, which is not scaled.
 
 A layout is a tuple of `Projection`s, and a projection is a tuple of parts, each with a role:
 
@@ -157,24 +155,14 @@ class AttentionLayout:
 
 
 def spelling(name: str) -> str:
-    """Returns a name in normalised spelling, for comparisons.
-
-    Example:
-        >>> [spelling(name) for name in ("MoeBlock_0", "Wq", "out-proj")]
-        ['moe_block_0', 'wq', 'out_proj']
-    """
+    """Returns a name in one spelling: "out_proj" for "out-proj", "moe_block_0" for "MoeBlock_0"."""
     name = name.replace("MoE", "Moe").strip("_")
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
     return name.lower().replace("-", "_")
 
 
 def separate(query: str, key: str) -> AttentionLayout:
-    """Returns the layout of a query and a key projection with these names.
-
-    Example:
-        >>> separate("my_q", "my_k").paths
-        ('my_q', 'my_k')
-    """
+    """Returns the layout of a query and a key projection with these names."""
     projections = Projection(query, ("query",)), Projection(key, ("key",))
     return AttentionLayout(projections, "separate q and k")
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 from muonclip_jax.heads.finding import Shape
 from muonclip_jax.heads.layouts import ROLES, AttentionLayout, Projection
@@ -31,6 +32,10 @@ class Segment:
     role: str
     heads: int
     size: int
+
+
+#: The segments of one row of features, and how often the row is repeated.
+Row: TypeAlias = tuple[tuple[Segment, ...], int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +68,6 @@ class LeafPlan:
         """The other axes of one layer: a kernel's input axis."""
         known = self.stack_axes + self.feature_axes
         return tuple(axis for axis in range(len(self.shape)) if axis not in known)
-
-    def with_roles(self, roles: Mapping[str, str]) -> "LeafPlan":
-        """Returns the plan with other roles for some segments."""
-        segments = (dataclasses.replace(s, role=roles.get(s.role, s.role)) for s in self.segments)
-        return dataclasses.replace(self, segments=tuple(segments))
 
     def grid(self, kv_heads: int) -> str | None:
         """Returns how the feature axes correspond to the segments, or None.
@@ -112,7 +112,7 @@ class LeafPlan:
 
 @dataclasses.dataclass(frozen=True)
 class BlockPlan:
-    """One attention block of a tree."""
+    """One attention block of a tree, or one interpretation of it."""
 
     path: str  # under which its maxima are recorded
     layout: str
@@ -120,7 +120,8 @@ class BlockPlan:
     kv_heads: int
     head_dim: int  # features of one query and key head that clip together
     stack: tuple[int, ...]  # sizes of the stacked axes, in the kernel's order
-    leaves: tuple[LeafPlan, ...]  # what a clip multiplies
+    leaves: tuple[LeafPlan, ...]  # the kernels of all projections; of a clip, what it multiplies
+    agrees: bool = False  # whether the output projection takes exactly the heads' values
     note: str = ""  # for `describe_attention`
 
     @property
@@ -128,51 +129,32 @@ class BlockPlan:
         """The trailing shape of the block's maxima."""
         return (*self.stack, self.heads)
 
-    def in_tree(self, block: str, paths: Mapping[str, str]) -> "BlockPlan":
-        """Returns the plan of a block with full paths instead of names inside it."""
-        leaves = (dataclasses.replace(leaf, path=paths[leaf.path]) for leaf in self.leaves)
-        return dataclasses.replace(self, path=block, leaves=tuple(leaves))
-
 
 def divide(
-    layout: AttentionLayout,
-    features: Mapping[str, int],
-    heads: int,
-    rope: int | None,
-    out_features: int | None,
-) -> tuple[int, int, dict[str, tuple[tuple[Segment, ...], int]]]:
-    """Returns the size of a head, the number of key heads, and each projection's row and repeats.
+    layout: AttentionLayout, totals: Sequence[int], heads: int, rope: int | None, out: int | None
+) -> tuple[int, int, list[Row]]:
+    """Returns the size of a head, the number of key heads, and each projection's row.
 
-    Args:
-        layout: The layout of the block.
-        features: Output features of each projection, by its path.
-        heads: Query heads.
-        rope: Size of latent attention's shared rotary key.
-        out_features: Input features of the output projection.
-
-    Raises:
-        MisfitError: If the features are not divisible in this way.
+    `totals` are the output features of the projections, `rope` is the size of latent attention's
+    shared rotary key, `out` the input features of the output projection.
     """
-    size = _head_size(layout, features, heads, rope, out_features)
-    counts = [n for n in range(heads, 0, -1) if heads % n == 0]
+    size = _head_size(layout, totals, heads, rope, out)
+    counts = [n for n in divisors(heads)[::-1] if layout.kv_heads in (None, n)]
     if layout.own_keys or all(ROLES[part] for p in layout.projections for part in p.parts):
         counts = [heads]
-    elif layout.kv_heads is not None:
-        counts = [n for n in counts if n == layout.kv_heads]
     misfit = MisfitError(f"{heads} query heads do not share {layout.kv_heads} key heads evenly")
     for kv_heads in counts:
         try:
-            return (
-                size,
-                kv_heads,
-                {
-                    p.path: _row(p, features[p.path], heads, kv_heads, size, rope)
-                    for p in layout.projections
-                },
-            )
+            pairs = zip(layout.projections, totals, strict=True)
+            return size, kv_heads, [_row(p, n, heads, kv_heads, size, rope) for p, n in pairs]
         except MisfitError as error:
             misfit = error
     raise misfit
+
+
+def divisors(number: int) -> list[int]:
+    """Returns the divisors of a positive number in ascending order."""
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _quotient(features: int, heads: int, what: str) -> int:
@@ -182,34 +164,32 @@ def _quotient(features: int, heads: int, what: str) -> int:
 
 
 def _head_size(
-    layout: AttentionLayout,
-    features: Mapping[str, int],
-    heads: int,
-    rope: int | None,
-    out_features: int | None,
+    layout: AttentionLayout, totals: Sequence[int], heads: int, rope: int | None, out: int | None
 ) -> int:
     """Returns the size of a query and key head.
 
     From the layout if it has one, else from a projection that produces only queries, else from the
     output projection, which has one value head per query head as input.
     """
-    for p in layout.projections:
-        sizes = dict(zip(p.parts, p.sizes or (), strict=False))
-        if size := sizes.get("query", sizes.get("key", layout.head_dim)):
-            return size
+    said = {
+        part: n for p in layout.projections for part, n in zip(p.parts, p.sizes or (), strict=False)
+    }
+    if size := said.get("query") or said.get("key") or layout.head_dim:
+        return size
     first = next((p for p in layout.projections if "query" in p.parts), layout.query)
-    total, count = features[first.path], len(first.parts)
-    alone = "query_alone" in first.parts and "query" in first.parts
-    if all(ROLES[part] for part in first.parts) and alone:
-        if rope is None:
-            raise MisfitError(f"{first.path}: how its features are divided is unknown; give sizes=")
-        return _quotient(_quotient(total, heads, first.path) - rope, count - 1, first.path)
-    if "query" not in first.parts or all(ROLES[part] for part in first.parts):
-        return _quotient(total, heads * count, first.path)
-    if out_features is not None:
-        return _quotient(out_features, heads, "the output projection")
-    if layout.kv_heads is not None:
-        shared = sum(heads if ROLES[part] else layout.kv_heads for part in first.parts)
+    total, parts = totals[layout.projections.index(first)], first.parts
+    if all(ROLES[part] for part in parts):
+        if {"query", "query_alone"} <= set(parts):
+            if rope is None:
+                raise MisfitError(
+                    f"{first.path}: how its features are divided is unknown; give sizes="
+                )
+            total, parts = total - rope * heads, parts[1:]
+        return _quotient(total, heads * len(parts), first.path)
+    if "query" in parts and out is not None:
+        return _quotient(out, heads, "the output projection")
+    if "query" in parts and layout.kv_heads is not None:
+        shared = sum(heads if ROLES[part] else layout.kv_heads for part in parts)
         return _quotient(total, shared, first.path)
     raise MisfitError(
         "neither an output projection nor the layout gives the head size; pass "
@@ -219,19 +199,20 @@ def _head_size(
 
 def _row(
     p: Projection, total: int, heads: int, kv_heads: int, head_dim: int, rope: int | None
-) -> tuple[tuple[Segment, ...], int]:
+) -> Row:
     """Returns the segments of a projection's features, and the number of repetitions."""
     of_queries = p.interleaved is True and all(ROLES[part] for part in p.parts)
     repeat = (heads if of_queries else kv_heads) if p.interleaved else 1
     counts = [heads if ROLES[part] else kv_heads for part in p.parts]
     sizes = list(p.sizes or (rope or 0 if x == "query_alone" else head_dim for x in p.parts))
+    made = [count * size for count, size in zip(counts, sizes, strict=True)]
     # Values of latent attention, and queries without a key of their own, have another size.
     odd = "query_alone" if rope is None else "value"
     if p.sizes is None and odd in p.parts:
         i = p.parts.index(odd)
-        rest = sum(c * s for c, s in zip(counts, sizes, strict=True)) - counts[i] * sizes[i]
-        sizes[i] = _quotient(total - rest, counts[i], p.path)
-    if sum(c * s for c, s in zip(counts, sizes, strict=True)) != total or min(sizes) <= 0:
+        sizes[i] = _quotient(total - sum(made) + made[i], counts[i], p.path)
+        made[i] = counts[i] * sizes[i]
+    if sum(made) != total or min(sizes) <= 0:
         expected = " + ".join(f"{c} x {s}" for c, s in zip(counts, sizes, strict=True))
         raise MisfitError(
             f"{p.path}: {total} features are not {expected} for its parts {p.parts}, whichever "

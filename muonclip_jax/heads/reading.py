@@ -24,23 +24,19 @@ from muonclip_jax.heads.layouts import (
     Projection,
     spelling,
 )
-from muonclip_jax.heads.plan import LeafPlan, MisfitError, RefusalError, divide
+from muonclip_jax.heads.plan import (
+    BlockPlan,
+    LeafPlan,
+    MisfitError,
+    RefusalError,
+    Segment,
+    divide,
+    divisors,
+)
 
 _Result = TypeVar("_Result")
 #: What stands beside queries and keys and is no output projection.
-_NO_OUTPUT = (*VALUE_NAMES, *(name for names in NORM_NAMES for name in names))
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """The result of one attempt."""
-
-    attempt: "Attempt"
-    layout: AttentionLayout  # with a gate where the shapes show one
-    kv_heads: int
-    head_dim: int  # features of one query and key head that clip together
-    kernels: tuple[LeafPlan, ...]  # of each projection; paths are names inside the block
-    agrees: bool  # whether the output projection takes exactly the heads' values
+_NO_OUTPUT = (*VALUE_NAMES, *itertools.chain(*NORM_NAMES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,36 +86,41 @@ class Attempt:
         del free[axis]
         return LeafPlan(name, self.shapes[name], stacked, tuple(free))
 
-    def _taken(self, name: str) -> Shape:
-        """Returns the input axes of an output projection's kernel in one layer."""
-        one, _ = self.one_layer(name)
-        if name.endswith("weight") and (len(one) == 2 or not self._counted(one[:-1])):
-            return one[1:]
-        return one[:-1]
+    def _taken(self, name: str) -> tuple[Shape, bool]:
+        """Returns the input axes of a kernel that may take the heads' values, and whether it may.
 
-    def _counted(self, inputs: Shape) -> bool:
-        """Whether the input axes of an output projection may be heads and their features."""
-        if len(inputs) > 2:  # heads on several axes, as the query has them
-            return inputs[:-1] == self.kernel(self.layout.query).features[:-1]
-        return len(inputs) == 1 or inputs[:1] == (self.heads,)
+        Inputs may be merged, or heads and their features, or heads on several axes.
+        """
+        one, _ = self.one_layer(name)
+
+        def counted(inputs: Shape) -> bool:
+            if len(inputs) > 2:
+                return inputs[:-1] == self.kernel(self.layout.query).features[:-1]
+            return len(inputs) == 1 or inputs[:1] == (self.heads,)
+
+        outputs_first = name.endswith("weight") and (len(one) == 2 or not counted(one[:-1]))
+        inputs = one[1:] if outputs_first else one[:-1]
+        return inputs, counted(inputs)
+
+    def _kernels(self) -> dict[str, str]:
+        """Returns the kernels of all modules in the block: module -> name."""
+        modules = dict.fromkeys(name.partition("/")[0] for name in self.shapes)
+        names = ((module, kernel_name(self.shapes, module)) for module in modules)
+        return {module: name for module, name in names if name is not None}
 
     def _out_features(self) -> int | None:
         """Returns the input features of the output projection, if there is one."""
-        spelled = {spelling(path): path for path in self._children()}
-        for name in OUT_NAMES:
-            found = kernel_name(self.shapes, spelled[name]) if name in spelled else None
-            if found is not None:
-                inputs = self._taken(found)
+        spelled = {spelling(module): name for module, name in self._kernels().items()}
+        for out in OUT_NAMES:
+            if out in spelled:
+                inputs, counted = self._taken(spelled[out])
                 if len(inputs) not in (1, 2, 3):
-                    raise MisfitError(f"{spelled[name]}: its inputs {inputs} are not head values")
-                return math.prod(inputs) if self._counted(inputs) else None
+                    raise MisfitError(f"{spelled[out]}: its inputs {inputs} are not head values")
+                return math.prod(inputs) if counted else None
         return None
 
-    def _children(self) -> list[str]:
-        return list(dict.fromkeys(name.partition("/")[0] for name in self.shapes))
-
-    def latent(self) -> tuple[LeafPlan, int] | None:
-        """Returns latent attention's down projection and the size of the latent, if it has them."""
+    def latent(self) -> LeafPlan | None:
+        """Returns latent attention's down projection, with the latent and the shared rotary key."""
         if self.layout.latent is None:
             return None
         down, up = (self.kernel(Projection(path, ("key",))) for path in self.layout.latent)
@@ -129,71 +130,47 @@ class Attempt:
                 f"{self.layout.latent[0]} makes {down.total} features and {self.layout.latent[1]} "
                 f"takes {size}: no rotary key left"
             )
-        return down, size
+        rotary = Segment("shared rotary key", 1, down.total - size)
+        return dataclasses.replace(down, segments=(Segment("latent", 1, size), rotary))
 
-    def read(self) -> Reading:
-        """Returns the reading of this attempt, or raises `MisfitError`."""
-        kernels = {p.path: self.kernel(p) for p in self.layout.projections}
-        totals = {path: kernel.total for path, kernel in kernels.items()}
-        latent, out = self.latent(), self._out_features()
-        rope = None if latent is None else latent[0].total - latent[1]
-        layout = self._with_gate(kernels, out)
-        size, kv_heads, rows = divide(layout, totals, self.heads, rope, out)
-        for path, (row, repeat) in rows.items():
-            kernels[path] = dataclasses.replace(kernels[path], segments=row, repeat=repeat)
-            if kernels[path].grid(kv_heads) is None:
-                features = kernels[path].features
-                raise MisfitError(
-                    f"{path}: its features {features} are not divisible into {self.heads} heads"
-                )
-        sizes = [
-            s.size for kernel in kernels.values() for s in kernel.segments if s.role == "value"
-        ]
-        agrees = out == self.heads * (sizes[0] if sizes else size)
-        return Reading(self, layout, kv_heads, size, tuple(kernels.values()), agrees)
-
-    def _half_taken(self, total: int) -> int | None:
-        """Returns half of the query's features if they are the input of an unknown kernel.
+    def _half_taken(self, total: int) -> bool:
+        """Whether a kernel with an unknown name takes half of the query's features, and none all.
 
         So an output projection with an unknown name also reveals a gate.
         """
         taken: set[int] = set()
-        for path in self._children():
-            found = kernel_name(self.shapes, path)
-            known = path in (*self.layout.paths, *_NO_OUTPUT) or spelling(path) in OUT_NAMES
-            if found is not None and not known:
-                with contextlib.suppress(MisfitError):  # it may not be stacked
-                    taken.add(math.prod(self._taken(found)))
-        return total // 2 if total % 2 == 0 and total // 2 in taken and total not in taken else None
+        for module, name in self._kernels().items():
+            known = module in (*self.layout.paths, *_NO_OUTPUT) or spelling(module) in OUT_NAMES
+            with contextlib.suppress(MisfitError):  # it may not be stacked
+                taken |= set() if known else {math.prod(self._taken(name)[0])}
+        return total % 2 == 0 and total // 2 in taken and total not in taken
 
-    def _with_gate(self, kernels: dict[str, LeafPlan], out: int | None) -> AttentionLayout:
-        """Returns the layout, with a gate for every query head if the shapes show one.
+    def _with_gate(self, kernels: list[LeafPlan], out: int | None) -> AttentionLayout:
+        """Returns the layout, with a gate for every query head if the shapes show one, or raises.
 
         A query projection with twice the features that the output takes is either gated, or has
-        heads twice as large as the values'. The keys and values beside it tell which.
-
-        Raises:
-            RefusalError: If they do not, or if they tell of a gate whose place is open.
+        heads twice as large as the values'. The keys and values beside it tell which, but not where
+        the gate is if query and gate are merged in one axis.
         """
         layout = self.layout
         (first, *others), last = layout.projections, layout.projections[-1]
         if first.parts != ("query",) or layout.head_dim is not None or layout.own_keys:
             return layout
-        query, key = kernels[first.path], kernels[last.path]
-        if out is None and not (last.parts == ("key",) and key.total > query.total // 2):
-            out = self._half_taken(query.total)
-        if out is None or query.total != 2 * out or query.total % self.heads:
+        total, key = kernels[0].total, kernels[-1] if last.parts == ("key",) else None
+        if out is None and (key is None or key.total <= total // 2) and self._half_taken(total):
+            out = total // 2
+        if out is None or total != 2 * out or total % self.heads:
             return layout
-        size, gated = query.total // self.heads, None
+        size, gated = total // self.heads, None
         values = next((v for v in VALUE_NAMES if kernel_name(self.shapes, v) is not None), None)
-        if last.parts == ("key",) and len(key.features) > 1:
+        if key is not None and len(key.features) > 1:
             gated = {size: False, size // 2: True}.get(key.features[-1])
-        elif last.parts == ("key",) and values is not None:
+        elif key is not None and values is not None:
             made = self.kernel(Projection(values, ("value",))).total
             gated = {key.total: True, key.total // 2: False}.get(made)
         if gated is False:
             return layout
-        if not gated or len(query.features) == 1:
+        if not gated or len(kernels[0].features) == 1:
             raise RefusalError(
                 f"{first.path!r} makes {2 * out} features and the output projection takes {out}, "
                 f"as if half of them were a gate{'' if gated else '; if not, pass an '}"
@@ -207,6 +184,26 @@ class Attempt:
         name = f"{layout.name}, gate beside q"
         return dataclasses.replace(layout, projections=(first, *others), name=name)
 
+    def read(self) -> BlockPlan:
+        """Returns the plan of this attempt, with the kernels of all projections, or raises."""
+        kernels = [self.kernel(p) for p in self.layout.projections]
+        latent, out = self.latent(), self._out_features()
+        rope = None if latent is None else latent.segments[1].size
+        layout = self._with_gate(kernels, out)
+        totals = [kernel.total for kernel in kernels]
+        size, kv_heads, rows = divide(layout, totals, self.heads, rope, out)
+        for i, (kernel, (segments, repeat)) in enumerate(zip(kernels, rows, strict=True)):
+            kernels[i] = dataclasses.replace(kernel, segments=segments, repeat=repeat)
+            if kernels[i].grid(kv_heads) is None:
+                raise MisfitError(
+                    f"{layout.projections[i].path}: its features {kernel.features} are not "
+                    f"divisible into {self.heads} heads"
+                )
+        values = [s.size for kernel in kernels for s in kernel.segments if s.role == "value"]
+        agrees = out == self.heads * [*values, size][0]
+        named = ("", layout.name, self.heads, kv_heads, size, self.stack)
+        return BlockPlan(*named, tuple(kernels), agrees)
+
 
 def attempts(
     layout: AttentionLayout,
@@ -219,21 +216,20 @@ def attempts(
     Without `maxima_shape`, `(..., stacked layers, query heads)`, every number of heads that the
     query's features allow is tried; without `stacked`, every stack, unless the layout has it.
     """
-    name = kernel_name(shapes, layout.query.path)
-    query = shapes[name] if name is not None else ()
-    most = len(query) - 2 if maxima_shape is None else min(len(query) - 2, len(maxima_shape) - 1)
+    name = kernel_name(shapes, layout.query.path) or ""
+    query = shapes.get(name, ())
+    rank = len(query)
     if layout.stack_axes is not None:
         stacked = [layout.stack_axes]
     elif stacked is None:  # counted from the front and, since biases have fewer axes, from the end
-        both = (range(len(query)), range(-len(query), 0))
-        counts = range(max(most, 0) + 1)
+        most = rank - 2 if maxima_shape is None else min(rank - 2, len(maxima_shape) - 1)
+        counts, both = range(max(most, 0) + 1), (range(rank), range(-rank, 0))
         stacked = [x for n in counts for axes in both for x in itertools.combinations(axes, n)]
     asked = [len(p.input_axis) for p in layout.projections if isinstance(p.input_axis, tuple)]
-    choices = max([*asked, 2 if (name or "").endswith("weight") else 1])
-    for axes, choice in itertools.product(dict.fromkeys(stacked), range(choices)):
-        if any(not -len(query) <= axis < len(query) for axis in axes):
-            continue
-        stack = tuple(query[axis] for axis in sorted(axis % len(query) for axis in axes))
+    choices = range(max([*asked, 1 + name.endswith("weight")]))
+    possible = (axes for axes in dict.fromkeys(stacked) if all(-rank <= x < rank for x in axes))
+    for axes, choice in itertools.product(possible, choices):
+        stack = tuple(query[axis] for axis in sorted(axis % rank for axis in axes))
         attempt = Attempt(layout, shapes, axes, stack, choice)
         if maxima_shape is not None:
             if len(axes) < len(maxima_shape):
@@ -243,31 +239,26 @@ def attempts(
         total = 1
         with contextlib.suppress(MisfitError):
             total = attempt.kernel(layout.query).total
-        for heads in (n for n in range(1, total + 1) if total % n == 0):
-            yield dataclasses.replace(attempt, heads=heads)
+        yield from (dataclasses.replace(attempt, heads=n) for n in divisors(total))
 
 
 def solve(
     tried: Iterable[Attempt],
-    finish: Callable[[Reading], _Result],
-    penalty: Callable[[Reading], tuple[int, ...]],
-) -> tuple[dict[_Result, list[Reading]], list[MisfitError]]:
+    finish: Callable[[Attempt, BlockPlan], _Result],
+    penalty: Callable[[BlockPlan], tuple[int, ...]],
+) -> tuple[dict[_Result, list[BlockPlan]], list[MisfitError]]:
     """Returns the results of the readings with the least penalty, and reasons against others."""
-    found: list[tuple[tuple[int, ...], _Result, Reading]] = []
+    found: dict[tuple[int, ...], dict[_Result, list[BlockPlan]]] = {}
     misfits: list[MisfitError] = []
     for attempt in tried:
         try:
-            reading = attempt.read()
-            found.append((penalty(reading), finish(reading), reading))
+            plan = attempt.read()
+            result = finish(attempt, plan)
+            found.setdefault(penalty(plan), {}).setdefault(result, []).append(plan)
         except MisfitError as misfit:
             # A traceback would keep the callers' arrays alive as long as the reason is kept.
             misfits.append(misfit.with_traceback(None))
-    least = min((cost for cost, _, _ in found), default=())
-    best: dict[_Result, list[Reading]] = {}
-    for cost, result, reading in found:
-        if cost == least:
-            best.setdefault(result, []).append(reading)
-    return best, misfits
+    return found[min(found)] if found else {}, misfits
 
 
 def refusal_in(misfits: Iterable[MisfitError]) -> RefusalError | None:
