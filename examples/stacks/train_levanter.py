@@ -46,12 +46,12 @@ class RecordingTransformer(LlamaTransformer):
 @OptimizerConfig.register_subclass("muonclip")
 @dataclasses.dataclass(frozen=True)
 class MuonClipConfig(OptimizerConfig):
-    """`optimizer: {type: muonclip, learning_rate: 1e-3, threshold: 100}` in Levanter's YAML."""
+    """`optimizer: {type: muonclip, threshold: 100}` in Levanter's YAML."""
 
     threshold: float = 100.0
 
     def build(self, num_train_steps):
-        """Returns the optimizer; Levanter hands it the loss of the step's batch as `obj_fn`."""
+        """Returns the optimizer; `obj_fn` is the loss of the step's batch."""
         tx = mc.muonclip(
             self.lr_scheduler(num_train_steps),
             weight_decay=self.weight_decay,
@@ -59,7 +59,8 @@ class MuonClipConfig(OptimizerConfig):
         )
 
         def update(grads, state, params, *, obj_fn, **_):
-            obj_fn(params)  # XLA computes what this shares with the step's own forward pass once
+            # XLA computes what the two forward passes of a step share once.
+            obj_fn(params)
             return tx.update(grads, state, params, max_logits=dict(RECORDED))
 
         return optax.GradientTransformationExtraArgs(tx.init, update)

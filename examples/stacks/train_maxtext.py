@@ -75,7 +75,7 @@ def get_optimizer(config, learning_rate_schedule, model=None, mesh=None):
 
 
 def maxima_of(intermediates):
-    """MaxText records `(layers, batch, heads)` below the attention; the batch is reduced here."""
+    """MaxText records `(layers, batch, heads)`; the batch is reduced here."""
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(intermediates):
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")

@@ -31,7 +31,7 @@ class RecordingAttention(Attention):
     """tunix's attention, with its maxima recorded where `capture_max_logits` asks for them."""
 
     def block(self, x, segment_pos, cache, attn_mask):
-        """XLA computes the projections once and drops the output of the first attention."""
+        """XLA computes the projections once and drops the first output."""
         query, key = (
             apply_rope(projection(x), segment_pos, head_dim=self.head_dim)
             for projection in (self.q_proj, self.k_proj)

@@ -38,7 +38,7 @@ COMMANDS = {
     r"(?s)(gcloud|srun) .*examples/train_multihost\.py.*": (
         f"{MULTIHOST}::test_a_restart_ends_with_the_same_bits"
     ),
-    r"python examples/\w+\.py.*": f"{EXAMPLES}::test_a_short_run_does_what_its_page_says",
+    r"(?s)python examples/\w+\.py.*": f"{EXAMPLES}::test_a_short_run_does_what_its_page_says",
 }
 #: What each make target starts. The tests of examples and benchmarks run these programs.
 STARTS = {
