@@ -4,32 +4,44 @@ Some leaves can be recognised only from the whole tree. A kernel with one output
 it is the router. An output head has the input width and output size of the token embedding's
 columns and rows: if exactly one kernel outside of all blocks has, it is the head. Position and type
 tables are not token embeddings. If this does not decide, layers that may be the last one get a
-flag.
+flag. Leaves that stay unknown are an error with every possible layout, as a rule to paste.
 """
 
 import dataclasses
-import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Sequence
+from functools import lru_cache
 from typing import TypeAlias
 
-from muonclip_jax._specs import MatrixSpec, SpecLike, normalize_spec, normalized_axes
-from muonclip_jax.heads.cuts import Cut, attention_cuts
+from muonclip_jax._specs import MatrixSpec, SpecLike, normalize_spec, normalized_axes, simplify_spec
+from muonclip_jax.heads.cuts import attention_cuts
 from muonclip_jax.heads.finding import Rule, strip_outer
-from muonclip_jax.routing.inference import Decision, infer, token_tables
-from muonclip_jax.routing.leaves import Leaf
-from muonclip_jax.routing.stacks import ScanAxis
-from muonclip_jax.routing.suggestions import unknown_leaves
+from muonclip_jax.routing.inference import infer, token_tables
+from muonclip_jax.routing.leaves import (
+    Axes,
+    Decision,
+    Key,
+    Leaf,
+    lengths,
+    read_path,
+    to_spec,
+    without,
+)
 from muonclip_jax.routing.table import EXPERT_STACK, OUTPUT_HEAD, direction
 
+#: Pairs of a pattern and a spec; None is AdamW.
 Rules: TypeAlias = tuple[tuple[str, SpecLike | None], ...]
+#: `scan_axis=` as pairs of a pattern and axes; None reads them from the stacks.
+ScanAxis: TypeAlias = tuple[tuple[str, Axes], ...] | None
+
+_LEAVES_SHOWN = 8
 
 
-@functools.lru_cache(maxsize=64)
+@lru_cache(maxsize=64)
 def decide(
-    leaves: tuple[Leaf, ...],
+    keys: tuple[Key, ...],
     hidden: tuple[str, ...],
     rules: Rules,
     scan_axis: ScanAxis,
@@ -45,146 +57,100 @@ def decide(
         ValueError: If the matrix axes of a leaf are ambiguous, or an attention block cannot be
             split.
     """
-    given = {leaf.path: _by_rule(rules, leaf) for leaf in leaves}
-    ruled = frozenset(path for path, decision in given.items() if decision is not None)
-    decided = infer(leaves, ruled, scan_axis)
-    decided |= _find_routers(leaves, decided)
-    decided |= _find_output_head(leaves, decided, ruled)
+    leaves: list[Leaf] = []
+    for key in keys:
+        path = key[0]
+        stack = (axes for pattern, axes in scan_axis or () if re.search(pattern, path))
+        leaves.append(Leaf(*key, *read_path(path), _by_rule(rules, key), next(stack, None)))
+    infer(leaves)
+    _find_routers(leaves)
+    _find_output_head(leaves)
     if attention != "merged":
-        cut = functools.partial(
-            attention_cuts, attention=attention, head_dim=head_dim, blocks=blocks
-        )
-        decided |= _cut_attention(cut, leaves, decided, ruled, hidden)
-    for path, decision in given.items():
-        if decision is not None:
-            decays = decision.spec is not None or decided[path].decays
-            decided[path] = dataclasses.replace(decision, decays=decays)
-    if any(decision.readings for decision in decided.values()):
-        raise unknown_leaves(leaves, decided)
-    return tuple(decided[leaf.path] for leaf in leaves)
+        _cut_attention(leaves, hidden, attention, head_dim, blocks)
+    for leaf in leaves:
+        if leaf.ruled is not None:
+            decays = leaf.ruled.spec is not None or leaf.decision.decays
+            leaf.decision = dataclasses.replace(leaf.ruled, decays=decays)
+    if any(leaf.decision.readings for leaf in leaves):
+        raise _unknown_leaves(leaves)
+    return tuple(leaf.decision for leaf in leaves)
 
 
-def _by_rule(rules: Rules, leaf: Leaf) -> Decision | None:
+def _by_rule(rules: Rules, key: Key) -> Decision | None:
+    path, shape, trained, _ = key
     for pattern, spec in rules:
-        if re.search(pattern, leaf.path):
+        if re.search(pattern, path):
             why = f"rule {pattern!r}"
-            if spec is None:
-                return Decision(None, why)
-            if not leaf.trained:
+            if spec is not None and not trained:
                 raise ValueError(
-                    f"{leaf.path} of shape {leaf.shape} has an integer or bool dtype, and {why} "
-                    f"assigns it to Muon. Leave it out of the tree, or write ({pattern!r}, None)."
+                    f"{path} of shape {shape} has an integer or bool dtype, and {why} assigns it "
+                    f"to Muon. Leave it out of the tree, or write ({pattern!r}, None)."
                 )
-            return Decision(normalize_spec(spec, leaf.shape, leaf.path), why)
+            return Decision(None if spec is None else normalize_spec(spec, shape, path), why)
     return None
 
 
-def _cut_attention(
-    cut: Callable[..., dict[str, Cut]],
-    leaves: tuple[Leaf, ...],
-    decided: dict[str, Decision],
-    ruled: frozenset[str],
-    hidden: tuple[str, ...],
-) -> dict[str, Decision]:
-    """Decisions by attention layouts, which replace those by names but not those by rules."""
-    free = {
-        strip_outer(leaf.path): leaf
-        for leaf in leaves
-        if leaf.path not in ruled and (decided[leaf.path].spec or decided[leaf.path].readings)
-    }
-    found: dict[str, Decision] = {}
-    for stack in sorted({decision.stack for decision in decided.values()}):
-        inside = {name: x for name, x in free.items() if decided[x.path].stack == stack}
-        later = stack[:1] not in ((), (0,))
-        stacked = {n for n, x in inside.items() if x.name.stacked or (x.name.grouped and later)}
-        cuts = cut(
-            {strip_outer(leaf.path): leaf for leaf in leaves},
-            {name: decided[leaf.path].spec for name, leaf in inside.items()},
-            [strip_outer(path) for path in hidden],
-            stack=stack,
-            stacked=stacked,
-        )
-        if cuts and stack != tuple(range(len(stack))) and len(stack) > 1:
-            raise ValueError(
-                f"{next(iter(cuts))} is stacked on axes {stack}. Attention kernels in nested scans "
-                "can only be split if the layers are on the first axes. Write a rule for those "
-                "kernels."
-            )
-        found |= {free[name].path: Decision(*made) for name, made in cuts.items()}
-    return found
-
-
-def _find_routers(leaves: Sequence[Leaf], decided: Mapping[str, Decision]) -> dict[str, Decision]:
-    """Returns the changed decisions: a kernel with one output per expert is a router."""
+def _find_routers(leaves: Sequence[Leaf]) -> None:
+    """Gives kernels with one output per expert beside them to AdamW."""
     experts: dict[str, set[int]] = {}
     for leaf in leaves:
-        decision = decided[leaf.path]
-        if decision.why.startswith(EXPERT_STACK) and decision.spec is not None:
-            used = {*sum(normalized_axes(decision.spec), ()), *decision.stack}
+        spec, stack = leaf.decision.spec, leaf.decision.stack
+        if spec is not None and leaf.decision.why.startswith(EXPERT_STACK):
             for module in filter(None, leaf.modules[:2]):
-                counts = {n for axis, n in enumerate(leaf.shape) if axis not in used}
-                experts.setdefault(module, set()).update(counts)
-    found: dict[str, Decision] = {}
+                used = {*sum(normalized_axes(spec), ()), *stack}
+                experts.setdefault(module, set()).update(without(leaf.shape, used))
     for leaf in leaves:
-        decision = decided[leaf.path]
-        if decision.spec is not None and not decision.why.startswith("expert"):
-            inputs, outputs = _sizes(leaf, decision.spec)
-            near = set[int]().union(*(experts.get(module, ()) for module in leaf.modules[:2]))
-            if outputs in near and inputs != outputs:
-                found[leaf.path] = Decision(None, "router: a number for each expert beside it")
-    return found
+        if leaf.decision.spec is not None and not leaf.decision.why.startswith("expert"):
+            inputs, outputs = _sizes(leaf)
+            near = [experts[module] for module in leaf.modules[:2] if module in experts]
+            if inputs != outputs and any(outputs in counts for counts in near):
+                leaf.decision = Decision(None, "router: a number for each expert beside it")
 
 
-def _find_output_head(
-    leaves: Sequence[Leaf], decided: Mapping[str, Decision], ruled: frozenset[str]
-) -> dict[str, Decision]:
-    """Returns the changed decisions: the output head goes to AdamW, candidates get a flag."""
-    blocks = _blocks(leaves, decided)
-    leaves = [leaf for leaf in leaves if leaf.path not in ruled]
-    sizes: dict[str, tuple[int, int]] = {}  # of kernels outside of blocks
+def _find_output_head(leaves: Sequence[Leaf]) -> None:
+    """Gives the output head to AdamW, or flags the candidates."""
+    kernels: Counter[str] = Counter()
+    wider = {""}  # lists, stacks and token embeddings
     for leaf in leaves:
-        decision = decided[leaf.path]
-        inside = _in_list(leaf) or not blocks.isdisjoint(leaf.modules[1:])
-        inside = inside or bool(decision.stack) or direction(leaf.name) == "i"
-        if decision.spec is not None and not inside:
-            sizes[leaf.path] = _sizes(leaf, decision.spec)
-    tables = token_tables(leaves)
-    heads = [path for path, size in sizes.items() if size[::-1] in tables]
-    by_name = any(decided[leaf.path].why == OUTPUT_HEAD for leaf in leaves)
-    if len(heads) == 1 and not by_name and len(set(sizes[heads[0]])) == 2:
-        return {heads[0]: Decision(None, "output head: as large as the token embedding")}
+        if leaf.decision.stack or leaf.name.grouped or token_tables([leaf]):
+            wider.update(leaf.modules)
+        elif leaf.decision.spec is not None:
+            kernels.update(leaf.modules)
+    blocks = {module for module, count in kernels.items() if count > 1} - wider
+    free = [leaf for leaf in leaves if leaf.ruled is None]
+    matrices = [leaf for leaf in free if leaf.decision.spec is not None]
+    outside = [
+        leaf
+        for leaf in matrices
+        if blocks.isdisjoint(leaf.modules[1:])
+        and not (leaf.decision.stack or _in_list(leaf) or direction(leaf.name) == "i")
+    ]
+    tables = token_tables(free)
+    heads = [leaf for leaf in outside if _sizes(leaf)[::-1] in tables]
+    named = any(leaf.decision.why == OUTPUT_HEAD for leaf in free)
+    if len(heads) == 1 and not named and len({*_sizes(heads[0])}) == 2:
+        heads[0].decision = Decision(None, "output head: as large as the token embedding")
+        return
     flags = dict.fromkeys(heads, "the output layer")
-    if not heads and not by_name:
-        flags = _candidates(leaves, sizes, decided, bool(tables))
-    return {path: dataclasses.replace(decided[path], flag=flag) for path, flag in flags.items()}
+    if not heads and not named:
+        # Kernels whose output size is no other kernel's input size, or the reverse.
+        read, made = (Counter(_sizes(leaf)[side] for leaf in matrices) for side in (0, 1))
+        layered = any(_in_list(leaf) or leaf.decision.stack for leaf in free)
+        shapes = Counter(map(_sizes, outside))
+        for leaf in outside:
+            inputs, outputs = _sizes(leaf)
+            twins = shapes[outputs, inputs]  # a table beside its head
+            if len(leaf.shape) == 2 and inputs != outputs and read[outputs] <= twins:
+                flags[leaf] = "the output layer"
+            elif len(leaf.shape) == 2 and inputs > outputs and made[inputs] <= twins:
+                flags |= {leaf: "a table of embeddings"} if layered and not tables else {}
+    for leaf, flag in flags.items():
+        leaf.decision = dataclasses.replace(leaf.decision, flag=flag)
 
 
-def _candidates(
-    leaves: Sequence[Leaf],
-    sizes: Mapping[str, tuple[int, int]],
-    decided: Mapping[str, Decision],
-    has_table: bool,
-) -> dict[str, str]:
-    """Flags kernels whose output size is no other kernel's input size, or the reverse."""
-    specs = [(leaf, spec) for leaf in leaves if (spec := decided[leaf.path].spec) is not None]
-    both = [_sizes(leaf, spec) for leaf, spec in specs]
-    read, made = (Counter(size[side] for size in both) for side in (0, 1))
-    layered = any(_in_list(leaf) or decided[leaf.path].stack for leaf in leaves)
-    shapes = Counter(sizes.values())
-    found: dict[str, str] = {}
-    for leaf in leaves:
-        inputs, outputs = sizes.get(leaf.path, (0, 0))
-        twins = shapes[outputs, inputs]  # a table beside its head
-        if len(leaf.shape) != 2 or inputs == outputs:
-            continue
-        if read[outputs] <= twins:
-            found[leaf.path] = "the output layer"
-        elif layered and not has_table and inputs > outputs and made[inputs] <= twins:
-            found[leaf.path] = "a table of embeddings"
-    return found
-
-
-def _sizes(leaf: Leaf, spec: MatrixSpec) -> tuple[int, int]:
+def _sizes(leaf: Leaf) -> tuple[int, int]:
+    """Input and output features of a leaf that Muon trains."""
+    spec = leaf.decision.spec or MatrixSpec()
     inputs, outputs = (math.prod(leaf.shape[a] for a in axes) for axes in normalized_axes(spec))
     return inputs, outputs
 
@@ -194,13 +160,108 @@ def _in_list(leaf: Leaf) -> bool:
     return leaf.name.grouped or any(part.isdigit() for part in leaf.path.split("/")[:-2])
 
 
-def _blocks(leaves: Sequence[Leaf], decided: Mapping[str, Decision]) -> set[str]:
-    """The modules that are blocks: several kernels, but no list, stack or token embedding."""
-    kernels: Counter[str] = Counter()
-    wider: set[str] = {""}
+def _cut_attention(
+    leaves: Sequence[Leaf],
+    hidden: Collection[str],
+    attention: str,
+    head_dim: int | None,
+    blocks: tuple[Rule, ...] | None,
+) -> None:
+    """Decides by attention layouts, which replace names but not rules."""
+    by_path = {strip_outer(leaf.path): leaf for leaf in leaves}
+    for stack in sorted({leaf.decision.stack for leaf in leaves}):
+        inside = {
+            path: leaf
+            for path, leaf in by_path.items()
+            if leaf.decision.stack == stack
+            and leaf.ruled is None
+            and (leaf.decision.spec or leaf.decision.readings)
+        }
+        later = stack[:1] not in ((), (0,))
+        cuts = attention_cuts(
+            by_path,
+            {path: leaf.decision.spec for path, leaf in inside.items()},
+            [strip_outer(path) for path in hidden],
+            attention=attention,
+            stack=stack,
+            stacked={p for p, x in inside.items() if x.name.stacked or (x.name.grouped and later)},
+            head_dim=head_dim,
+            blocks=blocks,
+        )
+        if cuts and len(stack) > 1 and stack != tuple(range(len(stack))):
+            raise ValueError(
+                f"{next(iter(cuts))} is stacked on axes {stack}. Attention kernels in nested scans "
+                "can only be split if the layers are on the first axes. Write a rule for those "
+                "kernels."
+            )
+        for path, cut in cuts.items():
+            by_path[path].decision = Decision(*cut)
+
+
+def _unknown_leaves(leaves: Sequence[Leaf]) -> ValueError:
+    """The error for leaves that remain unknown."""
+    groups: dict[tuple[str, tuple[int, ...], tuple[str, ...]], list[Leaf]] = {}
     for leaf in leaves:
-        if decided[leaf.path].stack or leaf.name.grouped or token_tables([leaf]):
-            wider.update(leaf.modules)
-        elif decided[leaf.path].spec is not None:
-            kernels.update(leaf.modules)
-    return {module for module, count in kernels.items() if count > 1} - wider
+        if readings := leaf.decision.readings:
+            groups.setdefault((_generalised(leaf.path), leaf.shape, readings), []).append(leaf)
+    count = sum(map(len, groups.values()))
+    lines: list[str] = []
+    for (_, shape, readings), group in list(groups.items())[:_LEAVES_SHOWN]:
+        pattern = pattern_for([leaf.path for leaf in group], [leaf.path for leaf in leaves])
+        lines.append(f"  {group[0].path} of shape {shape} ({group[0].decision.why}), one of")
+        for letters in readings:
+            batch, inputs, outputs = (
+                " x ".join(map(str, lengths(letters, shape, x))) for x in "bio"
+            )
+            meaning = f"{batch + ' matrices ' if batch else ''}{inputs} -> {outputs}"
+            lines.append(f"    rules={write_rule(pattern, letters)}  # {meaning}")
+        lines.append(f"    rules={write_rule(pattern, None)}  # AdamW trains it")
+    if len(groups) > _LEAVES_SHOWN:
+        lines.append(f"  and {len(groups) - _LEAVES_SHOWN} more")
+    lines.append("The pair is (reduction axes, output axes), all others are batch axes.")
+    if any("stacked layers" in leaf.decision.why for leaf in leaves):
+        lines[-1] += (
+            " If layers are stacked on one axis, write MatrixRules(scan_axis=0) or "
+            "MatrixRules(scan_axis=[(pattern, axis)])."
+        )
+    return ValueError(
+        f"{count} {'leaf' if count == 1 else 'leaves'} of rank three or more cannot be identified "
+        "by name or structure, so their matrix axes are unknown. Write rules:\n" + "\n".join(lines)
+    )
+
+
+def pattern_for(group: Sequence[str], paths: Sequence[str]) -> str:
+    r"""A pattern that matches the paths of a group and none of the others.
+
+    Example:
+        >>> pattern_for(["h/0/w", "h/1/w"], ["h/0/w", "h/1/w", "h/0/b"])
+        '^h/\\d+/w$'
+    """
+    pattern = f"^{_generalised(group[0])}$"
+    if {path for path in paths if re.search(pattern, path)} == set(group):
+        return pattern
+    escaped = "|".join(map(_escaped, group))
+    return f"^({escaped})$" if len(group) > 1 else f"^{escaped}$"
+
+
+def write_rule(pattern: str, letters: str | None) -> str:
+    """A rule to paste: a layout, or None for AdamW.
+
+    Example:
+        >>> write_rule("^decoder/foo/w$", "ioo")
+        'MatrixRules([("^decoder/foo/w$", MatrixSpec((0, (1, 2))))])'
+    """
+    spec = None
+    if letters is not None:
+        reduction, output = MatrixSpec(simplify_spec(to_spec(letters))).dims
+        spec = f"MatrixSpec(({reduction}, {output}))"
+    raw = "r" if "\\" in pattern else ""
+    return f'MatrixRules([({raw}"{pattern}", {spec})])'
+
+
+def _escaped(path: str) -> str:
+    return re.escape(path).replace(r"\-", "-")
+
+
+def _generalised(path: str) -> str:
+    return re.sub(r"(?<![A-Za-z\d])\d+", lambda _: r"\d+", _escaped(path))

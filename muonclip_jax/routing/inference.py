@@ -7,13 +7,13 @@ block have the block's width as input axis.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
-from muonclip_jax._specs import MatrixSpec
 from muonclip_jax.heads.finding import Shape
-from muonclip_jax.routing.evidence import Evidence, biases_of, by_bias, gather, output_first
 from muonclip_jax.routing.leaves import (
+    GENERIC,
+    Decision,
     Leaf,
     lengths,
     possible_layouts,
@@ -21,7 +21,7 @@ from muonclip_jax.routing.leaves import (
     with_layers,
     without,
 )
-from muonclip_jax.routing.stacks import WIDTH_AXIS, Axes, ScanAxis, extra_axes, find_stacks
+from muonclip_jax.routing.stacks import WIDTH_AXIS, extra_axes, find_stacks
 from muonclip_jax.routing.table import DENSE, EMBEDDING_TABLE, MOE, direction, fits, look_up, word
 
 _LARGEST_WINDOW = 16
@@ -32,65 +32,121 @@ _NOT_TOKENS = word(
     "pos|position|positions|positional|posemb|posembed|wpe|type|types|segment|segments|time|layer|"
     "relative|rel|codebook|codebooks"
 )
+_KEY_VALUE = r"(?:.*_)?(?:k|v|kv|key|value|wk|wv|wkv)(?:_.*)?"
+_OUTPUT_FIRST = r"weight(?:_.*)?"  # names of kernels in libraries that have the output axis first
 
 
-@dataclass(frozen=True)
-class Decision:
-    """The decision for one leaf."""
-
-    spec: MatrixSpec | None  # its matrices; None is AdamW
-    why: str
-    decays: bool = True  # whether weight decay applies
-    readings: tuple[str, ...] = ()  # where it is open what the leaf is: the layouts that fit
-    flag: str = ""  # what a reader should check
-    stack: Axes = ()  # the axes of stacked layers
-
-
-def infer(
-    leaves: Sequence[Leaf], ruled: frozenset[str], scan_axis: ScanAxis
-) -> dict[str, Decision]:
-    """Decides for all leaves of a tree together.
-
-    Args:
-        leaves: All leaves that are not masked.
-        ruled: Paths that the user's rules decide, which are not used as evidence.
-        scan_axis: The user's axes of stacked layers.
-    """
-    free = [leaf for leaf in leaves if leaf.path not in ruled]
-    widths = frozenset(columns for _, columns in token_tables(free))
-    single = biases_of(free, {})
-    plain = frozenset(x.path for x in free if _is_plain(x, single.get(x.path, ("", None))[1]))
-    stacks = find_stacks(free, scan_axis, plain, widths)
-    evidence = gather(free, stacks.axes)
-    bias_paths = {path for path, _ in evidence.biases.values()}
-    decisions: dict[str, Decision] = {}
+def infer(leaves: Sequence[Leaf]) -> None:
+    """Finds the decision for every leaf of a tree."""
+    free = [leaf for leaf in leaves if leaf.ruled is None]
+    _find_biases(free)
+    for leaf in free:
+        if _is_plain(leaf):
+            leaf.stack = ()
+    find_stacks(free, frozenset(columns for _, columns in token_tables(free)))
+    _find_biases(free)  # again, without stacked layers
+    _find_widths(free)
     for leaf in leaves:
-        if leaf.path in stacks.open:
-            decisions[leaf.path] = _open_stack(leaf, stacks.open[leaf.path])
-        elif len(leaf.shape) > 1 and leaf.trained and leaf.path in bias_paths:
-            decisions[leaf.path] = Decision(None, "bias", decays=False)
-        else:
-            decisions[leaf.path] = _decide(leaf, stacks.axes.get(leaf.path, ()), evidence)
-    return decisions
+        leaf.decision = _decide(leaf)
 
 
 def token_tables(leaves: Iterable[Leaf]) -> list[Shape]:
     """Shapes of the token embedding tables, without position and type tables."""
-    found: list[Shape] = []
+    return [
+        leaf.shape
+        for leaf in leaves
+        if len(leaf.shape) == 2
+        and look_up(leaf.name, leaf.shape).why == EMBEDDING_TABLE
+        and not fits(_NOT_TOKENS, leaf.name.leaf, leaf.name.role, *leaf.name.scope[-1:])
+    ]
+
+
+def _find_biases(leaves: Sequence[Leaf]) -> None:
+    """Finds `bias` of every kernel, and which leaves are biases."""
+    by_path = {leaf.path: leaf for leaf in leaves}
     for leaf in leaves:
-        told = look_up(leaf.name, leaf.shape) if len(leaf.shape) == 2 else None
-        names = leaf.name.leaf, leaf.name.role, *leaf.name.scope[-1:]
-        if told and told[0].why == EMBEDDING_TABLE and not fits(_NOT_TOKENS, *names):
-            found.append(leaf.shape)
-    return found
+        leaf.bias, leaf.is_bias = None, False
+    for leaf in leaves:
+        if len(leaf.shape) < 2:
+            continue
+        prefix = leaf.modules[0] + "/" if leaf.modules[0] else ""
+        last, slash, wrapper = leaf.path[len(prefix) :].partition("/")
+        names = ["bias", f"{leaf.name.leaf}_bias", *(["b"] if leaf.name.leaf in GENERIC else [])]
+        names += [last[:-1] + "b"] if last.endswith("_w") else []
+        paths = (prefix + name + end for end in ("", slash + wrapper) for name in names)
+        found = next((by_path[x] for x in paths if x in by_path and x != leaf.path), None)
+        if found is None:
+            continue
+        axes, shape = leaf.stack or (), found.shape
+        shift = len(shape) - len(leaf.shape)
+        for places in (axes, tuple(axis + shift for axis in axes)):
+            layers = [shape[axis] for axis in places if 0 <= axis < len(shape)]
+            if layers == [leaf.shape[axis] for axis in axes]:
+                shape = without(shape, places)
+                break
+        while len(shape) > 1 and shape[-1] == 1:  # a window's axes
+            shape = shape[:-1]
+        if shape:
+            leaf.bias, found.is_bias = shape, True
 
 
-def _is_plain(leaf: Leaf, bias: Shape | None) -> bool:
+def _find_widths(leaves: Sequence[Leaf]) -> None:
+    """Finds what kernels show together: `width`, `output_first` and `beside`."""
+    kernels = [x for x in leaves if len(x.layer) > 1 and look_up(x.name, x.layer).layout != ""]
+    common: dict[str, set[int]] = {}  # the lengths that all kernels below a module have
+    sides: dict[str, list[str]] = {}
+    grids: dict[str, set[Shape]] = {}
+    for leaf in kernels:
+        shape, layout = leaf.layer, look_up(leaf.name, leaf.layer).layout
+        if layout and re.fullmatch("b*oio", layout):  # sizes of heads stand on outer axes
+            outer = {shape[layout.index("i")]}
+        elif len(shape) == 2 or layout is None:
+            outer = {shape[0], shape[-1]}
+        else:
+            outer = set(shape) - {1}
+        for module in leaf.modules:
+            common[module] = common.get(module, outer) & outer
+            sides.setdefault(module, []).append(direction(leaf.name))
+        leaf.beside = grids.setdefault(leaf.modules[:2][-1], set())
+        leaf.beside.update([shape] if len(shape) == 3 else [])
+    votes: Counter[tuple[str, bool]] = Counter()
+    for leaf in kernels:
+        for module in leaf.modules:  # of the smallest block around it
+            if len(common[module]) == 1 and len(sides[module]) > 2:
+                leaf.width = next(iter(common[module])) if {"i", "o"} <= {*sides[module]} else None
+            if not common[module] or leaf.width is not None:
+                break
+        shape, side = leaf.layer, direction(leaf.name)
+        vote = _bias_is_first(leaf)
+        # In cross-attention keys and values read another hidden state.
+        told = side and len(shape) == 2 and not fits(_KEY_VALUE, leaf.name.role)
+        if vote is None and told and leaf.width is not None and shape.count(leaf.width) == 1:
+            vote = (shape[-1] == leaf.width) == (side == "i")
+        if vote is not None:
+            votes[leaf.name.leaf, vote] += 1
+    for leaf in leaves:
+        last = leaf.name.leaf
+        habit = fits(_OUTPUT_FIRST, last)
+        leaf.output_first = habit != (votes[last, not habit] > 1 and not votes[last, habit])
+
+
+def _bias_is_first(leaf: Leaf) -> bool | None:
+    """Whether a bias shows that the output axis is first; None if it shows nothing."""
+    shape, bias = leaf.layer, leaf.bias or ()
+    if not 0 < len(bias) < len(shape):
+        return None
+    first, last = shape[: len(bias)] == bias, shape[-len(bias) :] == bias
+    return None if first == last else first
+
+
+def _is_plain(leaf: Leaf) -> bool:
     """Whether the shape of a leaf shows that it is not stacked."""
-    if bias is None:
+    if leaf.bias is None:
         return _is_window(leaf)
     extra = extra_axes(leaf.name, leaf.shape)
-    return bool(extra and min(extra) >= len(bias)) or (len(bias) == 1 and _is_window(leaf))
+    if extra and min(extra) >= len(leaf.bias):
+        return True
+    return len(leaf.bias) == 1 and _is_window(leaf)
 
 
 def _is_window(leaf: Leaf) -> bool:
@@ -98,121 +154,64 @@ def _is_window(leaf: Leaf) -> bool:
     name, shape = leaf.name, leaf.shape
     if len(shape) not in (4, 5) or name.grouped or name.leaf not in ("kernel", "w"):
         return False
-    told = look_up(name, shape)
-    if told is not None and not (told[1] and re.match("conv|patch|matrix", told[0].why)):
+    entry = look_up(name, shape)
+    if fits(MOE, *name.scope, name.role):
         return False
-    if fits(MOE, *name.scope, name.role) or (shape[0] == 2 and name.leaf == "w" and told is None):
-        return False  # experts; Gemma's (2, heads, inputs, head_dim)
-    return _is_square(shape[:-2], shape[-2:])
+    if entry.layout is None:  # Gemma has w of (2, heads, inputs, head_dim)
+        return (shape[0] != 2 or name.leaf != "w") and _is_square(shape[:-2], shape[-2:])
+    named = bool(entry.layout) and re.match("conv|patch|matrix", entry.why) is not None
+    return named and _is_square(shape[:-2], shape[-2:])
 
 
 def _is_square(window: Shape, channels: Shape) -> bool:
     return len(set(window)) == 1 and window[0] <= min(_LARGEST_WINDOW, max(channels))
 
 
-def _open_stack(leaf: Leaf, options: Sequence[Axes]) -> Decision:
-    readings: list[str] = []
-    for axes in options:
-        told = look_up(leaf.name, without(leaf.shape, axes))
-        if told is not None and told[1]:
-            readings.append(with_layers(told[1], axes, len(leaf.shape)))
-    readings += possible_layouts(leaf.shape)
-    why = "stacked layers on an axis that the stack does not show"
-    return Decision(None, why, readings=tuple(dict.fromkeys(readings)))
-
-
-def _decide(leaf: Leaf, axes: Axes, evidence: Evidence) -> Decision:
-    name, rank, shape = leaf.name, len(leaf.shape), without(leaf.shape, axes)
+def _decide(leaf: Leaf) -> Decision:
+    name, rank, shape, axes = leaf.name, len(leaf.shape), leaf.layer, leaf.stack or ()
     if rank < 2:
         return Decision(None, "scalar" if rank == 0 else "vector", decays=False)
     if not leaf.trained:
         return Decision(None, "integers or bools: nothing to train", decays=False)
-    named = _by_axis_names(leaf, axes, evidence)
-    if named is not None:
-        return named
-    told = look_up(name, shape if len(shape) > 1 else leaf.shape)
-    if told is not None and not told[1]:
-        return Decision(None, told[0].why, told[0].decays)
+    if leaf.options is not None:
+        found = [(look_up(name, without(leaf.shape, x)).layout, x) for x in leaf.options]
+        layouts = [with_layers(layout, x, rank) for layout, x in found if layout]
+        readings = tuple(dict.fromkeys([*layouts, *possible_layouts(leaf.shape)]))
+        why = "stacked layers on an axis that the stack does not show"
+        return Decision(None, why, readings=readings)
+    if leaf.is_bias:
+        return Decision(None, "bias", decays=False)
+    entry = look_up(name, shape if len(shape) > 1 else leaf.shape)
+    why, letters = entry.why, entry.layout
+    if letters == "":
+        return Decision(None, why, entry.decays)
     if len(shape) < 2:
         return Decision(None, "vector", decays=False)
-    if told is not None and name.stacked and not axes and len(shape) > 2:
-        other = look_up(name, shape[1:])
-        if other is not None and not other[1]:
-            why = "a gate that may be a stacked router or a stack of experts"
-            return Decision(None, why, readings=possible_layouts(shape))
-    why, letters, parts = "", None, 1
-    if told is not None:
-        why, letters, parts = told[0].why, told[1], told[0].parts
-    if (
-        why in ("", "matrix")
-        and not axes
-        and _is_plain(leaf, evidence.bias(leaf))
-        and _is_window(leaf)
-    ):
+    if (named := _by_axis_names(leaf)) is not None:
+        return named
+    if letters and name.stacked and not axes and rank > 2 and look_up(name, shape[1:]).layout == "":
+        why = "a gate that may be a stacked router or a stack of experts"
+        return Decision(None, why, readings=possible_layouts(shape))
+    known = axes or why not in ("", "matrix")
+    if not known and _is_plain(leaf) and _is_window(leaf):
         why, letters = "convolution", "i" * (rank - 1) + "o"
     elif letters is None:
-        why, letters = "read from its shape", _by_structure(leaf, shape, evidence)
+        why, letters = "read from its shape", _by_structure(leaf)
     if letters is None:
         readings = tuple(with_layers(x, axes, rank) for x in possible_layouts(shape))
         return Decision(None, f"no known name, rank {rank}", readings=readings)
-    if parts != 3:
-        letters = _oriented(leaf, shape, letters, evidence)
+    if entry.parts != 3:
+        letters = _oriented(leaf, letters)
     why = "stacked matrices" if axes and why == "matrix" else why
-    return Decision(to_spec(with_layers(letters, axes, rank), leaf.shape, parts), why, stack=axes)
+    spec = to_spec(with_layers(letters, axes, rank), leaf.shape, entry.parts)
+    return Decision(spec, why, stack=axes)
 
 
-def _by_structure(leaf: Leaf, shape: Shape, evidence: Evidence) -> str | None:
-    """The layout of a kernel with unknown name, if exactly one is possible."""
-    rank, bias = len(shape), evidence.bias(leaf)
-    if bias is not None:
-        first = by_bias(shape, bias)
-        if first is not None:
-            outputs, inputs = "o" * len(bias), "i" * (rank - len(bias))
-            return outputs + inputs if first else inputs + outputs
-        return "bio" if rank == 3 and bias == (shape[0], shape[2]) else None
-    if leaf.name.stacked:
-        return None
-    if rank in (4, 5) and leaf.name.leaf == "weight" and _is_square(shape[2:], shape[:2]):
-        return "o" + "i" * (rank - 1)
-    if rank != 3:
-        return None
-    heads = evidence.heads.get(leaf.modules[:2][-1], ())
-    reads, writes = (shape[0], shape[2]) in heads, (shape[2], shape[1]) in heads
-    if reads != writes:
-        return "ioo" if reads else "iio"
-    width = evidence.widths.get(leaf.path)
-    dense = fits(DENSE, leaf.name.role) and shape.count(width) == 1 and shape[0] == width
-    return "ioo" if dense else None
-
-
-def _oriented(leaf: Leaf, shape: Shape, letters: str, evidence: Evidence) -> str:
-    """A layout with the input axes where the tree shows them, else where the library has them."""
-    if not fits("i+o+|o+i+", letters.replace("b", "")):
-        return letters
-    rest = iter(letters.replace("b", "")[::-1])
-    turned = "".join(letter if letter == "b" else next(rest) for letter in letters)
-    bias, last = evidence.bias(leaf), leaf.name.leaf
-    fitting = [x for x in (letters, turned) if lengths(x, shape, "o") == bias]
-    if len(fitting) == 1:
-        return fitting[0]
-    side, width = direction(leaf.name), evidence.widths.get(leaf.path)
-    if side and len(shape) > 2 and (output_first(last) or last == leaf.name.role):
-        hidden = [a for a, n in enumerate(shape) if n == width and letters[a] != "b"]
-        if len(hidden) == 1:
-            rest = "o" if side == "i" else "i"
-            kinds = (side if axis in hidden else rest for axis in range(len(shape)))
-            return "".join("b" if x == "b" else y for x, y in zip(letters, kinds, strict=True))
-    first = evidence.output_first.get(last, output_first(last))
-    return turned if first and letters.replace("b", "").startswith("i") else letters
-
-
-def _by_axis_names(leaf: Leaf, axes: Axes, evidence: Evidence) -> Decision | None:
+def _by_axis_names(leaf: Leaf) -> Decision | None:
     """The layout by the framework's axis names, if they include the hidden state's axis."""
+    axes = leaf.stack or ()
     if leaf.axes is None or not all(n or i in axes for i, n in enumerate(leaf.axes)):
         return None
-    told = look_up(leaf.name, leaf.shape)
-    if told is not None and not told[1]:
-        return Decision(None, told[0].why, told[0].decays)
     if fits(_TABLE_AXIS, *leaf.axes):
         return Decision(None, "a table by the name of an axis")
     kinds = [
@@ -221,10 +220,50 @@ def _by_axis_names(leaf: Leaf, axes: Axes, evidence: Evidence) -> Decision | Non
     ]
     if kinds.count("w") != 1 or "x" not in kinds:
         return None
-    side = direction(leaf.name)
-    if not side:
-        first = kinds.index("w") < kinds.index("x")
-        side = "i" if first != evidence.output_first.get(leaf.name.leaf, False) else "o"
+    input_first = (kinds.index("w") < kinds.index("x")) != leaf.output_first
+    side = direction(leaf.name) or ("i" if input_first else "o")
     sides = {"b": "b", "w": side, "x": "o" if side == "i" else "i"}
     letters = "".join(sides[kind] for kind in kinds)
-    return Decision(to_spec(letters, leaf.shape), "named axes", stack=axes)
+    return Decision(to_spec(letters), "named axes", stack=axes)
+
+
+def _by_structure(leaf: Leaf) -> str | None:
+    """The layout of a kernel with unknown name, up to orientation, if exactly one is possible."""
+    shape, bias, rank = leaf.layer, leaf.bias, len(leaf.layer)
+    if bias is not None:
+        if _bias_is_first(leaf) is not None:
+            return "i" * (rank - len(bias)) + "o" * len(bias)
+        return "bio" if rank == 3 and bias == (shape[0], shape[2]) else None
+    if leaf.name.stacked:
+        return None
+    if rank in (4, 5) and leaf.name.leaf == "weight" and _is_square(shape[2:], shape[:2]):
+        return "o" + "i" * (rank - 1)
+    if rank != 3:
+        return None
+    # (width, heads, head_dim) beside (heads, head_dim, width).
+    heads = {(w, size) for w, n, size in leaf.beside if (n, size, w) in leaf.beside}
+    reads, writes = (shape[0], shape[2]) in heads, (shape[2], shape[1]) in heads
+    if reads != writes:
+        return "ioo" if reads else "iio"
+    dense = fits(DENSE, leaf.name.role) and shape.count(leaf.width) == 1 and shape[0] == leaf.width
+    return "ioo" if dense else None
+
+
+def _oriented(leaf: Leaf, letters: str) -> str:
+    """A layout with the input axes where the tree shows them, else where the library has them."""
+    shape, sides, last = leaf.layer, letters.replace("b", ""), leaf.name.leaf
+    if not re.fullmatch("i+o+|o+i+", sides):
+        return letters
+    batch = tuple(axis for axis, letter in enumerate(letters) if letter == "b")
+    turned = with_layers(sides[::-1], batch, len(letters))
+    fitting = [x for x in (letters, turned) if lengths(x, shape, "o") == leaf.bias]
+    if len(fitting) == 1:
+        return fitting[0]
+    side = direction(leaf.name)
+    if side and len(shape) > 2 and (fits(_OUTPUT_FIRST, last) or last == leaf.name.role):
+        hidden = [axis for axis, n in enumerate(shape) if n == leaf.width and axis not in batch]
+        if len(hidden) == 1:
+            other = "o" if side == "i" else "i"
+            kinds = [side if axis in hidden else other for axis in range(len(shape))]
+            return "".join("b" if axis in batch else kind for axis, kind in enumerate(kinds))
+    return turned if leaf.output_first and sides.startswith("i") else letters

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -18,9 +18,9 @@ from muonclip_jax._tree import (
     nothing_matched,
     tree_from,
 )
-from muonclip_jax.routing.leaves import Leaf, possible_layouts
+from muonclip_jax.routing.decisions import pattern_for, write_rule
+from muonclip_jax.routing.leaves import possible_layouts
 from muonclip_jax.routing.rules import ADAMW, MUON, MatrixRules, as_rules
-from muonclip_jax.routing.suggestions import pattern_for, write_rule
 
 _Decided = TypeVar("_Decided")
 
@@ -69,9 +69,6 @@ def infer_dimension_numbers(params: Tree, rules: MatrixRules | None = None) -> T
         >>> params = {"attention": {"query": {"kernel": jnp.ones((8, 2, 4))}}}
         >>> infer_dimension_numbers(params)["attention"]["query"]["kernel"]
         MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))
-
-    References:
-        Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982.
     """
     return as_rules(rules).dimension_numbers(params)
 
@@ -103,9 +100,6 @@ def describe_labels(params: Tree, rules: MatrixRules | None = None) -> str:
         <BLANKLINE>
         muon: 3 leaves, 3,088 numbers (100.0 %); adamw: 0 leaves, 0 numbers (0.0 %)
         check: fc may be the output layer; MatrixRules([("^fc$", None)]) leaves it to AdamW
-
-    References:
-        Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982.
     """
     rules = as_rules(rules)
     decided = rules.decisions(params)
@@ -121,13 +115,10 @@ def describe_labels(params: Tree, rules: MatrixRules | None = None) -> str:
         sizes[label].append(math.prod(shape))
         rows.append((path, str(shape), label, matrices, decision.why))
         if decision.flag:
-            rule = write_rule(pattern_for([Leaf(path, shape)], ()), None)
+            rule = write_rule(pattern_for([path], ()), None)
             checks.append(f"check: {path} may be {decision.flag}; {rule} leaves it to AdamW")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     total = max(1, sum(map(sum, sizes.values())))
     counts = "; ".join(
         f"{label}: {len(found)} {'leaf' if len(found) == 1 else 'leaves'}, {sum(found):,} numbers "
@@ -181,7 +172,7 @@ def spec_tree(given: Tree, params: Tree) -> Tree:
 def resolve_specs(
     params: Tree, weight_dimension_numbers: Tree = None, rules: MatrixRules | None = None
 ) -> list[tuple[str, Any, MatrixSpec | None]]:
-    """Finds the spec of every leaf of `params`.
+    """Finds the spec of every leaf of `params`; None is a leaf that AdamW trains.
 
     The tree of specs may be a prefix, may contain None (not trained by Muon), and either tree may
     contain masked nodes from `optax.masked` or `optax.multi_transform`. Leaves are matched by path,
@@ -195,8 +186,7 @@ def resolve_specs(
         rules: A `MatrixRules`; None is `MatrixRules()`.
 
     Returns:
-        `(path, leaf, spec)` of every leaf, in the order in which `params` flattens. The specs are
-        normalised; None is a leaf that AdamW trains.
+        `(path, leaf, normalised spec)` of every leaf, in the order in which `params` flattens.
 
     Raises:
         TypeError: If an entry of the tree is not a spec.
@@ -217,7 +207,7 @@ def resolve_specs(
     used = {""} if is_spec(given) else set[str]()
     resolved: list[tuple[str, Any, MatrixSpec | None]] = []
     for path, leaf in array_leaves(params):
-        owner = _covering(path, entries)
+        owner = next((x for x in _containers(path) if x in entries), None)
         if owner is None or is_masked(entries[owner]):
             raise ValueError(
                 f"{path} of shape {tuple(leaf.shape)} has no entry in weight_dimension_numbers"
@@ -230,14 +220,13 @@ def resolve_specs(
         resolved.append((path, leaf, spec and normalize_spec(spec, leaf.shape, path)))
     # An entry belongs to no leaf where the leaf is masked or None here.
     nodes = flatten_with_paths(params, is_leaf=lambda x: x is None or is_masked(x))[0]
-    absent = [path for path, node in nodes if node is None or is_masked(node)]
+    absent = {path for path, node in nodes if node is None or is_masked(node)}
+    used |= {container for path in absent for container in _containers(path)}
     for path, entry in entries.items():
-        hidden = _covering(path, absent) is not None or any(
-            _covering(hole, (path,)) is not None for hole in absent
-        )
-        if path not in used and not is_masked(entry) and not hidden:
-            paths = [path for path, _, _ in resolved]
-            raise nothing_matched("The entry of weight_dimension_numbers at", path, paths)
+        if path not in used and not is_masked(entry) and absent.isdisjoint(_containers(path)):
+            raise nothing_matched(
+                "The entry of weight_dimension_numbers at", path, [path for path, _, _ in resolved]
+            )
     return resolved
 
 
@@ -262,12 +251,11 @@ def resolve_muon_specs(
             )
         if spec is None and len(shape) > 2:
             pattern = f"^{re.escape(path)}$"
-            rules_ = (write_rule(pattern, letters) for letters in possible_layouts(shape))
-            choices = "\n".join(f"  rules={rule}" for rule in rules_)
+            choices = (write_rule(pattern, letters) for letters in possible_layouts(shape))
             raise ValueError(
                 f"{path or 'The leaf'} of shape {shape} is assigned to Muon, and its "
                 "matrix axes are unknown. Route it to AdamW by label_params, or pass one of\n"
-                f"{choices}"
+                + "\n".join(f"  rules={rule}" for rule in choices)
             )
         found.append((path, leaf, spec or normalize_spec(MatrixSpec(), shape, path)))
     return found
@@ -277,10 +265,9 @@ def _is_entry(x: object) -> bool:
     return x is None or is_spec(x) or is_masked(x)
 
 
-def _covering(path: str, paths: Any) -> str | None:
-    """The longest of `paths` that is `path` or a container of it."""
-    while path not in paths:
-        if not path:
-            return None
+def _containers(path: str) -> Iterator[str]:
+    """The path itself, and those of all containers, the innermost first."""
+    yield path
+    while path:
         path = path.rpartition("/")[0]
-    return path
+        yield path

@@ -1,4 +1,4 @@
-"""The leaves of a tree with normalised names, and layouts: a letter for each axis of a leaf.
+"""What is known of a leaf: its names, shape and axis names; and layouts, a letter for each axis.
 
 The last name in a path is the kind of leaf ("kernel", "bias"), the name before it the module
 ("query", "Dense_0"), and earlier ones the enclosing modules ("MoeBlock_0"). Spelling differs
@@ -9,25 +9,32 @@ In a layout, "i" is an input axis (summed over), "o" an output axis, and "b" a b
 matrix per entry. A query kernel `(d_model, heads, head_dim)` is "ioo".
 """
 
-import functools
 import re
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax._specs import MatrixSpec, Split
-from muonclip_jax._tree import SEPARATOR, Tree, array_leaves
+from muonclip_jax._tree import Tree, array_leaves
 from muonclip_jax.heads.finding import Shape
 from muonclip_jax.heads.layouts import spelling
 
+#: Some axes of a leaf.
+Axes: TypeAlias = tuple[int, ...]
+#: What a decision may depend on: path, shape, whether the dtype is inexact, and names of axes.
+Key: TypeAlias = tuple[str, Shape, bool, tuple[str, ...] | None]
 #: Last names that say nothing about the module; the name before them does.
-GENERIC = frozenset({"kernel", "weight", "weights", "w"})
-#: Names of a module list or of scanned layers. Followed by a number they are a list.
+GENERIC = ("kernel", "weight", "weights", "w")
+# What haliax and Equinox add to a leaf's path: "weight/0" and "weight/array".
+_WRAPPER = re.compile(rf"((?:^|[/.])(?:{'|'.join(GENERIC)}))/(?:\d+|array)$")
+# Names of a module list or of scanned layers. Followed by a number they are a list.
 _CONTAINER = re.compile(r"(?:.*_)?(?:layers|blocks|stack|stacked|scan|scanned|repeats?|stages)")
-#: A name that, with a number, is one layer; class names ("MoeBlock_0") do not count.
+# A name that, with a number, is one layer; class names ("MoeBlock_0") do not count.
 _LAYER = re.compile(r"(?:[a-z0-9_]*_)?(?:res|encoder|decoder)?(?:layer|block|stage|unit|h)s?_?\d+")
 
 
@@ -46,51 +53,63 @@ class LeafName(NamedTuple):
     grouped: bool
 
 
-class Leaf(NamedTuple):
-    """Everything that a decision may depend on; hashable."""
+@dataclass(frozen=True)
+class Decision:
+    """The decision for one leaf."""
+
+    spec: MatrixSpec | None  # its matrices; None is AdamW
+    why: str
+    decays: bool = True  # whether weight decay applies
+    readings: tuple[str, ...] = ()  # where it is open what the leaf is: the layouts that fit
+    flag: str = ""  # what a reader should check
+    stack: Axes = ()  # the axes of stacked layers
+
+
+@dataclass(eq=False)
+class Leaf:
+    """A leaf, and what the tree shows of it, in the order in which it is found."""
 
     path: str
     shape: Shape
-    trained: bool = True  # whether it holds floating-point or complex numbers
-    axes: tuple[str, ...] | None = None  # the names that its framework gives its axes
+    trained: bool  # whether it holds floating-point or complex numbers
+    axes: tuple[str, ...] | None  # the names that its framework gives its axes
+    name: LeafName
+    modules: tuple[str, ...]  # that contain it, the innermost first; "" is the whole tree
+    ruled: Decision | None  # by a user's rule; the leaf is then no evidence for others
+    scan_axis: Axes | None  # the axes of stacked layers that the user gives
+    stack: Axes | None = None  # those axes, once known
+    options: tuple[Axes, ...] | None = None  # those that fit, where it stays ambiguous
+    bias: Shape | None = None  # the shape of its bias, in one layer
+    is_bias: bool = False  # whether it is such a bias
+    width: int | None = None  # of the hidden state in its block
+    output_first: bool = False  # whether kernels with this last name have the output axis first
+    beside: set[Shape] = field(default_factory=set[Shape])  # kernels of three axes in its block
+    decision: Decision = Decision(None, "")
 
     @property
-    def name(self) -> LeafName:
-        """The names along its path."""
-        return read_path(self.path)
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """The paths of the modules that contain it, the innermost first; "" is the whole tree."""
-        return _modules(self.path)
+    def layer(self) -> Shape:
+        """The shape in one layer."""
+        return without(self.shape, self.stack or ())
 
 
-@functools.lru_cache(maxsize=65536)
-def _modules(path: str) -> tuple[str, ...]:
-    parts = _unwrapped(path).split(SEPARATOR)[:-1]
-    return tuple(SEPARATOR.join(parts[:n]) for n in range(len(parts), -1, -1))
-
-
-def _unwrapped(path: str) -> str:
-    """A path without the level that haliax and Equinox add: "weight/0" and "weight/array"."""
-    return re.sub(rf"((?:^|[/.])(?:{'|'.join(GENERIC)}))/(?:\d+|array)$", r"\1", path)
-
-
-@functools.lru_cache(maxsize=65536)
-def read_path(path: str) -> LeafName:
-    """Reads a path such as "decoder/block_0/attention/query/kernel".
+@lru_cache(maxsize=65536)
+def read_path(path: str) -> tuple[LeafName, tuple[str, ...]]:
+    """Reads the names and modules of a path such as "decoder/block_0/attention/query/kernel".
 
     Example:
-        >>> name = read_path("params/decoder/layers_3/MoeBlock_0/wi_0")
-        >>> name.role, name.scope, name.stacked
-        ('wi', ('decoder', 'layers', 'moe_block'), False)
-        >>> read_path("decoder/layers/attention/query/kernel").stacked
+        >>> name, modules = read_path("params/decoder/layers_3/MoeBlock_0/wi_0")
+        >>> name.role, name.scope, name.stacked, modules[0]
+        ('wi', ('decoder', 'layers', 'moe_block'), False, 'params/decoder/layers_3/MoeBlock_0')
+        >>> read_path("decoder/layers/attention/query/kernel")[0].stacked
         True
     """
+    path = _WRAPPER.sub(r"\1", path)
+    outer = path.split("/")[:-1]
+    modules = tuple("/".join(outer[:n]) for n in range(len(outer), -1, -1))
     names: list[str] = []
     numbered: list[bool] = []
     one_layer: list[bool] = []
-    for part in re.split(r"[/.]", _unwrapped(path)):
+    for part in re.split(r"[/.]", path):
         if part.isdigit() and names:
             numbered[-1] = one_layer[-1] = True
         elif part not in ("params", "~", "") and not part.isdigit():
@@ -99,18 +118,18 @@ def read_path(path: str) -> LeafName:
             numbered.append(names[-1] != spelled)
             one_layer.append(_LAYER.fullmatch(part) is not None)
     if not names:
-        return LeafName("", "", (), False, False)
+        return LeafName("", "", (), False, False), modules
     for i, name in enumerate(names):
         if numbered[i] and name in ("expert", "experts"):
             names[i] = "one_expert"
     lists = [i for i, x in enumerate(names[:-1]) if _CONTAINER.fullmatch(x) and not numbered[i]]
     stacked = bool(lists) and not any(one_layer[lists[0] :])
     role = len(names) - (2 if names[-1] in GENERIC and len(names) > 1 else 1)
-    return LeafName(names[-1], names[role], tuple(names[:role]), stacked, bool(lists))
+    return LeafName(names[-1], names[role], tuple(names[:role]), stacked, bool(lists)), modules
 
 
-def read_tree(params: Tree) -> tuple[tuple[Leaf, ...], list[Any]]:
-    """Returns the leaves of a tree, and the same leaves as they are.
+def read_tree(params: Tree) -> list[tuple[Key, Any]]:
+    """Returns the leaves of a tree, each with the array itself.
 
     Axis names are from haliax (`NamedArray.axes`), Flax Linen's boxes (`names`) and NNX variables
     (`sharding_names`), recognised by their attributes without importing the packages.
@@ -118,17 +137,16 @@ def read_tree(params: Tree) -> tuple[tuple[Leaf, ...], list[Any]]:
     Raises:
         TypeError: If a leaf is not an array.
     """
-    flat = array_leaves(params)
-    names: list[tuple[str, ...] | None] = []
+    named: list[tuple[str, ...] | None] = []
     for node in jax.tree.leaves(params, is_leaf=lambda x: _axis_names(x) is not None):
-        named = _axis_names(node)
-        names += [named] * (1 if named is None else len(jax.tree.leaves(node)))
-    leaves: list[Leaf] = []
-    for (path, x), named in zip(flat, names, strict=True):
-        shape, trained = tuple(x.shape), bool(jnp.issubdtype(x.dtype, jnp.inexact))
-        fits = named is not None and len(named) == len(shape)
-        leaves.append(Leaf(path, shape, trained, named if fits else None))
-    return tuple(leaves), [x for _, x in flat]
+        names = _axis_names(node)
+        named += [names] * (1 if names is None else len(jax.tree.leaves(node)))
+    leaves: list[tuple[Key, Any]] = []
+    for (path, x), names in zip(array_leaves(params), named, strict=True):
+        axes = names if names is not None and len(names) == len(x.shape) else None
+        trained = bool(jnp.issubdtype(x.dtype, jnp.inexact))
+        leaves.append(((path, tuple(x.shape), trained, axes), x))
+    return leaves
 
 
 def _axis_names(node: Any) -> tuple[str, ...] | None:
@@ -148,12 +166,12 @@ def _axis_names(node: Any) -> tuple[str, ...] | None:
     return tuple(spelling(name) if isinstance(name, str) else "" for name in names)
 
 
-@functools.lru_cache(maxsize=8192)
-def to_spec(letters: str, shape: Shape, parts: int = 1) -> MatrixSpec:
+@lru_cache(maxsize=8192)
+def to_spec(letters: str, shape: Shape = (), parts: int = 1) -> MatrixSpec:
     """The spec of a layout; the last output axis falls into equal parts where it can.
 
     Example:
-        >>> to_spec("bio", (6, 8, 32)).dims
+        >>> to_spec("bio").dims
         MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
     """
     reduction, output = (tuple(a for a, x in enumerate(letters) if x == side) for side in "io")
@@ -163,17 +181,12 @@ def to_spec(letters: str, shape: Shape, parts: int = 1) -> MatrixSpec:
     return MatrixSpec(MuonDimensionNumbers(reduction, output), splits)
 
 
-def without(shape: Shape, axes: tuple[int, ...]) -> Shape:
+def without(shape: Shape, axes: Iterable[int]) -> Shape:
     """The shape of one layer: all but the axes of stacked layers."""
     return tuple(n for axis, n in enumerate(shape) if axis not in axes)
 
 
-def at(shape: Shape, axes: Iterable[int]) -> tuple[int | None, ...]:
-    """The lengths of some axes; None for an axis that the shape does not have."""
-    return tuple(shape[axis] if 0 <= axis < len(shape) else None for axis in axes)
-
-
-def with_layers(letters: str, axes: tuple[int, ...], rank: int) -> str:
+def with_layers(letters: str, axes: Axes, rank: int) -> str:
     """The layout of a stack, from that of one layer."""
     rest = iter(letters)
     return "".join("b" if axis in axes else next(rest) for axis in range(rank))

@@ -1,8 +1,9 @@
 """MatrixRules: which optimizer trains each leaf, and how a leaf is divided into matrices."""
 
+import copy
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -18,10 +19,8 @@ from muonclip_jax._tree import (
 )
 from muonclip_jax.heads.cuts import ATTENTION
 from muonclip_jax.heads.finding import Rule, block_rules, find_blocks, strip_outer
-from muonclip_jax.routing.decisions import Rules, decide
-from muonclip_jax.routing.inference import Decision
-from muonclip_jax.routing.leaves import read_tree
-from muonclip_jax.routing.stacks import ScanAxis
+from muonclip_jax.routing.decisions import Rules, ScanAxis, decide
+from muonclip_jax.routing.leaves import Decision, read_tree
 
 MUON, ADAMW = "muon", "adamw"
 
@@ -87,6 +86,7 @@ class MatrixRules:
     attention: str = "merged"
     head_dim: int | None = None
     blocks: tuple[Rule, ...] | None = None
+    _resolved: tuple[tuple[str, Decision], ...] | None = field(default=None, repr=False)
 
     def __init__(
         self,
@@ -111,11 +111,10 @@ class MatrixRules:
                 "attention='merged' they are not. Leave it out, or write attention='split' or "
                 "attention='per_head'."
             )
-        object.__setattr__(self, "rules", _checked_rules(rules))
-        object.__setattr__(self, "scan_axis", _checked_scan_axis(scan_axis))
-        object.__setattr__(self, "attention", attention)
-        object.__setattr__(self, "head_dim", head_dim)
-        object.__setattr__(self, "blocks", block_rules(blocks))
+        checked = _checked_rules(rules), _checked_scan_axis(scan_axis), attention, head_dim
+        names = ("rules", "scan_axis", "attention", "head_dim", "blocks")
+        for name, value in zip(names, (*checked, block_rules(blocks)), strict=True):
+            object.__setattr__(self, name, value)
 
     def decisions(self, params: Tree) -> list[tuple[str, Any, Decision]]:
         """Returns the decision for every leaf, in flattening order.
@@ -124,22 +123,26 @@ class MatrixRules:
             ValueError: If the matrix axes of a leaf are ambiguous, or an attention block cannot be
                 split.
         """
-        leaves, values = read_tree(params)
+        if self._resolved is not None:
+            known = dict(self._resolved)
+            return [(path, x, known[path]) for path, x in flatten_with_paths(params)[0]]
+        leaves = read_tree(params)
         hidden: tuple[str, ...] = ()
         if self.attention != "merged":
             nodes = flatten_with_paths(params, is_leaf=is_masked)[0]
             hidden = tuple(path for path, node in nodes if is_masked(node))
+        keys = tuple(key for key, _ in leaves)
         options = self.scan_axis, self.attention, self.head_dim, self.blocks
-        decided = decide(leaves, hidden, self.rules, *options)
-        return [
-            (leaf.path, value, decision)
-            for leaf, value, decision in zip(leaves, values, decided, strict=True)
-        ]
+        decided = decide(keys, hidden, self.rules, *options)
+        return [(key[0], x, found) for (key, x), found in zip(leaves, decided, strict=True)]
 
-    def resolve(self, params: Tree) -> "ResolvedRules":
-        """Returns the decisions for a whole tree, for transformations that get a part of it."""
+    def resolve(self, params: Tree) -> "MatrixRules":
+        """Returns rules with the decisions for a whole tree, for its parts, which show less."""
         self.check_all_matched(params)
-        return ResolvedRules(tuple((path, found) for path, _, found in self.decisions(params)))
+        resolved = copy.copy(self)
+        decided = tuple((path, found) for path, _, found in self.decisions(params))
+        object.__setattr__(resolved, "_resolved", decided)
+        return resolved
 
     def labels(self, params: Tree) -> Tree:
         """Returns a pytree of "muon" and "adamw".
@@ -175,7 +178,8 @@ class MatrixRules:
         Masked trees, and empty ones (as from `optax.tree.map_params`), are not checked.
         """
         nodes = flatten_with_paths(params, is_leaf=is_masked)[0]
-        if not nodes or any(is_masked(node) for _, node in nodes):
+        masked = any(is_masked(node) for _, node in nodes)
+        if masked or not nodes or self._resolved is not None:
             return
         paths = [path for path, _ in nodes]
         for pattern, _ in self.rules:
@@ -190,36 +194,6 @@ class MatrixRules:
                 "Give the names of its projections, by blocks=[(pattern, AttentionLayout(...))], "
                 "or leave attention out."
             )
-
-
-@dataclass(frozen=True, init=False)
-class ResolvedRules(MatrixRules):
-    """The decisions of `MatrixRules` for the leaves of one tree, by path.
-
-    Transformations that get a part of the tree use it instead of the rules: a masked tree has no
-    embeddings, norms and biases, so less can be inferred from it than from the whole tree.
-    """
-
-    by_path: tuple[tuple[str, Decision], ...] = ()
-
-    def __init__(self, by_path: tuple[tuple[str, Decision], ...]):
-        super().__init__()
-        object.__setattr__(self, "by_path", by_path)
-
-    def decisions(self, params: Tree) -> list[tuple[str, Any, Decision]]:
-        """The decisions for the leaves that are there."""
-        found = dict(self.by_path)
-        leaves = flatten_with_paths(params)[0]
-        strange = [path for path, _ in leaves if path not in found]
-        if strange:
-            raise ValueError(
-                f"{strange[0]} is not a parameter: the tree has leaves that the parameters do not "
-                f"have. The parameters are {listed(found)}."
-            )
-        return [(path, leaf, found[path]) for path, leaf in leaves]
-
-    def check_all_matched(self, params: Tree) -> None:
-        """Does nothing: the rules were checked on the whole tree."""
 
 
 def as_rules(rules: object) -> MatrixRules:
@@ -239,8 +213,7 @@ def as_rules(rules: object) -> MatrixRules:
 
 def _checked_rules(rules: object) -> Rules:
     """The rules in a form that can be hashed."""
-    if isinstance(rules, dict):
-        rules = rules.items()
+    rules = rules.items() if isinstance(rules, Mapping) else rules
     if isinstance(rules, str) or not isinstance(rules, Iterable):
         raise TypeError(
             f"rules must be a list of (pattern, spec) pairs, got {rules!r}. Write, for example, "
@@ -268,9 +241,9 @@ def _checked_rules(rules: object) -> Rules:
 
 def _checked_scan_axis(scan_axis: object) -> ScanAxis:
     """`scan_axis=` as pairs of a pattern and axes."""
-    pairs = scan_axis if isinstance(scan_axis, tuple | list) else [scan_axis]
     if scan_axis is None:
         return None
+    pairs = scan_axis if isinstance(scan_axis, tuple | list) else [scan_axis]
     if not any(isinstance(pair, tuple | list) for pair in pairs):
         pairs = [("", pairs)]
     checked: list[tuple[str, tuple[int, ...]]] = []

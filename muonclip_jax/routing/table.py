@@ -1,9 +1,10 @@
 """The table of parameter names: which leaves are matrices, and which AdamW trains.
 
 The first row that fits a leaf decides. A row's names are regular expressions that must match a
-whole normalised name (see `leaves.py`). A star in a layout repeats the letter before it to match
-the rank. Layouts do not contain the axes of stacked layers, which `stacks.py` removes first.
-Layouts have the input first; `inference.py` reverses those of libraries that have it last.
+whole normalised name (see `leaves.py`). A row has one layout or several of different rank: a letter
+for each axis of one layer ("-" for AdamW), or "" for AdamW at any rank. Layouts do not contain the
+axes of stacked layers, which `stacks.py` removes first, and have the input first; `inference.py`
+reverses those of libraries that have it last.
 
 As in Jordan et al. 2024 (kellerjordan.github.io/posts/muon) and Moonlight (arXiv 2502.16982), Muon
 trains matrices that act on hidden states. AdamW trains embedding tables, output heads, router
@@ -20,19 +21,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from muonclip_jax.heads.finding import Shape
 from muonclip_jax.heads.layouts import OUT_NAMES, QUERY_KEY_VALUE, spelling
 from muonclip_jax.routing.leaves import LeafName
-
-
-def _wide(shape: Shape) -> bool:
-    return shape[-1] >= shape[-2]
-
-
-def _even(shape: Shape) -> bool:
-    return shape[-1] % 2 == 0
 
 
 @dataclass(frozen=True)
@@ -40,7 +33,7 @@ class Row:
     """One row of the table; a name of None is any."""
 
     why: str  # as `describe_labels` prints it
-    layouts: str = ""  # a letter an axis, one layout or several of different rank; "" is AdamW
+    layouts: str = ""
     role: str | None = None  # the most telling name
     leaf: str | None = None  # the last name
     scope: str | None = None  # some name before the role
@@ -48,10 +41,17 @@ class Row:
     parent: str | None = None  # the name right before the role
     stacked: bool = False  # whether the path must show stacked layers
     shape: Callable[[Shape], bool] | None = None  # what must hold of one layer's shape
-    ranks: tuple[int, int] = (2, 99)  # the fewest and most axes of one layer
     parts: int = 1  # into how many equal parts the last output axis falls
+
+
+class Entry(NamedTuple):
+    """What the table has on a leaf."""
+
+    why: str = ""
+    layout: str | None = None  # "" is AdamW; None is unknown
+    parts: int = 1
     decays: bool = True  # whether weight decay applies where AdamW trains
-    weak: bool = False  # whether the name says nothing, and only the rank does
+    sure: bool = False  # False if only the rank shows it
 
 
 def word(words: str) -> str:
@@ -115,7 +115,11 @@ _PATCH = r"patch_?(?:embed|emb|ify)\w*|patchify\w*|(?:conv_)?stem\w*"
 _STATE_SPACE = word("mamba|mamba2|ssm|s4|s4d|s5|s6|lru|mixer|delta|gdn|kda|mlstm|rwkv")
 _LORA = word("lora|lokr|loha|dora")
 _LORA_BASE = r"base(?:_(?:module|layer))?"
-_ROUTER = word("router|routers|routing")
+_ROUTING = word("router|routers|routing")
+_ROUTER = rf"{_ROUTING}|.*experts?_gat(?:e|ing)|gating_network|gate_(?:logits?|network|fn)"
+_NOT_TRAINED = "batch_stats|cache|intermediates|running_stats|buffers|rngs|non_trainable"
+_BIAS = word("bias|biases|offset") + r"|b\d+|b_(?:in|out|up|down|gate|[qkvo]|[ih][a-z]?)|b[qkvo]"
+_GAIN = r"(?:.*_)?(?:scales?|gains?|gamma|beta|temperature|slope|multiplier|sinks?)|ls\d*"
 # What reads the hidden state of a block, and what writes it.
 _READS = (
     rf"{_LINEN_QKV}|{_OTHER_QKV}|{_QKV}|{_KV}|{_GATE_UP}|[qkv]_einsum|q?kv_einsum|gating_einsum|"
@@ -127,6 +131,15 @@ _WRITES = (
     r"down(?:_proj|_dense|_linear)?|fc2)"
 )
 
+
+def _wide(shape: Shape) -> bool:
+    return shape[-1] >= shape[-2]
+
+
+def _even(shape: Shape) -> bool:
+    return shape[-1] % 2 == 0
+
+
 EXPERT_STACK = "expert stack"
 EMBEDDING_TABLE = "embedding table"
 OUTPUT_HEAD = "output head"
@@ -135,73 +148,46 @@ _NO_CHANNELS = "depthwise filters: no channels are mixed"
 _KERNEL = "kernel|w|weight"
 _MOE: Any = {"scope": MOE, "without": _ONE_EXPERT}
 
-ROWS: tuple[Row, ...] = (
-    # Vectors, which heads and stacked layers give more axes.
-    Row(
-        "no trained parameter",
-        scope="batch_stats|cache|intermediates|running_stats|buffers|rngs|non_trainable",
-        decays=False,
-    ),
+#: Vectors, which heads and stacked layers give more axes. Weight decay does not apply.
+VECTORS = (
+    Row("no trained parameter", scope=_NOT_TRAINED),
+    Row("bias", leaf=_BIAS),
+    Row("bias", leaf="b", parent=rf"{DENSE}|{_CONV}|{_LINEN_QKV}|{_ATTENTION}"),
+    Row("bias or gain", leaf="b|g", stacked=True),
+    Row("gain or scale", leaf=_GAIN),
+    Row("running statistic", leaf="mean|var|variance|running_.*|moving_.*|sigma|ema_.*|count"),
+    Row("norm", role=rf"(?!ada|.*modulation){_NORM}", leaf="(?!kernel$).*"),
+    Row("norm", role=rf"(?!ada|.*modulation|{DENSE}$){_NORM}"),
+    Row("state-space vector", role=_STATE_VECTOR),
+    Row("state-space vector", "", "d|a|lambda|nu|theta|nu_log|theta_log", scope=_STATE_SPACE),
+)
+ROWS = (
     Row(_LORA_FACTOR, role=_LORA),
     Row(_LORA_FACTOR, role=rf"(?!{_LORA_BASE}$).*", scope=_LORA, without=_LORA_BASE),
-    Row(
-        "bias",
-        leaf=rf"{word('bias|biases|offset')}|b\d+|b_(?:in|out|up|down|gate|[qkvo]|[ih][a-z]?)|b[qkvo]",
-        decays=False,
-    ),
-    Row("bias", leaf="b", parent=rf"{DENSE}|{_CONV}|{_LINEN_QKV}|{_ATTENTION}", decays=False),
-    Row("bias or gain", leaf="b|g", stacked=True, decays=False),
-    Row(
-        "gain or scale",
-        leaf=r"(?:.*_)?(?:scales?|gains?|gamma|beta|temperature|slope|multiplier|sinks?)|ls\d*",
-        decays=False,
-    ),
-    Row(
-        "running statistic",
-        leaf="mean|var|variance|running_.*|moving_.*|sigma|ema_.*|count",
-        decays=False,
-    ),
-    Row("norm", role=rf"(?!ada|.*modulation){_NORM}", leaf="(?!kernel$).*", decays=False),
-    Row("norm", role=rf"(?!ada|.*modulation|{DENSE}$){_NORM}", decays=False),
-    Row("state-space vector", role=_STATE_VECTOR, decays=False),
-    Row(
-        "state-space vector",
-        role="d|a|lambda|nu|theta|nu_log|theta_log",
-        scope=_STATE_SPACE,
-        decays=False,
-    ),
+    *VECTORS,
     # Tables that are looked up, and learned inputs.
     Row("relative position table", role=_RELATIVE, leaf="(?!kernel$).*"),
     Row("relative position table", leaf="embedding|embeddings", parent=_RELATIVE),
     Row("learned input", role=_TOKENS, leaf="(?!kernel$).*"),
     Row(EMBEDDING_TABLE, leaf="embeddings?|embedding_table|table|.*_embeddings?"),
-    Row("patches as a convolution", "i*o", rf"{_PATCH}|{_EMBEDDING}", _KERNEL, ranks=(4, 5)),
-    Row("patches as a convolution", "i*o", None, _KERNEL, rf".*{_PATCH}", ranks=(4, 5)),
+    Row("patches as a convolution", "iiio iiiio", rf"{_PATCH}|{_EMBEDDING}", _KERNEL),
+    Row("patches as a convolution", "iiio iiiio", None, _KERNEL, rf".*{_PATCH}"),
     Row("dense layer on embeddings", "io", rf"(?={_EMBEDDING}$)(?={DENSE}$).*", _KERNEL),
     Row("dense layer on patches", "io", _PATCH, _KERNEL),
     Row(EMBEDDING_TABLE, role=_EMBEDDING),
     # Routers. A gate is one where mixture-of-experts modules say so; gate_proj never is.
-    Row(
-        "router",
-        role=rf"{_ROUTER}|.*experts?_gat(?:e|ing)|gating_network|gate_(?:logits?|network|fn)",
-    ),
-    Row("router", scope=_ROUTER),
+    Row("router", "", _ROUTER),
+    Row("router", scope=_ROUTING),
     Row("gate of one expert", "io", _GATE, parent=_ONE_EXPERT),
     Row(EXPERT_STACK, "bio", _GATE, parent="experts"),
     Row("router", "", _GATE, _KERNEL, **_MOE),
-    Row("router", "", _GATE, ranks=(2, 2), **_MOE),
+    Row("router", "--", _GATE, **_MOE),
     Row(EXPERT_STACK, "bio", _GATE, **_MOE),
-    Row(
-        "narrow gate: a router",
-        "",
-        "gate|gating|wg",
-        ranks=(2, 2),
-        shape=lambda s: 2 * s[-1] <= s[-2],
-    ),
+    Row("narrow gate: a router", "--", "gate|gating|wg", shape=lambda s: 2 * s[-1] <= s[-2]),
     # Attention projections.
-    Row("attention, fused", "iboo", _QKV, shape=lambda s: s[1] == 3, ranks=(4, 4)),
-    Row("attention, fused", "booi", _QKV, shape=lambda s: s[0] == 3, ranks=(4, 4)),
-    Row("attention, fused", "iboo", _KV, shape=lambda s: s[1] == 2, ranks=(4, 4)),
+    Row("attention, fused", "iboo", _QKV, shape=lambda s: s[1] == 3),
+    Row("attention, fused", "booi", _QKV, shape=lambda s: s[0] == 3),
+    Row("attention, fused", "iboo", _KV, shape=lambda s: s[1] == 2),
     Row("attention, heads first", "oio", "[qkv]_einsum"),
     Row("attention, fused, heads first", "boio", "qkv_einsum|kv_einsum"),
     Row("attention output", "iio", "attn_vec_einsum"),
@@ -210,18 +196,17 @@ ROWS: tuple[Row, ...] = (
     Row("attention, heads merged", "ioo", _ALL_QKV),
     Row("attention projection", "io", _ALL_QKV),
     Row("attention output, heads merged", "iio", "out"),
-    Row("attention output", "io", "out", scope=_ATTENTION),
     Row("attention output, heads merged", "iio", _OUT, scope=_ATTENTION),
     Row("attention output, heads merged", "iio", _CLEAR_OUT),
-    Row("attention output", "io", _OUT, scope=_ATTENTION),
+    Row("attention output", "io", rf"out|{_OUT}", scope=_ATTENTION),
     Row("attention output", "io", _CLEAR_OUT),
     # Convolutions.
     Row(_NO_CHANNELS, "", _DEPTHWISE, shape=lambda s: s[-2] == 1),
     Row(_NO_CHANNELS, "", _CONV, scope=_DEPTHWISE, shape=lambda s: s[-2] == 1),
-    Row(_NO_CHANNELS, "", _DEPTHWISE, ranks=(2, 2)),
-    Row("convolution, one kernel a position", "b*io", r"(?:.*_)?conv_?local.*", ranks=(3, 5)),
-    Row("convolution", "i*o", _CONV, rf"{_KERNEL}|{_CONV}", ranks=(3, 5)),
-    Row("convolution", "i*o", "[ih]h", "kernel", ".*conv.*", ranks=(3, 5)),
+    Row(_NO_CHANNELS, "--", _DEPTHWISE),
+    Row("convolution, one kernel a position", "bio bbio bbbio", r"(?:.*_)?conv_?local.*"),
+    Row("convolution", "iio iiio iiiio", _CONV, rf"{_KERNEL}|{_CONV}"),
+    Row("convolution", "iio iiio iiiio", "[ih]h", "kernel", ".*conv.*"),
     # Fused kernels whose parts can be told.
     Row("fused query, key, value", "io", _QKV, shape=lambda s: s[-1] == 3 * s[-2], parts=3),
     Row("fused query, key, value", "oi", _QKV, shape=lambda s: s[-2] == 3 * s[-1], parts=3),
@@ -248,7 +233,7 @@ ROWS: tuple[Row, ...] = (
     Row("fused projection, kept whole: a rule may split it", "io", _FUSED),
     Row("matrix", "io", _MATRIX),
     Row("matrix", "io", DENSE, stacked=True),
-    Row("matrix", "io", weak=True),
+    Row("matrix", "io"),
 )
 
 _compiled = lru_cache(maxsize=None)(re.compile)
@@ -276,19 +261,14 @@ def _rows_of(name: LeafName) -> tuple[Row, ...]:
 
 
 @lru_cache(maxsize=65536)
-def look_up(name: LeafName, shape: Shape) -> tuple[Row, str] | None:
+def look_up(name: LeafName, shape: Shape) -> Entry:
     """The first row that fits a leaf without stacked layers, and its layout on that shape."""
-    rank = len(shape)
-    for row in _rows_of(name):
-        if row.ranks[0] <= rank <= row.ranks[1]:
-            for layout in row.layouts.split() or [""]:
-                if "*" in layout:  # "i*o" is "iiio" at rank 4
-                    at = layout.index("*")
-                    repeat = rank - len(layout) + 2
-                    layout = layout[: at - 1] + layout[at - 1] * repeat + layout[at + 1 :]
-                if len(layout) in (0, rank) and (row.shape is None or row.shape(shape)):
-                    return row, layout
-    return None
+    for row in _rows_of(name) if len(shape) > 1 else ():
+        for layout in row.layouts.split() or [""]:
+            if len(layout) in (0, len(shape)) and (row.shape is None or row.shape(shape)):
+                layout = layout.replace("-", "")
+                return Entry(row.why, layout, row.parts, row not in VECTORS, row is not ROWS[-1])
+    return Entry()
 
 
 @lru_cache(maxsize=8192)
