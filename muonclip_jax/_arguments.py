@@ -90,7 +90,7 @@ _RANGES: dict[str, Callable[[float], bool]] = {
 
 
 def check_number(
-    name: str, value: Any, within: str = "a number", hint: str = "", *, schedule: bool = False
+    name: str, value: object, within: str = "a number", hint: str = "", *, schedule: bool = False
 ) -> None:
     """Raises unless an argument is a number in a range, a traced scalar or an allowed schedule.
 
@@ -134,7 +134,7 @@ def check_number(
     )
 
 
-def check_flag(name: str, value: Any) -> None:
+def check_flag(name: str, value: object) -> None:
     """Raises a TypeError where an argument is not True or False."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(
@@ -143,7 +143,7 @@ def check_flag(name: str, value: Any) -> None:
         )
 
 
-def check_type(name: str, value: Any, kind: Any, example: str) -> None:
+def check_type(name: str, value: object, kind: Any, example: str) -> None:
     """Raises a TypeError where an argument is of another type."""
     if not isinstance(value, kind):
         raise TypeError(

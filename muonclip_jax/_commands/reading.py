@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from muonclip_jax._tree import SEPARATOR, Shaped, Tree, flatten_with_paths
-from muonclip_jax.checkpoint.saved import without_box
+from muonclip_jax.checkpoint.targets import without_box
 
 #: Path -> shape and dtype.
 Shapes: TypeAlias = dict[str, jax.ShapeDtypeStruct]

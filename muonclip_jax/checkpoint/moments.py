@@ -2,21 +2,19 @@
 
 Muon's momentum and Adam's two moments are exponential averages of the gradient and of its square,
 stored without bias correction, in every chain, so they can be copied from one state to another by
-name. If a leaf is trained by Adam in one and by Muon in the other, a moment is missing. Adam's
-first moment can be used as momentum. For Adam, the second moment cannot start at zero with a large
-count: the first update would be up to `1 / sqrt(1 - b2)` times too large. It is estimated from the
-momentum. If the gradient is mostly noise of variance `v`, an average with decay `beta` has variance
-`v (1 - beta) / (1 + beta)`, so, with the mean over the whole leaf,
+name. Adam's first moment can be used as Muon's momentum. In the other direction Adam's second
+moment is missing; zero with a large count would make the first update up to `1 / sqrt(1 - b2)`
+times too large. If the gradient is mostly noise of variance `v`, an average with decay `beta` has
+variance `v (1 - beta) / (1 + beta)`, so, with the mean over the whole leaf,
 
     nu = (1 + beta) / (1 - beta) mean(mu^2)
 
-This holds for counts far above `1 / (1 - b2)` and `1 / (1 - beta)`. For smaller counts, or
-gradients with little noise, it is too large, so the first updates are too small, until Adam's own
-average replaces it after about `1 / (1 - b2)` steps.
+For counts below `1 / (1 - b2)` and `1 / (1 - beta)`, or gradients with little noise, it is too
+large, and the first updates are too small until Adam's own average replaces it.
 """
 
-from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +30,7 @@ from muonclip_jax._tree import (
     listed,
     nothing_matched,
 )
-from muonclip_jax.checkpoint.saved import owner_of, without_box
-from muonclip_jax.checkpoint.targets import abstract_state
+from muonclip_jax.checkpoint.targets import abstract_state, split_owner
 
 #: Names of the exponential averages in a state: of the gradient and of its square.
 FIRST, SECOND = "mu", "nu"
@@ -46,10 +43,10 @@ SETTINGS = {"ns_coeffs", "hyperparams"}
 class _Read(NamedTuple):
     """The leaves of a state by kind."""
 
-    moments: dict[tuple[str, str, str], str]  # (trainer, moment, parameter) -> path
+    leaves: dict[str, Tree]  # by path, in the tree's order
+    moments: dict[tuple[str, str], str]  # (moment, parameter) -> path
     counts: list[str]  # paths of numbers of updates
     rest: list[str]
-    leaves: dict[str, Any]  # by path, in the tree's order
 
 
 def from_optax_state(
@@ -115,35 +112,33 @@ def from_optax_state(
     form = abstract_state(tx, params)
     target = _read(form, shapes)
     values: dict[str, jax.Array] = {}
-    taken: set[str] = set()
-    changed: dict[str, list[str]] = {"adam": [], "muon": []}
-    for (trainer, which, owner), path in target.moments.items():
-        found = source.moments.get((trainer, which, owner))
-        taken.add(found or "")
-        estimated = found is None and which == SECOND
-        if found is None:
-            before = "adam" if trainer == "muon" else "muon"
-            found = source.moments.get((before, FIRST, owner))
-            changed[before].append(owner)
-            taken |= {p for (t, _, o), p in source.moments.items() if (t, o) == (before, owner)}
-        if found is None:
+    changed: dict[str, list[str]] = {"Adam": [], "Muon": []}
+    for (which, owner), path in target.moments.items():
+        # Adam has a second moment.
+        now, before = ("Adam" if (SECOND, owner) in x.moments else "Muon" for x in (target, source))
+        if (FIRST, owner) not in source.moments:
             raise ValueError(
-                f"optax_state has no {which} for {owner!r}, which tx trains by "
-                f"{trainer.capitalize()}. Give the state of all parameters that tx trains."
+                f"optax_state has no {FIRST} for {owner!r}, which tx trains by {now}. Give the "
+                "state of all parameters that tx trains."
             )
+        found = source.moments.get((which, owner), source.moments[FIRST, owner])
         value = source.leaves[found]
         if tuple(value.shape) != shapes[owner]:
             raise ValueError(
                 f"optax_state has {found!r} of shape {tuple(value.shape)}, and the parameter "
                 f"{owner!r} has shape {shapes[owner]}. Give the state of these parameters."
             )
+        if now != before:
+            changed[before].append(owner)
+        estimated = which == SECOND and now != before
         values[path] = _mean_square(value, beta) if estimated else value
-    if rerouted == "error" and any(changed.values()):
-        raise _other_trainer(changed)
-    left = [path for path in source.moments.values() if path not in taken] + source.rest
-    if left:
+    if rerouted == "error":
+        _check_same_trainers(changed)
+    owners = {owner for _, owner in target.moments}
+    unused = [path for (_, owner), path in source.moments.items() if owner not in owners]
+    if unused := unused + source.rest:
         raise ValueError(
-            f"optax_state has {listed(left)}, which the state of tx does not have. Give both "
+            f"optax_state has {listed(unused)}, which the state of tx does not have. Give both "
             "the same parameters, or list in ignore=[...] what may be dropped."
         )
     if target.counts:
@@ -153,58 +148,52 @@ def from_optax_state(
     return jax.tree.unflatten(jax.tree.structure(form), leaves)
 
 
-def _read(state: Tree, owners: Collection[str], ignore: Sequence[str] = ()) -> _Read:
-    leaves = dict(flatten_with_paths(state)[0])
+def _read(state: Tree, shapes: Mapping[str, tuple[int, ...]], ignore: Sequence[str] = ()) -> _Read:
+    """Reads a state of parameters with these shapes."""
+    read = _Read(dict(flatten_with_paths(state)[0]), {}, [], [])
     patterns = [compile_pattern(pattern) for pattern in ignore]
     for pattern in patterns:
-        if not any(pattern.search(path) for path in leaves):
-            raise nothing_matched("The pattern in ignore", pattern.pattern, leaves)
-    found: list[tuple[str, str, str, str]] = []
-    counts, rest = [], []
-    for path in leaves:
+        if not any(map(pattern.search, read.leaves)):
+            raise nothing_matched("The pattern in ignore", pattern.pattern, read.leaves)
+    for path, leaf in read.leaves.items():
         if any(pattern.search(path) for pattern in patterns):
             continue
-        node, which = "", ""
-        if (owner := owner_of(path, owners)) is not None:
-            ending = path if path.endswith(owner) else without_box(path)
-            node, _, which = ending.removesuffix(SEPARATOR + owner).rpartition(SEPARATOR)
-        names = path.split(SEPARATOR)
-        if owner is not None and which in (FIRST, SECOND):
-            found.append((node, which, owner, path))
+        start, owner = split_owner(path, shapes)
+        which, names = start.rpartition(SEPARATOR)[2], path.split(SEPARATOR)
+        # Averages of rows or columns are called nu too.
+        if owner is not None and (
+            which == FIRST or (which == SECOND and np.shape(leaf) == shapes[owner])
+        ):
+            if read.moments.setdefault((which, owner), path) != path:
+                raise ValueError(
+                    f"A state has two moments for {owner!r}, {read.moments[which, owner]!r} and "
+                    f"{path!r}, and it is ambiguous which one to use. List one of them in "
+                    "ignore=[...], or give the state of one of the transformations."
+                )
         elif names[-1] in COUNTS:
-            counts.append(path)
+            read.counts.append(path)
         elif not SETTINGS.intersection(names):
-            rest.append(path)
-    adam = {node for node, which, _, _ in found if which == SECOND}
-    moments: dict[tuple[str, str, str], str] = {}
-    for node, which, owner, path in found:
-        key = ("adam" if node in adam else "muon", which, owner)
-        if key in moments:
-            raise ValueError(
-                f"A state has two moments for {owner!r}, {moments[key]!r} and {path!r}, and it "
-                "is ambiguous which one to use. List one of them in ignore=[...], or give the "
-                "state of one of the transformations."
-            )
-        moments[key] = path
-    return _Read(moments=moments, counts=counts, rest=rest, leaves=leaves)
+            read.rest.append(path)
+    return read
 
 
-def _other_trainer(changed: dict[str, list[str]]) -> ValueError:
-    """Builds the error for parameters that the other optimizer trained before."""
+def _check_same_trainers(changed: dict[str, list[str]]) -> None:
+    """Raises for parameters that the other optimizer trained before."""
     sentences = [
-        f"{listed(dict.fromkeys(changed[before.lower()]))} trained by {before}, which tx trains by "
+        f"{listed(dict.fromkeys(changed[before]))} trained by {before}, which tx trains by "
         f"{now} (to keep one there: the rule {rule})."
         for before, now, rule in (
             ("Adam", "Muon", "(path, None)"),
             ("Muon", "Adam", "(path, MatrixSpec())"),
         )
-        if changed[before.lower()]
+        if changed[before]
     ]
-    return ValueError(
-        f"optax_state has {' It has '.join(sentences)} Keep leaves where they were with "
-        "rules=MatrixRules([...]), route all as Optax does with muonclip_jax.muon, or pass "
-        'rerouted="estimate" to start from what is known of them.'
-    )
+    if sentences:
+        raise ValueError(
+            f"optax_state has {' It has '.join(sentences)} Keep leaves where they were with "
+            "rules=MatrixRules([...]), route all as Optax does with muonclip_jax.muon, or pass "
+            'rerouted="estimate" to start from what is known of them.'
+        )
 
 
 def _mean_square(mu: jax.Array, beta: ScalarLike) -> jax.Array:
@@ -214,14 +203,15 @@ def _mean_square(mu: jax.Array, beta: ScalarLike) -> jax.Array:
 
 def _common_count(source: _Read) -> jax.Array:
     counts = {path: np.asarray(source.leaves[path]) for path in source.counts}
-    values = {int(count) for count in counts.values() if count.shape == ()}
-    if len(values) != 1 or any(count.shape for count in counts.values()):
+    if {count.shape for count in counts.values()} != {()} or len(
+        set(map(int, counts.values()))
+    ) > 1:
         shown = ", ".join(f"{path!r}: {count}" for path, count in counts.items()) or "none"
         raise ValueError(
             f"optax_state must have one number of updates, and its counts are {shown}. Name those "
             "that do not count updates in ignore=[...]."
         )
-    return jnp.asarray(values.pop())
+    return jnp.asarray(int(next(iter(counts.values()))))
 
 
 def _initial(
@@ -236,13 +226,11 @@ def _initial(
             "params must be arrays here."
         )
 
-    # Compiled, so that the moments among its results are never made.
-    @jax.jit
-    def initial(params: Tree) -> list[jax.Array]:
+    def initial(params: Tree) -> dict[str, jax.Array]:
         leaves = dict(flatten_with_paths(tx.init(params))[0])
-        return [leaves[path] for path in paths]
+        return {path: leaves[path] for path in paths}
 
-    return dict(zip(paths, initial(params), strict=True))
+    return jax.jit(initial)(params)  # compiled, so that the moments are never made
 
 
 def _like(value: jax.Array, form: jax.ShapeDtypeStruct) -> jax.Array:

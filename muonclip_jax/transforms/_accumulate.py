@@ -7,7 +7,7 @@ step.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +50,8 @@ class AccumulateState(NamedTuple):
     gradient_step: jax.Array
     gradients: Tree
     max_logits: dict[str, jax.Array]
-    inner_state: Any
-    skip_state: Any
+    inner_state: Tree
+    skip_state: Tree
 
 
 @names_known
@@ -146,11 +146,11 @@ def accumulate(
 
     def update_fn(
         updates: optax.Updates,
-        state: Any,
+        state: Tree,
         params: optax.Params | None = None,
         *,
         max_logits: Tree = None,
-        **extra_args: Any,
+        **extra: object,
     ) -> tuple[optax.Updates, AccumulateState]:
         skip, skip_state = None, state.skip_state
         if should_skip_update_fn is not None:
@@ -164,10 +164,10 @@ def accumulate(
         mini_step = replicate(mini_step, shardings)
         complete = mini_step >= value_at(every, state.gradient_step)
 
-        def act(mean: Tree, maxima: Tree, inner_state: Any, params: Tree) -> tuple[Tree, Any]:
+        def act(mean: Tree, maxima: Tree, inner_state: Tree, params: Tree) -> tuple[Tree, Tree]:
             given = {} if max_logits is None else {"max_logits": _replaced(max_logits, maxima)}
             gradients = _like(mean, updates)
-            new, after = inner.update(gradients, inner_state, params, **given, **extra_args)
+            new, after = inner.update(gradients, inner_state, params, **given, **extra)
             return new, _like(after, inner_state)
 
         updates, inner_state = _act_if(complete, act, mean, maxima, state.inner_state, params)
@@ -235,7 +235,7 @@ def _averages(
     return jax.tree.map(lambda old, new: jnp.where(skip, old, new), old, new)
 
 
-def _maxima_in(tree: Tree) -> dict[str, Any]:
+def _maxima_in(tree: Tree) -> dict[str, Tree]:
     """Path -> maxima: the leaves named `max_logits`, or all leaves if there are none."""
     leaves = dict(flatten_with_paths(tree)[0])
     named = {path: x for path, x in leaves.items() if MAX_LOGITS in path.split("/")}

@@ -7,7 +7,7 @@ result broadcasts against the leaf.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -109,8 +109,8 @@ class MatrixAxes:
 
 @names_known
 def matrix_axes(
-    tree: Tree, rules: MatrixRules | None = None, *, weight_dimension_numbers: Any = None
-) -> Any:
+    tree: Tree, rules: MatrixRules | None = None, *, weight_dimension_numbers: Tree = None
+) -> Tree:
     """Finds the matrix axes of every leaf of a pytree that Muon trains.
 
     Args:
@@ -246,12 +246,9 @@ def scale_by_shape(
         return (jnp.asarray(scale, wide) * x.astype(wide)).astype(x.dtype)
 
     def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
-        del params, extra_args
+        updates: optax.Updates, state: Tree, params: optax.Params | None = None, **extra: object
+    ) -> tuple[optax.Updates, Tree]:
+        del params, extra
         axes = matrix_axes(updates, rules, weight_dimension_numbers=weight_dimension_numbers)
         return jax.tree.map(scale_leaf, updates, axes), state
 

@@ -55,7 +55,7 @@ class MetricsState(NamedTuple):
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     sample: dict[str, jax.Array]
     lowest: jax.Array
-    inner_state: Any
+    inner_state: Tree
 
 
 @names_known
@@ -146,13 +146,13 @@ def metrics(
         return MetricsState(*replicate(small, shardings), measured.init(params))
 
     def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates, state: Tree, params: optax.Params | None = None, **extra: object
     ) -> tuple[optax.Updates, MetricsState]:
-        updates, inner_state = measured.update(updates, state.inner_state, params, **extra_args)
+        updates, inner_state = measured.update(updates, state.inner_state, params, **extra)
         matrices, leaves = matrices_of(updates, rules), jax.tree.leaves(updates)
         blocks, maxima = (), []
         if qk_clip_threshold is not None:
-            blocks, maxima = _recordings(updates, extra_args.get("max_logits"), attention, clips)
+            blocks, maxima = _recordings(updates, extra.get("max_logits"), attention, clips)
         program: Callable[..., Any] = functools.partial(_next_sample, matrices, blocks)
         shardings = read_shardings(updates, param_shardings, warn=False)
         if shardings is not None and not shardings.inside_manual:
@@ -247,10 +247,10 @@ def _recordings(
     return tuple((x.path, shape) for x, shape in zip(selected, shapes, strict=True)), maxima
 
 
-def _momentum(state: Any, paths: Iterable[str]) -> dict[str, jax.Array]:
+def _momentum(state: Tree, paths: Iterable[str]) -> dict[str, jax.Array]:
     """The momentum of the leaves at these paths, wherever in the state it is."""
 
-    def has_momentum(node: Any) -> bool:
+    def has_momentum(node: object) -> bool:
         # Optax's word for it, in the states of its own Muon and of Adam too.
         return isinstance(node, tuple) and "mu" in getattr(node, "_fields", ())
 

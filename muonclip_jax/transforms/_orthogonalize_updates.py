@@ -123,12 +123,9 @@ def orthogonalize_updates(
         return optax.EmptyState()
 
     def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
-        del params, extra_args
+        updates: optax.Updates, state: Tree, params: optax.Params | None = None, **extra: object
+    ) -> tuple[optax.Updates, Tree]:
+        del params, extra
         leaves = orthogonalizer.read(updates)
         if orthogonalizer.places:
             updates = place_tree(updates, leaves.sharded)

@@ -1,14 +1,14 @@
 """QK-Clip as the last transformation of a chain."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from muonclip_jax._arguments import check_number, names_known
-from muonclip_jax._tree import ScalarOrSchedule
+from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree
 from muonclip_jax.clipping.clip import clip_tree
 from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.clipping.matching import find_in, named_leaves
@@ -23,10 +23,10 @@ class QKClipState(NamedTuple):
         count: Updates so far, int32, `()`.
     """
 
-    count: Any
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
-def clip_until(step: int, threshold: ScalarOrSchedule = 100.0) -> Callable[[Any], jax.Array]:
+def clip_until(step: int, threshold: ScalarOrSchedule = 100.0) -> Callable[[ScalarLike], jax.Array]:
     """Returns a threshold schedule that switches QK-Clip off.
 
     Args:
@@ -50,7 +50,7 @@ def clip_until(step: int, threshold: ScalarOrSchedule = 100.0) -> Callable[[Any]
     check_number("step", step)
     check_clip_settings(threshold, 0.5, "query", schedules=True)
 
-    def schedule(count: Any) -> jax.Array:
+    def schedule(count: ScalarLike) -> jax.Array:
         tau = jnp.asarray(value_at(threshold, count), jnp.float32)
         return jnp.where(count < step, tau, jnp.inf)
 
@@ -122,13 +122,13 @@ def qk_clip(
 
     def update(
         updates: optax.Updates,
-        state: Any,
+        state: Tree,
         params: optax.Params | None = None,
         *,
-        max_logits: Any = None,
-        **extra_args: Any,
+        max_logits: Tree = None,
+        **extra: object,
     ) -> tuple[optax.Updates, optax.OptState]:
-        del extra_args
+        del extra
         if params is None:
             raise ValueError(
                 "qk_clip needs the parameters: call tx.update(grads, state, params, "
@@ -155,7 +155,7 @@ def qk_clip(
             rules=rules,
         )
         if counts:
-            state = QKClipState(count=optax.safe_increment(jnp.asarray(state.count)))
+            state = QKClipState(jnp.asarray(optax.safe_increment(jnp.asarray(state.count))))
         return clipped, state
 
     return transformation("qk_clip", init, update)

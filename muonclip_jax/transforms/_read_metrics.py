@@ -1,7 +1,7 @@
 """`read_metrics` returns the measurements of `metrics` by parameter path."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +96,7 @@ _REDUCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def read_metrics(
-    state: Any,
+    state: Tree,
     params: Tree,
     *,
     rules: MatrixRules | None = None,

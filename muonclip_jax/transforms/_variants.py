@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,9 +89,9 @@ def scale_by_neuron_rms(
         return NeuronRmsState(zeros_reduced(params, axes_of(params), "inputs", param_shardings))
 
     def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates, state: Tree, params: optax.Params | None = None, **extra: object
     ) -> tuple[optax.Updates, NeuronRmsState]:
-        del params, extra_args
+        del params, extra
         axes = axes_of(updates)
 
         def average(u: jax.Array, v: jax.Array, a: MatrixAxes) -> jax.Array:
@@ -186,9 +186,9 @@ def hyperball(
         return HyperballState(replicate(count, mesh_shardings(params, param_shardings)), norm)
 
     def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates, state: Tree, params: optax.Params | None = None, **extra: object
     ) -> tuple[optax.Updates, HyperballState]:
-        del extra_args
+        del extra
         check_params("hyperball", params)
         axes = axes_of(updates)
         rate = value_at(learning_rate, state.count)
@@ -272,9 +272,9 @@ def add_weight_decay(
     decay = optax.add_decayed_weights(weight_decay, mask)
 
     def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, Any]:
-        del extra_args
+        updates: optax.Updates, state: Tree, params: optax.Params | None = None, **extra: object
+    ) -> tuple[optax.Updates, Tree]:
+        del extra
         check_params("add_weight_decay", params)
         decayed = params
         if base_width is not None:
