@@ -6,7 +6,8 @@ would switch the clip off while logits grow. Therefore the result is the largest
 there is none, NaN takes precedence over +inf, and +inf over -inf.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,17 +17,13 @@ from jaxtyping import Array, Float
 from muonclip_jax._tree import MAX_LOGITS, Tree, flatten_with_paths
 
 
-def _separate(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Splits numbers into finite values (else -inf) and ranks: 2 for NaN, 1 for +inf, else 0.
-
-    Both are reduced by a plain maximum, also across devices, and combined by `_join`.
-    """
+def _finite_first(
+    x: Float[Array, "..."], maximum: Callable[[Float[Array, "2 ..."]], Float[Array, "2 ..."]]
+) -> Float[Array, "..."]:
+    """Reduces finite values (else -inf) and ranks (NaN 2, +inf 1, else 0) by one plain maximum."""
     finite = jnp.isfinite(x)
-    rank = jnp.where(jnp.isnan(x), 2, jnp.where(~finite & (x > 0), 1, 0))
-    return jnp.where(finite, x, -jnp.inf), rank.astype(x.dtype)
-
-
-def _join(values: Float[Array, "..."], rank: Float[Array, "..."]) -> Float[Array, "..."]:
+    rank = jnp.where(jnp.isnan(x), 2, jnp.where(~finite & (x > 0), 1, 0)).astype(x.dtype)
+    values, rank = maximum(jnp.stack([jnp.where(finite, x, -jnp.inf), rank]))
     # No intermediate array holds an infinity that the result does not: jax.debug_infs sees them.
     missing = ~jnp.isfinite(values)
     values = jnp.where(missing & (rank == 1), jnp.inf, values)
@@ -34,18 +31,13 @@ def _join(values: Float[Array, "..."], rank: Float[Array, "..."]) -> Float[Array
 
 
 def finite_max(x: Float[Array, "..."], axes: Sequence[int]) -> Float[Array, "..."]:
-    """Returns the maximum over axes, with finite values first.
+    """Returns the maximum over axes from the front, with finite values first.
 
     Example:
         >>> finite_max(jnp.array([[1.0, jnp.nan], [jnp.nan, jnp.nan]]), (0,)).tolist()
         [1.0, nan]
     """
-    return _join(*(part.max(tuple(axes)) for part in _separate(x)))
-
-
-def finite_maximum(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the elementwise maximum of two arrays, with finite values first."""
-    return _join(*map(jnp.maximum, _separate(x), _separate(y)))
+    return _finite_first(x, lambda parts: parts.max(tuple(axis + 1 for axis in axes)))
 
 
 def only_max_logits(tree: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -89,7 +81,6 @@ def merge_max_logits(*trees: Tree) -> Tree:
     if not trees:
         raise ValueError("merge_max_logits() needs at least one tree of maxima, got none.")
     leaves, structure = flatten_with_paths(trees[0])
-    merged = [leaf for _, leaf in leaves]
     for number, tree in enumerate(trees[1:], start=2):
         others, other_structure = flatten_with_paths(tree)
         if structure != other_structure:
@@ -99,14 +90,15 @@ def merge_max_logits(*trees: Tree) -> Tree:
                 f"{differing or 'the kinds of containers'}. Capture every micro-batch in the same "
                 "way."
             )
-        for i, ((path, leaf), (_, other)) in enumerate(zip(leaves, others, strict=True)):
+        for (path, leaf), (_, other) in zip(leaves, others, strict=True):
             if jnp.shape(leaf) != jnp.shape(other):
                 raise ValueError(
                     f"The maxima at {path!r} have shape {jnp.shape(leaf)} in tree 1 and "
                     f"{jnp.shape(other)} in tree {number}; they must have the same shape."
                 )
-            merged[i] = finite_maximum(jnp.asarray(merged[i]), jnp.asarray(other))
-    return jax.tree.unflatten(structure, merged)
+    if len(trees) == 1:
+        return trees[0]
+    return jax.tree.map(lambda *xs: finite_max(jnp.stack(xs), (0,)), *trees)
 
 
 def reduce_max_logits(tree: Tree, axis_name: str | tuple[str, ...]) -> Tree:
@@ -134,10 +126,8 @@ def reduce_max_logits(tree: Tree, axis_name: str | tuple[str, ...]) -> Tree:
         return tree
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     packed = jnp.concatenate([leaf.astype(jnp.float32).reshape(-1) for leaf in leaves])
-    values, rank = jax.lax.pmax(jnp.stack(_separate(packed)), axis_name)
-    reduced, start = _join(values, rank), 0
-    for i, leaf in enumerate(leaves):
-        part = reduced[start : start + leaf.size]
-        leaves[i] = part.reshape(leaf.shape).astype(leaf.dtype)
-        start += leaf.size
-    return jax.tree.unflatten(structure, leaves)
+    reduced = _finite_first(packed, lambda parts: jax.lax.pmax(parts, axis_name))
+    ends = list(itertools.accumulate(leaf.size for leaf in leaves))
+    pairs = zip(jnp.split(reduced, ends[:-1]), leaves, strict=True)
+    parts = [part.reshape(leaf.shape).astype(leaf.dtype) for part, leaf in pairs]
+    return jax.tree.unflatten(structure, parts)

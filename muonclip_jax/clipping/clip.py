@@ -4,13 +4,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from muonclip_jax._arguments import names_known
 from muonclip_jax._tree import ScalarLike, Tree
-from muonclip_jax.clipping.gamma import check_clip_settings, clip_gamma, is_over, role_factors
+from muonclip_jax.clipping.gamma import check_clip_settings, clip_gamma, role_factors
 from muonclip_jax.clipping.info import QKClipInfo
 from muonclip_jax.clipping.matching import Recorded, merge_recordings, named_leaves, plan_clip
-from muonclip_jax.clipping.scaling import check_reduced, clip_leaf, keep_shardings, leaf_factor
+from muonclip_jax.clipping.scaling import clip_leaf, leaf_factor
 from muonclip_jax.heads.finding import Blocks, Rule, block_rules
 from muonclip_jax.heads.plan import BlockPlan
 
@@ -36,23 +37,18 @@ def _clip_leaves(
 ) -> tuple[dict[str, jax.Array], QKClipInfo]:
     """Clips the planned leaves: of the updates if given, else of the parameters."""
     info = _info(recorded, threshold, plans=plans)
-    factors: dict[str, jax.Array] = {}
-    needed: dict[str, jax.Array] = {}
+    clipped: dict[str, jax.Array] = {}
     for plan in plans:
-        of_role = role_factors(info.gamma[plan.path], alpha, shared_keys, plan.kv_heads)
+        factors = role_factors(info.gamma[plan.path], alpha, shared_keys, plan.kv_heads)
         # Computed from the recordings, not from gamma: the partitioner may shard gamma like the
         # kernels that it scales, and would have to gather the result.
-        over = (jnp.any(is_over(x, threshold)) for x in recorded[plan.path])
-        any_over = functools.reduce(jnp.logical_or, over)
+        over = (jnp.any(clip_gamma(x, threshold) < 1.0) for x in recorded[plan.path])
+        needed = functools.reduce(jnp.logical_or, over)
         for leaf in plan.leaves:
-            if any(segment.role in of_role for segment in leaf.segments):
-                factors[leaf.path] = leaf_factor(leaf, of_role)
-                needed[leaf.path] = any_over
-    check_reduced(params, factors)
-    clipped = {
-        path: clip_leaf(needed[path], params[path], updates.get(path), factor)
-        for path, factor in factors.items()
-    }
+            if any(segment.role in factors for segment in leaf.segments):
+                p, u = params[leaf.path], updates.get(leaf.path)
+                factor = leaf_factor(leaf, factors)
+                clipped[leaf.path] = clip_leaf(leaf.path, needed, p, u, factor)
     return clipped, info
 
 
@@ -71,28 +67,33 @@ def clip_tree(
     Raises:
         ValueError: If blocks, maxima and rules do not match, or an update is missing.
     """
-    named = named_leaves(params)
-    plans, recorded = plan_clip(named, max_logits, rules)
+    plans, recorded = plan_clip(params, max_logits, rules)
     paths = [leaf.path for plan in plans for leaf in plan.leaves]
-    target = named if updates is None else named_leaves(updates)
-    weights, old = named.by_path, target.by_path
+    weights = dict(named_leaves(params))
+    leaves = named_leaves(params if updates is None else updates)
+    old = dict(leaves)
     for path in paths:
         if path not in old:
             raise ValueError(
                 f"qk_clip must change {path!r}, but the updates have no entry for it. Give "
                 "it an update, such as zeros, or exclude its block with blocks=."
             )
-    old = {path: old[path] for path in paths}
     new, info = _clip_leaves(
         {path: weights[path] for path in paths},
-        {} if updates is None else old,
+        {} if updates is None else {path: old[path] for path in paths},
         recorded,
         threshold,
         alpha,
         plans=plans,
         shared_keys=shared_keys,
     )
-    return target.replaced(keep_shardings(new, old)), info
+    for path, x in new.items():
+        # Called outside of `jit` on Auto axes, XLA may shard a result as the maxima are.
+        concrete = isinstance(old[path], jax.Array) and not isinstance(x, Tracer)
+        if concrete and not x.sharding.is_equivalent_to(old[path].sharding, x.ndim):
+            new[path] = jax.device_put(x, old[path].sharding)
+    structure = jax.tree.structure(params if updates is None else updates)
+    return jax.tree.unflatten(structure, [new.get(path, leaf) for path, leaf in leaves]), info
 
 
 @names_known
@@ -215,5 +216,5 @@ def qk_clip_info(
         Kimi Team, Kimi K2, arXiv 2507.20534, Algorithm 1.
     """
     check_clip_settings(threshold, alpha, shared_keys)
-    plans, recorded = plan_clip(named_leaves(params), max_logits, block_rules(blocks))
+    plans, recorded = plan_clip(params, max_logits, block_rules(blocks))
     return _info(recorded, threshold, plans=plans)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from muonclip_jax._tree import Tree
 from muonclip_jax.clipping.gamma import check_clip_settings
-from muonclip_jax.clipping.matching import find_in, match_maxima, named_leaves, trailing_shape
+from muonclip_jax.clipping.matching import find_in, match_maxima, trailing_shape
 from muonclip_jax.heads.clips import guess_block, read_block
 from muonclip_jax.heads.finding import Blocks, FoundBlock, block_rules
 from muonclip_jax.heads.plan import LeafPlan, RefusalError
@@ -58,12 +58,11 @@ def describe_attention(
           attn/key/kernel (6, 2, 4): key by gamma^(1-alpha)
     """
     check_clip_settings(1.0, 0.5, shared_keys)
-    named = named_leaves(params)
     rules = block_rules(blocks)
-    found = find_in(named, rules)
+    found, masked = find_in(params, rules)
     shapes: dict[str, tuple[int, ...]] = {}
     if max_logits is not None:
-        matched = match_maxima(found, max_logits, named.masked, rules)
+        matched = match_maxima(found, max_logits, masked, rules)
         shapes = {path: trailing_shape(arrays) for path, arrays in matched.items()}
     lines: list[str] = []
     for block in found:

@@ -11,7 +11,7 @@ part) are scaled by gamma.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from muonclip_jax._arguments import check_number
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule
@@ -20,47 +20,24 @@ from muonclip_jax._tree import ScalarLike, ScalarOrSchedule
 SHARED_KEYS = ("query", "group", "balanced")
 
 
-def at_least_float32(max_logits: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns maxima in float32, or in float64 if they already are."""
-    s = jnp.asarray(max_logits)
-    return s.astype(jnp.promote_types(s.dtype, jnp.float32))
-
-
-def is_over(max_logits: Float[Array, "..."], threshold: ScalarLike) -> Bool[Array, "..."]:
-    """Returns for which heads `clip_gamma` is below 1."""
-    s = at_least_float32(max_logits)
-    tau = jnp.asarray(threshold, s.dtype)
-    return jnp.isfinite(s) & (s > tau) & (tau > 0)
-
-
 def clip_gamma(max_logits: Float[Array, "..."], threshold: ScalarLike) -> Float[Array, "..."]:
     """Computes the factor that brings each head's maximum logit down to the threshold.
 
         gamma = tau / S   where S is finite and S > tau > 0,   1 elsewhere
 
     A maximum or a threshold that is NaN, infinite, zero or negative never changes a weight. (Such a
-    number is an error as threshold, but a traced value or a schedule may produce one.)
+    number is an error as threshold, but a traced value or a schedule may produce one.) The result
+    is in float32 or wider.
 
     Example:
         >>> clip_gamma(jnp.asarray([150.0, 90.0, -jnp.inf]), 100.0).tolist()
         [0.6666666865348816, 1.0, 1.0]
     """
-    s = at_least_float32(max_logits)
+    s = jnp.asarray(max_logits)
+    s = s.astype(jnp.promote_types(s.dtype, jnp.float32))
     tau = jnp.asarray(threshold, s.dtype)
-    over = is_over(s, tau)
+    over = jnp.isfinite(s) & (s > tau) & (tau > 0)
     return jnp.where(over, tau / jnp.where(over, s, 1.0), 1.0)
-
-
-def _power(gamma: jax.Array, alpha: ScalarLike) -> jax.Array:
-    """Returns `gamma ** alpha`, exactly gamma for `alpha = 1`, and exactly 1 for `alpha = 0`."""
-    alpha = jnp.asarray(alpha, gamma.dtype)
-    power = jnp.where(alpha == 1.0, gamma, gamma**alpha)
-    return jnp.where((gamma == 1.0) | (alpha == 0.0), 1.0, power)
-
-
-def _rest(gamma: jax.Array, taken: jax.Array) -> jax.Array:
-    """Returns the remaining factor of gamma, exactly 1 where `taken` equals gamma."""
-    return jnp.where(gamma == taken, 1.0, gamma / taken)
 
 
 def role_factors(
@@ -88,19 +65,19 @@ def role_factors(
         >>> factors["query"].tolist(), factors["key"].tolist()
         ([0.5, 1.0], [0.5, 1.0])
     """
-    heads = gamma.shape[-1]
-    if kv_heads == heads:
-        query = _power(gamma, alpha)
-        return {"query": query, "key": _rest(gamma, query), "query_alone": gamma}
-    if shared_keys == "query":
+    group = gamma.shape[-1] // kv_heads
+    if group > 1 and shared_keys == "query":
         return {"query": gamma, "query_alone": gamma}
-    eta = gamma.reshape(*gamma.shape[:-1], kv_heads, -1).min(-1)
-    query = _power(eta, alpha)
-    key = _rest(eta, query)
-    if shared_keys == "group":
-        query = jnp.repeat(query, heads // kv_heads, axis=-1)
-    else:
-        query = _rest(gamma, jnp.repeat(key, heads // kv_heads, axis=-1))
+    eta = gamma if group == 1 else gamma.reshape(*gamma.shape[:-1], kv_heads, group).min(-1)
+    alpha = jnp.asarray(alpha, gamma.dtype)
+    # gamma = 1 leaves every bit, and so do queries with alpha = 0 and keys with alpha = 1.
+    query = jnp.where(alpha == 1.0, eta, eta**alpha)
+    query = jnp.where((eta == 1.0) | (alpha == 0.0), 1.0, query)
+    key = jnp.where(eta == query, 1.0, eta / query)
+    if group > 1 and shared_keys == "group":
+        query = jnp.repeat(query, group, axis=-1)
+    elif group > 1:
+        query = gamma / jnp.repeat(key, group, axis=-1)
     return {"query": query, "key": key, "query_alone": gamma}
 
 

@@ -1,13 +1,12 @@
 """The maxima and factors of a clip, with a fixed structure."""
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from muonclip_jax.attention.maxima import finite_max, finite_maximum
+from muonclip_jax.attention.maxima import finite_max
 
 
 def _largest(x: Float[Array, "..."]) -> Float[Array, ""]:
@@ -35,7 +34,7 @@ class QKClipInfo(NamedTuple):
         NaN and infinite maxima are ignored unless there are no others.
         """
         parts = [_largest(x) for x in self.max_logits.values()]
-        return functools.reduce(finite_maximum, parts, jnp.asarray(-jnp.inf, jnp.float32))
+        return finite_max(jnp.stack(parts), (0,)) if parts else jnp.asarray(-jnp.inf, jnp.float32)
 
     @property
     def total_clipped(self) -> Int[Array, ""]:
@@ -71,12 +70,10 @@ class QKClipInfo(NamedTuple):
             >>> sorted(info.scalars(blocks=False))[:2]
             ['qk_clip/clipped_fraction', 'qk_clip/clipped_heads']
         """
-        clipped = self.total_clipped
+        clipped, smallest = self.total_clipped, [gamma.min() for gamma in self.gamma.values()]
         flat = {
             f"{prefix}/max_logit": self.largest,
-            f"{prefix}/min_gamma": functools.reduce(
-                jnp.minimum, map(jnp.min, self.gamma.values()), jnp.ones((), jnp.float32)
-            ),
+            f"{prefix}/min_gamma": jnp.stack(smallest).min() if smallest else jnp.ones(()),
             f"{prefix}/clipped_heads": clipped,
             f"{prefix}/clipped_fraction": clipped / max(self.total_heads, 1),
         }

@@ -5,13 +5,12 @@ boxed tuples, a tree of modules, or a flat dict by path. All are converted to a 
 block's path, such as "decoder/block_0/attention", to arrays `(..., *stack, heads)`.
 """
 
-import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
-from jax.tree_util import PyTreeDef
+import jax.numpy as jnp
 
 from muonclip_jax._tree import (
     MAX_LOGITS,
@@ -20,13 +19,11 @@ from muonclip_jax._tree import (
     array_leaves,
     flatten_with_paths,
     is_masked,
-    join,
     listed,
 )
-from muonclip_jax.attention.maxima import finite_max, finite_maximum
-from muonclip_jax.clipping.gamma import at_least_float32
+from muonclip_jax.attention.maxima import finite_max
 from muonclip_jax.heads.clips import read_block
-from muonclip_jax.heads.finding import FoundBlock, Rule, find_blocks, strip_outer
+from muonclip_jax.heads.finding import FoundBlock, Rule, Shape, find_blocks
 from muonclip_jax.heads.layouts import NORM_NAMES
 from muonclip_jax.heads.plan import BlockPlan
 
@@ -48,65 +45,37 @@ _ADAPTERS = (
 _BLOCKS = "Where its projections have other names, say so: blocks=[(pattern, AttentionLayout(...))]"
 
 
-@dataclasses.dataclass(frozen=True)
-class NamedLeaves:
-    """The leaves of a tree in flatten order, by path without an outer "params" level."""
-
-    paths: tuple[str, ...]
-    leaves: tuple[Any, ...]
-    treedef: PyTreeDef
-    masked: tuple[str, ...]  # what `optax.masked` or `optax.multi_transform` hid
-
-    @property
-    def by_path(self) -> dict[str, Any]:
-        """Path -> leaf."""
-        return dict(zip(self.paths, self.leaves, strict=True))
-
-    def replaced(self, new: Mapping[str, jax.Array]) -> Tree:
-        """Returns the tree with some leaves replaced."""
-        pairs = zip(self.paths, self.leaves, strict=True)
-        return jax.tree.unflatten(self.treedef, [new.get(path, leaf) for path, leaf in pairs])
+def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
+    """Returns the leaves of a tree in flatten order, by path without an outer "params" level."""
+    return [(path.removeprefix("params/"), leaf) for path, leaf in array_leaves(tree)]
 
 
-def named_leaves(tree: Tree) -> NamedLeaves:
-    """Returns the leaves of a tree by path.
+def find_in(
+    tree: Tree, rules: tuple[Rule, ...] | None, *, whole: bool = True
+) -> tuple[list[FoundBlock], tuple[str, ...]]:
+    """Finds the attention blocks of a tree by names and shapes, and its masked leaves.
 
     Raises:
-        TypeError: If a leaf is not an array.
+        ValueError: If a rule matches nothing, and if the tree must be `whole`, if there is no block
+            or parts of one are masked.
     """
-    pairs = array_leaves(tree)
+    shapes = tuple((path, tuple(leaf.shape)) for path, leaf in named_leaves(tree))
     nodes = flatten_with_paths(tree, is_leaf=is_masked)[0]
-    return NamedLeaves(
-        paths=tuple(strip_outer(path) for path, _ in pairs),
-        leaves=tuple(leaf for _, leaf in pairs),
-        treedef=jax.tree.structure(tree),
-        masked=tuple(strip_outer(path) for path, node in nodes if is_masked(node)),
-    )
-
-
-def _inside(path: str, block: str) -> bool:
-    return not block or path == block or path.startswith(block + "/")
-
-
-def find_in(params: NamedLeaves, rules: tuple[Rule, ...] | None) -> list[FoundBlock]:
-    """Finds the attention blocks of a tree by names and shapes.
-
-    Raises:
-        ValueError: If there is none, a rule matches nothing, or parts of one are masked.
-    """
-    shapes = tuple(tuple(getattr(x, "shape", ())) for x in params.leaves)
-    return _find(params.paths, shapes, params.masked, rules)
+    masked = tuple(path.removeprefix("params/") for path, node in nodes if is_masked(node))
+    return (_find(shapes, masked, rules, whole) if shapes else []), masked
 
 
 @functools.lru_cache(maxsize=64)
 def _find(
-    paths: tuple[str, ...],
-    shapes: tuple[tuple[int, ...], ...],
+    shapes: tuple[tuple[str, Shape], ...],
     masked: tuple[str, ...],
     rules: tuple[Rule, ...] | None,
+    whole: bool,
 ) -> list[FoundBlock]:
-    leaves = {p: jax.ShapeDtypeStruct(s, "f4") for p, s in zip(paths, shapes, strict=True)}
-    found = find_blocks(leaves, rules)
+    leaves = {path: jax.ShapeDtypeStruct(shape, "f4") for path, shape in shapes}
+    found = find_blocks(leaves, rules, strict=whole or not masked)
+    if not whole:
+        return found
     for block in found:
         prefix = block.path + "/" if block.path else ""
         parts = [prefix + name for name in (*block.layout.paths, *_NORMS)]
@@ -117,9 +86,9 @@ def _find(
                 f"{'is' if len(hidden) == 1 else 'are'} hidden.{_MASKED}"
             )
     if not any(block.selected for block in found):
-        adapters = any("lora_" in path.lower() for path in paths)
+        adapters = any("lora_" in path.lower() for path in leaves)
         raise ValueError(
-            f"No attention block was found in parameters {listed(paths)}. Expected a query "
+            f"No attention block was found in parameters {listed(leaves)}. Expected a query "
             "and a key projection side by side, such as 'attention/query/kernel' and "
             "'attention/key/kernel'. If they have other names, give a layout: "
             "blocks=[(pattern, AttentionLayout(...))] (muonclip: qk_clip_blocks=). To train "
@@ -129,12 +98,8 @@ def _find(
     return found
 
 
-def _module(names: Sequence[str]) -> str:
-    """Joins names without outer "params" and "intermediates" levels."""
-    start = 0
-    while start < len(names) and names[start] in ("params", "intermediates"):
-        start += 1
-    return join(names[start:])
+def _inside(path: str, block: str) -> bool:
+    return not block or path == block or path.startswith(block + "/")
 
 
 def read_maxima(max_logits: Tree) -> tuple[Recorded, bool]:
@@ -155,14 +120,18 @@ def read_maxima(max_logits: Tree) -> tuple[Recorded, bool]:
         [['block/attn'], ['block/attn'], ['block/attn']]
     """
     named = [(path.split("/"), leaf) for path, leaf in flatten_with_paths(max_logits)[0]]
+    sown = any(MAX_LOGITS in names for names, _ in named)
+    if not sown and len(named) == 1 and named[0][1] is max_logits:
+        named = []
     found: Recorded = {}
     for names, leaf in named:
-        if MAX_LOGITS in names:
+        while names and names[0] in ("params", "intermediates"):
+            names = names[1:]
+        if sown and MAX_LOGITS in names:
             last = len(names) - 1 - names[::-1].index(MAX_LOGITS)
-            found.setdefault(_module(names[:last]), []).append(leaf)
-    sown = bool(found)
-    if not found and not (len(named) == 1 and named[0][1] is max_logits):
-        found = {_module(names): [leaf] for names, leaf in named}
+            found.setdefault("/".join(names[:last]), []).append(leaf)
+        elif not sown:
+            found["/".join(names)] = [leaf]
     if not found:
         raise ValueError(
             f"max_logits contains no maxima. Expected leaves named {MAX_LOGITS!r}, as in what Flax "
@@ -220,12 +189,12 @@ def match_maxima(
     return {block.path: matched[block.path] for block in found if block.selected}
 
 
-def trailing_shape(arrays: Sequence[jax.Array]) -> tuple[int, ...]:
+def trailing_shape(arrays: Sequence[jax.Array]) -> Shape:
     """Returns the shape with the fewest axes among the recordings of one module."""
     return min((tuple(x.shape) for x in arrays), key=len)
 
 
-def merge_recordings(arrays: Sequence[jax.Array], shape: tuple[int, ...], path: str) -> jax.Array:
+def merge_recordings(arrays: Sequence[jax.Array], shape: Shape, path: str) -> jax.Array:
     """Returns the maximum over recordings and over the axes before `shape`, in float32 or wider.
 
     `arrays` are the recordings of the module at `path`, each `(..., *stack, heads)`, and `shape` is
@@ -248,21 +217,22 @@ def merge_recordings(arrays: Sequence[jax.Array], shape: tuple[int, ...], path: 
                 f"whole logits (..., query heads, queries, keys) too. Expected {shape}: take the "
                 "maximum over all other axes first."
             )
-        reduced.append(finite_max(at_least_float32(x), range(leading)))
-    return functools.reduce(finite_maximum, reduced)
+        wide = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
+        reduced.append(finite_max(wide, range(leading)))
+    return reduced[0] if len(reduced) == 1 else finite_max(jnp.stack(reduced), (0,))
 
 
 def plan_clip(
-    params: NamedLeaves, max_logits: Tree, rules: tuple[Rule, ...] | None
+    params: Tree, max_logits: Tree, rules: tuple[Rule, ...] | None
 ) -> tuple[tuple[BlockPlan, ...], Recorded]:
     """Plans a clip: what is scaled in each block, and the recordings of the block.
 
     Raises:
         ValueError: If blocks, maxima and rules do not match.
     """
-    if not params.paths:
+    found, masked = find_in(params, rules)
+    if not found:  # the tree is empty
         return (), {}
-    found = find_in(params, rules)
-    matched = match_maxima(found, max_logits, params.masked, rules)
+    matched = match_maxima(found, max_logits, masked, rules)
     plans = [read_block(b, trailing_shape(matched[b.path])) for b in found if b.selected]
     return tuple(plans), matched

@@ -13,15 +13,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from muonclip_jax._arguments import check_number, is_concrete, names_known
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree, flatten_with_paths
 from muonclip_jax.attention.maxima import finite_max
-from muonclip_jax.clipping.gamma import check_clip_settings, clip_gamma, is_over
+from muonclip_jax.clipping.gamma import check_clip_settings, clip_gamma
 from muonclip_jax.clipping.matching import (
+    find_in,
     match_maxima,
     merge_recordings,
-    named_leaves,
     trailing_shape,
 )
 from muonclip_jax.heads.clips import read_block
-from muonclip_jax.heads.finding import Blocks, FoundBlock, Rule, block_rules, find_blocks
+from muonclip_jax.heads.finding import Blocks, Rule, block_rules
 from muonclip_jax.routing import MatrixRules
 from muonclip_jax.sharding import read_shardings
 from muonclip_jax.transforms._checks import transformation, value_at
@@ -130,7 +130,7 @@ def metrics(
     def init_fn(params: optax.Params) -> MetricsState:
         blocks = 0
         if qk_clip_threshold is not None:
-            blocks = sum(block.selected for block in blocks_of(params, attention)[0])
+            blocks = sum(block.selected for block in find_in(params, attention, whole=False)[0])
         matrices = sum(matrices_of(params, rules).counts.values())
         # Every array is made by itself: a state whose leaves share memory cannot be donated.
         sample = {
@@ -200,7 +200,8 @@ def _next_sample(
             "clipped_heads": jnp.stack([jnp.sum(gamma < 1, dtype=jnp.int32) for gamma in gammas]),
         }
         largest = jnp.stack([finite_max(x, range(x.ndim)).astype(jnp.float32) for x in maxima])
-        clipped = is_over(largest, _NOTICEABLE * jnp.asarray(threshold, jnp.float32))
+        noticed = _NOTICEABLE * jnp.asarray(threshold, jnp.float32)
+        clipped = clip_gamma(largest, noticed) < 1
         fell = (lowest == 0) | (largest < _FALL * lowest)
         lowest = jnp.where(clipped, jnp.where(fell, largest, lowest), 0)
         without_effect = jnp.where(clipped & ~fell, without_effect + 1, 0)
@@ -213,14 +214,6 @@ def _next_sample(
     return sample | {"clips_without_effect": without_effect}, lowest
 
 
-def blocks_of(tree: Tree, rules: tuple[Rule, ...] | None) -> tuple[list[FoundBlock], list[str]]:
-    """The attention blocks of a tree and its masked leaves; nothing for an empty tree."""
-    named = named_leaves(tree)
-    if not named.paths:
-        return [], []
-    return find_blocks(named.by_path, rules, strict=not named.masked), list(named.masked)
-
-
 def _recordings(
     tree: Tree, max_logits: Tree, rules: tuple[Rule, ...] | None, clips: bool
 ) -> tuple[tuple[tuple[str, tuple[int, ...]], ...], list[list[jax.Array]]]:
@@ -228,7 +221,7 @@ def _recordings(
 
     If the blocks are clipped, their kernels give the shape; otherwise they need not be readable.
     """
-    found, masked = blocks_of(tree, rules)
+    found, masked = find_in(tree, rules, whole=False)
     selected = [block for block in found if block.selected]
     if not selected:
         return (), []

@@ -11,7 +11,7 @@ from muonclip_jax._arguments import check_number, names_known
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree
 from muonclip_jax.clipping.clip import clip_tree
 from muonclip_jax.clipping.gamma import check_clip_settings
-from muonclip_jax.clipping.matching import find_in, named_leaves
+from muonclip_jax.clipping.matching import find_in
 from muonclip_jax.heads.finding import Blocks, block_rules
 from muonclip_jax.transforms._checks import transformation, value_at
 
@@ -115,9 +115,8 @@ def qk_clip(
     counts = callable(threshold) or callable(alpha)
 
     def init(params: optax.Params) -> optax.OptState:
-        named = named_leaves(params)
-        if rules is not None and named.paths:
-            find_in(named, rules)
+        if rules is not None:
+            find_in(params, rules)
         return QKClipState(count=jnp.zeros((), jnp.int32)) if counts else optax.EmptyState()
 
     def update(

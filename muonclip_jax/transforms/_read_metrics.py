@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from muonclip_jax._tree import Tree
+from muonclip_jax.clipping.matching import find_in
 from muonclip_jax.heads.finding import Blocks, block_rules
 from muonclip_jax.routing import MatrixRules
 from muonclip_jax.transforms._figures import OF_MATRICES, matrices_of
-from muonclip_jax.transforms._metrics import MetricsState, blocks_of
+from muonclip_jax.transforms._metrics import MetricsState
 
 
 class MuonMetrics(NamedTuple):
@@ -141,7 +142,7 @@ def read_metrics(
     counts = matrices_of(params, rules).counts
     blocks: list[str] = []
     if sample["max_logit"].size:
-        known, _ = blocks_of(params, block_rules(qk_clip_blocks, "qk_clip_blocks"))
+        known, _ = find_in(params, block_rules(qk_clip_blocks, "qk_clip_blocks"), whole=False)
         blocks = [block.path for block in known if block.selected]
     have = (sample["update_rms"].size, sample["max_logit"].size)
     if have != (sum(counts.values()), len(blocks)):
