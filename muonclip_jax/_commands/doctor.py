@@ -15,7 +15,7 @@ import numpy as np
 from muonclip_jax._devices import plan_platform
 from muonclip_jax.attention import IMPLEMENTATIONS, attention_max_logits, dot_product_attention
 from muonclip_jax.kernels import MAX_LOGITS, SYMMETRIC, load_kernel
-from muonclip_jax.newton_schulz import orthogonalize, plan_polar
+from muonclip_jax.newton_schulz import DEFAULT_SET, orthogonalize, plan_polar
 
 _NAME = "muonclip_jax"
 #: What the library does not need, and what it is for.
@@ -131,11 +131,11 @@ def devices() -> Iterator[Finding]:
 def newton_schulz() -> Iterator[Finding]:
     """The choices of `ns_method="auto"` and `ns_dtype=None` here, for shapes of known models."""
     polar = plan_polar()
+    yield Finding(f"muonclip: ns_coeffs {DEFAULT_SET!r}, {len(polar.rows)} steps, and for matrices")
     for rows, columns in SHAPES:
-        # The same for parameters of 16 and of 32 bits.
-        resolved = polar.resolve((rows, columns), "float32")
+        resolved = polar.resolve((rows, columns), "float32")  # of 16 bits the same
         yield Finding(
-            f"({rows}, {columns}): ns_method {resolved.method!r}, ns_dtype {resolved.dtype!r}, "
+            f"  ({rows}, {columns}): ns_method {resolved.method!r}, ns_dtype {resolved.dtype!r}, "
             f"{resolved.flops / 1e9:,.0f} GFLOP"
         )
 
@@ -145,13 +145,13 @@ def attention() -> Iterator[Finding]:
     x = jax.ShapeDtypeStruct(_SEQUENCE, jnp.bfloat16)
     for name in IMPLEMENTATIONS:
         attend = functools.partial(dot_product_attention, is_causal=True, implementation=name)
-        default = " and is the default" if name == IMPLEMENTATIONS[0] else ""
-        status = f"is available{default}"
+        status = "is available" + " and is the default" * (name == IMPLEMENTATIONS[0])
         try:
             jax.jit(attend).lower(x, x, x)
         except NotImplementedError as error:
-            reason = str(error).partition("cannot be used: ")[2] or str(error)
-            status = "is not available: " + re.split(r"[;,] (?:or )?use |\. Pass ", reason)[0]
+            reason = str(error).rpartition("cannot be used: ")[2]
+            reason = re.split(r"[;,] (?:or )?(?:use|not on) |\. Pass ", reason)[0]
+            status = f"is not available: {reason}"
         yield Finding(f"dot_product_attention: {name!r} {status.rstrip('.')}")
 
 
@@ -161,14 +161,14 @@ def kernels() -> Iterator[Finding]:
         ("ns_implementation", "symmetric", SYMMETRIC),
         ("attention_max_logits", "max_logits", MAX_LOGITS),
     ):
+        yield Finding(f"{argument}: 'xla' is the default")
         for name in names:
             try:
                 load_kernel(operation, name, plan_platform(None))
                 status = "is available"
             except NotImplementedError as error:
-                reason = str(error).replace(f"The kernel {name!r}", "it")
-                status = "is not available: " + reason.removesuffix(". Pass 'xla'.")
-            yield Finding(f"{argument}: 'xla' is the default; {name!r} {status}")
+                status = f"is not available: {re.split(', and this|. Pass ', str(error))[0]}"
+            yield Finding(f"  {name!r} {status.replace(f'The kernel {name!r}', 'it')}")
 
 
 def small_runs() -> Iterator[Finding]:
@@ -180,8 +180,8 @@ def small_runs() -> Iterator[Finding]:
     smallest, *_, largest = np.linalg.svd(y, compute_uv=False)[::-1]
     low, high = _SINGULAR_VALUES
     yield Finding(
-        f"orthogonalize: singular values from {smallest:.2f} to {largest:.2f}, expected between "
-        f"{low} and {high}",
+        f"orthogonalize: singular values from {smallest:.2f} to {largest:.2f}, "
+        f"bounds {low} and {high}",
         ok=bool(low <= smallest and largest <= high),
     )
     query, key = rng.standard_normal((2, 2, 64, 4, 32)).astype(np.float32)

@@ -81,8 +81,8 @@ def describe_labels(params: Tree, rules: MatrixRules | None = None) -> str:
         rules: A `MatrixRules`; None means `MatrixRules()`.
 
     Returns:
-        The table, followed by counts of leaves and parameters, and a line for each leaf trained by
-        Muon that may be an output layer or an embedding table.
+        The table, counts of leaves and parameters, and a line with a rule for each leaf marked
+        "check": trained by Muon, it may be an output layer or an embedding table.
 
     Raises:
         ValueError: If a leaf of rank three or more is not recognised, or a rule matches nothing.
@@ -94,7 +94,7 @@ def describe_labels(params: Tree, rules: MatrixRules | None = None) -> str:
         >>> params = {"layers": layers, "fc": jnp.ones((8, 2))}
         >>> print(describe_labels(params))
         path              shape       label  matrices     why
-        fc                (8, 2)      muon   (8, 2)       matrix
+        fc                (8, 2)      muon   (8, 2)       matrix  <- check
         layers/wi/kernel  (8, 6, 32)  muon   6 x (8, 32)  stacked matrices
         layers/wo/kernel  (32, 6, 8)  muon   6 x (32, 8)  stacked matrices
         <BLANKLINE>
@@ -104,8 +104,7 @@ def describe_labels(params: Tree, rules: MatrixRules | None = None) -> str:
     rules = as_rules(rules)
     decided = rules.decisions(params)
     rules.check_all_matched(params)
-    checks: list[str] = []
-    rows = [("path", "shape", "label", "matrices", "why")]
+    rows, checks = [("path", "shape", "label", "matrices", "why")], list[str]()
     sizes: dict[str, list[int]] = {MUON: [], ADAMW: []}
     for path, leaf, decision in decided:
         shape, spec = tuple(leaf.shape), decision.spec
@@ -113,8 +112,9 @@ def describe_labels(params: Tree, rules: MatrixRules | None = None) -> str:
         matrices = " + ".join(f"{n} x ({m}, {k})".removeprefix("1 x ") for n, m, k in parts)
         label = ADAMW if spec is None else MUON
         sizes[label].append(math.prod(shape))
-        rows.append((path, str(shape), label, matrices, decision.why))
-        if decision.flag:
+        mark = "  <- check" if decision.flag else ""
+        rows.append((path, str(shape), label, matrices, decision.why + mark))
+        if mark:
             rule = write_rule(pattern_for([path], ()), None)
             checks.append(f"check: {path} may be {decision.flag}; {rule} leaves it to AdamW")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
