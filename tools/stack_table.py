@@ -64,7 +64,9 @@ def run_table() -> str:
 
 def block_is_right(leaves: Any, entry: dict[str, Any]) -> bool:
     """Whether a block is found with the heads its source says, or refused where it says so."""
-    inside = [path for path in leaves if path.startswith(entry["block"] + "/")]
+    inside = [
+        path for path in leaves if path.startswith((entry["block"] + "/", entry["block"] + "."))
+    ]
     first = next(p for p in inside if len(leaves[p]["shape"]) > len(entry["stack_axes"]))
     stack = tuple(leaves[first]["shape"][axis] for axis in entry["stack_axes"])
     form = jax.ShapeDtypeStruct((*stack, entry["heads"]), jnp.float32)

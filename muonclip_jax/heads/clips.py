@@ -9,6 +9,7 @@ is assumed to be the multiplier; if a model stores its offset from one, its bloc
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 
 from muonclip_jax.heads.finding import (
@@ -21,21 +22,24 @@ from muonclip_jax.heads.finding import (
     kernel_name,
     under,
 )
-from muonclip_jax.heads.layouts import NORM_NAMES, SCALED, AttentionLayout
+from muonclip_jax.heads.layouts import (
+    BUILTIN_LAYOUTS,
+    NORM_NAMES,
+    SCALED,
+    AttentionLayout,
+    spelling,
+)
 from muonclip_jax.heads.plan import BlockPlan, LeafPlan, MisfitError, RefusalError, Segment
 from muonclip_jax.heads.reading import Attempt, attempts, refusal_in, solve
 
 _GAINS = ("scale", "weight", "w", "gain", "gamma", "")
 _SHIFTS = ("bias", "beta", "offset")
+#: Words in the names of further queries, keys, and relative positions.
+_MORE_LOGITS = {"q", "k", "query", "key", "qkv", "kv", "r", "rel", "relative", "pos", "position"}
 
 
 def read_block(block: FoundBlock, maxima_shape: Shape) -> BlockPlan:
-    """Returns the plan of one block, given the shape of its maxima `(..., stack, query heads)`.
-
-    Raises:
-        ValueError: If no interpretation of the shapes fits, several do, or the block cannot be
-            clipped.
-    """
+    """Returns the plan of one block, given the shape of its maxima `(..., stack, query heads)`."""
     plans, misfits = _plans(block.layout, tuple(block.leaves.items()), maxima_shape)
     if len(plans) == 1:
         return _in_tree(plans[0], block)
@@ -102,6 +106,7 @@ def _plans(
 
 def _clipped(attempt: Attempt, plan: BlockPlan) -> BlockPlan:
     """Returns the plan with the leaves that a clip multiplies; paths are names in the block."""
+    _refuse_others(attempt, plan)
     pairs = zip(attempt.layout.projections, plan.leaves, strict=True)
     leaves = [leaf for p, kernel in pairs for leaf in _leaf_plans(attempt, p.path, kernel)]
     roles, gains, note = _normalised(attempt, plan)
@@ -110,6 +115,24 @@ def _clipped(attempt: Attempt, plan: BlockPlan) -> BlockPlan:
         leaves[i] = dataclasses.replace(leaf, segments=tuple(segments))
     scaled = [leaf for leaf in leaves + gains if any(s.role in SCALED for s in leaf.segments)]
     return dataclasses.replace(plan, leaves=tuple(scaled), note=note)
+
+
+def _refuse_others(attempt: Attempt, plan: BlockPlan) -> None:
+    """Raises if a built-in layout leaves out a leaf that may be in the logits too."""
+    known = {*attempt.layout.paths, *(name for names in NORM_NAMES for name in names)}
+    features = {kernel.features for kernel in plan.leaves}
+    features |= {(plan.heads, plan.head_dim), (plan.kv_heads, plan.head_dim)}
+    for name, shape in attempt.shapes.items() if attempt.layout in BUILTIN_LAYOUTS else ():
+        module = name.partition("/")[0]
+        if module in known or _MORE_LOGITS.isdisjoint(spelling(module).split("_")):
+            continue
+        if any(made in itertools.combinations(shape, len(made)) for made in features):
+            raise RefusalError(
+                f"may make queries or keys too, which the layout {attempt.layout.name!r} does not "
+                "scale. Give all projections of these logits by blocks=[(pattern, "
+                "AttentionLayout(...))], or exclude the block",
+                name,
+            )
 
 
 def _leaf_plans(attempt: Attempt, projection: str, kernel: LeafPlan) -> Iterator[LeafPlan]:
@@ -144,9 +167,6 @@ def _normalised(attempt: Attempt, plan: BlockPlan) -> tuple[dict[str, str], list
     """Returns, if queries or keys are normalised, changed roles of segments, and the gains' plans.
 
     In latent attention a "q_norm" alone is applied to the low-rank query, before the heads.
-
-    Raises:
-        RefusalError: If heads share the gain of the queries.
     """
     latent = attempt.layout.own_keys
     for query, key in NORM_NAMES:

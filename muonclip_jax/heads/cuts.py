@@ -50,9 +50,6 @@ def attention_cuts(
     `leaves` are all parameters by path, `specs` the leaves that may be split (None if their axes
     are ambiguous), `hidden` the paths of masked leaves, `stack` the axes of stacked layers of the
     leaves in `specs`, and `stacked` those whose paths indicate stacked layers.
-
-    Raises:
-        ValueError: If a block cannot be split, or part of it is masked.
     """
     masked = dict.fromkeys(hidden, _SOME_MATRIX)
     cuts: dict[str, Cut] = {}

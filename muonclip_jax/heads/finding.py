@@ -66,13 +66,7 @@ def strip_outer(path: str) -> str:
 
 
 def plain_name(name: str) -> str:
-    """Returns a leaf's name inside its block, without wrappers, in one spelling for adapters.
-
-    Example:
-        >>> names = ("q_proj/base_module/kernel", "q_proj/weight/array", "q_proj/w_lora_b")
-        >>> [plain_name(name) for name in (*names, "q_proj/lora_B/default/weight")]
-        ['q_proj/kernel', 'q_proj/weight', 'q_proj/lora_b', 'q_proj/lora_b/weight']
-    """
+    """Returns a leaf's name inside its block, without wrappers, in one spelling for adapters."""
     for pattern, replacement in _REWRITES if _WRAPPED.search(name) else ():
         name = re.sub(pattern, replacement, name)
     return name
@@ -138,17 +132,12 @@ def _holds(layout: AttentionLayout | None, shapes: Shapes) -> bool:
 def find_blocks(
     leaves: Mapping[str, Any], rules: tuple[Rule, ...] | None, *, strict: bool = True
 ) -> list[FoundBlock]:
-    """Finds attention blocks among the leaves of a tree, selected by `block_rules` or not.
-
-    Raises:
-        ValueError: If a rule matches nothing, unless `strict` is False, as for part of a tree.
-    """
+    """Finds attention blocks among the leaves of a tree, selected by `block_rules` or not."""
     modules: dict[str, dict[str, str]] = {}
     for path in leaves:
-        names = path.split("/")
-        for depth in range(len(names)):
-            inside = modules.setdefault("/".join(names[:depth]), {})
-            inside[plain_name("/".join(names[depth:]))] = path
+        for at in (0, *(match.end() for match in re.finditer("[/.]", path))):
+            inside = modules.setdefault(path[: max(at - 1, 0)], {})
+            inside[plain_name(path[at:].replace(".", "/"))] = path
     found: list[FoundBlock] = []
     unused = dict.fromkeys(rules or ()) if strict else {}
     for path, inside in modules.items():

@@ -171,8 +171,8 @@ def separate(query: str, key: str) -> AttentionLayout:
 QUERY_KEY_VALUE: tuple[tuple[str, str, str], ...] = tuple(
     (form.format(query), form.format(key), form.format(value))
     for query, key, value, forms in (
-        ("query", "key", "value", "{} {}_proj {}_projection {}_linear {}_dense"),
-        ("q", "k", "v", "{} c_{} {}_proj {}_lin {}_linear {}_dense"),
+        ("query", "key", "value", "{} {}_proj {}_projection {}_linear {}_dense {}_w"),
+        ("q", "k", "v", "{} c_{} proj_{} {}_proj {}_lin {}_linear {}_dense"),
         ("q", "k", "v", "w{} w_{} W{} W_{} to_{} linear_{}"),
     )
     for form in forms.split()
@@ -181,7 +181,7 @@ VALUE_NAMES: tuple[str, ...] = tuple(value for *_, value in QUERY_KEY_VALUE)
 _OUT = (
     "out o_proj out_proj output_proj wo w_o to_out c_proj o to_out_0 out_lin attn_out "
     "attention_out o_dense out_dense output_dense out_linear output_linear out_projection "
-    "output_projection dense attn_vec_einsum proj"
+    "output_projection dense attn_vec_einsum proj output_w proj_final"
 )
 #: Output projections, whose input features are all the heads' values, in one spelling.
 OUT_NAMES: tuple[str, ...] = tuple(_OUT.split())

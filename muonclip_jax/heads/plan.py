@@ -75,17 +75,6 @@ class LeafPlan:
         One merged axis is "flat". Several axes must be repetitions and the features of each
         ("rows"), repetitions, heads and size ("units"), all heads and size ("heads"), or parts,
         heads and size ("parts"). Query heads may have two axes, `(key heads, group)`.
-
-        Example:
-            >>> fused = (Segment("query", 2, 8), Segment("key", 2, 8), Segment("value", 2, 8))
-            >>> for shape in ((9, 48), (9, 3, 2, 8), (9, 6, 8), (9, 2, 24)):
-            ...     print(LeafPlan("qkv", shape, (), tuple(range(1, len(shape))), fused).grid(2))
-            flat
-            parts
-            heads
-            None
-            >>> LeafPlan("q", (9, 2, 3, 8), (), (1, 2, 3), (Segment("query", 6, 8),)).grid(2)
-            'heads'
         """
         segments, repeat = self.segments, self.repeat
         row = sum(s.heads * s.size for s in segments)

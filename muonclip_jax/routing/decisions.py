@@ -29,7 +29,7 @@ from muonclip_jax.routing.leaves import (
     to_spec,
     without,
 )
-from muonclip_jax.routing.table import EXPERT_STACK, OUTPUT_HEAD, direction
+from muonclip_jax.routing.table import EXPERT_STACK, OUTPUT_HEAD, direction, fits
 
 #: Pairs of a pattern and a spec; None is AdamW.
 Rules: TypeAlias = tuple[tuple[str, SpecLike | None], ...]
@@ -37,6 +37,7 @@ Rules: TypeAlias = tuple[tuple[str, SpecLike | None], ...]
 ScanAxis: TypeAlias = tuple[tuple[str, Axes], ...] | None
 
 _LEAVES_SHOWN = 8
+_TABLE = "a table of embeddings"
 
 
 @lru_cache(maxsize=64)
@@ -52,17 +53,13 @@ def decide(
     """Decides for all visible leaves, given the paths of masked ones and fields of `MatrixRules`.
 
     Results are cached for equal trees.
-
-    Raises:
-        ValueError: If the matrix axes of a leaf are ambiguous, or an attention block cannot be
-            split.
     """
     leaves: list[Leaf] = []
     for key in keys:
         path = key[0]
         stack = (axes for pattern, axes in scan_axis or () if re.search(pattern, path))
         leaves.append(Leaf(*key, *read_path(path), _by_rule(rules, key), next(stack, None)))
-    infer(leaves)
+    infer(leaves, hidden)
     _find_routers(leaves)
     _find_output_head(leaves)
     if attention != "merged":
@@ -96,14 +93,15 @@ def _find_routers(leaves: Sequence[Leaf]) -> None:
     for leaf in leaves:
         spec, stack = leaf.decision.spec, leaf.decision.stack
         if spec is not None and leaf.decision.why.startswith(EXPERT_STACK):
-            for module in filter(None, leaf.modules[:2]):
+            for module in filter(None, leaf.modules[:3]):
                 used = {*sum(normalized_axes(spec), ()), *stack}
                 experts.setdefault(module, set()).update(without(leaf.shape, used))
     for leaf in leaves:
         if leaf.decision.spec is not None and not leaf.decision.why.startswith("expert"):
             inputs, outputs = _sizes(leaf)
-            near = [experts[module] for module in leaf.modules[:2] if module in experts]
-            if inputs != outputs and any(outputs in counts for counts in near):
+            near = {n for module in leaf.modules[:2] for n in experts.get(module, ())}
+            turned = inputs in near and fits("gate|gating|wg", leaf.name.role)
+            if inputs != outputs and (outputs in near or turned):
                 leaf.decision = Decision(None, "router: a number for each expert beside it")
 
 
@@ -117,6 +115,12 @@ def _find_output_head(leaves: Sequence[Leaf]) -> None:
         elif leaf.decision.spec is not None:
             kernels.update(leaf.modules)
     blocks = {module for module, count in kernels.items() if count > 1} - wider
+    # Blocks that differ in their number alone are layers; what contains them is no block.
+    names = {module: re.sub(r"\d+", "", module) for module in blocks}
+    layers = {module for module in blocks if [*names.values()].count(names[module]) > 1}
+    for leaf in leaves:
+        outer = [i for i, module in enumerate(leaf.modules) if module in layers]
+        blocks.difference_update(leaf.modules[outer[-1] + 1 :] if outer else ())
     free = [leaf for leaf in leaves if leaf.ruled is None]
     matrices = [leaf for leaf in free if leaf.decision.spec is not None]
     outside = [
@@ -135,7 +139,7 @@ def _find_output_head(leaves: Sequence[Leaf]) -> None:
     if not heads and not named:
         # Kernels whose output size is no other kernel's input size, or the reverse.
         read, made = (Counter(_sizes(leaf)[side] for leaf in matrices) for side in (0, 1))
-        layered = any(_in_list(leaf) or leaf.decision.stack for leaf in free)
+        layered = bool(layers) or any(_in_list(leaf) or leaf.decision.stack for leaf in free)
         shapes = Counter(map(_sizes, outside))
         for leaf in outside:
             inputs, outputs = _sizes(leaf)
@@ -143,7 +147,12 @@ def _find_output_head(leaves: Sequence[Leaf]) -> None:
             if len(leaf.shape) == 2 and inputs != outputs and read[outputs] <= twins:
                 flags[leaf] = "the output layer"
             elif len(leaf.shape) == 2 and inputs > outputs and made[inputs] <= twins:
-                flags |= {leaf: "a table of embeddings"} if layered and not tables else {}
+                flags |= {leaf: _TABLE} if layered and not tables else {}
+        pair = [leaf for leaf, flag in flags.items() if flag == _TABLE]
+        pair += [x for x in flags if any(_sizes(x) == _sizes(table)[::-1] for table in pair)]
+        for leaf in pair if len(pair) == 2 else ():
+            leaf.decision = Decision(None, "the embedding or the output head, by their sizes")
+            del flags[leaf]
     for leaf, flag in flags.items():
         leaf.decision = dataclasses.replace(leaf.decision, flag=flag)
 
@@ -231,12 +240,7 @@ def _unknown_leaves(leaves: Sequence[Leaf]) -> ValueError:
 
 
 def pattern_for(group: Sequence[str], paths: Sequence[str]) -> str:
-    r"""A pattern that matches the paths of a group and none of the others.
-
-    Example:
-        >>> pattern_for(["h/0/w", "h/1/w"], ["h/0/w", "h/1/w", "h/0/b"])
-        '^h/\\d+/w$'
-    """
+    """A pattern that matches the paths of a group and none of the others."""
     pattern = f"^{_generalised(group[0])}$"
     if {path for path in paths if re.search(pattern, path)} == set(group):
         return pattern
@@ -245,12 +249,7 @@ def pattern_for(group: Sequence[str], paths: Sequence[str]) -> str:
 
 
 def write_rule(pattern: str, letters: str | None) -> str:
-    """A rule to paste: a layout, or None for AdamW.
-
-    Example:
-        >>> write_rule("^decoder/foo/w$", "ioo")
-        'MatrixRules([("^decoder/foo/w$", MatrixSpec((0, (1, 2))))])'
-    """
+    """A rule to paste: a layout, or None for AdamW."""
     spec = None
     if letters is not None:
         reduction, output = MatrixSpec(simplify_spec(to_spec(letters))).dims

@@ -6,9 +6,10 @@ precedence: a bias has the shape of the output axes, and kernels applied to the 
 block have the block's width as input axis.
 """
 
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from muonclip_jax.heads.finding import Shape
 from muonclip_jax.routing.leaves import (
@@ -36,15 +37,15 @@ _KEY_VALUE = r"(?:.*_)?(?:k|v|kv|key|value|wk|wv|wkv)(?:_.*)?"
 _OUTPUT_FIRST = r"weight(?:_.*)?"  # names of kernels in libraries that have the output axis first
 
 
-def infer(leaves: Sequence[Leaf]) -> None:
-    """Finds the decision for every leaf of a tree."""
+def infer(leaves: Sequence[Leaf], hidden: Collection[str]) -> None:
+    """Finds the decision for every leaf of a tree, with masked leaves at the paths `hidden`."""
     free = [leaf for leaf in leaves if leaf.ruled is None]
-    _find_biases(free)
+    _find_biases(leaves, hidden)
     for leaf in free:
         if _is_plain(leaf):
             leaf.stack = ()
     find_stacks(free, frozenset(columns for _, columns in token_tables(free)))
-    _find_biases(free)  # again, without stacked layers
+    _find_biases(leaves, hidden)  # again, without stacked layers
     _find_widths(free)
     for leaf in leaves:
         leaf.decision = _decide(leaf)
@@ -56,13 +57,14 @@ def token_tables(leaves: Iterable[Leaf]) -> list[Shape]:
         leaf.shape
         for leaf in leaves
         if len(leaf.shape) == 2
+        and not leaf.biased
         and look_up(leaf.name, leaf.shape).why == EMBEDDING_TABLE
         and not fits(_NOT_TOKENS, leaf.name.leaf, leaf.name.role, *leaf.name.scope[-1:])
     ]
 
 
-def _find_biases(leaves: Sequence[Leaf]) -> None:
-    """Finds `bias` of every kernel, and which leaves are biases."""
+def _find_biases(leaves: Sequence[Leaf], hidden: Collection[str]) -> None:
+    """Finds `bias` and `biased` of every kernel, and which leaves are biases."""
     by_path = {leaf.path: leaf for leaf in leaves}
     for leaf in leaves:
         leaf.bias, leaf.is_bias = None, False
@@ -73,8 +75,9 @@ def _find_biases(leaves: Sequence[Leaf]) -> None:
         last, slash, wrapper = leaf.path[len(prefix) :].partition("/")
         names = ["bias", f"{leaf.name.leaf}_bias", *(["b"] if leaf.name.leaf in GENERIC else [])]
         names += [last[:-1] + "b"] if last.endswith("_w") else []
-        paths = (prefix + name + end for end in ("", slash + wrapper) for name in names)
+        paths = [prefix + name + end for end in ("", slash + wrapper) for name in names]
         found = next((by_path[x] for x in paths if x in by_path and x != leaf.path), None)
+        leaf.biased = found is not None or not set(hidden).isdisjoint(paths)
         if found is None:
             continue
         axes, shape = leaf.stack or (), found.shape
@@ -86,6 +89,8 @@ def _find_biases(leaves: Sequence[Leaf]) -> None:
                 break
         while len(shape) > 1 and shape[-1] == 1:  # a window's axes
             shape = shape[:-1]
+        if shape not in (leaf.layer[: len(shape)], leaf.layer[-len(shape) :]):
+            shape = tuple(n for n in shape if n > 1)  # without axes to broadcast over
         if shape:
             leaf.bias, found.is_bias = shape, True
 
@@ -108,7 +113,7 @@ def _find_widths(leaves: Sequence[Leaf]) -> None:
             common[module] = common.get(module, outer) & outer
             sides.setdefault(module, []).append(direction(leaf.name))
         leaf.beside = grids.setdefault(leaf.modules[:2][-1], set())
-        leaf.beside.update([shape] if len(shape) == 3 else [])
+        leaf.beside.add(shape)
     votes: Counter[tuple[str, bool]] = Counter()
     for leaf in kernels:
         for module in leaf.modules:  # of the smallest block around it
@@ -133,10 +138,25 @@ def _find_widths(leaves: Sequence[Leaf]) -> None:
 def _bias_is_first(leaf: Leaf) -> bool | None:
     """Whether a bias shows that the output axis is first; None if it shows nothing."""
     shape, bias = leaf.layer, leaf.bias or ()
-    if not 0 < len(bias) < len(shape):
+    if not 0 < len(bias) < len(shape) or _is_block_diagonal(leaf):
         return None
     first, last = shape[: len(bias)] == bias, shape[-len(bias) :] == bias
     return None if first == last else first
+
+
+def _is_block_diagonal(leaf: Leaf) -> bool:
+    """Whether the bias of a kernel shows that it is `(blocks, inputs, outputs)`."""
+    shape, bias = leaf.layer, leaf.bias
+    each = (*shape[:-2], *shape[-1:])
+    unlike = bias not in (shape[:-1], shape[1:]) or shape[-2] == shape[-1]
+    return len(shape) > 2 and (bias == (math.prod(each),) or (bias == each and unlike))
+
+
+def _is_by_head(leaf: Leaf) -> bool:
+    """Whether a kernel is `(heads, inputs, outputs)`, beside kernels of all heads' features."""
+    heads, inputs, outputs = leaf.layer
+    features = {n for other in leaf.beside if len(other) == 2 for n in other}
+    return inputs == outputs and heads not in features and heads * inputs in features
 
 
 def _is_plain(leaf: Leaf) -> bool:
@@ -173,7 +193,7 @@ def _decide(leaf: Leaf) -> Decision:
         return Decision(None, "scalar" if rank == 0 else "vector", decays=False)
     if not leaf.trained:
         return Decision(None, "integers or bools: nothing to train", decays=False)
-    if leaf.options is not None:
+    if leaf.options is not None and not _is_block_diagonal(leaf):
         found = [(look_up(name, without(leaf.shape, x)).layout, x) for x in leaf.options]
         layouts = [with_layers(layout, x, rank) for layout, x in found if layout]
         readings = tuple(dict.fromkeys([*layouts, *possible_layouts(leaf.shape)]))
@@ -182,11 +202,13 @@ def _decide(leaf: Leaf) -> Decision:
     if leaf.is_bias:
         return Decision(None, "bias", decays=False)
     entry = look_up(name, shape if len(shape) > 1 else leaf.shape)
+    if entry.why == EMBEDDING_TABLE and leaf.biased:  # tables have no bias
+        entry = look_up(name._replace(role="dense", scope=()), shape)
     why, letters = entry.why, entry.layout
     if letters == "":
         return Decision(None, why, entry.decays)
-    if len(shape) < 2:
-        return Decision(None, "vector", decays=False)
+    if sum(n > 1 for n in shape) < 2:
+        return Decision(None, "vector", decays=name.leaf in GENERIC)
     if (named := _by_axis_names(leaf)) is not None:
         return named
     if letters and name.stacked and not axes and rank > 2 and look_up(name, shape[1:]).layout == "":
@@ -200,7 +222,9 @@ def _decide(leaf: Leaf) -> Decision:
     if letters is None:
         readings = tuple(with_layers(x, axes, rank) for x in possible_layouts(shape))
         return Decision(None, f"no known name, rank {rank}", readings=readings)
-    if entry.parts != 3:
+    if letters == "ioo" and _is_by_head(leaf):
+        letters = "bio"
+    if entry.parts != 3 and not _is_block_diagonal(leaf):
         letters = _oriented(leaf, letters)
     why = "stacked matrices" if axes and why == "matrix" else why
     spec = to_spec(with_layers(letters, axes, rank), leaf.shape, entry.parts)
@@ -231,9 +255,13 @@ def _by_structure(leaf: Leaf) -> str | None:
     """The layout of a kernel with unknown name, up to orientation, if exactly one is possible."""
     shape, bias, rank = leaf.layer, leaf.bias, len(leaf.layer)
     if bias is not None:
-        if _bias_is_first(leaf) is not None:
-            return "i" * (rank - len(bias)) + "o" * len(bias)
-        return "bio" if rank == 3 and bias == (shape[0], shape[2]) else None
+        if _is_block_diagonal(leaf):
+            turned = shape[-1] == shape[-2] and leaf.output_first
+            return "b" * (rank - 2) + ("oi" if turned else "io")
+        first = _bias_is_first(leaf)
+        if first is None or (first and len(bias) > 1 and not leaf.output_first):
+            return None  # both may be stacked on the first axis
+        return "i" * (rank - len(bias)) + "o" * len(bias)
     if leaf.name.stacked:
         return None
     if rank in (4, 5) and leaf.name.leaf == "weight" and _is_square(shape[2:], shape[:2]):
@@ -241,7 +269,8 @@ def _by_structure(leaf: Leaf) -> str | None:
     if rank != 3:
         return None
     # (width, heads, head_dim) beside (heads, head_dim, width).
-    heads = {(w, size) for w, n, size in leaf.beside if (n, size, w) in leaf.beside}
+    grids = [other for other in leaf.beside if len(other) == 3]
+    heads = {(w, size) for w, n, size in grids if (n, size, w) in grids}
     reads, writes = (shape[0], shape[2]) in heads, (shape[2], shape[1]) in heads
     if reads != writes:
         return "ioo" if reads else "iio"

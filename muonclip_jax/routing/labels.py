@@ -178,19 +178,8 @@ def resolve_specs(
     contain masked nodes from `optax.masked` or `optax.multi_transform`. Leaves are matched by path,
     so boxes and containers may differ.
 
-    Args:
-        params: The parameters, or a masked pytree of them; only shapes are used.
-        weight_dimension_numbers: None (the rules decide); one `MatrixSpec` or
-            `MuonDimensionNumbers` for all leaves; a tree of them; or a function from `params` to
-            one of these.
-        rules: A `MatrixRules`; None is `MatrixRules()`.
-
-    Returns:
-        `(path, leaf, normalised spec)` of every leaf, in the order in which `params` flattens.
-
-    Raises:
-        TypeError: If an entry of the tree is not a spec.
-        ValueError: If a leaf has no entry, an entry has no leaf, or a spec does not fit its leaf.
+    Without `weight_dimension_numbers` the rules decide. It may be one spec for all leaves, a tree,
+    or a function from `params` to either.
     """
     given = spec_tree(weight_dimension_numbers, params)
     if given is None:
@@ -235,10 +224,7 @@ def resolve_muon_specs(
 ) -> list[tuple[str, Any, MatrixSpec]]:
     """As `resolve_specs`, for a tree in which Muon trains every leaf.
 
-    A leaf with two axes and no spec is a matrix.
-
-    Raises:
-        ValueError: If a leaf has fewer than two axes, or more and no spec.
+    A leaf with two axes and no spec is a matrix; one with more and no spec is an error.
     """
     found: list[tuple[str, Any, MatrixSpec]] = []
     for path, leaf, spec in resolve_specs(params, weight_dimension_numbers, rules):

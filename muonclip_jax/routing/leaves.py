@@ -32,6 +32,8 @@ Key: TypeAlias = tuple[str, Shape, bool, tuple[str, ...] | None]
 GENERIC = ("kernel", "weight", "weights", "w")
 # What haliax and Equinox add to a leaf's path: "weight/0" and "weight/array".
 _WRAPPER = re.compile(rf"((?:^|[/.])(?:{'|'.join(GENERIC)}))/(?:\d+|array)$")
+# "query_w" is the kernel "w" of "query".
+_SUFFIX = re.compile(r"(?!w_)(.*[^_])_(kernel|weights?|w)")
 # Names of a module list or of scanned layers. Followed by a number they are a list.
 _CONTAINER = re.compile(r"(?:.*_)?(?:layers|blocks|stack|stacked|scan|scanned|repeats?|stages)")
 # A name that, with a number, is one layer; class names ("MoeBlock_0") do not count.
@@ -80,10 +82,11 @@ class Leaf:
     stack: Axes | None = None  # those axes, once known
     options: tuple[Axes, ...] | None = None  # those that fit, where it stays ambiguous
     bias: Shape | None = None  # the shape of its bias, in one layer
+    biased: bool = False  # whether it has a bias, perhaps a masked one
     is_bias: bool = False  # whether it is such a bias
     width: int | None = None  # of the hidden state in its block
     output_first: bool = False  # whether kernels with this last name have the output axis first
-    beside: set[Shape] = field(default_factory=set[Shape])  # kernels of three axes in its block
+    beside: set[Shape] = field(default_factory=set[Shape])  # kernels in its block
     decision: Decision = Decision(None, "")
 
     @property
@@ -94,15 +97,7 @@ class Leaf:
 
 @lru_cache(maxsize=65536)
 def read_path(path: str) -> tuple[LeafName, tuple[str, ...]]:
-    """Reads the names and modules of a path such as "decoder/block_0/attention/query/kernel".
-
-    Example:
-        >>> name, modules = read_path("params/decoder/layers_3/MoeBlock_0/wi_0")
-        >>> name.role, name.scope, name.stacked, modules[0]
-        ('wi', ('decoder', 'layers', 'moe_block'), False, 'params/decoder/layers_3/MoeBlock_0')
-        >>> read_path("decoder/layers/attention/query/kernel")[0].stacked
-        True
-    """
+    """Reads the names and modules of a path such as "decoder/block_0/attention/query/kernel"."""
     path = _WRAPPER.sub(r"\1", path)
     outer = path.split("/")[:-1]
     modules = tuple("/".join(outer[:n]) for n in range(len(outer), -1, -1))
@@ -124,6 +119,8 @@ def read_path(path: str) -> tuple[LeafName, tuple[str, ...]]:
             names[i] = "one_expert"
     lists = [i for i, x in enumerate(names[:-1]) if _CONTAINER.fullmatch(x) and not numbered[i]]
     stacked = bool(lists) and not any(one_layer[lists[0] :])
+    if len(names) > 1 and (suffix := _SUFFIX.fullmatch(names[-1])):
+        names[-1:] = suffix.groups()
     role = len(names) - (2 if names[-1] in GENERIC and len(names) > 1 else 1)
     return LeafName(names[-1], names[role], tuple(names[:role]), stacked, bool(lists)), modules
 
@@ -133,9 +130,6 @@ def read_tree(params: Tree) -> list[tuple[Key, Any]]:
 
     Axis names are from haliax (`NamedArray.axes`), Flax Linen's boxes (`names`) and NNX variables
     (`sharding_names`), recognised by their attributes without importing the packages.
-
-    Raises:
-        TypeError: If a leaf is not an array.
     """
     named: list[tuple[str, ...] | None] = []
     for node in jax.tree.leaves(params, is_leaf=lambda x: _axis_names(x) is not None):
@@ -168,12 +162,7 @@ def _axis_names(node: Any) -> tuple[str, ...] | None:
 
 @lru_cache(maxsize=8192)
 def to_spec(letters: str, shape: Shape = (), parts: int = 1) -> MatrixSpec:
-    """The spec of a layout; the last output axis falls into equal parts where it can.
-
-    Example:
-        >>> to_spec("bio").dims
-        MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
-    """
+    """The spec of a layout; the last output axis falls into equal parts where it can."""
     reduction, output = (tuple(a for a, x in enumerate(letters) if x == side) for side in "io")
     splits = ()
     if parts > 1 and shape[output[-1]] % parts == 0:

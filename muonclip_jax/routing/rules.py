@@ -127,10 +127,8 @@ class MatrixRules:
             known = dict(self._resolved)
             return [(path, x, known[path]) for path, x in flatten_with_paths(params)[0]]
         leaves = read_tree(params)
-        hidden: tuple[str, ...] = ()
-        if self.attention != "merged":
-            nodes = flatten_with_paths(params, is_leaf=is_masked)[0]
-            hidden = tuple(path for path, node in nodes if is_masked(node))
+        nodes = flatten_with_paths(params, is_leaf=is_masked)[0]
+        hidden = tuple(path for path, node in nodes if is_masked(node))
         keys = tuple(key for key, _ in leaves)
         options = self.scan_axis, self.attention, self.head_dim, self.blocks
         decided = decide(keys, hidden, self.rules, *options)

@@ -29,12 +29,7 @@ WIDTH_AXIS = r"(?:embed|emb|embedding|hidden|model|d_model|model_dim)(?:_(?!voca
 
 
 def find_stacks(leaves: Sequence[Leaf], widths: frozenset[int]) -> None:
-    """Finds `stack`, or `options`, of all leaves of rank two or more without a `stack`.
-
-    Args:
-        leaves: The leaves that no rule decides.
-        widths: Widths of the model's token embeddings.
-    """
+    """Finds `stack`, or `options`, of leaves of rank two or more, given widths of embeddings."""
     for leaf in leaves:
         names = leaf.axes or ()
         layers = tuple(i for i, name in enumerate(names) if fits(_STACK_AXIS, name))
@@ -44,17 +39,21 @@ def find_stacks(leaves: Sequence[Leaf], widths: frozenset[int]) -> None:
     unknown = [leaf for leaf in leaves if leaf.stack is None and len(leaf.shape) > 1]
     _solve("", unknown, widths, ambiguous)
     # The nearest enclosing stack decides, if exactly one option fits.
+    stacked = [leaf for leaf in leaves if leaf.stack]
     for below, kernels, options in ambiguous:
-        first = kernels[0]
-        for module in first.modules[1:]:
-            near = {x.stack for x in leaves if x.stack and module in x.modules}
-            fitting = [choice for choice in options if _axes(first, choice) in near]
+        first, unnamed = kernels[0], not any(extra_axes(x.name, x.shape) for x in kernels)
+        for module in first.modules[1 : 3 if unnamed else None]:
+            near = {(x.stack, *_lengths(x, x.stack or ())) for x in stacked if module in x.modules}
+            pairs = [(choice, _axes(first, choice)) for choice in options]
+            fitting = [choice for choice, axes in pairs if (axes, *_lengths(first, axes)) in near]
             if len(fitting) == 1:
                 _assign(below, kernels, fitting[0])
             if near:
                 break
         for leaf in kernels:
-            if leaf.stack is None:
+            if leaf.stack is None and unnamed and len(below) == 1:
+                leaf.stack = ()
+            elif leaf.stack is None:
                 leaf.options = tuple(_axes(leaf, choice) for choice in options)
 
 
@@ -96,8 +95,8 @@ def _solve(
         if options:
             return None
     if len(leaves) == 1:
-        leaves[0].stack = None if known else ()
-        leaves[0].options = () if known else None
+        extra = min((extras[leaves[0]] or frozenset()) - {0}, default=1)
+        ambiguous.append((leaves, kernels, _options(kernels, extra, True, widths)))
         return None
     depth = module.count("/") + 2 if module else 1
     below: dict[str, list[Leaf]] = {}
@@ -188,11 +187,6 @@ def extra_axes(name: LeafName, shape: Shape) -> frozenset[int] | None:
     """Possible numbers of axes in addition to those that its name implies.
 
     Empty where the name is unknown; None for a leaf that AdamW trains, which is no evidence.
-
-    Example:
-        >>> from muonclip_jax.routing.leaves import read_path
-        >>> extra_axes(read_path("layers/mlp/up_proj/kernel")[0], (3, 8, 32))
-        frozenset({1})
     """
     found: set[int] = set()
     for extra in range(len(shape) - 1):

@@ -85,6 +85,7 @@ _HEAD = (
     r"(?:.*_)?(?:lm)?head\d*|(?:.*_)?(?:logits?|logitdense|unembed|unembedder|unembedding)(?:_.*)?|"
     r"(?:.*_)?classifier|score|qa_outputs|readout|output_layer|to_logits"
 )
+_HEADS = rf"{_HEAD}|heads?_.*"
 # Kernels that Linen, NNX and MaxText build with the heads as an axis of their own ...
 _LINEN_QKV = "query|key|value"
 # ... and those that are a plain matrix in most libraries and have such an axis in some.
@@ -165,6 +166,8 @@ ROWS = (
     Row(_LORA_FACTOR, role=_LORA),
     Row(_LORA_FACTOR, role=rf"(?!{_LORA_BASE}$).*", scope=_LORA, without=_LORA_BASE),
     *VECTORS,
+    Row("half of a complex matrix", role=r"[bc]\d?_(?:re|im|real|imag)"),
+    Row("a complex matrix as pairs", "---", r"[bc]\d?", shape=lambda s: s[-1] == 2),
     # Tables that are looked up, and learned inputs.
     Row("relative position table", role=_RELATIVE, leaf="(?!kernel$).*"),
     Row("relative position table", leaf="embedding|embeddings", parent=_RELATIVE),
@@ -191,6 +194,8 @@ ROWS = (
     Row("attention, heads first", "oio", "[qkv]_einsum"),
     Row("attention, fused, heads first", "boio", "qkv_einsum|kv_einsum"),
     Row("attention output", "iio", "attn_vec_einsum"),
+    Row("attention output, width first", "oii", "post", scope=_ATTENTION),
+    Row("attention, fused", "bioo", "combined_qkv"),
     # haliax counts query heads on two axes, and keeps kernels as "weight".
     Row("attention, heads merged", "iooo", _ALL_QKV, "weight"),
     Row("attention, heads merged", "ioo", _ALL_QKV),
@@ -225,7 +230,7 @@ ROWS = (
     # Output heads.
     Row(OUTPUT_HEAD, role=_HEAD),
     Row(OUTPUT_HEAD, role="decoder", scope=rf"cls|predictions|{_HEAD}"),
-    Row("inside an output head", role=rf"{_MATRIX}|{_OUT}|layers|out|output", parent=_HEAD),
+    Row("inside an output head", role=rf"{_MATRIX}|{_OUT}|layers|out|output", parent=_HEADS),
     # GPT-2 in Hugging Face Flax keeps kernels as (out, in): the longer axis tells.
     Row("dense layer", "oi", "c_fc", shape=lambda s: not _wide(s)),
     Row("dense layer", "oi", "c_proj", scope="mlp", shape=_wide),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from muonclip_jax.clipping import apply_qk_clip, describe_attention
+from muonclip_jax.routing import AttentionLayout, Projection
 from tests.routing.test_trees import FAMILIES, TREES, nest
 
 #: Families whose tree holds blocks that differ only in the number of their layer.
@@ -27,7 +28,7 @@ for family in FAMILIES:
 def test_a_block_is_read_and_clipped_as_its_source_says(case):
     leaves, entry = ENTRIES[case]
     block, heads = entry["block"], entry["heads"]
-    inside = {path: leaf for path, leaf in leaves.items() if path.startswith(block + "/")}
+    inside = [path for path in leaves if path.startswith((block + "/", block + "."))]
     first = next(path for path in inside if len(leaves[path]["shape"]) > len(entry["stack_axes"]))
     stack = tuple(leaves[first]["shape"][axis] for axis in entry["stack_axes"])
     only = re.escape(block) + "$"
@@ -61,7 +62,7 @@ def test_a_block_is_read_and_clipped_as_its_source_says(case):
     for path, ratio in jax.tree_util.tree_flatten_with_path(ratios)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if ratio.any():
-            changed[name.removeprefix(block + "/")] = ratio
+            changed[name[len(block) + 1 :].replace(".", "/")] = ratio
     # Keys that query heads share stay as they are.
     scaled = [*entry["query"], *(entry["key"] if entry["kv_heads"] == heads else ())]
     assert all(any(f"{name}/".startswith(f"{s}/") for s in scaled) for name in changed)
@@ -72,3 +73,31 @@ def test_a_block_is_read_and_clipped_as_its_source_says(case):
             assert where.sum() == share, name
         for axis, at in zip(entry["stack_axes"], layer, strict=False):
             assert set(np.nonzero(where)[axis]) == {at}, name
+
+
+def test_two_streams_of_one_attention_are_clipped_together_or_not_at_all():
+    # As in pi0: tokens of two widths, each with its projections, attend to each other.
+    rng, sizes = np.random.default_rng(0), {"": 12, "_1": 6}
+    shapes = {"q_einsum": (4,), "kv_einsum": (2, 1)}
+    leaves = {f"{x}{end}": (*shapes[x], n, 8) for end, n in sizes.items() for x in shapes}
+    attn = {x: {"w": jnp.asarray(rng.normal(size=shape), "f4")} for x, shape in leaves.items()}
+    tokens = {end: rng.normal(size=(5, n)) for end, n in sizes.items()}
+
+    def maxima(attn):
+        query = [
+            np.einsum("td,ndh->nth", x, attn[f"q_einsum{end}"]["w"]) for end, x in tokens.items()
+        ]
+        key = [x @ np.asarray(attn[f"kv_einsum{end}"]["w"])[0, 0] for end, x in tokens.items()]
+        logits = np.concatenate(query, axis=1) @ np.concatenate(key).T
+        return jnp.asarray(logits.max((1, 2)), jnp.float32)
+
+    before = {"attn": maxima(attn)}
+    threshold = float(np.median(before["attn"]))
+    with pytest.raises(ValueError, match="'attn/kv_einsum_1/w' may make queries or keys too"):
+        apply_qk_clip({"attn": attn}, before, threshold=threshold)
+    roles = {"q_einsum": ("query",), "kv_einsum": ("key", "value")}
+    parts = [Projection(x + end, roles[x], input_axis=-2) for end in sizes for x in roles]
+    layout = AttentionLayout(tuple(parts), head_dim=8)
+    new, _ = apply_qk_clip({"attn": attn}, before, threshold=threshold, blocks=layout)
+    expected = np.minimum(before["attn"], threshold)
+    np.testing.assert_allclose(maxima(new["attn"]), expected, rtol=1e-4)
