@@ -32,6 +32,10 @@ class Part:
     #: Axes in the order batch, reduction, output.
     permutation: tuple[int, ...]
 
+    def matrices(self, piece: jax.Array) -> jax.Array:
+        """Returns the part as `(count, fan_in, fan_out)`."""
+        return piece.transpose(self.permutation).reshape(self.count, self.fan_in, self.fan_out)
+
 
 @dataclass(frozen=True)
 class LeafPlan:
@@ -77,28 +81,25 @@ def plan_leaf(shape: Sequence[int], spec: MatrixSpec) -> LeafPlan:
 
 
 def parts_by_shape(
-    leaves: Sequence[LeafPlan], dtypes: Sequence[str], *, wide: bool = False
+    leaves: Sequence[LeafPlan], dtypes: Sequence[str]
 ) -> dict[tuple[int, int, str], list[tuple[int, int, int]]]:
     """Buckets parts that have entries: `(rows, columns, dtype)` to `(leaf, part, count)` of each.
 
-    With `wide`, tall matrices are counted as their transposes.
+    Tall matrices are counted as their transposes: Newton-Schulz commutes with transposition.
     """
     buckets: dict[tuple[int, int, str], list[tuple[int, int, int]]] = {}
     for leaf, (plan, dtype) in enumerate(zip(leaves, dtypes, strict=True)):
         for index, part in enumerate(plan.parts):
             if part.count * part.fan_in * part.fan_out:
-                fans = part.fan_in, part.fan_out
-                rows, columns = sorted(fans) if wide else fans
+                rows, columns = sorted((part.fan_in, part.fan_out))
                 buckets.setdefault((rows, columns, dtype), []).append((leaf, index, part.count))
     return buckets
 
 
 def to_matrices(x: jax.Array, plan: LeafPlan) -> list[jax.Array]:
     """Returns the parts of `x`, each `(count, fan_in, fan_out)`."""
-    return [
-        piece.transpose(part.permutation).reshape(part.count, part.fan_in, part.fan_out)
-        for piece, part in zip(split_leaf(x, plan.splits), plan.parts, strict=True)
-    ]
+    pieces = split_leaf(x, plan.splits)
+    return [part.matrices(piece) for piece, part in zip(pieces, plan.parts, strict=True)]
 
 
 def from_matrices(matrices: Sequence[jax.Array], plan: LeafPlan) -> jax.Array:

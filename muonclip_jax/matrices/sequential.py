@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from muonclip_jax.matrices.parts import LeafPlan, from_matrices, parts_by_shape, to_matrices
+from muonclip_jax.matrices.parts import LeafPlan, Part, from_matrices, parts_by_shape, split_leaf
 
 
 @dataclass(frozen=True)
@@ -84,33 +84,56 @@ def plan_sequentially(
 def map_sequentially(
     function: Callable[[jax.Array], jax.Array], leaves: Sequence[jax.Array], plan: SequentialPlan
 ) -> list[jax.Array]:
-    """Replaces every matrix `(fan_in, fan_out)` of the leaves by `function` of it, by chunk."""
-    parts = [to_matrices(x, leaf) for x, leaf in zip(leaves, plan.leaves, strict=True)]
+    """Replaces every matrix of the leaves by `function` of it, by chunk.
+
+    Tall matrices are transposed before and after, so that `A` and `B^T` share a chunk's program.
+    """
+    pieces = [split_leaf(x, leaf.splits) for x, leaf in zip(leaves, plan.leaves, strict=True)]
+    # A part without entries is its own result.
+    results = [
+        list(map(Part.matrices, x.parts, y)) for x, y in zip(plan.leaves, pieces, strict=True)
+    ]
     if not plan.chunks:
         return list(leaves)
     leaf, part = plan.chunks[0].parts[0]
-    proceed = _opaque_true(parts[leaf][part][0, 0, 0])
+    proceed = _opaque_true(pieces[leaf][part])
     positions = _as_data({offset for chunk in plan.chunks for offset in chunk.offsets}, proceed)
     for chunk in plan.chunks:
-        pieces = [parts[leaf][part] for leaf, part in chunk.parts]
-        offsets = [positions[offset] for offset in chunk.offsets] if len(pieces) > 1 else []
+        parts = [plan.leaves[leaf].parts[part] for leaf, part in chunk.parts]
+        offsets = [positions[offset] for offset in chunk.offsets] if len(parts) > 1 else []
+        operands = [pieces[leaf][part] for leaf, part in chunk.parts]
+        stack = _process(function, proceed, parts, operands, offsets)
+        proceed = _opaque_true(stack)
+        slices = [_read(stack, *at) for at in zip(offsets, chunk.counts, strict=False)] or [stack]
+        for (leaf, number), part, result in zip(chunk.parts, parts, slices, strict=True):
+            results[leaf][number] = result.mT if part.fan_in > part.fan_out else result
+    return [from_matrices(x, leaf) for x, leaf in zip(results, plan.leaves, strict=True)]
 
-        def work(pieces: list[jax.Array], offsets: list[jax.Array]) -> jax.Array:
-            return map_matrices(function, _concatenate(pieces, offsets))
 
-        def idle(pieces: list[jax.Array], offsets: list[jax.Array]) -> jax.Array:
-            # Derived from an operand, since in a checked `shard_map` both branches must vary over
-            # the same mesh axes; not an operand itself, which would be copied.
-            del offsets
-            zero = jnp.zeros_like(pieces[0][:1])
-            return jnp.broadcast_to(zero, (sum(map(len, pieces)), *zero.shape[1:]))
+def _process(
+    function: Callable[[jax.Array], jax.Array],
+    proceed: jax.Array,
+    parts: Sequence[Part],
+    operands: list[jax.Array],
+    offsets: list[jax.Array],
+) -> jax.Array:
+    """Returns the stack of a chunk's results, `(count, rows, columns)` with `rows <= columns`."""
 
-        stack = lax.cond(proceed, work, idle, pieces, offsets)
-        proceed = _opaque_true(stack[0, 0, 0])
-        results = [_read(stack, *at) for at in zip(offsets, chunk.counts, strict=False)] or [stack]
-        for (leaf, part), result in zip(chunk.parts, results, strict=True):
-            parts[leaf][part] = result
-    return [from_matrices(x, leaf) for x, leaf in zip(parts, plan.leaves, strict=True)]
+    # Operands have their own shapes: a reshape before the conditional would be fused into the
+    # operation that makes the direction, which then could not reuse the gradient's buffer.
+    def work(operands: list[jax.Array], offsets: list[jax.Array]) -> jax.Array:
+        stacks = [_wide(part.matrices(x)) for part, x in zip(parts, operands, strict=True)]
+        return map_matrices(function, _concatenate(stacks, offsets))
+
+    def idle(operands: list[jax.Array], offsets: list[jax.Array]) -> jax.Array:
+        # Derived from an operand, since in a checked `shard_map` both branches must vary over the
+        # same mesh axes; not an operand itself, which would be copied.
+        del offsets
+        zero = jnp.zeros_like(operands[0][(0,) * operands[0].ndim])
+        shape = sum(part.count for part in parts), *sorted((parts[0].fan_in, parts[0].fan_out))
+        return jnp.broadcast_to(zero, shape)
+
+    return lax.cond(proceed, work, idle, operands, offsets)
 
 
 def map_matrices(function: Callable[[jax.Array], jax.Array], stack: jax.Array) -> jax.Array:
@@ -124,9 +147,9 @@ def map_matrices(function: Callable[[jax.Array], jax.Array], stack: jax.Array) -
     return lax.fori_loop(np.int32(0), np.int32(len(stack)), replace, stack)
 
 
-def _opaque_true(number: jax.Array) -> jax.Array:
-    """A predicate that is always true, also for NaN, but that the compiler cannot infer."""
-    number = jnp.real(number).astype(jnp.float32)
+def _opaque_true(x: jax.Array) -> jax.Array:
+    """A predicate from `x` that is always true, also for NaN, but that XLA cannot infer."""
+    number = jnp.real(x[(0,) * x.ndim]).astype(jnp.float32)
     # No number is below -1 once clamped; XLA does not track the range of floats.
     return ~(lax.clamp(np.float32(-1), number, np.float32(1)) < -2)
 
@@ -146,8 +169,14 @@ def _concatenate(pieces: Sequence[jax.Array], offsets: Sequence[jax.Array]) -> j
         return pieces[0]
     stack = jnp.zeros((sum(map(len, pieces)), *pieces[0].shape[1:]), pieces[0].dtype)
     for piece, offset in zip(pieces, offsets, strict=True):
-        stack = _write(stack, piece, offset)
+        # The condition always holds. It turns the copy into a fusion: identical fusions are
+        # compiled once, plain update slices one by one.
+        stack = _write(stack, jnp.where(offset >= 0, piece, 0), offset)
     return stack
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.mT if x.shape[-2] > x.shape[-1] else x
 
 
 def _read(stack: jax.Array, offset: jax.Array, count: int) -> jax.Array:

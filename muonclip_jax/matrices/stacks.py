@@ -68,7 +68,7 @@ def plan_stacks(leaves: Sequence[LeafPlan], dtypes: Sequence[str], max_bytes: in
         [(2, 8, 2)]
     """
     stacks = []
-    for (rows, columns, dtype), members in parts_by_shape(leaves, dtypes, wide=True).items():
+    for (rows, columns, dtype), members in parts_by_shape(leaves, dtypes).items():
         limit = max(1, max_bytes // (rows * columns * jnp.dtype(dtype).itemsize))
         runs = [
             Run(leaf, part, 0, count, leaves[leaf].parts[part].fan_in > rows)
