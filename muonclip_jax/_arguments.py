@@ -134,19 +134,16 @@ def check_number(
     )
 
 
-def check_flag(name: str, value: object) -> None:
-    """Raises a TypeError where an argument is not True or False."""
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(
-            f"{name} must be True or False, got {value!r} of type {type(value).__name__}. It "
-            "determines the program and cannot be traced."
-        )
-
-
 def check_type(name: str, value: object, kind: Any, example: str) -> None:
-    """Raises a TypeError where an argument is of another type."""
+    """Raises a TypeError where an argument, which cannot be traced, is of another type."""
     if not isinstance(value, kind):
         raise TypeError(
             f"{name} must be {example}{' or None' * isinstance(None, kind)}, got {value!r} of type "
-            f"{type(value).__name__}."
+            f"{type(value).__name__}. It determines the program and cannot be traced."
         )
+
+
+def check_flags(**flags: object) -> None:
+    """Raises a TypeError where an argument is not True or False."""
+    for name, value in flags.items():
+        check_type(name, value, bool | np.bool_, "True or False")

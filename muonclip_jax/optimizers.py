@@ -26,11 +26,10 @@ from muonclip_jax.routing import (
 from muonclip_jax.sharding import Distribution
 from muonclip_jax.transforms import qk_clip, scale_by_muon, scale_by_shape
 from muonclip_jax.transforms._checks import (
-    check_adam_rate,
     check_fraction,
-    check_mask,
     check_moment_dtype,
     check_moments,
+    check_rates,
     transformation,
 )
 from muonclip_jax.transforms._orthogonalize_updates import WeightDimNumOrFn
@@ -143,7 +142,7 @@ def muonclip(
         block_rules(qk_clip_blocks, "qk_clip_blocks")
     adam_decay = weight_decay if adam_weight_decay is None else adam_weight_decay
     adam_rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-    _check_rates(learning_rate, adam_learning_rate, weight_decay, adam_decay, weight_decay_mask)
+    check_rates(learning_rate, adam_learning_rate, weight_decay, adam_decay, weight_decay_mask)
     adam = _adam(adam_b1, adam_b2, adam_eps, 0.0, mu_dtype, False, param_shardings)
 
     def build(decided: MatrixRules) -> optax.GradientTransformationExtraArgs:
@@ -272,7 +271,7 @@ def muon(
     References:
         Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982.
     """
-    _check_rates(
+    check_rates(
         learning_rate, adam_learning_rate, weight_decay, adam_weight_decay, weight_decay_mask
     )
     check_number("adam_eps_root", adam_eps_root, "finite and not negative")
@@ -327,20 +326,6 @@ def muon(
     build({})  # checks the settings now
     routed = route_once(decide, build)
     return transformation("muon", routed.init, routed.update, one_tree=True)
-
-
-def _check_rates(
-    learning_rate: ScalarOrSchedule,
-    adam_learning_rate: ScalarOrSchedule | None,
-    weight_decay: ScalarOrSchedule,
-    adam_weight_decay: ScalarOrSchedule,
-    mask: Tree,
-) -> None:
-    check_number("learning_rate", learning_rate, "positive and finite", schedule=True)
-    check_adam_rate(learning_rate, adam_learning_rate)
-    for name, decay in (("weight_decay", weight_decay), ("adam_weight_decay", adam_weight_decay)):
-        check_number(name, decay, "finite and not negative", schedule=True)
-    check_mask("weight_decay_mask", mask)
 
 
 def _adam(

@@ -1,12 +1,12 @@
 """What every transformation promises, asked of every row of `contract_cases.ROWS`."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
@@ -17,12 +17,23 @@ from tests.helpers import assert_close, assert_equal
 pytestmark = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 
 
+def run(row: Row, tx: Any, trees: Sequence[Any], params: Any = None, **extra: Any) -> Any:
+    """The updates of some jitted steps without applying them, and the last state."""
+    params = row.tree(0) if params is None else params
+    step, state, results = jax.jit(tx.update), tx.init(params), []
+    for gradients in trees:
+        updates, state = step(gradients, state, params, **extra, **row.extra_args())
+        results.append(updates)
+    assert abstract(state) == abstract(tx.init(params))
+    return results, state
+
+
 @functools.cache
 def first_step(row: Row, dtype: str = "float32") -> tuple[Any, Any, Any, Any]:
     """Parameters, gradients, updates and state of the first step, with arguments nobody knows."""
-    params, gradients, tx = row.tree(0, dtype), row.tree(1, dtype), row.make()
-    extra = {"value": jnp.ones(()), "unknown": None, **row.extra_args()}
-    updates, state = jax.jit(tx.update)(gradients, tx.init(params), params, **extra)
+    params, gradients = row.tree(0, dtype), row.tree(1, dtype)
+    extra = {"value": jnp.ones(()), "unknown": None}
+    (updates,), state = run(row, row.make(), [gradients], params, **extra)
     return params, gradients, updates, state
 
 
@@ -31,7 +42,11 @@ def abstract(tree: Any) -> Any:
 
 
 def assert_finite(tree: Any) -> None:
-    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(tree))
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(tree))
+
+
+def is_zero(tree: Any) -> bool:
+    return not any(x.any() for x in jax.tree.leaves(tree))
 
 
 # -- the state and the updates --
@@ -39,15 +54,13 @@ def assert_finite(tree: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_state_keeps_its_form_and_updates_their_dtype(row: Row, dtype: str):
-    params, gradients, updates, state = first_step(row, dtype)
+    _, gradients, updates, _ = first_step(row, dtype)
     assert abstract(updates) == abstract(gradients)
-    assert abstract(state) == abstract(row.make().init(params))
     assert_finite(updates)
 
 
 def test_init_accepts_shapes_without_values(row: Row):
-    params, *_ = first_step(row)
-    tx = row.make()
+    params, tx = row.tree(0), row.make()
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     made = tx.init(params), tx.init(shapes), jax.eval_shape(tx.init, params)
     expected, *others = (jax.tree.map(lambda x: (x.shape, x.dtype), state) for state in made)
@@ -63,8 +76,9 @@ def test_scan(row: Row):
 
     def step(carry, scale):
         params, state = carry
-        scaled = jax.tree.map(lambda g: g * scale, gradients)
-        updates, state = tx.update(scaled, state, params, **row.extra_args())
+        updates, state = tx.update(
+            optax.tree.scale(scale, gradients), state, params, **row.extra_args()
+        )
         return (optax.apply_updates(params, updates), state), None
 
     scales = jnp.array([1.0, -0.5, 2.0])
@@ -77,16 +91,22 @@ def test_scan(row: Row):
 
 
 def test_multi_steps(row: Row):
-    params, gradients, expected, _ = first_step(row)
+    _, gradients, expected, _ = first_step(row)
     tx = optax.MultiSteps(row.make(), every_k_schedule=2)
-    update = jax.jit(tx.update)
-    halves = [jax.tree.map(lambda g, s=scale: g * s, gradients) for scale in (0.5, 1.5)]
-    state: Any = tx.init(params)
-    first, state = update(halves[0], state, params, **row.extra_args())
-    assert not any(x.any() for x in jax.tree.leaves(first))
-    second, state = update(halves[1], state, params, **row.extra_args())
+    (first, second), _ = run(row, tx, [optax.tree.scale(x, gradients) for x in (0.5, 1.5)])
+    assert is_zero(first)
     assert_close(second, expected)
-    assert abstract(state) == abstract(tx.init(params))
+
+
+def test_apply_if_finite(row: Row):
+    _, gradients, expected, _ = first_step(row)
+    tx = optax.apply_if_finite(row.make(), max_consecutive_errors=3)
+    bad = jax.tree.map(lambda g: g.at[(0,) * g.ndim].set(jnp.nan), gradients)
+    _, after = run(row, tx, [bad])
+    assert_equal(after.inner_state, row.make().init(row.tree(0)))
+    (skipped, updates), _ = run(row, tx, [bad, gradients])
+    assert is_zero(skipped)
+    assert_close(updates, expected)
 
 
 @pytest.mark.parametrize("wrap", ["masked", "multi_transform"])
@@ -97,49 +117,29 @@ def test_some_leaves_alone(row: Row, wrap: str):
     else:
         tx = optax.multi_transform({True: row.make(), False: optax.set_to_zero()}, row.chosen)
         others = optax.tree.zeros_like(gradients)
-    state = tx.init(params)
-    updates, new_state = jax.jit(tx.update)(gradients, state, params, **row.extra_args())
-    wanted = jax.tree.map(
-        lambda chosen, e, other: e if chosen else other, row.chosen(params), expected, others
-    )
-    assert_close(updates, wanted)
-    assert abstract(new_state) == abstract(state)
+    (updates,), _ = run(row, tx, [gradients])
+    pick = lambda chosen, e, other: e if chosen else other  # noqa: E731
+    assert_close(updates, jax.tree.map(pick, row.chosen(params), expected, others))
 
 
 def test_inject_hyperparams(row: Row):
     """A number or a schedule; and another injected value gives that value's step."""
     params, gradients, expected, _ = first_step(row)
-    tx = optax.inject_hyperparams(row.factory, static_args=row.static)(**row.traced)
+    inject = optax.inject_hyperparams(row.factory, static_args=row.static)
+    tx = inject(**row.traced)
+    (updates,), _ = run(row, tx, [gradients])
+    assert_close(updates, expected)
+    update = jax.jit(tx.update)
     state: Any = tx.init(params)
     assert set(row.traced) <= set(state.hyperparams)
-    update = jax.jit(tx.update)
-    updates, new_state = update(gradients, state, params, **row.extra_args())
-    assert_close(updates, expected)
-    assert jax.tree.structure(new_state) == jax.tree.structure(state)
     for name, value in row.traced.items():
-        other = row.factory(**{**row.traced, name: value * 0.9})
-        wanted, _ = jax.jit(other.update)(gradients, other.init(params), params, **row.extra_args())
+        (wanted,), _ = run(row, row.factory(**{**row.traced, name: value * 0.9}), [gradients])
         changed = {**state.hyperparams, name: jnp.asarray(value * 0.9, jnp.float32)}
         moved = state._replace(hyperparams=changed)
         assert_close(update(gradients, moved, params, **row.extra_args())[0], wanted)
     schedules = {name: functools.partial(lambda x, _: x, x) for name, x in row.traced.items()}
-    tx = optax.inject_hyperparams(row.factory, static_args=row.static)(**schedules)
-    updates, _ = jax.jit(tx.update)(gradients, tx.init(params), params, **row.extra_args())
+    (updates,), _ = run(row, inject(**schedules), [gradients])
     assert_close(updates, expected)
-
-
-def test_apply_if_finite(row: Row):
-    params, gradients, expected, _ = first_step(row)
-    tx = optax.apply_if_finite(row.make(), max_consecutive_errors=3)
-    state: Any = tx.init(params)
-    update = jax.jit(tx.update)
-    bad = jax.tree.map(lambda g: g.at[(0,) * g.ndim].set(jnp.nan), gradients)
-    skipped, after = update(bad, state, params, **row.extra_args())
-    assert not any(x.any() for x in jax.tree.leaves(skipped))
-    assert_equal(after.inner_state, state.inner_state)
-    updates, after = update(gradients, after, params, **row.extra_args())
-    assert_close(updates, expected)
-    assert abstract(after) == abstract(state)
 
 
 # -- tools that walk the state --
@@ -161,21 +161,16 @@ def test_map_params(row: Row):
 
 def test_saved_and_restored_bit_for_bit(row: Row, tmp_path: Path):
     params, gradients, _, state = first_step(row)
-    update = jax.jit(row.make().update)
     # A state without arrays is nothing to save: the step beside it is what a loop saves too.
     saved = {"step": jnp.asarray(1), "state": state}
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, saved)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "checkpoint", saved)
         checkpointer.wait_until_finished()
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved
-        )
         restored = checkpointer.restore(tmp_path / "checkpoint", target)
     assert_equal(restored, saved)
-    assert_equal(
-        update(gradients, restored["state"], params, **row.extra_args()),
-        update(gradients, state, params, **row.extra_args()),
-    )
+    step = functools.partial(jax.jit(row.make().update), **row.extra_args())
+    assert_equal(step(gradients, restored["state"], params), step(gradients, state, params))
 
 
 # -- the edges --
@@ -193,11 +188,6 @@ def test_degenerate_gradients_stay_finite(row: Row):
     """The matrix of one row in every tree is another such case."""
     params, gradients, tx = row.tree(0), row.tree(1), row.make()
     update = jax.jit(tx.update)
-    for edge in (
-        jnp.zeros_like,
-        jnp.ones_like,  # rank one
-        lambda g: g * 1e-30,
-        lambda g: g * 1e15,
-    ):
-        of = jax.tree.map(edge, gradients)
-        assert_finite(update(of, tx.init(params), params, **row.extra_args()))
+    for scale, offset in ((0.0, 0.0), (0.0, 1.0), (1e-30, 0.0), (1e15, 0.0)):  # the second: rank 1
+        edge = jax.tree.map(lambda g, a=scale, b=offset: a * g + b, gradients)
+        assert_finite(update(edge, tx.init(params), params, **row.extra_args()))

@@ -1,5 +1,6 @@
 """Checks: hyperparameters at construction; gradients and states when `update` gets them."""
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +15,8 @@ from jax.typing import DTypeLike
 from muonclip_jax._arguments import check_number, is_concrete
 from muonclip_jax._tree import ScalarOrSchedule, Tree, array_leaves, flatten_with_paths
 
-_REAL = ("float32", "bfloat16", "float16", "float64")
-_COMPLEX = ("complex64", "complex128")
+#: Dtypes of moments, the real ones first.
+_MOMENTS = ("float32", "bfloat16", "float16", "float64", "complex64", "complex128")
 #: Errors that a state of another structure leads to, somewhere inside Optax or here.
 _FOREIGN = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
@@ -30,19 +31,28 @@ def value_at(value: Any, count: Any) -> Any:
     return value(count) if callable(value) else value
 
 
-def check_adam_rate(learning_rate: ScalarOrSchedule, adam_rate: ScalarOrSchedule | None) -> None:
-    """Checks Adam's rate; warns if it is constant and the other group's is a schedule."""
-    if adam_rate is None:
-        return
-    check_number("adam_learning_rate", adam_rate, "positive and finite", schedule=True)
-    if callable(learning_rate) and not callable(adam_rate):
-        warnings.warn(
-            f"learning_rate is a schedule and adam_learning_rate={adam_rate} is not: Adam's rate "
-            "stays the same while the other one warms up and decays. Write "
-            "adam_learning_rate=lambda count: ratio * schedule(count), or "
-            "optax.constant_schedule(...) if a constant is meant.",
-            stacklevel=5,
-        )
+def check_rates(
+    learning_rate: ScalarOrSchedule,
+    adam_learning_rate: ScalarOrSchedule | None,
+    weight_decay: ScalarOrSchedule,
+    adam_weight_decay: ScalarOrSchedule,
+    mask: Tree,
+) -> None:
+    """Checks rates and decays of both groups; warns if Adam's rate alone is constant."""
+    check_number("learning_rate", learning_rate, "positive and finite", schedule=True)
+    if adam_learning_rate is not None:
+        check_number("adam_learning_rate", adam_learning_rate, "positive and finite", schedule=True)
+        if callable(learning_rate) and not callable(adam_learning_rate):
+            warnings.warn(
+                f"learning_rate is a schedule and adam_learning_rate={adam_learning_rate} is not: "
+                "Adam's rate stays the same while the other one warms up and decays. Write "
+                "adam_learning_rate=lambda count: ratio * schedule(count), or "
+                "optax.constant_schedule(...) if a constant is meant.",
+                stacklevel=4,
+            )
+    for name, decay in (("weight_decay", weight_decay), ("adam_weight_decay", adam_weight_decay)):
+        check_number(name, decay, "finite and not negative", schedule=True)
+    check_mask("weight_decay_mask", mask)
 
 
 def check_fraction(
@@ -85,20 +95,20 @@ def check_moment_dtype(mu_dtype: DTypeLike | None, name: str, decay: ScalarOrSch
     """
     if mu_dtype is None:
         return
-    try:
+    dtype = None
+    with contextlib.suppress(TypeError):
         dtype = jnp.dtype(mu_dtype)
-    except TypeError:
-        dtype = None
-    if dtype is None or dtype.name not in (*_REAL, *_COMPLEX):
-        what = "is no dtype" if dtype is None else "cannot hold a moving average"
-        expected = f"one of {', '.join(map(repr, _REAL))}, or None for the parameter's dtype"
-        raise ValueError(f"mu_dtype={mu_dtype!r} {what}. Pass {expected}.")
-    if is_concrete(decay) and 1 - decay < jnp.finfo(dtype).eps / 2:
+    if dtype is None or dtype.name not in _MOMENTS:
+        raise ValueError(
+            f"mu_dtype={mu_dtype!r} cannot hold a moving average. Pass one of "
+            f"{', '.join(map(repr, _MOMENTS[:4]))}, or None for the parameter's dtype."
+        )
+    spacing = float(jnp.finfo(dtype).eps)
+    if is_concrete(decay) and 1 - decay < spacing / 2:
         raise ValueError(
             f"mu_dtype={dtype.name!r} is too coarse for a moving average with {name}={decay}: a "
             f"step changes it by {1 - decay:.2g} of its distance to the gradient, and its numbers "
-            f"are {float(jnp.finfo(dtype).eps):.2g} apart. Pass mu_dtype='float32' "
-            f"or a smaller {name}."
+            f"are {spacing:.2g} apart. Pass mu_dtype='float32' or a smaller {name}."
         )
 
 
@@ -106,22 +116,23 @@ def check_moments(params: optax.Params, mu_dtype: DTypeLike | None) -> None:
     """Raises for leaves whose moment cannot be stored as `mu_dtype`, at `init`."""
     for path, leaf in array_leaves(params):
         dtype, where = jnp.dtype(leaf.dtype), path or "The leaf"
-        if dtype.name not in (*_REAL, *_COMPLEX):
+        if dtype.name not in _MOMENTS:
             raise TypeError(
                 f"{where} has dtype {dtype.name}; an optimizer's moments need parameters of dtype "
-                f"{', '.join((*_REAL, *_COMPLEX))}. Convert it, or keep it out of the optimizer, "
-                "for example by optax.masked."
+                f"{', '.join(_MOMENTS)}. Convert it, or keep it out of the optimizer, for example "
+                "by optax.masked."
             )
-        if mu_dtype is None:
-            continue
-        stored = jnp.dtype(mu_dtype)
-        if (stored.name in _COMPLEX) != (dtype.name in _COMPLEX):
-            kind = "complex" if stored.name in _COMPLEX else "real"
+        stored = dtype if mu_dtype is None else jnp.dtype(mu_dtype)
+        if (stored.kind == "c") != (dtype.kind == "c"):
             raise ValueError(
-                f"{where} has dtype {dtype.name}, and mu_dtype={stored.name!r} is {kind}. Pass "
-                "mu_dtype=None, which keeps each leaf's own dtype."
+                f"{where} has dtype {dtype.name}, and mu_dtype={stored.name!r} is "
+                f"{'complex' if stored.kind == 'c' else 'real'}. Pass mu_dtype=None, which keeps "
+                "each leaf's own dtype."
             )
-        if mu_dtype not in (float, complex) and jax.dtypes.canonicalize_dtype(stored) != stored:
+        if (
+            mu_dtype not in (None, float, complex)
+            and jax.dtypes.canonicalize_dtype(stored) != stored
+        ):
             raise ValueError(
                 f"mu_dtype={stored.name!r} needs 64-bit types, which are disabled in JAX. Set "
                 "jax.config.update('jax_enable_x64', True), or pass mu_dtype='float32'."

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from muonclip_jax._arguments import check_flag, check_number, check_type, names_known
+from muonclip_jax._arguments import check_flags, check_number, check_type, names_known
 from muonclip_jax._devices import varying_axes
 from muonclip_jax._tree import ScalarLike, Tree
 from muonclip_jax.newton_schulz import (
@@ -163,7 +163,7 @@ class Orthogonalizer:
 
     def __post_init__(self) -> None:
         check_number("eps", self.eps, "finite and not negative")
-        check_flag("adaptive", self.adaptive)
+        check_flags(adaptive=self.adaptive)
         as_rules(self.rules)
         check_type("distribution", self.distribution, Distribution, "Distribution(...) or None")
         check_type("axis_name", self.axis_name, str | tuple | None, "'data' or ('data', 'fsdp')")
@@ -194,7 +194,13 @@ class Orthogonalizer:
         """Replaces each matrix of the directions, sharded as `leaves.sharded`."""
         name = self.axis_name
         mapped_axes = (name,) if isinstance(name, str) else name or ()
-        _check_equal_along(mapped_axes, leaves.specs)
+        for path, leaf, _ in leaves.specs if mapped_axes else ():
+            if differing := tuple(sorted(varying_axes(leaf).intersection(mapped_axes))):
+                raise ValueError(
+                    f"{path or 'The leaf'} varies over the mapped axes {differing}, but axis_name "
+                    f"requires it to be equal along them. Average it first: jax.lax.pmean(grads, "
+                    f"{differing}); or leave an axis that shards the parameters out of axis_name."
+                )
         xs, treedef = jax.tree.flatten(directions)
         polars = orthogonalize_leaves(
             self.polar,
@@ -213,15 +219,3 @@ class Orthogonalizer:
             # <U, O> is the sum of U's singular values where O is its polar factor.
             polars = [jnp.sum(u.conj() * b) * o for u, b, o in zip(xs, beside, polars, strict=True)]
         return jax.tree.unflatten(treedef, polars)
-
-
-def _check_equal_along(axes: tuple[str, ...], specs: list[tuple[str, Any, MatrixSpec]]) -> None:
-    """Raises if gradients vary over mapped axes along which work is distributed."""
-    for path, leaf, _ in specs:
-        if differing := sorted(varying_axes(leaf).intersection(axes)):
-            raise ValueError(
-                f"{path or 'The leaf'} varies over the mapped axes {tuple(differing)}, but "
-                "axis_name requires it to be equal along them. Average it first: "
-                f"jax.lax.pmean(grads, {tuple(differing)}); or leave an axis that shards the "
-                "parameters out of axis_name."
-            )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from muonclip_jax._arguments import check_flag, names_known
+from muonclip_jax._arguments import check_flags, names_known
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree
 from muonclip_jax.newton_schulz import (
     DEFAULT_DTYPE,
@@ -148,8 +148,7 @@ def scale_by_muon(
         arXiv 2409.20325; Liu et al. 2025, arXiv 2502.16982.
     """
     check_fraction("beta", beta, "the momentum's decay, such as 0.95", schedule=True)
-    check_flag("nesterov", nesterov)
-    check_flag("bias_correction", bias_correction)
+    check_flags(nesterov=nesterov, bias_correction=bias_correction)
     check_moment_dtype(mu_dtype, "beta", beta)
     polar = plan_polar(
         ns_coeffs,

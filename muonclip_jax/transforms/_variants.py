@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from muonclip_jax._arguments import check_flag, check_number, names_known
+from muonclip_jax._arguments import check_flags, check_number, names_known
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree
 from muonclip_jax.routing import MatrixRules
 from muonclip_jax.transforms._checks import check_fraction, check_mask, check_params, value_at
@@ -265,7 +265,7 @@ def add_weight_decay(
     """
     check_number("weight_decay", weight_decay, "finite and not negative", schedule=True)
     check_mask("mask", mask)
-    check_flag("cautious", cautious)
+    check_flags(cautious=cautious)
     if base_width is not None:
         hint = "Write the fan-in at which weight_decay holds."
         check_number("base_width", base_width, "positive and finite", hint)

@@ -44,7 +44,7 @@ SETTINGS: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     (MUON, {"mu_dtype": bool}, AVERAGE),
     (MUON, {"mu_dtype": jnp.float8_e4m3fn}, AVERAGE),
     (MUON, {"mu_dtype": "int4"}, AVERAGE),
-    (MUON, {"mu_dtype": "bf16"}, r"mu_dtype='bf16' is no dtype\. Pass one of 'float32'"),
+    (MUON, {"mu_dtype": "bf16"}, r"mu_dtype='bf16' cannot hold .*\. Pass one of 'float32'"),
     ((mc.scale_by_muon, muon), {**LOW, "beta": 0.999}, "with beta=0.999: .* a smaller beta"),
     ((clip,), {**LOW, "beta": 0.998}, "with beta=0.998: .* a smaller beta"),
     ((muon, clip), {**LOW, "adam_b1": 0.9999}, "with adam_b1=0.9999: .* a smaller adam_b1"),
