@@ -175,7 +175,7 @@ def muonclip(
 
     matrix_rules = as_rules(rules)
     build(matrix_rules)  # checks the settings now
-    tx = route_once(matrix_rules.resolve, build)
+    tx = route_once(lambda params: build(matrix_rules.resolve(params)))
     if qk_clip_threshold is not None:
         clip = qk_clip(
             qk_clip_threshold, qk_clip_alpha, shared_keys=qk_clip_shared_keys, blocks=qk_clip_blocks
@@ -281,14 +281,8 @@ def muon(
             "muon takes muon_weight_dimension_numbers or rules, got both. Rules can contain any "
             "spec: MatrixRules([(pattern, spec)])."
         )
-    given = _every_rank_two_leaf if rules is None else rules.dimension_numbers
-    if muon_weight_dimension_numbers is not None:
-        given = muon_weight_dimension_numbers
-
-    def decide(params: optax.Params) -> Tree:
-        if rules is not None:
-            rules.check_all_matched(params)
-        return spec_tree(given, params)
+    given = muon_weight_dimension_numbers
+    given = _every_rank_two_leaf if given is None else given
 
     def build(dimension_numbers: Tree) -> optax.GradientTransformationExtraArgs:
         def labels(params: optax.Params) -> Tree:
@@ -324,7 +318,12 @@ def muon(
         return optax.partition({"muon": matrices, "adam": others}, labels)
 
     build({})  # checks the settings now
-    routed = route_once(decide, build)
+
+    def route(params: optax.Params) -> optax.GradientTransformationExtraArgs:
+        numbers = given if rules is None else rules.resolve(params).dimension_numbers
+        return build(spec_tree(numbers, params))
+
+    routed = route_once(route)
     return transformation("muon", routed.init, routed.update, one_tree=True)
 
 

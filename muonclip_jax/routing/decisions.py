@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 from muonclip_jax._specs import MatrixSpec, SpecLike, normalize_spec, normalized_axes, simplify_spec
 from muonclip_jax.heads.cuts import attention_cuts
-from muonclip_jax.heads.finding import Rule, strip_outer
+from muonclip_jax.heads.finding import Rule, Shape, strip_outer
 from muonclip_jax.routing.inference import infer, token_tables
 from muonclip_jax.routing.leaves import (
     Axes,
@@ -36,6 +36,7 @@ Rules: TypeAlias = tuple[tuple[str, SpecLike | None], ...]
 #: `scan_axis=` as pairs of a pattern and axes; None reads them from the stacks.
 ScanAxis: TypeAlias = tuple[tuple[str, Axes], ...] | None
 
+_NUMBERED = re.compile(r"(?:^|/)\d+/.*/")  # one of a list of layers
 _LEAVES_SHOWN = 8
 _TABLE = "a table of embeddings"
 
@@ -69,7 +70,7 @@ def decide(
             decays = leaf.ruled.spec is not None or leaf.decision.decays
             leaf.decision = dataclasses.replace(leaf.ruled, decays=decays)
     if any(leaf.decision.readings for leaf in leaves):
-        raise _unknown_leaves(leaves)
+        raise unknown_leaves([(leaf.path, leaf.shape, leaf.decision) for leaf in leaves])
     return tuple(leaf.decision for leaf in leaves)
 
 
@@ -123,11 +124,12 @@ def _find_output_head(leaves: Sequence[Leaf]) -> None:
         blocks.difference_update(leaf.modules[outer[-1] + 1 :] if outer else ())
     free = [leaf for leaf in leaves if leaf.ruled is None]
     matrices = [leaf for leaf in free if leaf.decision.spec is not None]
+    listed = {leaf for leaf in leaves if leaf.name.grouped or _NUMBERED.search(leaf.path)}
     outside = [
         leaf
         for leaf in matrices
         if blocks.isdisjoint(leaf.modules[1:])
-        and not (leaf.decision.stack or _in_list(leaf) or direction(leaf.name) == "i")
+        and not (leaf.decision.stack or leaf in listed or direction(leaf.name) == "i")
     ]
     tables = token_tables(free)
     heads = [leaf for leaf in outside if _sizes(leaf)[::-1] in tables]
@@ -139,7 +141,7 @@ def _find_output_head(leaves: Sequence[Leaf]) -> None:
     if not heads and not named:
         # Kernels whose output size is no other kernel's input size, or the reverse.
         read, made = (Counter(_sizes(leaf)[side] for leaf in matrices) for side in (0, 1))
-        layered = bool(layers) or any(_in_list(leaf) or leaf.decision.stack for leaf in free)
+        layered = bool(layers) or any(leaf in listed or leaf.decision.stack for leaf in free)
         shapes = Counter(map(_sizes, outside))
         for leaf in outside:
             inputs, outputs = _sizes(leaf)
@@ -162,11 +164,6 @@ def _sizes(leaf: Leaf) -> tuple[int, int]:
     spec = leaf.decision.spec or MatrixSpec()
     inputs, outputs = (math.prod(leaf.shape[a] for a in axes) for axes in normalized_axes(spec))
     return inputs, outputs
-
-
-def _in_list(leaf: Leaf) -> bool:
-    """Whether the leaf belongs to one of a list of layers."""
-    return leaf.name.grouped or any(part.isdigit() for part in leaf.path.split("/")[:-2])
 
 
 def _cut_attention(
@@ -207,28 +204,27 @@ def _cut_attention(
             by_path[path].decision = Decision(*cut)
 
 
-def _unknown_leaves(leaves: Sequence[Leaf]) -> ValueError:
-    """The error for leaves that remain unknown."""
-    groups: dict[tuple[str, tuple[int, ...], tuple[str, ...]], list[Leaf]] = {}
-    for leaf in leaves:
-        if readings := leaf.decision.readings:
-            groups.setdefault((_generalised(leaf.path), leaf.shape, readings), []).append(leaf)
+def unknown_leaves(leaves: Sequence[tuple[str, Shape, Decision]]) -> ValueError:
+    """The error for those of the leaves that remain unknown."""
+    groups: dict[tuple[str, Shape, Decision], list[str]] = {}
+    for path, shape, decision in leaves:
+        if decision.readings:
+            groups.setdefault((_generalised(path), shape, decision), []).append(path)
     count = sum(map(len, groups.values()))
     lines: list[str] = []
-    for (_, shape, readings), group in list(groups.items())[:_LEAVES_SHOWN]:
-        pattern = pattern_for([leaf.path for leaf in group], [leaf.path for leaf in leaves])
-        lines.append(f"  {group[0].path} of shape {shape} ({group[0].decision.why}), one of")
-        for letters in readings:
+    for (_, shape, decision), paths in list(groups.items())[:_LEAVES_SHOWN]:
+        pattern = pattern_for(paths, [path for path, _, _ in leaves])
+        lines.append(f"  {paths[0]} of shape {shape} ({decision.why}), one of")
+        for letters in decision.readings:
             batch, inputs, outputs = (
                 " x ".join(map(str, lengths(letters, shape, x))) for x in "bio"
             )
             meaning = f"{batch + ' matrices ' if batch else ''}{inputs} -> {outputs}"
             lines.append(f"    rules={write_rule(pattern, letters)}  # {meaning}")
         lines.append(f"    rules={write_rule(pattern, None)}  # AdamW trains it")
-    if len(groups) > _LEAVES_SHOWN:
-        lines.append(f"  and {len(groups) - _LEAVES_SHOWN} more")
+    lines += [f"  and {len(groups) - _LEAVES_SHOWN} more"] if len(groups) > _LEAVES_SHOWN else []
     lines.append("The pair is (reduction axes, output axes), all others are batch axes.")
-    if any("stacked layers" in leaf.decision.why for leaf in leaves):
+    if any("stacked layers" in decision.why for _, _, decision in groups):
         lines[-1] += (
             " If layers are stacked on one axis, write MatrixRules(scan_axis=0) or "
             "MatrixRules(scan_axis=[(pattern, axis)])."

@@ -41,8 +41,10 @@ def infer(leaves: Sequence[Leaf], hidden: Collection[str]) -> None:
     """Finds the decision for every leaf of a tree, with masked leaves at the paths `hidden`."""
     free = [leaf for leaf in leaves if leaf.ruled is None]
     _find_biases(leaves, hidden)
-    for leaf in free:
-        if _is_plain(leaf):
+    for leaf in free:  # whose shape shows that they are not stacked
+        leaf.window = _is_window(leaf)
+        extra = extra_axes(leaf.name, leaf.shape)
+        if leaf.window or (leaf.bias and extra and min(extra) >= len(leaf.bias)):
             leaf.stack = ()
     find_stacks(free, frozenset(columns for _, columns in token_tables(free)))
     _find_biases(leaves, hidden)  # again, without stacked layers
@@ -159,28 +161,17 @@ def _is_by_head(leaf: Leaf) -> bool:
     return inputs == outputs and heads not in features and heads * inputs in features
 
 
-def _is_plain(leaf: Leaf) -> bool:
-    """Whether the shape of a leaf shows that it is not stacked."""
-    if leaf.bias is None:
-        return _is_window(leaf)
-    extra = extra_axes(leaf.name, leaf.shape)
-    if extra and min(extra) >= len(leaf.bias):
-        return True
-    return len(leaf.bias) == 1 and _is_window(leaf)
-
-
 def _is_window(leaf: Leaf) -> bool:
     """Whether a leaf is a convolution by its shape: a small square window before the channels."""
-    name, shape = leaf.name, leaf.shape
+    name, shape, entry = leaf.name, leaf.shape, look_up(leaf.name, leaf.shape)
     if len(shape) not in (4, 5) or name.grouped or name.leaf not in ("kernel", "w"):
         return False
-    entry = look_up(name, shape)
-    if fits(MOE, *name.scope, name.role):
+    if fits(MOE, *name.scope, name.role) or len(leaf.bias or (1,)) > 1:
         return False
-    if entry.layout is None:  # Gemma has w of (2, heads, inputs, head_dim)
-        return (shape[0] != 2 or name.leaf != "w") and _is_square(shape[:-2], shape[-2:])
-    named = bool(entry.layout) and re.match("conv|patch|matrix", entry.why) is not None
-    return named and _is_square(shape[:-2], shape[-2:])
+    if entry.layout is None and shape[0] == 2 and name.leaf == "w":
+        return False  # Gemma's (2, heads, inputs, head_dim)
+    named = entry.layout is None or (entry.layout and re.match("conv|patch|matrix", entry.why))
+    return bool(named) and _is_square(shape[:-2], shape[-2:])
 
 
 def _is_square(window: Shape, channels: Shape) -> bool:
@@ -214,8 +205,7 @@ def _decide(leaf: Leaf) -> Decision:
     if letters and name.stacked and not axes and rank > 2 and look_up(name, shape[1:]).layout == "":
         why = "a gate that may be a stacked router or a stack of experts"
         return Decision(None, why, readings=possible_layouts(shape))
-    known = axes or why not in ("", "matrix")
-    if not known and _is_plain(leaf) and _is_window(leaf):
+    if why in ("", "matrix") and not axes and leaf.window:
         why, letters = "convolution", "i" * (rank - 1) + "o"
     elif letters is None:
         why, letters = "read from its shape", _by_structure(leaf)

@@ -1,9 +1,8 @@
 """Results of the rules for a whole tree: labels, dimension numbers, decay, and a printed table."""
 
 import math
-import re
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import optax
@@ -18,11 +17,9 @@ from muonclip_jax._tree import (
     nothing_matched,
     tree_from,
 )
-from muonclip_jax.routing.decisions import pattern_for, write_rule
-from muonclip_jax.routing.leaves import possible_layouts
+from muonclip_jax.routing.decisions import pattern_for, unknown_leaves, write_rule
+from muonclip_jax.routing.leaves import Decision, possible_layouts
 from muonclip_jax.routing.rules import ADAMW, MUON, MatrixRules, as_rules
-
-_Decided = TypeVar("_Decided")
 
 
 def label_params(params: Tree, rules: MatrixRules | None = None) -> Tree:
@@ -141,10 +138,9 @@ def decay_mask(params: Tree, rules: MatrixRules | None = None) -> Tree:
 
 
 def route_once(
-    decide: Callable[[optax.Params], _Decided],
-    build: Callable[[_Decided], optax.GradientTransformationExtraArgs],
+    build: Callable[[optax.Params], optax.GradientTransformation],
 ) -> optax.GradientTransformationExtraArgs:
-    """Builds a transformation with decisions made on the whole tree, whenever it gets one.
+    """Builds a transformation from the whole tree, whenever it gets one.
 
     `optax.multi_transform` masks the leaves of other groups, and less can be inferred from a masked
     tree.
@@ -156,11 +152,11 @@ def route_once(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        tx = optax.with_extra_args_support(build(decide(updates if params is None else params)))
+        tx = optax.with_extra_args_support(build(updates if params is None else params))
         return tx.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(
-        lambda params: build(decide(params)).init(params), update_fn
+        lambda params: build(params).init(params), update_fn
     )
 
 
@@ -236,12 +232,9 @@ def resolve_muon_specs(
                 "with label_params, or use muonclip(...), which does this automatically."
             )
         if spec is None and len(shape) > 2:
-            pattern = f"^{re.escape(path)}$"
-            choices = (write_rule(pattern, letters) for letters in possible_layouts(shape))
-            raise ValueError(
-                f"{path or 'The leaf'} of shape {shape} is assigned to Muon, and its "
-                "matrix axes are unknown. Route it to AdamW by label_params, or pass one of\n"
-                + "\n".join(f"  rules={rule}" for rule in choices)
+            why = "assigned to Muon, but not by the rules"
+            raise unknown_leaves(
+                [(path, shape, Decision(None, why, True, possible_layouts(shape)))]
             )
         found.append((path, leaf, spec or normalize_spec(MatrixSpec(), shape, path)))
     return found

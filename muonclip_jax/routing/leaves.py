@@ -1,9 +1,7 @@
 """What is known of a leaf: its names, shape and axis names; and layouts, a letter for each axis.
 
-The last name in a path is the kind of leaf ("kernel", "bias"), the name before it the module
-("query", "Dense_0"), and earlier ones the enclosing modules ("MoeBlock_0"). Spelling differs
-between libraries, so names are normalised: "MoeBlock_0", "moe_block" and "MoEBlock" are all
-"moe_block". Whole words are compared, so "overhead_proj" is not a head.
+Spelling differs between libraries, so names are normalised: "MoeBlock_0", "moe_block" and
+"MoEBlock" are all "moe_block".
 
 In a layout, "i" is an input axis (summed over), "o" an output axis, and "b" a batch axis, with one
 matrix per entry. A query kernel `(d_model, heads, head_dim)` is "ioo".
@@ -84,6 +82,7 @@ class Leaf:
     bias: Shape | None = None  # the shape of its bias, in one layer
     biased: bool = False  # whether it has a bias, perhaps a masked one
     is_bias: bool = False  # whether it is such a bias
+    window: bool = False  # whether its shape shows a convolution
     width: int | None = None  # of the hidden state in its block
     output_first: bool = False  # whether kernels with this last name have the output axis first
     beside: set[Shape] = field(default_factory=set[Shape])  # kernels in its block
@@ -101,24 +100,17 @@ def read_path(path: str) -> tuple[LeafName, tuple[str, ...]]:
     path = _WRAPPER.sub(r"\1", path)
     outer = path.split("/")[:-1]
     modules = tuple("/".join(outer[:n]) for n in range(len(outer), -1, -1))
-    names: list[str] = []
-    numbered: list[bool] = []
-    one_layer: list[bool] = []
+    parts: list[tuple[str, bool, bool]] = []  # name, whether it has a number, or is one layer
     for part in re.split(r"[/.]", path):
-        if part.isdigit() and names:
-            numbered[-1] = one_layer[-1] = True
-        elif part not in ("params", "~", "") and not part.isdigit():
-            spelled = spelling(part)
-            names.append(re.sub(r"_\d+$", "", spelled))
-            numbered.append(names[-1] != spelled)
-            one_layer.append(_LAYER.fullmatch(part) is not None)
-    if not names:
-        return LeafName("", "", (), False, False), modules
-    for i, name in enumerate(names):
-        if numbered[i] and name in ("expert", "experts"):
-            names[i] = "one_expert"
-    lists = [i for i, x in enumerate(names[:-1]) if _CONTAINER.fullmatch(x) and not numbered[i]]
-    stacked = bool(lists) and not any(one_layer[lists[0] :])
+        if part.isdigit():
+            parts[-1:] = [(name, True, True) for name, _, _ in parts[-1:]]
+        elif part not in ("params", "~", ""):
+            name = re.sub(r"_\d+$", "", spelling(part))
+            parts.append((name, name != spelling(part), _LAYER.fullmatch(part) is not None))
+    names = ["one_expert" if x[1] and x[0] in ("expert", "experts") else x[0] for x in parts]
+    names = names or [""]
+    lists = [i for i, x in enumerate(parts[:-1]) if _CONTAINER.fullmatch(x[0]) and not x[1]]
+    stacked = bool(lists) and not any(one_layer for _, _, one_layer in parts[lists[0] :])
     if len(names) > 1 and (suffix := _SUFFIX.fullmatch(names[-1])):
         names[-1:] = suffix.groups()
     role = len(names) - (2 if names[-1] in GENERIC and len(names) > 1 else 1)

@@ -143,29 +143,14 @@ class MatrixRules:
         return resolved
 
     def labels(self, params: Tree) -> Tree:
-        """Returns a pytree of "muon" and "adamw".
-
-        Args:
-            params: The parameters; only shapes are used.
-
-        Raises:
-            ValueError: If a leaf of rank three or more is not recognised, or a rule matches
-                nothing.
-        """
+        """Returns a pytree of "muon" and "adamw" (see `label_params`)."""
         decided = self.decisions(params)
         self.check_all_matched(params)
         labels = [ADAMW if decision.spec is None else MUON for _, _, decision in decided]
         return jax.tree.unflatten(jax.tree.structure(params), labels)
 
     def dimension_numbers(self, params: Tree) -> Tree:
-        """Returns a pytree of `MuonDimensionNumbers`, `MatrixSpec` (if split) or None (AdamW).
-
-        Args:
-            params: The parameters, or a masked or partial pytree of them.
-
-        Raises:
-            ValueError: If a leaf of rank three or more is not recognised.
-        """
+        """Returns a pytree of matrix axes (see `infer_dimension_numbers`)."""
         specs = [decision.spec for _, _, decision in self.decisions(params)]
         leaves = [None if spec is None else simplify_spec(spec) for spec in specs]
         return jax.tree.unflatten(jax.tree.structure(params), leaves)
@@ -212,24 +197,17 @@ def as_rules(rules: object) -> MatrixRules:
 def _checked_rules(rules: object) -> Rules:
     """The rules in a form that can be hashed."""
     rules = rules.items() if isinstance(rules, Mapping) else rules
-    if isinstance(rules, str) or not isinstance(rules, Iterable):
-        raise TypeError(
-            f"rules must be a list of (pattern, spec) pairs, got {rules!r}. Write, for example, "
-            'MatrixRules([("foo/w$", MatrixSpec((0, 1)))]).'
-        )
+    entries = rules if isinstance(rules, Iterable) and not isinstance(rules, str) else [rules]
     checked: list[tuple[str, SpecLike | None]] = []
-    for rule in rules:
-        if not isinstance(rule, tuple | list) or len(rule) != 2:
+    for rule in entries:
+        pair = rule if isinstance(rule, tuple | list) else ()
+        if len(pair) != 2 or not (pair[1] is None or is_spec(pair[1])):
             raise TypeError(
-                f"A rule must be a pair (pattern, spec), got {rule!r}. Write, for example, "
-                '("foo/w$", MatrixSpec((0, 1))), or ("foo/w$", None) for AdamW.'
+                "rules must be a list of pairs (pattern, spec) with a MatrixSpec, a "
+                f"MuonDimensionNumbers or None (AdamW), got {rule!r}. Write, for example, "
+                'MatrixRules([("foo/w$", MatrixSpec((0, 1))), ("embed$", None)]).'
             )
-        pattern, spec = rule
-        if spec is not None and not is_spec(spec):
-            raise TypeError(
-                f"The rule for {pattern!r} must give a MatrixSpec, MuonDimensionNumbers or None, "
-                f"got {spec!r}. Write, for example, MatrixSpec((0, 1))."
-            )
+        pattern, spec = pair
         compile_pattern(pattern)
         # Optax allows lists of axes, which cannot be hashed.
         keep = spec is None or isinstance(spec, MatrixSpec)

@@ -114,9 +114,8 @@ def test_rule_that_matches_nothing_is_an_error_on_a_full_tree_only():
     [
         (([("(", None)],), ValueError, "not a regular expression"),
         (([(1, None)],), TypeError, "must be a string"),
-        (([("w", (0, 1))],), TypeError, r"'w' must give a MatrixSpec.*got \(0, 1\)"),
-        (("w$",), TypeError, "list of .pattern, spec. pairs"),
-        ((["w$"],), TypeError, "pair .pattern, spec."),
+        (([("w", (0, 1))],), TypeError, r"pairs .*with a MatrixSpec.*got \('w', \(0, 1\)\)"),
+        *(((bad,), TypeError, r"list of pairs \(pattern, spec\)") for bad in ("w$", ["w$"], 1)),
         *(
             (((), bad), TypeError, "scan_axis must be an integer")
             for bad in ("0", True, 1.5, (), [("a",)], [("a", None)], [("a", "b")], [("a", 0), 1])
