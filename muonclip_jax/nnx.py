@@ -9,9 +9,6 @@ A model may also record its own maxima, with `attention_fn=muonclip_jax.nnx.dot_
 on the module. It then sows `nnx.Intermediate` variables named `max_logits`, which
 `nnx.capture(model, nnx.Intermediate)` collects at the path of the attention module. Outside of a
 capture nothing is recorded.
-
-NNX does not pass the calling module to an attention function. It is found on the Python call stack
-during tracing, which has no cost when the compiled program runs.
 """
 
 import sys
@@ -44,7 +41,10 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 def _calling_module() -> nnx.Module | None:
-    """Returns the attention module that called the attention function, or None."""
+    """Returns the module that called the attention function, which NNX does not pass, or None.
+
+    It is on the Python call stack during tracing.
+    """
     frame = sys._getframe(1)
     while frame is not None:
         module = frame.f_locals.get("self")
@@ -81,10 +81,9 @@ def dot_product_attention(
 ) -> Float[Array, "*B T N D"]:
     """Computes Flax's attention and sows the largest logit of every head as `max_logits`.
 
-    It has the arguments of `flax.nnx.dot_product_attention`, for use as `attention_fn` of
-    `nnx.MultiHeadAttention`. Without dropout and sown weights, attention is
-    `muonclip_jax.dot_product_attention`, which computes the maxima anyway. Otherwise it is Flax's
-    own, and the maxima are computed separately, block by block.
+    For use as `attention_fn` of `nnx.MultiHeadAttention`. Without dropout and sown weights,
+    attention is `muonclip_jax.dot_product_attention`. Otherwise it is Flax's own, and the maxima
+    are computed separately, block by block.
 
     Args:
         query: Queries `(*B, T, N, H)`.
@@ -123,22 +122,14 @@ def dot_product_attention(
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
     if module is None and (deterministic or dropout_rate == 0.0):
         out, max_logits = attend(
-            query,
-            key,
-            value,
-            bias,
-            as_bool(mask),
+            *(query, key, value, bias, as_bool(mask)),
             is_causal=is_causal,
             implementation=implementation,
         )
     else:
         max_logits = attention_max_logits(query, key, bias, as_bool(mask), is_causal=is_causal)
         out = nnx.dot_product_attention(
-            query,
-            key,
-            value,
-            bias,
-            mask,
+            *(query, key, value, bias, mask),
             broadcast_dropout=broadcast_dropout,
             dropout_rng=dropout_rng,
             dropout_rate=dropout_rate,
@@ -162,11 +153,7 @@ def _record_captured(max_logits: Float[Array, " N"]) -> None:
 
 @contextmanager
 def _recording_modules(model: nnx.Module) -> Iterator[None]:
-    """Makes Flax's attention modules record inside the context.
-
-    Recording changes attributes of the modules, as `nnx.capture` does too, so captures in several
-    threads are serialized by a lock, and a call in a thread without a capture records nothing.
-    """
+    """Makes attention modules record inside; threads wait, because their attributes change."""
     changed = []
     _ONE_AT_A_TIME.acquire()
     token = capturing.set(True)

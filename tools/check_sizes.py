@@ -16,19 +16,19 @@ PACKAGE = ROOT / "muonclip_jax"
 #: Lines with docstrings; in brackets the aim.
 SUBPACKAGES = {
     "_commands": 461,  # (250)
-    "linen": 435,  # (400)
+    "linen": 404,  # (400)
     "checkpoint": 492,  # (400)
     "transforms": 2381,  # (1,200)
     "sharding": 1700,  # (1,500)
     "matrices": 621,  # (600)
     "newton_schulz": 1000,
     "clipping": 866,  # (800)
-    "attention": 1170,  # (900)
+    "attention": 1062,  # (900)
     "heads": 1361,  # (1,200)
     "routing": 1771,  # (1,300)
     "kernels": 651,
 }
-FILE, FUNCTION, ANY = 300, 60, 159  # Any: (150)
+FILE, FUNCTION, ANY = 300, 60, 157  # Any: (150)
 LONGER_FILES = {"optimizers.py": 386}
 LONGER_FUNCTIONS = {
     "max_logits": 66,
@@ -37,7 +37,7 @@ LONGER_FUNCTIONS = {
     "scale_by_muon": 71,
 }
 TOTAL = {
-    "muonclip_jax": 14_637,  # (11,000)
+    "muonclip_jax": 14_496,  # (11,000)
     "tests": 15_527,  # (12,000)
     "benchmarks": 4_067,  # (4,000)
 }

@@ -10,6 +10,7 @@ Maxima alone: blocks of queries and keys. The last block of an axis is shifted s
 since pairs that occur twice do not change a maximum. Blocks without unmasked pairs are skipped.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -30,19 +31,15 @@ from muonclip_jax.attention.pairs import (
 
 
 class Sizes(NamedTuple):
-    """Sizes of blocks on a platform.
+    """Sizes of blocks on a platform."""
 
-    Attributes:
-        dense: Up to this number of logits attention is one block, stored for the backward pass.
-        block: Float32 logits of one block of attention. On a CPU 8 MB fit into the last-level
-            cache; on an accelerator few large launches are faster.
-        queries: Minimum number of queries per block. On Auto axes the number of devices over which
-            a batch is sharded is unknown, so a block may be many times smaller per device than
-            planned: on an accelerator it has at least enough queries to fill a matrix unit.
-    """
-
-    dense: int
+    dense: int  # up to so many logits attention is one block, stored for the backward pass
+    # Float32 logits of one block of attention. On a CPU 8 MB fit into the last-level cache; on an
+    # accelerator few large launches are faster.
     block: int
+    # Minimum number of queries per block. On Auto axes the number of devices over which a batch is
+    # sharded is unknown, so a block may be many times smaller per device than planned: on an
+    # accelerator it has at least enough queries to fill a matrix unit.
     queries: int
 
 
@@ -56,10 +53,6 @@ _MAXIMA_BLOCK = 1 << 19
 _CAUSAL_RANGES = 4
 # Hides a pair, and is finite, so that a row without any pair stays finite.
 _HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
-
-
-def _sizes(geometry: Geometry) -> Sizes:
-    return SIZES.get(geometry.platform, _ACCELERATOR)
 
 
 def _rows(query: jax.Array) -> int:
@@ -93,7 +86,7 @@ class Segment(NamedTuple):
 def plan_segments(inputs: Inputs, geometry: Geometry) -> list[Segment]:
     """Divides the queries of attention into blocks. Symbolic lengths give one block."""
     queries, keys = inputs.query.shape[1], inputs.key.shape[1]
-    rows, sizes = _rows(inputs.query), _sizes(geometry)
+    rows, sizes = _rows(inputs.query), SIZES.get(geometry.platform, _ACCELERATOR)
     symbolic = not (isinstance(queries, int) and isinstance(keys, int))
     if symbolic or rows * queries * keys <= sizes.dense:
         return [Segment(0, queries, (0,), keys)]
@@ -122,15 +115,10 @@ def plan_segments(inputs: Inputs, geometry: Geometry) -> list[Segment]:
 
 
 def _attend_block(
-    inputs: Inputs,
-    geometry: Geometry,
-    fallback: Float[Array, "B 1 K 1 D"] | None,
-    query_start: int | jax.Array,
-    key_start: int | jax.Array,
+    inputs: Inputs, geometry: Geometry, fallback: Float[Array, "B 1 K 1 D"] | None, block: Block
 ) -> tuple[Float[Array, "B t K G D"], Float[Array, "K G"]]:
     """Attention of one block of queries to one range of keys; `inputs` contains only these."""
     assert inputs.value is not None
-    block = Block(query_start, inputs.query.shape[1], key_start, inputs.key.shape[1])
     unbiased = logits = block_logits(inputs.query, inputs.key, inputs.scale)
     if inputs.bias is not None:
         logits = (logits + block.cut(inputs.bias)).astype(logits.dtype)
@@ -152,85 +140,51 @@ def _attend_block(
     return out, permitted_max(recorded, permitted, axes=(0, 3, 4))
 
 
-def _attend_segment(
-    segment: Segment, inputs: Inputs, geometry: Geometry, fallback: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """Attention of the blocks of one segment, sequentially."""
-    blocks = len(segment.key_starts)
-    stop = segment.start + blocks * segment.length
-    queries = inputs.query[:, segment.start : stop]
-
-    @jax.checkpoint
-    def attend_block(
-        inputs: Inputs, fallback: jax.Array | None, start: jax.Array, key_start: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        if segment.keys < inputs.key.shape[1]:
-            key, value = jax.tree.map(
-                lambda x: lax.dynamic_slice_in_dim(x, key_start, segment.keys, axis=1),
-                (inputs.key, inputs.value),
-            )
-            inputs = inputs._replace(key=key, value=value)
-        return _attend_block(inputs, geometry, fallback, start, key_start)
-
-    def attend_at(block: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        query, start, key_start = block
-        return attend_block(inputs._replace(query=query), fallback, start, key_start)
-
-    starts = jnp.arange(segment.start, stop, segment.length)
-    key_starts = jnp.asarray(segment.key_starts)
-    if blocks == 1:
-        return attend_at((queries, starts[0], key_starts[0]))
-    queries = queries.reshape(queries.shape[0], blocks, segment.length, *queries.shape[2:])
-    out, maxima = lax.map(attend_at, (jnp.moveaxis(queries, 1, 0), starts, key_starts))
-    out = jnp.moveaxis(out, 0, 1)
-    return out.reshape(out.shape[0], -1, *out.shape[3:]), jnp.max(maxima, axis=0)
-
-
 def attend(
     inputs: Inputs, geometry: Geometry
 ) -> tuple[Float[Array, "B T K G D"], Float[Array, "K G"]]:
     """Returns exact attention, and the exact maxima of its heads."""
     assert inputs.value is not None
-    segments = plan_segments(inputs, geometry)
-    if len(segments) == 1 and len(segments[0].key_starts) == 1:
-        out, maxima = _attend_block(inputs, geometry, None, 0, 0)
-    else:
-        fallback = None
-        if any(segment.keys < inputs.key.shape[1] for segment in segments):
-            # A row with nothing to attend to falls back to the mean over all values, those outside
-            # of its range too.
-            fallback = jnp.mean(inputs.value, axis=1, keepdims=True, dtype=jnp.float32)
-            fallback = fallback[:, :, :, None].astype(inputs.value.dtype)
-        pieces = [_attend_segment(segment, inputs, geometry, fallback) for segment in segments]
-        out = jnp.concatenate([out for out, _ in pieces], axis=1)
-        maxima = jnp.max(jnp.stack([maxima for _, maxima in pieces]), axis=0)
+    segments, keys = plan_segments(inputs, geometry), inputs.key.shape[1]
+    fallback = None
+    if any(segment.keys < keys for segment in segments):
+        # A row with nothing to attend to falls back to the mean over all values, those outside of
+        # its range too.
+        fallback = jnp.mean(inputs.value, axis=1, keepdims=True, dtype=jnp.float32)
+        fallback = fallback[:, :, :, None].astype(inputs.value.dtype)
+    pieces = []
+    for first, length, key_starts, span in segments:
+
+        def attend_at(
+            piece: tuple[jax.Array, int | jax.Array, int | jax.Array], span: int = span
+        ) -> tuple[jax.Array, jax.Array]:
+            query, start, key_start = piece
+            key, value = both = inputs.key, inputs.value
+            if span < keys:
+                cut = functools.partial(lax.dynamic_slice_in_dim, axis=1)
+                key, value = jax.tree.map(lambda x: cut(x, key_start, span), both)
+            share = inputs._replace(query=query, key=key, value=value)
+            block = Block(start, query.shape[1], key_start, span)
+            return _attend_block(share, geometry, fallback, block)
+
+        blocks = len(key_starts)
+        query = inputs.query[:, first : first + blocks * length]
+        if len(segments) == blocks == 1:
+            pieces.append(attend_at((query, 0, 0)))
+        elif blocks == 1:
+            pieces.append(jax.checkpoint(attend_at)((query, first, key_starts[0])))
+        else:
+            starts = first + length * jnp.arange(blocks), jnp.asarray(key_starts)
+            query = query.reshape(query.shape[0], blocks, length, *query.shape[2:])
+            out, maxima = lax.map(jax.checkpoint(attend_at), (jnp.moveaxis(query, 1, 0), *starts))
+            out = jnp.moveaxis(out, 0, 1)
+            pieces.append((out.reshape(len(out), -1, *out.shape[3:]), jnp.max(maxima, axis=0)))
+    out = jnp.concatenate([out for out, _ in pieces], axis=1)
+    maxima = jnp.max(jnp.stack([maxima for _, maxima in pieces]), axis=0)
     if inputs.query_seq_lengths is not None:
         inside = jnp.arange(out.shape[1]) < inputs.query_seq_lengths[:, None]
         out = out * inside[:, :, None, None, None].astype(out.dtype)
     return out, maxima
-
-
-def _plan_blocks(inputs: Inputs, geometry: Geometry) -> list[Block]:
-    """Lists equal blocks that contain every pair that the causal mask and the window allow."""
-    queries, keys = inputs.query.shape[1], inputs.key.shape[1]
-    if 0 in inputs.query.shape or 0 in inputs.key.shape:
-        return []
-    if not (isinstance(queries, int) and isinstance(keys, int)):
-        return [Block(0, queries, 0, keys)]
-    rows, least = _rows(inputs.query), _sizes(geometry).queries
-
-    def size(length: int, other: int) -> int:
-        wanted = _MAXIMA_BLOCK // max(rows * other, 1) // 32 * 32
-        return min(length, max(least, min(512, wanted)))
-
-    key_block = size(keys, 256)
-    query_block = size(queries, key_block)
-    blocks = []
-    for start in range(0, queries, query_block):
-        start = min(start, queries - query_block)
-        for key_start in range(*geometry.key_range(start, start + query_block, keys), key_block):
-            blocks.append(Block(start, query_block, min(key_start, keys - key_block), key_block))
-    return blocks
 
 
 def max_logits(inputs: Inputs, geometry: Geometry) -> Float[Array, "K G"]:
@@ -238,12 +192,11 @@ def max_logits(inputs: Inputs, geometry: Geometry) -> Float[Array, "K G"]:
 
     The bias is not added; it only masks pairs.
     """
-    blocks = _plan_blocks(inputs, geometry)
-    if not blocks:
+    starts, queries, keys = _plan_blocks(inputs, geometry)
+    if not starts:
         return jnp.full(inputs.query.shape[2:4], -jnp.inf, jnp.float32)
-    _, queries, _, keys = blocks[0]
 
-    def maximum(start: jax.Array) -> Float[Array, "K G"]:
+    def maximum(start: tuple[int | jax.Array, int | jax.Array]) -> Float[Array, "K G"]:
         block = Block(start[0], queries, start[1], keys)
         query = lax.dynamic_slice_in_dim(inputs.query, block.query_start, queries, axis=1)
         key = lax.dynamic_slice_in_dim(inputs.key, block.key_start, keys, axis=1)
@@ -253,7 +206,30 @@ def max_logits(inputs: Inputs, geometry: Geometry) -> Float[Array, "K G"]:
             allowed = permitted if allowed is None else allowed & permitted
         return permitted_max(block_logits(query, key, inputs.scale), allowed, axes=(0, 3, 4))
 
-    starts = jnp.asarray([(block.query_start, block.key_start) for block in blocks])
-    if len(blocks) == 1:
+    if len(starts) == 1:
         return maximum(starts[0])
-    return jnp.max(lax.map(maximum, starts), axis=0)
+    first, key_first = (jnp.asarray(each) for each in zip(*starts, strict=True))
+    return jnp.max(lax.map(maximum, (first, key_first)), axis=0)
+
+
+def _plan_blocks(inputs: Inputs, geometry: Geometry) -> tuple[list[tuple[int, int]], int, int]:
+    """Returns the starts of equal blocks that contain every allowed pair, and their size."""
+    queries, keys = inputs.query.shape[1], inputs.key.shape[1]
+    if 0 in inputs.query.shape or 0 in inputs.key.shape:
+        return [], 0, 0
+    if not (isinstance(queries, int) and isinstance(keys, int)):
+        return [(0, 0)], queries, keys
+    rows, least = _rows(inputs.query), SIZES.get(geometry.platform, _ACCELERATOR).queries
+
+    def size(length: int, other: int) -> int:
+        wanted = _MAXIMA_BLOCK // max(rows * other, 1) // 32 * 32
+        return min(length, max(least, min(512, wanted)))
+
+    key_block = size(keys, 256)
+    query_block = size(queries, key_block)
+    starts: list[tuple[int, int]] = []
+    for start in range(0, queries, query_block):
+        start = min(start, queries - query_block)
+        low, high = geometry.key_range(start, start + query_block, keys)
+        starts += [(start, min(key, keys - key_block)) for key in range(low, high, key_block)]
+    return starts, query_block, key_block

@@ -1,6 +1,7 @@
 """Attention that returns its maximum logits, the maxima alone, and their implementations."""
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,14 @@ from jaxtyping import Array, Float
 
 from muonclip_jax._tree import ScalarLike
 from muonclip_jax.attention import blocks
-from muonclip_jax.attention.cudnn import attend_cudnn
 from muonclip_jax.attention.inputs import AnyArray, on_each_device, read_inputs
 from muonclip_jax.attention.pairs import Geometry, Inputs, bias_permits
 from muonclip_jax.kernels import MAX_LOGITS, load_kernel
 
 #: Implementations of `dot_product_attention`; "xla", the default, is exact and supports every call.
 IMPLEMENTATIONS = ("xla", "cudnn")
+# A row's log-sum-exp at or below this had nothing to attend to.
+_NOTHING = -0.35 * float(jnp.finfo(jnp.float32).max)
 
 
 def dot_product_attention(
@@ -88,20 +90,12 @@ def dot_product_attention(
             f"{', '.join(map(repr, IMPLEMENTATIONS))}, or None for 'xla'."
         )
     inputs, geometry = read_inputs(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
+        *(query, key, value, bias, mask, scale, is_causal, query_seq_lengths),
+        *(key_value_seq_lengths, local_window_size),
     )
     with jax.named_scope("dot_product_attention"):
         if implementation == "cudnn":
-            out, maxima = attend_cudnn(inputs, geometry)
+            out, maxima = _attend_cudnn(inputs, geometry)
         else:
             out, maxima = on_each_device(lambda share: blocks.attend(share, geometry), inputs)
     out = jnp.asarray(out).reshape(*jnp.shape(query)[:-1], jnp.shape(value)[-1])
@@ -126,12 +120,10 @@ def attention_max_logits(
     .. math:: S_h = \max_{b, t, s\ \mathrm{attended}} \mathrm{scale}\; q_{bth} \cdot k_{bsh}
 
     Dot products accumulate in float32. They are computed block by block, so memory grows with
-    `T + S` and not with `T S`. The result has no gradient. Use it with an attention implementation
-    that does not return its logits.
+    `T + S` and not with `T S`. The result has no gradient.
 
     Implementations:
-        - "xla", the default: all platforms, with ordinary operations that the partitioner can
-          shard.
+        - "xla", the default: all platforms.
         - "mosaic_tpu": on TPUs, a Pallas kernel that keeps the logits in on-chip memory; tested in
           Pallas's interpreter, not timed on a TPU. Float32 products use bfloat16 unless
           `jax.default_matmul_precision` is higher. On several devices it needs a `jax.shard_map`
@@ -141,9 +133,9 @@ def attention_max_logits(
         query: Queries `(*B, T, N, H)`, with any number of batch axes.
         key: Keys `(*B, S, K, H)`; `N` must be a multiple of `K`, and query head `n` uses key head
             `n // (N / K)`.
-        bias: Additive bias that broadcasts to `(*B, N, T, S)`. It is not part of the maximum,
-            because scaling query and key does not change it. A pair is masked where the bias is at
-            most `finfo(bias.dtype).min / 2`, including -inf, or at most -1e9.
+        bias: Broadcasts to `(*B, N, T, S)`. It is not part of the maximum, because scaling query
+            and key does not change it. A pair is masked where the bias is at most
+            `finfo(bias.dtype).min / 2`, including -inf, or at most -1e9.
         mask: Boolean, False for masked pairs; broadcasts to `(*B, N, T, S)`.
         scale: Factor of the dot products, `1 / sqrt(H)` by default.
         is_causal: Whether query `t` attends only to keys up to `t`.
@@ -176,16 +168,8 @@ def attention_max_logits(
             f"{', '.join(map(repr, ('xla', *MAX_LOGITS)))}, or None for 'xla'."
         )
     inputs, geometry = read_inputs(
-        query,
-        key,
-        None,
-        bias,
-        mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
+        *(query, key, None, bias, mask, scale, is_causal, query_seq_lengths),
+        *(key_value_seq_lengths, local_window_size),
     )
     compute = blocks.max_logits
     if implementation in MAX_LOGITS:
@@ -232,3 +216,69 @@ def _by_kernel(name: str, inputs: Inputs, geometry: Geometry) -> Float[Array, "K
     scaled = maxima * jnp.abs(scale).astype(jnp.float32)
     maxima = jnp.where(jnp.isneginf(maxima), maxima, scaled)
     return jnp.max(maxima, axis=0).reshape(key_heads, groups)
+
+
+def _attend_cudnn(
+    inputs: Inputs, geometry: Geometry
+) -> tuple[Float[Array, "B T N D"], Float[Array, " N"]]:
+    """Returns cuDNN's attention and an upper bound of its maxima, or raises with the reason."""
+    assert inputs.value is not None
+    reason, batch, queries = None, *inputs.query.shape[:2]
+    query = inputs.query.reshape(batch, queries, -1, inputs.query.shape[-1])
+    mask = inputs.mask
+    attend = functools.partial(
+        jax.nn.dot_product_attention,
+        mask=None if mask is None else mask.reshape(mask.shape[0], -1, *mask.shape[3:]),
+        scale=cast(float, inputs.scale),
+        is_causal=geometry.is_causal,
+        query_seq_lengths=inputs.query_seq_lengths,
+        key_value_seq_lengths=inputs.key_value_seq_lengths,
+        local_window_size=geometry.window,
+        implementation="cudnn",
+        return_residual=True,
+    )
+    if inputs.bias is not None:
+        reason = (
+            "its log-sum-exp includes the additive bias, which a clip cannot change; use 'xla', or "
+            "pass a bias that only masks pairs as mask"
+        )
+    elif query.dtype not in (jnp.bfloat16, jnp.float16):
+        reason = f"it takes bfloat16 and float16, not {query.dtype}; use 'xla'"
+    elif geometry.platform != "gpu":
+        reason = f"it runs on NVIDIA GPUs, not on {geometry.platform!r}; use 'xla'"
+    else:
+        try:
+            jax.eval_shape(attend, query, inputs.key, inputs.value)
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            reason = f"cuDNN says: {str(error).strip().rstrip('.')}; use 'xla'"
+    if reason is not None:
+        raise NotImplementedError(f"implementation='cudnn' cannot be used: {reason}.")
+    out, log_sum_exp = attend(query, inputs.key, inputs.value)
+    return out, bound_from_log_sum_exp(log_sum_exp, inputs.query_seq_lengths)
+
+
+def bound_from_log_sum_exp(
+    log_sum_exp: Float[Array, "B T N"], query_seq_lengths: jax.Array | None = None
+) -> Float[Array, " N"]:
+    """Returns an upper bound of every head's maximum logit, from every query's log-sum-exp.
+
+        max_j s_j  <=  log sum_j exp(s_j)  <=  max_j s_j + ln(keys)
+
+    A clip by this bound comes a little early, and never too late. JAX returns the log-sum-exp in
+    the dtype of the output, where rounding may fall below the maximum by half a unit in the last
+    place; one such unit is added. Queries beyond `query_seq_lengths` `[B]` are padding; a head
+    without any pair has -inf.
+
+    Example:
+        >>> bound = bound_from_log_sum_exp(jnp.full((1, 2, 1), 3.0))
+        >>> 3.0 <= float(bound[0]) < 3.00001
+        True
+    """
+    slack = float(jnp.finfo(log_sum_exp.dtype).eps)
+    values = lax.stop_gradient(log_sum_exp).astype(jnp.float32)
+    values = values + slack * jnp.abs(values)
+    if query_seq_lengths is not None:
+        inside = jnp.arange(values.shape[1]) < query_seq_lengths[:, None]
+        values = jnp.where(inside[:, :, None], values, -jnp.inf)
+    values = jnp.where(values <= _NOTHING, -jnp.inf, values)
+    return jnp.max(values, axis=(0, 1), initial=-jnp.inf)

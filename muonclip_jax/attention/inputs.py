@@ -20,48 +20,42 @@ AnyArray: TypeAlias = jax.Array | np.ndarray
 Result: TypeAlias = tuple[jax.Array | None, jax.Array]
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
 def _check_sequences(query: jax.Array, key: jax.Array, value: jax.Array | None) -> None:
-    arrays = {"query": query, "key": key} | ({} if value is None else {"value": value})
-    for name, x in arrays.items():
-        _require(
-            x.ndim >= 3,
-            f"{name} has shape {x.shape}; attention takes (batch, time, heads, head_dim), with any "
-            "number of batch axes.",
-        )
-        _require(
-            x.shape[:-3] == query.shape[:-3],
-            f"query and {name} must agree in batch, the axes before the last three, got "
-            f"{query.shape} and {x.shape}.",
-        )
-        _require(
-            x.dtype == query.dtype,
-            f"query is {query.dtype} and {name} is {x.dtype}; cast them to the same dtype, as "
-            "jax.nn.dot_product_attention requires too.",
-        )
+    value = key if value is None else value
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim < 3:
+            raise ValueError(
+                f"{name} has shape {x.shape}; attention takes (batch, time, heads, head_dim), with "
+                "any number of batch axes."
+            )
+        if x.dtype != query.dtype:
+            raise ValueError(
+                f"query is {query.dtype} and {name} is {x.dtype}; cast them to the same dtype, as "
+                "jax.nn.dot_product_attention requires too."
+            )
+    q, k, v = query.shape, key.shape, value.shape
     real = jnp.issubdtype(query.dtype, jnp.floating)
-    _require(real, f"query, key and value must be real floating, got {query.dtype}.")
-    shapes = f"got {query.shape} and {key.shape}."
-    same = query.shape[-1] == key.shape[-1]
-    _require(same, f"query and key must agree in head_dim, their last axis, {shapes}")
-    if value is not None:
-        shapes = f"got {key.shape} and {value.shape}."
-        same = value.shape[:-1] == key.shape[:-1]
-        _require(same, f"key and value must agree in all but their last axis, {shapes}")
-    heads, key_heads = query.shape[-2], key.shape[-2]
-    _require(
-        key_heads != 0 and heads % key_heads == 0,
-        f"query has {heads} heads and key {key_heads}: the query heads must be a multiple of the "
-        "key heads, each key head being shared by that many.",
-    )
+    for right, message in (
+        (real, f"query, key and value must be real floating, got {query.dtype}."),
+        (k[:-3] == q[:-3], f"query and key must agree in batch, all axes but 3, got {q} and {k}."),
+        (k[-1] == q[-1], f"query and key must agree in head_dim, the last axis, got {q} and {k}."),
+        (v[:-1] == k[:-1], f"key and value must agree in all but their last axis: {k} and {v}."),
+        (
+            k[-2] != 0 and q[-2] % k[-2] == 0,
+            f"query has {q[-2]} heads and key {k[-2]}: the query heads must be a multiple of the "
+            "key heads, each key head being shared by that many.",
+        ),
+    ):
+        if not right:
+            raise ValueError(message)
 
 
-def _grouped(name: str, x: AnyArray, full: tuple[int, ...], key_heads: int) -> jax.Array:
+def _grouped(
+    name: str, x: AnyArray | None, full: tuple[int, ...], key_heads: int
+) -> jax.Array | None:
     """Reshapes a mask or bias that broadcasts to `(*batch, N, T, S)` to `[B, K, G, T, S]`."""
+    if x is None:
+        return None
     x = jnp.asarray(x)
     if x.ndim > len(full) or any(
         size not in (1, wanted) for size, wanted in zip(x.shape[::-1], full[::-1], strict=False)
@@ -69,6 +63,11 @@ def _grouped(name: str, x: AnyArray, full: tuple[int, ...], key_heads: int) -> j
         raise ValueError(
             f"{name} has shape {x.shape}; it must broadcast to (batch, heads, queries, keys) = "
             f"{full}."
+        )
+    if name == "mask" and x.dtype != jnp.bool_:
+        raise ValueError(
+            f"mask is {x.dtype}; it must be boolean, False for masked pairs. Write "
+            "mask.astype(bool), or pass an additive mask as bias."
         )
     x = x.reshape((1,) * (len(full) - x.ndim) + x.shape)
     if any(size != 1 for size in x.shape[:-3]):
@@ -90,25 +89,17 @@ def _lengths(name: str, x: AnyArray | None, batch: tuple[int, ...]) -> jax.Array
     return x.reshape(-1)
 
 
-def _own_keys(keys: jax.Array, heads: int) -> jax.Array:
-    """Repeats key heads, one for every query head."""
-    batch, length, key_heads, size = keys.shape
-    shared = (batch, length, key_heads, heads // key_heads, size)
-    return jnp.broadcast_to(keys[:, :, :, None], shared).reshape(batch, length, heads, size)
-
-
 def read_inputs(
     query: AnyArray,
     key: AnyArray,
     value: AnyArray | None,
-    bias: AnyArray | None,
-    mask: AnyArray | None,
-    *,
-    scale: ScalarLike | None,
-    is_causal: bool,
-    query_seq_lengths: AnyArray | None,
-    key_value_seq_lengths: AnyArray | None,
-    local_window_size: int | tuple[int, int] | None,
+    bias: AnyArray | None = None,
+    mask: AnyArray | None = None,
+    scale: ScalarLike | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: AnyArray | None = None,
+    key_value_seq_lengths: AnyArray | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
 ) -> tuple[Inputs, Geometry]:
     """Checks the arguments of `jax.nn.dot_product_attention` and converts them to one form.
 
@@ -123,18 +114,17 @@ def read_inputs(
     q, k, v = jax.tree.map(lambda x: x.reshape(math.prod(batch), *x.shape[-3:]), (q, k, v))
     sharding = jax.typeof(q).sharding
     head_axes = entry_axes((*sharding.spec, *[None] * 4)[2])
-    if k.shape[2] % math.prod(sharding.mesh.shape[name] for name in head_axes):
+    keys, key_heads = k.shape[1:3]
+    if key_heads % math.prod(sharding.mesh.shape[name] for name in head_axes):
         # Devices divide the query heads further than there are key heads: each gets the keys that
         # its own heads read.
-        k, v = jax.tree.map(lambda x: _own_keys(x, heads), (k, v))
-    keys, key_heads = k.shape[1:3]
+        def repeat(x: jax.Array) -> jax.Array:
+            shared = (*x.shape[:3], heads // key_heads, x.shape[3])
+            return jnp.broadcast_to(x[:, :, :, None], shared).reshape(len(x), keys, heads, -1)
+
+        k, v = jax.tree.map(repeat, (k, v))
+        key_heads = heads
     full = (*batch, heads, queries, keys)
-    mask = None if mask is None else _grouped("mask", mask, full, key_heads)
-    if mask is not None and mask.dtype != jnp.bool_:
-        raise ValueError(
-            f"mask is {mask.dtype}; it must be boolean, False for masked pairs. Write "
-            "mask.astype(bool), or pass an additive mask as bias."
-        )
     if isinstance(local_window_size, int):
         local_window_size = (local_window_size, local_window_size)
     inputs = Inputs(
@@ -142,8 +132,8 @@ def read_inputs(
         key=k,
         value=v,
         scale=1.0 / math.sqrt(head_dim) if scale is None else scale,
-        mask=mask,
-        bias=None if bias is None else _grouped("bias", bias, full, key_heads),
+        mask=_grouped("mask", mask, full, key_heads),
+        bias=_grouped("bias", bias, full, key_heads),
         query_seq_lengths=_lengths("query_seq_lengths", query_seq_lengths, batch),
         key_value_seq_lengths=_lengths("key_value_seq_lengths", key_value_seq_lengths, batch),
     )
@@ -172,10 +162,13 @@ def on_each_device(
     keys, pairs = (batch, None, key_heads), (batch, key_heads, groups)
     # Mesh axes of the leading axes of every array, in the order of `Inputs`.
     entries = ((*keys, groups), keys, keys, (), pairs, pairs, (batch,), (batch,))
+    arrays = {name: x for name, x in inputs._asdict().items() if x is not None}
     specs = {
-        name: P(*(axes if size > 1 else None for axes, size in zip(entry, x.shape, strict=False)))
-        for (name, x), entry in zip(inputs._asdict().items(), entries, strict=True)
-        if x is not None
+        name: P(
+            *(axes if n > 1 else None for axes, n in zip(entry, arrays[name].shape, strict=False))
+        )
+        for name, entry in zip(inputs._fields, entries, strict=True)
+        if name in arrays
     }
 
     def local(share: dict[str, jax.Array]) -> Result:
@@ -194,7 +187,6 @@ def on_each_device(
             check_vma=check_vma,
         )({name: jax.reshard(x, NamedSharding(mesh, specs[name])) for name, x in arrays.items()})
 
-    arrays = {name: getattr(inputs, name) for name in specs}
     if any(jax.typeof(x).sharding.mesh.empty for x in arrays.values()):
         # Eagerly, where no mesh is set, an array that is on one device cannot be resharded.
         mapped = jax.jit(mapped)

@@ -1,10 +1,8 @@
 """Which query attends to which key, and the arrays of an attention call in one form.
 
-There is one batch axis, and query heads are grouped by key head as `(K, G)`. Pairs may be masked by
-a boolean mask, causality, a local window, padding at the end of a sequence, or an additive bias so
-low that the softmax weight is zero. For causality and the window, the keys of a range of queries
-follow from shapes; masks and biases are sliced per block, so no array of size queries times keys is
-created.
+There is one batch axis, and query heads are grouped by key head as `(K, G)`. For causality and the
+window, the keys of a range of queries follow from shapes; masks and biases are sliced per block, so
+no array of size queries times keys is created.
 """
 
 import functools
@@ -24,41 +22,24 @@ _FORBIDDING_BIAS = -1e9
 
 
 class Inputs(NamedTuple):
-    """The arrays of one attention call. Axes of mask and bias may have length one.
+    """The arrays of one attention call. Axes of mask and bias may have length one."""
 
-    Attributes:
-        query: Queries `[B, T, K, G, H]`.
-        key: Keys `[B, S, K, H]`.
-        value: Values `[B, S, K, D]`, or None if only maxima are needed.
-        scale: Factor of the dot products.
-        mask: False for masked pairs `[B, K, G, T, S]`.
-        bias: Added to the logits `[B, K, G, T, S]`.
-        query_seq_lengths: Queries from here on are padding `[B]`.
-        key_value_seq_lengths: Keys from here on are padding `[B]`.
-    """
-
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array | None
+    query: jax.Array  # [B, T, K, G, H]
+    key: jax.Array  # [B, S, K, H]
+    value: jax.Array | None  # [B, S, K, D]; None if only maxima are needed
     scale: ScalarLike
-    mask: jax.Array | None = None
-    bias: jax.Array | None = None
-    query_seq_lengths: jax.Array | None = None
-    key_value_seq_lengths: jax.Array | None = None
+    mask: jax.Array | None = None  # [B, K, G, T, S]; False for masked pairs
+    bias: jax.Array | None = None  # [B, K, G, T, S]; added to the logits
+    query_seq_lengths: jax.Array | None = None  # [B]; queries from here on are padding
+    key_value_seq_lengths: jax.Array | None = None  # [B]; keys from here on are padding
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Static properties of a call.
+    """Static properties of a call."""
 
-    Attributes:
-        is_causal: Query `t` attends to keys up to and including `t`.
-        window: Query `t` attends to keys from `t - left` to `t + right`.
-        platform: The platform from `plan_platform`.
-    """
-
-    is_causal: bool = False
-    window: tuple[int, int] | None = None
+    is_causal: bool = False  # query t attends to keys up to and including t
+    window: tuple[int, int] | None = None  # query t attends to keys from t - left to t + right
     platform: str = "cpu"
 
     def key_range(self, start: int, stop: int, keys: int) -> tuple[int, int]:
@@ -114,10 +95,7 @@ def allowed_pairs(inputs: Inputs, geometry: Geometry, block: Block) -> jax.Array
 
 
 def bias_permits(bias: jax.Array) -> jax.Array:
-    """Returns False where a bias masks the pair.
-
-    That is at most `finfo(bias.dtype).min / 2`, including -inf, or at most -1e9.
-    """
+    """Returns False where a bias is at most `finfo(bias.dtype).min / 2` or -1e9: it masks."""
     limit = _FORBIDDING_BIAS
     if jnp.issubdtype(bias.dtype, jnp.floating):
         limit = max(limit, float(jnp.finfo(bias.dtype).min) / 2)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from muonclip_jax.attention.dot_product import attention_max_logits
 
-#: Arguments that tell which pairs take part, and the factor of their products.
+#: Arguments that determine which pairs take part, and the factor of their products.
 _MEANT = (
     *("bias", "mask", "is_causal", "query_seq_lengths", "key_value_seq_lengths"),
     *("local_window_size", "scale"),
@@ -27,42 +27,25 @@ def as_bool(mask: jax.Array | None) -> jax.Array | None:
     return None if mask is None else jnp.asarray(mask).astype(bool)
 
 
-def records(attention_fn: Callable[..., Any], *ours: Callable[..., Any]) -> bool:
-    """Whether a function, without `functools.partial` around it, is one of `ours`.
-
-    Example:
-        >>> records(functools.partial(max, default=0), max), records(min, max)
-        (True, False)
-    """
+def records(attention_fn: Callable[..., Any], ours: Callable[..., Any]) -> bool:
+    """Whether a function, without `functools.partial` around it, records maxima."""
     while isinstance(attention_fn, functools.partial):
         attention_fn = attention_fn.func
-    known = [inspect.unwrap(own) for own in ours]
-    return isinstance(attention_fn, RecordingBeside) or inspect.unwrap(attention_fn) in known
-
-
-def _bound(attention_fn: Callable[..., Any]) -> dict[str, Any]:
-    """Returns the keywords that `functools.partial` bound, the outermost last."""
-    if not isinstance(attention_fn, functools.partial):
-        return {}
-    return _bound(attention_fn.func) | attention_fn.keywords
+    return isinstance(attention_fn, RecordingBeside) or (
+        inspect.unwrap(attention_fn) is inspect.unwrap(ours)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class RecordingBeside:
     """Calls an attention function, and computes and records its maxima separately.
 
-    The maxima are computed block by block. Arguments with the names of masking arguments of
-    `jax.nn.dot_product_attention`, and `scale`, are used, whether passed, bound by
-    `functools.partial` or defaults. Scaling or masking inside the function is not visible: without
-    a `scale` its logits are assumed to be `q . k / sqrt(head_dim)`. The signature is preserved,
-    because Flax's modules pass only the arguments in it.
-
-    Instances with equal fields are equal, because `jit` compares the functions in a module.
-
-    Attributes:
-        attention_fn: A function of `(query, key, value, ...)`.
-        to_one_dtype: Casts query and key to a common dtype, given the requested dtype.
-        record: Takes the maxima `(heads,)`.
+    Arguments with the names of masking arguments of `jax.nn.dot_product_attention`, and `scale`,
+    are used, whether passed, bound by `functools.partial` or defaults. Scaling or masking inside
+    the function is not visible: without a `scale` its logits are assumed to be
+    `q . k / sqrt(head_dim)`. The signature is preserved, because Flax's modules pass only the
+    arguments in it. Instances with equal fields are equal, because `jit` compares the functions in
+    a module.
 
     Example:
         >>> x = jnp.full((1, 2, 1, 4), 3.0)
@@ -73,9 +56,9 @@ class RecordingBeside:
         1.5
     """
 
-    attention_fn: Callable[..., jax.Array]
-    to_one_dtype: Callable[..., Sequence[jax.Array]]
-    record: Callable[[jax.Array], None]
+    attention_fn: Callable[..., jax.Array]  # of (query, key, value, ...)
+    to_one_dtype: Callable[..., Sequence[jax.Array]]  # casts query and key, given dtype=
+    record: Callable[[jax.Array], None]  # takes the maxima (heads,)
 
     @property
     def __wrapped__(self) -> Callable[..., jax.Array]:
@@ -88,8 +71,10 @@ class RecordingBeside:
             query, key, value, *arguments, **keywords
         )
         call.apply_defaults()
-        # A partial's keywords that the function takes as **keywords are not in its signature.
-        given = _bound(self.attention_fn) | call.arguments | keywords
+        given, function = call.arguments | keywords, self.attention_fn
+        while isinstance(function, functools.partial):
+            # Its keywords that the function takes as **keywords are not in the signature.
+            given, function = function.keywords | given, function.func
         query_, key_ = self.to_one_dtype(query, key, dtype=given.get("dtype"))
         meant = {name: given[name] for name in _MEANT if given.get(name) is not None}
         meant["mask"] = as_bool(meant.get("mask"))

@@ -6,13 +6,10 @@ A model that uses Flax's own attention modules needs no change:
     logits, max_logits = apply({"params": params}, tokens)
 
 A model may also record its own maxima, with
-`attention_fn=muonclip_jax.linen.dot_product_attention` on the module, or by calling that function.
-The maxima are sown into `intermediates` as `max_logits` at the path of the module whose query and
-key kernels the clip scales, and are returned by `model.apply(..., mutable=["intermediates"])`.
-
-In both cases the maxima are those of the same forward pass, with its masks, dropout and decoding
-cache. Under `nn.scan` and `nn.vmap` they are stacked like the kernels, if `variable_axes` contains
-`intermediates` in addition to `params`.
+`attention_fn=muonclip_jax.linen.dot_product_attention` on the module. They are sown into
+`intermediates` as `max_logits` at the path of the module whose query and key kernels the clip
+scales. Under `nn.scan` and `nn.vmap` maxima are stacked like the kernels, if `variable_axes`
+contains `intermediates` in addition to `params`.
 """
 
 from muonclip_jax.linen.attention import dot_product_attention as dot_product_attention

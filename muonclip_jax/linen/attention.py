@@ -66,10 +66,9 @@ def flax_attention(
     attn_weights_value_einsum: Callable[..., jax.Array] | None = None,
     **keywords: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs Flax's own attention, and takes the maxima from the logits that it computes.
+    """Runs Flax's own attention, bit for bit, and takes the maxima from the logits it computes.
 
-    Flax takes the product that computes the logits as an argument. This one wraps Flax's own, so
-    the output is the same bit for bit.
+    Flax takes the product that computes the logits as an argument. This one wraps Flax's own.
     """
     plain = functools.partial(
         jnp.einsum, precision=precision, _dot_general=einsum_dot_general or lax.dot_general
@@ -120,11 +119,10 @@ def dot_product_attention(
 ) -> Float[Array, "*B T N D"]:
     """Computes Flax's attention and sows the largest logit of every head as `max_logits`.
 
-    It has the arguments of `flax.linen.dot_product_attention`, for use as `attention_fn` of Flax's
-    modules. Without dropout, sown weights and custom products, attention is
-    `muonclip_jax.dot_product_attention`: memory is linear in the sequence length, key heads may be
-    shared, and logits and softmax are in float32 for every dtype. Otherwise it is Flax's own
-    attention, and the maxima are taken from the logits that it computes.
+    For use as `attention_fn` of Flax's modules. Without dropout, sown weights and custom products,
+    attention is `muonclip_jax.dot_product_attention`: memory is linear in the sequence length, key
+    heads may be shared, and logits and softmax are in float32 for every dtype. Otherwise it is
+    Flax's own attention, and the maxima are taken from the logits that it computes.
 
     Args:
         query: Queries `(*B, T, N, H)`.

@@ -2,8 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -36,15 +35,6 @@ def _record(max_logits: jax.Array) -> None:
     record_in_module(calling_module(), max_logits)
 
 
-def _recording(attention_fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Returns an attention function with the same output that records maxima."""
-    if records(attention_fn, dot_product_attention):
-        return attention_fn
-    if attention_fn is nn.dot_product_attention:
-        return _flax_recording
-    return RecordingBeside(attention_fn, promote_dtype, _record)
-
-
 def _record_flax_attention(
     method: Callable[..., Any],
     arguments: tuple[Any, ...],
@@ -55,23 +45,17 @@ def _record_flax_attention(
     module = context.module
     if not isinstance(module, nn.MultiHeadDotProductAttention) or context.method_name != "__call__":
         return method(*arguments, **keywords)
-    attention_fn = module.attention_fn
+    attention_fn = recording = module.attention_fn
+    if attention_fn is nn.dot_product_attention:
+        recording = _flax_recording
+    elif not records(attention_fn, dot_product_attention):
+        recording = RecordingBeside(attention_fn, promote_dtype, _record)
     # A bound module is this call's own copy; its field is put back all the same.
-    object.__setattr__(module, "attention_fn", _recording(attention_fn))
+    object.__setattr__(module, "attention_fn", recording)
     try:
         return method(*arguments, **keywords)
     finally:
         object.__setattr__(module, "attention_fn", attention_fn)
-
-
-@contextmanager
-def _capture() -> Iterator[None]:
-    token = capturing.set(True)
-    try:
-        with nn.intercept_methods(_record_flax_attention):
-            yield
-    finally:
-        capturing.reset(token)
 
 
 def capture_max_logits(apply_fn: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, Any]]]:
@@ -104,23 +88,17 @@ def capture_max_logits(apply_fn: Callable[..., Any]) -> Callable[..., tuple[Any,
         >>> jax.tree.map(jnp.shape, max_logits)
         {'layers_1': {'max_logits': (2,)}}
     """
+    given, kind = None, type(apply_fn).__name__
     if isinstance(apply_fn, nn.Module):
-        raise TypeError(
-            "capture_max_logits takes model.apply, got the model, a "
-            f"{type(apply_fn).__name__}. Write capture_max_logits(model.apply)."
-        )
-    if isinstance(apply_fn, jax.stages.Wrapped):
-        raise TypeError(
-            "capture_max_logits takes model.apply, got a jitted function, whose arguments must be "
-            "arrays and cannot be mutable=['intermediates']. Write "
-            "jax.jit(capture_max_logits(model.apply))."
-        )
-    if not callable(apply_fn):
-        raise TypeError(
-            f"capture_max_logits takes model.apply, got {apply_fn!r} of type "
-            f"{type(apply_fn).__name__}. Write "
-            "out, max_logits = capture_max_logits(model.apply)(variables, inputs)."
-        )
+        given = f"the model, a {kind}. Write capture_max_logits(model.apply)."
+    elif isinstance(apply_fn, jax.stages.Wrapped):
+        given = "a jitted function, whose arguments must be arrays and cannot be "
+        given += "mutable=['intermediates']. Write jax.jit(capture_max_logits(model.apply))."
+    elif not callable(apply_fn):
+        given = f"{apply_fn!r} of type {kind}. Write "
+        given += "out, max_logits = capture_max_logits(model.apply)(variables, inputs)."
+    if given is not None:
+        raise TypeError(f"capture_max_logits takes model.apply, got {given}")
 
     @functools.wraps(apply_fn)
     def captured(
@@ -134,10 +112,13 @@ def capture_max_logits(apply_fn: Callable[..., Any]) -> Callable[..., tuple[Any,
             )
         # Recordings of earlier calls are dropped.
         variables = {name: tree for name, tree in variables.items() if name != COLLECTION}
-        with _capture():
-            out, state = apply_fn(
-                variables, *arguments, mutable=union_filters(mutable, [COLLECTION]), **keywords
-            )
+        keywords["mutable"] = union_filters(mutable, [COLLECTION])
+        token = capturing.set(True)
+        try:
+            with nn.intercept_methods(_record_flax_attention):
+                out, state = apply_fn(variables, *arguments, **keywords)
+        finally:
+            capturing.reset(token)
         max_logits = only_max_logits(state.get(COLLECTION, {}))
         if not max_logits:
             raise ValueError(

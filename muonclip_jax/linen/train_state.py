@@ -48,7 +48,10 @@ class TrainState(train_state.TrainState):
         names = {field.name for field in dataclasses.fields(self)}
         replaced = {name: value for name, value in kwargs.items() if name in names}
         extra = {name: value for name, value in kwargs.items() if name not in names}
-        tx = self.tx if _takes_keywords(self.tx) else optax.with_extra_args_support(self.tx)
+        # `optax.MultiSteps` takes extra arguments, and its type does not declare them.
+        parameters = inspect.signature(self.tx.update).parameters.values()
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        tx = self.tx if takes_any else optax.with_extra_args_support(self.tx)
 
         def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
             return tx.update(updates, state, params, **extra)
@@ -56,13 +59,3 @@ class TrainState(train_state.TrainState):
         forwarding = self.replace(tx=optax.GradientTransformation(tx.init, update))
         stepped = super(TrainState, forwarding).apply_gradients(grads=grads, **replaced)
         return stepped.replace(tx=replaced.get("tx", self.tx))
-
-
-def _takes_keywords(tx: optax.GradientTransformation) -> bool:
-    """Whether `tx.update` takes extra arguments, even if its type does not declare them.
-
-    `optax.MultiSteps` has its own type, and its `gradient_transformation()` the type without extra
-    arguments; `optax.with_extra_args_support` would drop the arguments that both pass on.
-    """
-    parameters = inspect.signature(tx.update).parameters.values()
-    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)

@@ -13,7 +13,7 @@ import pytest
 from jax import export
 
 from muonclip_jax.attention import attention_max_logits, blocks, dot_product_attention
-from muonclip_jax.attention.cudnn import bound_from_log_sum_exp
+from muonclip_jax.attention.dot_product import bound_from_log_sum_exp
 from muonclip_jax.attention.inputs import read_inputs
 from muonclip_jax.attention.pairs import bias_permits
 from tests.attention.cases import CASES, make
