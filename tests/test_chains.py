@@ -80,16 +80,14 @@ def multi_transform(name: str, tx: Any) -> Any:
     return optax.multi_transform({False: tx, True: optax.set_to_zero()}, frozen(name))
 
 
-def chain(name: str) -> Any:
-    return optax.chain(muonclip(), optax.masked(optax.set_to_zero(), frozen(name)))
-
-
 #: How a matrix, the values or a block are frozen.
 FREEZING: dict[str, tuple[str, Any]] = {
     "a matrix, multi_transform": ("mlp", multi_transform("mlp", muonclip())),
-    "values, chain": ("value", chain("value")),
     "a block, multi_transform": ("b0", multi_transform("b0", muonclip(qk_clip_blocks="b1"))),
-    "a block, chain": ("b0", chain("b0")),
+    "values, chain": (
+        "value",
+        optax.chain(muonclip(), optax.masked(optax.set_to_zero(), frozen("value"))),
+    ),
     "a block, selective_transform": (
         "b0",
         optax.selective_transform(muonclip(qk_clip_blocks="b1"), freeze_mask=frozen("b0")(PARAMS)),

@@ -325,6 +325,6 @@ def test_nothing_is_lost_in_silence():
         with pytest.raises(ValueError, match=message):
             checkpoint.from_optax_state(given, tx, tree, **kwargs)
     frozen = optax.masked(tx, {"w": True, "b": False})
-    with pytest.raises(ValueError, match="/mu/b', .*, which the state of tx does not have"):
+    with pytest.raises(ValueError, match=r"/mu/b', .*, which the state of tx does not have"):
         checkpoint.from_optax_state(state, frozen, params)
     checkpoint.from_optax_state(finite, tx, params, ignore=["finite"])

@@ -1,4 +1,4 @@
-"""What people write by mistake, and the error that they read: what, where, and what to write."""
+"""What is refused when a transformation is made and when it is used, and what the error says."""
 
 import dataclasses
 import functools
@@ -18,6 +18,7 @@ from flax import nnx
 from flax.training import train_state
 
 from muonclip_jax import checkpoint
+from muonclip_jax.heads.layouts import separate
 
 # Untyped, for the mistakes are ones that a type checker sees too.
 mc: Any = importlib.import_module("muonclip_jax")
@@ -55,12 +56,24 @@ class Module:
 
 
 def step(tx: Any, grads: Any = GRADS, params: Any = PARAMS, state: Any = None, **extra: Any) -> Any:
-    state = tx.init(params) if state is None else state
+    state = tx.init(params or PARAMS) if state is None else state
     return tx.update(grads, state, params, **extra)
 
 
+def muon(learning_rate: Any = 1e-3, **settings: Any) -> Any:
+    return mc.muon(learning_rate, **settings)
+
+
+def muonclip(learning_rate: Any = 1e-3, **settings: Any) -> Any:
+    return mc.muonclip(learning_rate, **settings)
+
+
 def unclipped(learning_rate: Any = 1e-3, **settings: Any) -> Any:
-    return mc.muonclip(learning_rate, qk_clip_threshold=None, **settings)
+    return mc.muonclip(learning_rate, **{"qk_clip_threshold": None, **settings})
+
+
+def config(**settings: Any) -> Any:
+    return mc.MuonClipConfig(**{"learning_rate": 1e-3, **settings})
 
 
 def flax_train_state() -> Any:
@@ -68,101 +81,88 @@ def flax_train_state() -> Any:
     return state.apply_gradients(grads=GRADS, max_logits=MAX_LOGITS)
 
 
-LINEN = nn.MultiHeadDotProductAttention(num_heads=2)
 SCHEDULE = optax.cosine_decay_schedule(1e-3, 10)
-CLIP = functools.partial(mc.apply_qk_clip, PARAMS, MAX_LOGITS)
-MUON, MUONCLIP = functools.partial(mc.muon, 1e-3), functools.partial(mc.muonclip, 1e-3)
-NUMBER = "must be a number"
-#: A function, arguments, and the error's kind and text.
-ARGUMENTS: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
+REAL, COMPLEX = {"w": jnp.ones((4, 8))}, {"w": jnp.ones((4, 8), jnp.complex64)}
+orthogonalize = functools.partial(mc.orthogonalize, REAL["w"])
+describe_cost = functools.partial(mc.describe_cost, REAL)
+apply_qk_clip = functools.partial(mc.apply_qk_clip, PARAMS, MAX_LOGITS)
+clip_until = functools.partial(mc.clip_until, 5)
+accumulate = functools.partial(mc.accumulate, optax.sgd(1.0))
+MUON = (mc.scale_by_muon, muon, unclipped)
+NS, CLIP = (*MUON, orthogonalize), (unclipped, config)
+LOW: dict[str, Any] = {"mu_dtype": "bfloat16"}
+ON: dict[str, Any] = {"qk_clip_threshold": 1.0}
+AVERAGE = r"mu_dtype=.* cannot hold a moving average\. Pass one of 'float32'"
+POSITIVE, NUMBER = "must be positive and finite, got", "must be a number"
+#: A function or several, arguments, and what each of them says.
+Settings = list[tuple[Any, dict[str, Any], str]]
+TYPES: Settings = [
     (mc.muonclip, {"lr": 1e-3}, "muonclip has no argument 'lr'.*learning_rate"),
-    (MUON, {"mask": None}, "'mask'. Did you mean weight_decay_mask"),
+    (muon, {"mask": None}, "'mask'. Did you mean weight_decay_mask"),
     (mc.qk_clip, {"colour": 1}, "Its arguments are threshold, alpha"),
     (mc.MuonClipConfig, {"lr": 1e-3}, "MuonClipConfig has no.*learning_ra"),
-    (CLIP, {"treshold": 9.0}, "apply_qk_clip has no argument 'treshold'. Did you mean threshold"),
-    (MUONCLIP, {"qk_clip_threshold": "100"}, f"{NUMBER}, a .*'100' of type str. Write .*=100.0"),
-    (CLIP, {"threshold": "100"}, rf"threshold {NUMBER} or .*, got '100'.*threshold=100\.0"),
-    (CLIP, {"threshold": SCHEDULE}, f"threshold {NUMBER} or a traced scalar, got the function"),
-    (
-        MUONCLIP,
-        {"consistent_rms": SCHEDULE},
-        rf"consistent_rms {NUMBER}.*got the function.*, consistent_rms=schedule\)",
-    ),
+    (apply_qk_clip, {"treshold": 9.0}, "apply_qk_clip has no .*'treshold'. Did you mean threshold"),
+    (muonclip, {"qk_clip_threshold": "100"}, f"{NUMBER}, a .*'100' of type str. Write .*=100.0"),
+    (apply_qk_clip, {"threshold": "100"}, rf"{NUMBER} or .*, got '100'.*threshold=100\.0"),
+    (apply_qk_clip, {"threshold": SCHEDULE}, f"{NUMBER} or a traced scalar, got the function"),
+    (muonclip, {"consistent_rms": SCHEDULE}, rf"{NUMBER}.*function.*, consistent_rms=schedule\)"),
     (mc.muonclip, {"learning_rate": None}, f"learning_rate {NUMBER}, a"),
     (mc.muon, {"learning_rate": "1e-3"}, r"got '1e-3'.*Write learning_rate=0\.001"),
-    (MUONCLIP, {"weight_decay": [0.1]}, rf"{NUMBER}, .* or a schedule, got \[0.1\] of type list"),
-    (MUONCLIP, {"adam_b2": SCHEDULE}, f"adam_b2 {NUMBER} or a traced scalar, got the function"),
-    (MUONCLIP, {"nesterov": "yes"}, "must be True or False, got 'yes'"),
-    (MUONCLIP, {"rules": {"w$": None}}, "MatrixRules"),
-    (MUONCLIP, {"axis_name": 1}, "axis_name must be 'data' or"),
-    (MUONCLIP, {"distribution": "fsdp"}, "distribution must be Distribution"),
-    (
-        mc.accumulate,
-        {"tx": optax.sgd(1.0), "every": "4"},
-        r"every must be an integer from 1, a traced scalar or a schedule.*every=4\.0",
-    ),
-    (MUON, {"weight_decay_mask": True}, "weight_decay_mask must be a tree of bools like the param"),
+    (muonclip, {"weight_decay": [0.1]}, rf"{NUMBER}, .* or a schedule, got \[0.1\] of type list"),
+    (muonclip, {"adam_b2": SCHEDULE}, f"adam_b2 {NUMBER} or a traced scalar, got the function"),
+    (muonclip, {"nesterov": "yes"}, "must be True or False, got 'yes'"),
+    (muonclip, {"rules": {"w$": None}}, "MatrixRules"),
+    (muonclip, {"axis_name": 1}, "axis_name must be 'data' or"),
+    (muonclip, {"distribution": "fsdp"}, "distribution must be Distribution"),
+    (accumulate, {"every": "4"}, r"an integer from 1, a traced scalar or a schedule.*every=4\.0"),
+    (muon, {"weight_decay_mask": True}, "weight_decay_mask must be a tree of bools like the param"),
+    (config, {"qk_clip_blocks": jnp.ones(3)}, "hashable Python values"),
 ]
-CAPTURE = mc_linen.capture_max_logits
-#: Further calls, by what the error says.
-TYPE_ERRORS: dict[str, Callable[[], Any]] = {
-    r"weight_decay_mask must be a tree.*static_args=\('weight_decay_mask',\)": lambda: (
-        optax.inject_hyperparams(mc.muonclip)(
-            1e-3, weight_decay_mask=functools.partial(jax.tree.map, lambda x: x.ndim > 1)
-        ).init(PARAMS)
+VALUES: Settings = [
+    # The stored momentum: a dtype in which no average moves, and what is no dtype.
+    *((MUON, {"mu_dtype": x}, AVERAGE) for x in ("int8", bool, jnp.float8_e4m3fn, "int4", "bf16")),
+    ((mc.scale_by_muon, muon), {**LOW, "beta": 0.999}, "with beta=0.999: .* a smaller beta"),
+    (unclipped, {**LOW, "beta": 0.998}, "with beta=0.998: .* a smaller beta"),
+    ((muon, unclipped), {**LOW, "adam_b1": 0.9999}, "with adam_b1=0.9999: .* a smaller adam_b1"),
+    # Newton-Schulz.
+    (NS, {"ns_dtype": "int8"}, "ns_dtype='int8' is not known"),
+    (NS, {"ns_dtype": jnp.float8_e5m2}, "ns_dtype='float8_e5m2' is not known"),
+    (NS, {"ns_method": "svd", "ns_dtype": "float16"}, 'not possible for ns_method="svd"'),
+    (
+        NS,
+        {"ns_method": "gram", "ns_dtype": jnp.bfloat16},
+        r'ns_method="gram" is unstable .* in bfloat16: .*Pass ns_dtype=.*\'float32\'',
     ),
-    r"'mlp/scale' is 1\.0 of type float, expected an array. Write jnp.asarray\(1\.0\)": lambda: (
-        unclipped().init({"mlp": {"scale": 1.0}})
-    ),
-    r"'bias' is .*expected an array.*eqx\.filter\(model, eqx\.is_inexact_array\)": lambda: (
-        unclipped().init(Module(kernel=jnp.ones((4, 4)), bias=jax.nn.relu))
-    ),
-    "'scale' is 2 of type int": lambda: mc.apply_qk_clip({**PARAMS, "scale": 2}, MAX_LOGITS),
-    "'scale' is 2.0 of type float": lambda: mc.label_params({"scale": 2.0}),
-    r"got a jitted function.*Write jax\.jit\(capture_max_logits\(model\.apply\)\)": lambda: CAPTURE(
-        jax.jit(LINEN.apply)
-    ),
-    r"got the model, a.*Write capture_max_logits\(model\.apply\)": lambda: CAPTURE(LINEN),
-    r"capture_max_logits takes model\.apply, got": lambda: CAPTURE(jnp.ones(3)),
-    r"takes an nnx\.Module.*; got .*linen\.capture_max_logits": lambda: mc_nnx.capture_max_logits(
-        jnp.ones(3)
-    ),
-    r"takes an nnx\.Module.*Of a Linen model, muonclip_jax\.linen": lambda: (
-        mc_nnx.capture_max_logits(LINEN)(jnp.ones((1, 3, 8)))
-    ),
-    r"muonclip_jax\.nnx\.capture_max_logits\(model\)": lambda: CAPTURE(
-        nnx.Linear(2, 2, rngs=nnx.Rngs(0))
-    )(jnp.ones(2)),
-}
-MATRIX = {"kernel": jnp.ones((8, 16))}
-VALUE_ERRORS: dict[str, Callable[[], Any]] = {
-    "No attention block was found.*muonclip: qk_clip_threshold=None": lambda: step(
-        mc.muonclip(1e-3), MLP, MLP, max_logits=MAX_LOGITS
-    ),
-    "The gradients have no leaf 'mlp/bias', which the parameters have": lambda: step(
-        unclipped(), {**GRADS, "mlp": {"kernel": GRADS["mlp"]["kernel"]}}
-    ),
-    "The gradients have 'head', which the parameters do not have": lambda: step(
-        unclipped(), {**GRADS, "head": jnp.ones(3)}
-    ),
-    r"The gradient of 'mlp/bias' has shape \(2, 16\), the parameter has \(16,\)": lambda: step(
-        mc.muon(1e-3), {**GRADS, "mlp": {**GRADS["mlp"], "bias": jnp.ones((2, 16))}}
-    ),
-    "The gradients have no leaf 'mlp/bias'; no leaf 'mlp/kernel'|no leaf 'mlp/": lambda: step(
-        mc.accumulate(unclipped(), 2), {"attention": GRADS["attention"]}
-    ),
-    "The state is not one that qk_clip's init creates.*it has no 'count'": lambda: step(
-        mc.qk_clip(mc.clip_until(5)), state=optax.EmptyState(), max_logits=MAX_LOGITS
-    ),
-    "The state is not one that scale_by_muon's init creates": lambda: step(
-        mc.scale_by_muon(), MATRIX, MATRIX, state=()
-    ),
-    "qk_clip needs the largest attention logits": lambda: step(mc.muonclip(1e-3)),
-    r"muonclip_jax\.linen\.TrainState does": flax_train_state,
-    "adam_b2 must be in .* got 1.*hyperparam_dtype=jnp.float32": lambda: optax.inject_hyperparams(
-        mc.muon
-    )(1e-3).init(jax.tree.map(lambda x: x.astype(jnp.bfloat16), MLP)),
-}
+    (NS, {"platform": "gpus"}, "platform='gpus' is not known. Pass one of 'cpu', 'gpu'"),
+    (describe_cost, {"platform": "gpus"}, "'gpus' is not known"),
+    (CLIP, {"ns_coeffs": "kj"}, "ns_coeffs='kj' is not a coefficient set"),
+    (CLIP, {"ns_method": "fast"}, "ns_method='fast' is not known"),
+    # Numbers.
+    (CLIP, {"learning_rate": 0.0}, f"learning_rate {POSITIVE} 0.0"),
+    (CLIP, {"adam_learning_rate": -1.0}, f"adam_learning_rate {POSITIVE} -1.0"),
+    (CLIP, {"weight_decay": -0.1}, "weight_decay must be finite and not negative, got -0.1"),
+    (CLIP, {"beta": 1.0}, r"beta must be in \[0, 1\), got 1.0"),
+    (CLIP, {"adam_b1": 1.0}, r"adam_b1 must be in \[0, 1\), got 1.0"),
+    (CLIP, {"adam_b2": -0.1}, r"adam_b2 must be in \[0, 1\), got -0.1"),
+    (CLIP, {"consistent_rms": -0.2}, f"consistent_rms {POSITIVE} -0.2"),
+    (CLIP, {"qk_clip_threshold": 0.0}, "qk_clip_threshold must be positive"),
+    (CLIP, {**ON, "qk_clip_blocks": ()}, r"qk_clip_blocks=\(\) selects no attention block"),
+    (CLIP, {**ON, "qk_clip_alpha": 1.5}, r"qk_clip_alpha must be in \[0, 1\], got 1.5"),
+    (CLIP, {**ON, "qk_clip_shared_keys": "all"}, "qk_clip_shared_keys must be one of 'query'"),
+    (mc.qk_clip, {"threshold": 0.0}, "threshold must be positive"),
+    (mc.qk_clip, {"alpha": 1.5}, "alpha must be"),
+    (mc.qk_clip, {"shared_keys": "all"}, "shared_keys must be one of"),
+    (mc.qk_clip, {"blocks": ()}, "selects no attention block"),
+    (clip_until, {"threshold": -1.0}, "threshold must be positive"),
+    (mc.scale_by_shape, {"consistent_rms": 0.0}, f"consistent_rms {POSITIVE} 0"),
+    (mc.scale_by_shape, {"consistent_rms": 0.2, "rule": "rms_to_rms"}, "consistent_rms or rule"),
+    (mc.scale_by_shape, {"rule": "keller"}, r"rule='keller' is not known.*consistent_rms=c"),
+    (mc.scale_by_neuron_rms, {"b2": 1.0}, r"b2 must be in \[0, 1\)"),
+    (mc.hyperball, {"learning_rate": -0.1}, f"learning_rate {POSITIVE} -0.1"),
+    (mc.add_weight_decay, {"weight_decay": -0.1}, "weight_decay must be finite and not negative"),
+    (mc.add_weight_decay, {"weight_decay": 0.1, "base_width": 0}, f"base_width {POSITIVE} 0"),
+    (mc.orthogonalize_updates, {"ns_coeffs": "none"}, "ns_coeffs"),
+]
 
 
 def assert_told(kind: type[Exception], call: Callable[[], Any], message: str) -> None:
@@ -171,15 +171,153 @@ def assert_told(kind: type[Exception], call: Callable[[], Any], message: str) ->
     assert re.search(message, " ".join(str(raised.value).split())), str(raised.value)
 
 
-@pytest.mark.parametrize(("function", "arguments", "message"), ARGUMENTS)
-def test_a_mistaken_argument_is_told(function: Any, arguments: Any, message: str):
-    assert_told(TypeError, lambda: function(**arguments), message)
+@pytest.mark.parametrize(
+    ("kind", "functions", "settings", "message"),
+    [(TypeError, *row) for row in TYPES] + [(ValueError, *row) for row in VALUES],
+)
+def test_settings(kind: type[Exception], functions: Any, settings: dict[str, Any], message: str):
+    for function in functions if isinstance(functions, tuple) else (functions,):
+        assert_told(kind, lambda function=function: function(**settings), message)
 
 
-@pytest.mark.parametrize("message", [*TYPE_ERRORS, *VALUE_ERRORS])
-def test_a_mistake_is_told(message: str):
-    kind = TypeError if message in TYPE_ERRORS else ValueError
-    assert_told(kind, (TYPE_ERRORS | VALUE_ERRORS)[message], message)
+LINEN = nn.MultiHeadDotProductAttention(num_heads=2)
+CAPTURE, CAPTURE_NNX = mc_linen.capture_max_logits, mc_nnx.capture_max_logits
+VECTOR, UNMATCHED = {"bias": jnp.ones(8)}, mc.MatrixRules([("c/kernel$", None)])
+QUERY = {"kernel": KERNEL, "bias": jnp.ones((2, 4))}
+BIASED = {**PARAMS, "attention": {**PARAMS["attention"], "query": QUERY}}
+PARTLY = optax.multi_transform(
+    {"a": mc.qk_clip(), "b": optax.sgd(0.2)},
+    functools.partial(jax.tree.map, lambda x: "a" if x.ndim > 2 else "b"),
+)
+are_matrices = functools.partial(jax.tree.map, lambda x: x.ndim > 1)
+NO_QUERY = {**GRADS, "attention": {**GRADS["attention"], "query": None}}
+#: Calls of `init`, `update` and others, and what the error says.
+Calls = list[tuple[Callable[[], Any], str]]
+TYPE_ERRORS: Calls = [
+    (
+        lambda: optax.inject_hyperparams(mc.muonclip)(1e-3, weight_decay_mask=are_matrices).init(
+            MLP
+        ),
+        r"weight_decay_mask must be a tree.*static_args=\('weight_decay_mask',\)",
+    ),
+    (
+        lambda: unclipped().init({"mlp": {"scale": 1.0}}),
+        r"'mlp/scale' is 1\.0 of type float, expected an array. Write jnp.asarray\(1\.0\)",
+    ),
+    (
+        lambda: unclipped().init(Module(kernel=jnp.ones((4, 4)), bias=jax.nn.relu)),
+        r"'bias' is .*expected an array.*eqx\.filter\(model, eqx\.is_inexact_array\)",
+    ),
+    (lambda: mc.apply_qk_clip({**PARAMS, "scale": 2}, MAX_LOGITS), "'scale' is 2 of type int"),
+    (lambda: mc.label_params({"scale": 2.0}), "'scale' is 2.0 of type float"),
+    (
+        lambda: CAPTURE(jax.jit(LINEN.apply)),
+        r"got a jitted function.*Write jax\.jit\(capture_max_logits\(model\.apply\)\)",
+    ),
+    (lambda: CAPTURE(LINEN), r"got the model, a.*Write capture_max_logits\(model\.apply\)"),
+    (lambda: CAPTURE(jnp.ones(3)), r"capture_max_logits takes model\.apply, got"),
+    (lambda: CAPTURE_NNX(jnp.ones(3)), r"an nnx\.Module.*; got .*linen\.capture_max_logits"),
+    (
+        lambda: CAPTURE_NNX(LINEN)(jnp.ones((1, 3, 8))),
+        r"takes an nnx\.Module.*Of a Linen model, muonclip_jax\.linen",
+    ),
+    (
+        lambda: CAPTURE(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))(jnp.ones(2)),
+        r"muonclip_jax\.nnx\.capture_max_logits\(model\)",
+    ),
+    *(
+        (lambda x=x: mc.scale_by_muon().init({"w": jnp.ones((4, 8), x)}), f"w has dtype {x};")
+        for x in ("int32", "bool", "float8_e4m3fn")
+    ),
+]
+VALUE_ERRORS: Calls = [
+    # Dtypes of moments and products.
+    *(
+        (lambda make=make: make(mu_dtype="complex64").init(REAL), "w .*'complex64' is complex")
+        for make in MUON
+    ),
+    *(
+        (lambda make=make: make(mu_dtype="float32").init(COMPLEX), "w .*'float32' is real")
+        for make in MUON
+    ),
+    *(
+        (lambda make=make: make(mu_dtype="float64").init(REAL), "'float64' needs 64-bit types")
+        for make in MUON
+    ),
+    (lambda: muon(mu_dtype="complex64").init(VECTOR), "bias .*'complex64' is complex"),
+    (
+        lambda: mc.scale_by_muon(ns_dtype="float16").init(COMPLEX),
+        "w: ns_dtype='float16' is not pos",
+    ),
+    (lambda: mc.scale_by_muon(ns_dtype="float64").init(REAL), "w: ns_dtype='float64' needs 64-bit"),
+    (
+        lambda: optax.inject_hyperparams(mc.muon)(1e-3).init(optax.tree.cast(MLP, jnp.bfloat16)),
+        "adam_b2 must be in .* got 1.*hyperparam_dtype=jnp.float32",
+    ),
+    # Leaves and rules.
+    (lambda: mc.scale_by_muon().init(VECTOR), "bias"),
+    *(
+        (lambda make=make: make(rules=UNMATCHED).init(PARAMS), r"'c/kernel\$' matches no path of")
+        for make in (muon, unclipped)
+    ),
+    # Gradients, parameters and states.
+    (
+        lambda: step(unclipped(), {**GRADS, "mlp": {"kernel": GRADS["mlp"]["kernel"]}}),
+        "The gradients have no leaf 'mlp/bias', which the parameters have",
+    ),
+    (
+        lambda: step(unclipped(), {**GRADS, "head": jnp.ones(3)}),
+        "The gradients have 'head', which the parameters do not have",
+    ),
+    (
+        lambda: step(muon(), {**GRADS, "mlp": {**GRADS["mlp"], "bias": jnp.ones((2, 16))}}),
+        r"The gradient of 'mlp/bias' has shape \(2, 16\), the parameter has \(16,\)",
+    ),
+    (
+        lambda: step(accumulate(2), {"attention": GRADS["attention"]}),
+        "The gradients have no leaf 'mlp/bias'.*no leaf 'mlp/kernel'",
+    ),
+    (
+        lambda: step(mc.qk_clip(clip_until()), state=optax.EmptyState(), max_logits=MAX_LOGITS),
+        "The state is not one that qk_clip's init creates.*it has no 'count'",
+    ),
+    (
+        lambda: step(mc.scale_by_muon(), REAL, REAL, state=()),
+        "The state is not one that scale_by_muon's init creates",
+    ),
+    (lambda: mc.hyperball(0.1).update(REAL, None, None), "hyperball needs the parameters"),
+    (lambda: step(mc.add_weight_decay(0.1), params=None), "add_weight_decay needs the parameters"),
+    # The clip.
+    (
+        lambda: step(mc.qk_clip(), params=None, max_logits=MAX_LOGITS),
+        "qk_clip needs the parameters",
+    ),
+    (lambda: step(mc.qk_clip()), r"tx\.update\(grads, state, params, max_logits="),
+    (lambda: step(muonclip()), "needs the largest attention logits.*qk_clip_threshold=None"),
+    (flax_train_state, r"muonclip_jax\.linen\.TrainState does"),
+    (
+        lambda: step(muonclip(), MLP, MLP, max_logits=MAX_LOGITS),
+        "No attention block was found.*muonclip: qk_clip_threshold=None",
+    ),
+    (
+        lambda: step(mc.qk_clip(), NO_QUERY, max_logits=MAX_LOGITS),
+        "'attention/query/.*have no entry for",
+    ),
+    (
+        lambda: step(PARTLY, BIASED, BIASED, max_logits=MAX_LOGITS),
+        "partly visible.*multi_transform.*outer chain",
+    ),
+    (lambda: mc.qk_clip(blocks="decoder").init(PARAMS), "'decoder' matches no path"),
+    (lambda: mc.qk_clip(blocks=separate("a", "b")).init(PARAMS), "needs 'a' and 'b'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "call", "message"),
+    [(TypeError, *row) for row in TYPE_ERRORS] + [(ValueError, *row) for row in VALUE_ERRORS],
+)
+def test_calls(kind: type[Exception], call: Callable[[], Any], message: str):
+    assert_told(kind, call, message)
 
 
 def test_the_state_of_another_transformation_is_refused():

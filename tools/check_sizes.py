@@ -29,7 +29,7 @@ SUBPACKAGES = {
     "kernels": 651,
 }
 FILE, FUNCTION, ANY = 300, 60, 157  # Any: (150)
-LONGER_FILES = {"optimizers.py": 386}
+LONGER_FILES = {"optimizers.py": 385}
 LONGER_FUNCTIONS = {
     "max_logits": 66,
     "_kernel": 115,
@@ -37,8 +37,8 @@ LONGER_FUNCTIONS = {
     "scale_by_muon": 71,
 }
 TOTAL = {
-    "muonclip_jax": 14_496,  # (11,000)
-    "tests": 15_527,  # (12,000)
+    "muonclip_jax": 14_444,  # (11,000)
+    "tests": 15_476,  # (12,000)
     "benchmarks": 4_067,  # (4,000)
 }
 
