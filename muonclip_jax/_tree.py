@@ -80,23 +80,20 @@ def array_leaves(tree: Tree) -> list[tuple[str, Any]]:
         TypeError: With the path, for a leaf that has no shape or no dtype.
 
     Example:
-        >>> array_leaves({"dense": {"scale": 1.0}})
+        >>> array_leaves({"dense": {"scale": 1.0}})  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        TypeError: 'dense/scale' is 1.0 of type float, expected an array. Write jnp.asarray(1.0).
+        TypeError: 'dense/scale' is 1.0 of type float, expected an array. Write jnp.asarray(1.0). ...
     """
     leaves = flatten_with_paths(tree)[0]
     for path, leaf in leaves:
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-            cure = (
-                f"Write jnp.asarray({leaf!r})."
-                if isinstance(leaf, int | float | complex)
-                else "Pass the arrays of the model alone; of an Equinox module, "
-                "eqx.filter(model, eqx.is_inexact_array)."
-            )
+            number = isinstance(leaf, int | float | complex)
+            cure = f"Write jnp.asarray({leaf!r}). " if number else ""
             raise TypeError(
                 f"{path or 'the tree'!r} is {leaf!r} of type {type(leaf).__name__}, expected an "
-                f"array. {cure}"
+                f"array. {cure}Of an Equinox module pass its arrays alone: "
+                "eqx.filter(model, eqx.is_inexact_array)."
             )
     return leaves
 

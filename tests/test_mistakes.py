@@ -209,7 +209,7 @@ TYPE_ERRORS: Calls = [
         r"'bias' is .*expected an array.*eqx\.filter\(model, eqx\.is_inexact_array\)",
     ),
     (lambda: mc.apply_qk_clip({**PARAMS, "scale": 2}, MAX_LOGITS), "'scale' is 2 of type int"),
-    (lambda: mc.label_params({"scale": 2.0}), "'scale' is 2.0 of type float"),
+    (lambda: mc.label_params({"scale": 2.0}), r"'scale' is 2.0 of type float.*eqx\.filter"),
     (
         lambda: CAPTURE(jax.jit(LINEN.apply)),
         r"got a jitted function.*Write jax\.jit\(capture_max_logits\(model\.apply\)\)",
