@@ -8,6 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from muonclip_jax._tree import SEPARATOR, Shaped, Tree, flatten_with_paths, tree_from
 from muonclip_jax.sharding import align_shardings, is_entry
+from muonclip_jax.transforms._checks import differences
 
 
 def abstract_params(params: Tree, param_shardings: Tree = None, mesh: Mesh | None = None) -> Tree:
@@ -178,24 +179,7 @@ the checkpoint as it is and convert it (muonclip_jax.checkpoint.from_optax_state
             "manager that has not saved yet needs item_handlers=StandardCheckpointHandler()."
         )
     there, wanted = _forms(saved, "checkpoint"), _forms(target, "target")
-    kinds = [
-        [f"{path!r} is only in the checkpoint" for path in there if path not in wanted],
-        [f"{path!r} is only in the target" for path in wanted if path not in there],
-    ]
-    for what in ("shape", "dtype"):
-        forms = [
-            (path, getattr(there.get(path, form), what), getattr(form, what))
-            for path, form in wanted.items()
-        ]
-        kinds.append(
-            [
-                f"{path!r} has {what} {before} in the checkpoint, {after} in the target"
-                for path, before, after in forms
-                if before != after
-            ]
-        )
-    findings = [finding for kind in kinds for finding in kind[:8]]
-    findings += [f"{len(kind) - 8} more of this kind" for kind in kinds if len(kind) > 8]
+    findings = differences(there, wanted, ("the checkpoint", "the target"), ("shape", "dtype"), 8)
     if findings:
         listing = "".join(f"- {finding}.\n" for finding in findings)
         raise ValueError(

@@ -24,7 +24,7 @@ from muonclip_jax._tree import (
     tree_from,
 )
 from muonclip_jax.attention.maxima import merge_max_logits
-from muonclip_jax.transforms._checks import transformation, value_at
+from muonclip_jax.transforms._checks import differences, transformation, value_at
 from muonclip_jax.transforms._placing import mesh_shardings, place_tree, replicate
 
 #: As in `optax.MultiSteps`: maps gradients, step count and parameters to whether to skip this
@@ -164,13 +164,13 @@ def accumulate(
         mini_step = replicate(mini_step, shardings)
         complete = mini_step >= value_at(every, state.gradient_step)
 
-        def act(mean: Tree, maxima: Tree, inner_state: Tree, params: Tree) -> tuple[Tree, Tree]:
+        def act(inner_state: Tree, mean: Tree, maxima: Tree, params: Tree) -> tuple[Tree, Tree]:
             given = {} if max_logits is None else {"max_logits": _replaced(max_logits, maxima)}
             gradients = _like(mean, updates)
             new, after = inner.update(gradients, inner_state, params, **given, **extra)
             return new, _like(after, inner_state)
 
-        updates, inner_state = _act_if(complete, act, mean, maxima, state.inner_state, params)
+        updates, inner_state = _act_if(complete, act, state.inner_state, mean, maxima, params)
         mini_step = jnp.where(complete, 0, mini_step)
         step = optax.safe_increment(state.gradient_step)
         step = jnp.where(complete, step, state.gradient_step)
@@ -180,26 +180,21 @@ def accumulate(
 
 
 def _act_if(
-    complete: jax.Array,
-    act: Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree]],
-    mean: Tree,
-    maxima: Tree,
-    inner_state: Tree,
-    params: Tree,
+    complete: jax.Array, act: Callable[..., tuple[Tree, Tree]], inner_state: Tree, *operands: Tree
 ) -> tuple[Tree, Tree]:
     """Updates and inner state of a step, or zeros and the same state if it is not complete."""
     # Both must look alike, down to the sharding, and what the inner transformation returns is only
     # known by tracing it; jit keeps the trace for the branch.
     traced = jax.jit(act)
 
-    def wait(mean: Tree, maxima: Tree, inner_state: Tree, params: Tree) -> tuple[Tree, Tree]:
-        new, _ = jax.eval_shape(traced, mean, maxima, inner_state, params)
+    def wait(inner_state: Tree, *operands: Tree) -> tuple[Tree, Tree]:
+        new, _ = jax.eval_shape(traced, inner_state, *operands)
         return jax.tree.map(jnp.zeros_like, new), inner_state
 
-    operands = (mean, maxima, inner_state, params)
     if isinstance(complete, Tracer):
-        return jax.lax.cond(complete, traced, wait, *operands)
-    return (act if complete else wait)(*operands)  # a cond would be compiled anew on every call
+        return jax.lax.cond(complete, traced, wait, inner_state, *operands)
+    # Here a cond would be compiled anew on every call.
+    return (act if complete else wait)(inner_state, *operands)
 
 
 def _wide(x: jax.Array) -> jax.typing.DTypeLike:
@@ -262,19 +257,15 @@ def _forms(example: Tree) -> dict[str, jax.ShapeDtypeStruct]:
 def _recorded(max_logits: Tree, known: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The maxima of a micro-batch by path, which must be those of the state."""
     recorded = _maxima_in(max_logits)
-    found, expected = ({path: jnp.shape(x) for path, x in m.items()} for m in (recorded, known))
-    if found != expected:
-        differing = {path: x for path, x in found.items() if expected.get(path) != x}
+    if found := differences(recorded, known, ("this update", "the example max_logits=")):
         forms = [
-            f"{path!r}: jax.ShapeDtypeStruct({shape}, jnp.float32)"
-            for path, shape in list(found.items())[:4]
+            f"{path!r}: jax.ShapeDtypeStruct({jnp.shape(x)}, jnp.float32)"
+            for path, x in list(recorded.items())[:4]
         ]
         raise ValueError(
-            f"accumulate expects the maxima {expected or 'of no block'}, but this "
-            f"update got {differing or 'none'}. Its state is allocated from the "
-            "example max_logits=: write accumulate(tx, every, max_logits=example) with a tree like "
-            "those that update gets, of arrays or shapes, for example from jax.eval_shape of the "
-            f"forward pass{': {' + ', '.join(forms) + '}' if forms else ''}; without maxima, leave "
-            "max_logits out of it."
+            f"accumulate got other maxima than expected: {'; '.join(found)}. Write accumulate(tx, "
+            "every, max_logits=example) with a tree like those that update gets, of arrays or "
+            "shapes, for example from jax.eval_shape of the forward pass: "
+            f"{{{', '.join(forms)}}}; without maxima, leave max_logits out of it."
         )
     return recorded

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -145,6 +145,31 @@ def check_params(name: str, params: Tree) -> None:
         raise ValueError(f"{name} needs the parameters: tx.update(grads, state, params).")
 
 
+def differences(
+    given: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    names: tuple[str, str],
+    what: Sequence[str] = ("shape",),
+    limit: int = 4,
+) -> list[str]:
+    """How two trees differ in paths and in `what` of their leaves, at most `limit` of a kind."""
+    here, there = names
+    kinds = [
+        [f"{path!r} is only in {here}" for path in given if path not in expected],
+        [f"{path!r} is only in {there}" for path in expected if path not in given],
+    ]
+    for name in what:
+        pairs = [(path, given[path], leaf) for path, leaf in expected.items() if path in given]
+        pairs = [(path, getattr(x, name, ()), getattr(y, name, ())) for path, x, y in pairs]
+        kinds.append(
+            [f"{p!r} has {name} {x} in {here}, {y} in {there}" for p, x, y in pairs if x != y]
+        )
+    found = []
+    for kind in kinds:
+        found += kind[:limit] + [f"{len(kind) - limit} more of this kind"] * (len(kind) > limit)
+    return found
+
+
 def check_gradients(updates: Tree, params: Tree) -> None:
     """Raises if gradients and parameters differ in structure or shapes, with the path."""
     forms = [
@@ -153,27 +178,13 @@ def check_gradients(updates: Tree, params: Tree) -> None:
     ]
     if params is None or forms[0] == forms[1]:
         return
-    gradients, parameters = dict(array_leaves(updates)), dict(array_leaves(params))
-    only = [
-        f"no leaf {path!r}, which the parameters have"
-        for path in sorted(parameters.keys() - gradients.keys())[:4]
-    ] + [
-        f"{path!r}, which the parameters do not have"
-        for path in sorted(gradients.keys() - parameters.keys())[:4]
-    ]
-    if only:
+    names = ("the gradients", "the parameters")
+    if found := differences(dict(array_leaves(updates)), dict(array_leaves(params)), names):
         raise ValueError(
-            f"The gradients have {'; '.join(only)}. They must have the same structure: "
-            "differentiate with respect to the parameters passed to update, with zeros for leaves "
-            "without a gradient."
+            f"The gradients do not match the parameters: {'; '.join(found)}. Differentiate with "
+            "respect to the parameters passed to update, with zeros for leaves without a gradient; "
+            "reduce a remaining mapped axis first, by jax.lax.pmean or a mean."
         )
-    for path, gradient in gradients.items():
-        if gradient.shape != parameters[path].shape:
-            raise ValueError(
-                f"The gradient of {path!r} has shape {tuple(gradient.shape)}, the parameter has "
-                f"{tuple(parameters[path].shape)}. They must be equal; reduce a remaining mapped "
-                "axis first, by jax.lax.pmean or a mean."
-            )
 
 
 def transformation(
@@ -193,38 +204,29 @@ def transformation(
         try:
             return update(updates, state, params, **extra)
         except _FOREIGN as error:
-            found = _differences(init, updates if params is None else params, state)
+            found = _state_differences(init, updates if params is None else params, state)
             if not found:
                 raise
             raise ValueError(
-                f"The state is not one that {name}'s init creates for these parameters: {found}. "
-                "It is from another transformation, other rules, other parameters, or "
-                "with the clip switched on or off. Start from tx.init(params), or convert its "
-                "moments: muonclip_jax.checkpoint.from_optax_state(state, tx, params)."
+                f"The state is not one that {name}'s init creates for these parameters: "
+                f"{'; '.join(found)}. It is from another transformation, other rules, other "
+                "parameters, or with the clip switched on or off. Start from tx.init(params), or "
+                "convert its moments: "
+                "muonclip_jax.checkpoint.from_optax_state(state, tx, params)."
             ) from error
 
     return optax.GradientTransformationExtraArgs(init, update_fn)
 
 
-def _differences(init: Callable[..., Any], params: Tree, state: Tree) -> str:
-    """How a state differs from the one that `init` creates; empty if it does not."""
+def _state_differences(init: Callable[..., Any], params: Tree, state: Tree) -> list[str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             expected = jax.eval_shape(init, params)
     except Exception:
-        return ""  # The error at hand is not the state's.
-    given, own = (
-        {path: np.shape(leaf) for path, leaf in flatten_with_paths(tree)[0]}
-        for tree in (state, expected)
-    )
-    found = [f"it has no {path!r}" for path in own if path not in given][:3]
-    found += [f"it has {path!r}" for path in given if path not in own][:3]
-    found += [
-        f"{path!r} has shape {given[path]} and not {shape}"
-        for path, shape in own.items()
-        if given.get(path, shape) != shape
-    ][:3]
+        return []  # The error at hand is not the state's.
+    given, own = (dict(flatten_with_paths(tree)[0]) for tree in (state, expected))
+    found = differences(given, own, ("this state", "a new one"))
     if not found and jax.tree.structure(state) != jax.tree.structure(expected):
         found = [f"it is a {type(state).__name__}, expected a {type(expected).__name__}"]
-    return "; ".join(found)
+    return found

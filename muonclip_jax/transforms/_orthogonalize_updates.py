@@ -97,18 +97,9 @@ def orthogonalize_updates(
         Jordan et al. 2024, kellerjordan.github.io/posts/muon; Bernstein and Newhouse 2024,
         arXiv 2409.20325.
     """
-    polar = plan_polar(
-        ns_coeffs,
-        ns_steps,
-        ns_method,
-        ns_dtype,
-        preconditioning,
-        relative_eps,
-        ns_implementation,
-        platform,
-    )
+    polar_settings = ns_coeffs, ns_steps, ns_method, ns_dtype, preconditioning, relative_eps
     orthogonalizer = Orthogonalizer(
-        polar,
+        plan_polar(*polar_settings, ns_implementation, platform),
         eps,
         adaptive,
         rules,

@@ -302,11 +302,23 @@ NOT_ONE_BOOLEAN = {"should_skip_update_fn": lambda *_: (jnp.ones(2), ())}
         ({"tx": optax.MultiSteps(optax.sgd(1.0), 2)}, None, "accumulate|GradientTransformation"),
         ({"max_logits": {"attn": (2,)}}, None, "at 'attn/0' it has 2"),
         (NOT_ONE_BOOLEAN, None, r"returned float32 of shape \(2,\).*boolean"),
-        ({}, MAXIMA[0], r"maxima of no block.*'attn': jax.ShapeDtypeStruct\(\(2,\), jnp"),
-        ({"max_logits": FORM}, None, "update got none"),
-        ({"max_logits": FORM}, {"other": jnp.ones(2)}, r"\{'attn'.*got \{'other': \(2,\)\}"),
+        (
+            {},
+            MAXIMA[0],
+            r"'attn' is only in this update.*'attn': jax.ShapeDtypeStruct\(\(2,\), jnp",
+        ),
+        ({"max_logits": FORM}, None, "'attn' is only in the example"),
+        (
+            {"max_logits": FORM},
+            {"other": jnp.ones(2)},
+            "'other' is only in this update; 'attn' is only in the",
+        ),
         # An example may be a function of the parameters.
-        (FROM_PARAMS, {"attn": jnp.ones(3)}, r"\{'attn': \(2,\)\}.*got \{'attn': \(3,\)\}"),
+        (
+            FROM_PARAMS,
+            {"attn": jnp.ones(3)},
+            r"'attn' has shape \(3,\) in this update, \(2,\) in the",
+        ),
     ],
 )
 def test_what_is_refused(settings: dict[str, Any], maxima: Any, message: str):
