@@ -191,7 +191,7 @@ def test_describe_takes_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for rules, message in (
         ([], "mystery of shape (4, 2, 3)"),
         (["--rules", "tests"], "must be 'package.module:name'"),
-        (["--rules", f"{__name__}:NOTHING"], "has no 'NOTHING'"),
+        (["--rules", f"{__name__}:NOTHING"], "is None, expected a muonclip_jax.MatrixRules"),
         (["--rules", f"{__name__}:ROOT"], "expected a muonclip_jax.MatrixRules"),
         (["--rules", "no_such_module:RULES"], "No module named 'no_such_module'"),
     ):

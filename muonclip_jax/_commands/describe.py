@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from muonclip_jax._commands.reading import Shapes, find_params, read_shapes
+from muonclip_jax._commands.reading import find_params, read_shapes
 from muonclip_jax.clipping import describe_attention
 from muonclip_jax.heads.finding import find_blocks
 from muonclip_jax.matrices import describe_cost
@@ -23,19 +23,19 @@ def describe(
 ) -> str:
     """Returns three tables of a checkpoint: labels, attention blocks and cost.
 
-    Args:
-        checkpoint: As for `read_shapes`.
-        params: Path of the parameters in it, as for `find_params`.
-        rules: Where the `MatrixRules` are, "package.module:name"; None for the built-in ones.
-        platform: "cpu", "gpu" or "tpu" for the cost; None is the one that JAX runs on.
-        newton_schulz: `ns_coeffs`, `ns_steps`, `ns_method` and `ns_dtype`, as for `muonclip`.
+    `params` is the path of the parameters in it, `rules` where the `MatrixRules` are
+    ("package.module:name"), and `newton_schulz` settings as for `muonclip`.
     """
-    routing = None if rules is None else load_rules(rules)
+    routing = None if rules is None else _load_rules(rules)
     saved = read_shapes(checkpoint)
     at, shapes = find_params(saved, params)
-    where = f"{at!r} of {checkpoint}" if at else f"{checkpoint} ({_extent(saved, shapes, params)})"
+    left = dict.fromkeys(path.partition("/")[0] for path in saved if path not in shapes)
+    extent = f"all but {', '.join(map(repr, left))}" if left else "all of it"
+    extent += "" if params is not None else ": no 'params' in it"
     sections = {
-        f"Parameters: {where}": describe_labels(shapes, routing),
+        f"Parameters: {f'{at!r} of {checkpoint}' if at else f'{checkpoint} ({extent})'}": (
+            describe_labels(shapes, routing)
+        ),
         "Attention blocks, and what QK-Clip scales in them": (
             describe_attention(shapes)
             if find_blocks(shapes, None)
@@ -46,29 +46,16 @@ def describe(
     return "\n\n".join(f"{title}\n{'-' * len(title)}\n{body}" for title, body in sections.items())
 
 
-def _extent(saved: Shapes, shapes: Shapes, params: str | None) -> str:
-    """Describes which part of a checkpoint was used as parameters."""
-    left = dict.fromkeys(path.partition("/")[0] for path in saved if path not in shapes)
-    if left:
-        return f"all but {', '.join(map(repr, left))}: no 'params' in it"
-    return "all of it: no 'params' in it" if params is None else "all of it"
-
-
-def load_rules(name: str) -> MatrixRules:
-    """Imports a `MatrixRules` by "package.module:name", from the current folder too."""
+def _load_rules(name: str) -> MatrixRules:
+    """Imports a `MatrixRules`, from the current folder too."""
     module, _, attribute = name.partition(":")
     if not (module and attribute):
         raise ValueError(
             f"rules must be 'package.module:name', got {name!r}: the module is imported, and the "
             "name is a MatrixRules in it."
         )
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, os.getcwd())
     found = getattr(importlib.import_module(module), attribute, None)
-    if found is None:
-        raise ValueError(f"The module {module!r} has no {attribute!r}.")
     if not isinstance(found, MatrixRules):
-        raise TypeError(
-            f"{name!r} is a {type(found).__name__}, expected a muonclip_jax.MatrixRules."
-        )
+        raise TypeError(f"{name!r} is {found!r}, expected a muonclip_jax.MatrixRules.")
     return found

@@ -6,7 +6,7 @@ import platform as machine
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,9 @@ from muonclip_jax.attention import IMPLEMENTATIONS, attention_max_logits, dot_pr
 from muonclip_jax.kernels import MAX_LOGITS, SYMMETRIC, load_kernel
 from muonclip_jax.newton_schulz import DEFAULT_SET, orthogonalize, plan_polar
 
-_NAME = "muonclip_jax"
+#: A line of the report: True or False for a check, None for information; and its text.
+Finding: TypeAlias = tuple[bool | None, str]
+
 #: What the library does not need, and what it is for.
 OPTIONAL = {
     "flax": "muonclip_jax.linen and muonclip_jax.nnx",
@@ -30,26 +32,13 @@ _ACCELERATORS = {
 }
 #: Matrices of GPT-2 small and of Llama 2 7B, as (rows, columns).
 SHAPES = ((768, 768), (768, 3072), (4096, 4096), (4096, 11008))
-# A sequence of a model with 16 heads of 128.
-_SEQUENCE = (1, 2048, 16, 128)
 # Bounds on well-conditioned matrices: the default's five steps end in 0.68 to 1.2, and 16-bit
 # products move that by a few hundredths.
 _SINGULAR_VALUES = (0.6, 1.25)
 
 
-class Finding(NamedTuple):
-    """One line of the report; `ok` is True or False for a check, None for information."""
-
-    text: str
-    ok: bool | None = None
-
-
 def doctor() -> tuple[str, bool]:
-    """Checks the installation and the devices.
-
-    Returns:
-        The report, and whether every check passed.
-    """
+    """Checks the installation and the devices: the report, and whether every check passed."""
     sections: dict[str, Callable[[], Iterator[Finding]]] = {
         "Packages": packages,
         "Devices": devices,
@@ -66,45 +55,38 @@ def doctor() -> tuple[str, bool]:
         try:
             found.extend(check())
         except Exception as error:  # whatever a broken installation raises is the finding
-            found.append(Finding(f"{type(error).__name__}: {error}", ok=False))
-        lines += [title, *(f"  {marks[finding.ok]} {finding.text}" for finding in found)]
-        passed = passed and all(finding.ok is not False for finding in found)
+            found.append((False, f"{type(error).__name__}: {error}"))
+        lines += [title, *(f"  {marks[ok]} {text}" for ok, text in found)]
+        passed = passed and all(ok is not False for ok, _ in found)
     verdict = "Everything that was checked works." if passed else "Something does not work: FAIL."
     return "\n".join([*lines, verdict]), passed
 
 
 def packages() -> Iterator[Finding]:
     """Installed versions, compared with the package's requirements."""
-    yield Finding(f"Python {machine.python_version()}")
+    yield None, f"Python {machine.python_version()}"
+    requirements: list[str] = []
     try:
-        yield Finding(f"{_NAME} {importlib.metadata.version(_NAME)}", ok=True)
-        requirements = importlib.metadata.requires(_NAME) or []
+        yield True, f"muonclip_jax {importlib.metadata.version('muonclip_jax')}"
+        requirements = importlib.metadata.requires("muonclip_jax") or []
     except importlib.metadata.PackageNotFoundError:
-        yield Finding(f"{_NAME} is not installed; this is a folder of its source")
-        requirements = []
-    wanted = {
-        found[1]: found[2]
-        for requirement in reversed(requirements)
-        if (found := re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*>=\s*([\d.]+)", requirement))
-    }
+        yield None, "muonclip_jax is not installed; this is a folder of its source"
+    pattern = re.compile(r"([\w.-]+)(?:\[[^]]*\])?\s*>=\s*([\d.]+)")
+    least = {m[1]: m[2] for x in reversed(requirements) if (m := pattern.match(x))}
     for name in ("jax", "jaxlib", "optax", *OPTIONAL):
-        yield check_version(name, wanted.get(name))
-
-
-def check_version(name: str, least: str | None) -> Finding:
-    """Compares an installed version with the required one ("1.10" is newer than "1.9")."""
-    try:
-        version = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        if name in OPTIONAL:
-            return Finding(f"{name} is not installed; it is for {OPTIONAL[name]}")
-        return Finding(f"{name} is not installed: pip install {name}", ok=False)
-    if least is None:
-        return Finding(f"{name} {version}", ok=True)
-    have, need = ([int(n) for n in re.findall(r"\d+", v.split("+")[0])] for v in (version, least))
-    if have < need:
-        return Finding(f"{name} {version} is too old: pip install '{name}>={least}'", ok=False)
-    return Finding(f"{name} {version} ({least} or newer)", ok=True)
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            cure = f"; it is for {OPTIONAL[name]}" if name in OPTIONAL else f": pip install {name}"
+            yield None if name in OPTIONAL else False, f"{name} is not installed{cure}"
+            continue
+        wanted = least.get(name, "")
+        public = version.split("+")[0]
+        have, need = ([int(n) for n in re.findall(r"\d+", v)] for v in (public, wanted))
+        if have < need:  # as numbers: 1.10 is newer than 1.9
+            yield False, f"{name} {version} is too old: pip install '{name}>={wanted}'"
+        else:
+            yield True, f"{name} {version}" + (f" ({wanted} or newer)" if wanted else "")
 
 
 def devices() -> Iterator[Finding]:
@@ -112,37 +94,31 @@ def devices() -> Iterator[Finding]:
     found = jax.devices()
     kinds = ", ".join(dict.fromkeys(device.device_kind for device in found))
     platform = plan_platform(None)
-    capability = getattr(found[0], "compute_capability", None)
-    yield Finding(
-        f"{len(found)} x {platform} ({kinds})"
-        + (f", compute capability {capability}" if platform == "gpu" else ""),
-        ok=True,
-    )
+    capability = f", compute capability {getattr(found[0], 'compute_capability', None)}"
+    yield True, f"{len(found)} x {platform} ({kinds}){capability * (platform == 'gpu')}"
     if jax.process_count() > 1:
-        yield Finding(f"process {jax.process_index()} of {jax.process_count()}")
+        yield None, f"process {jax.process_index()} of {jax.process_count()}"
     for path, (name, package) in _ACCELERATORS.items():
         if platform == "cpu" and Path(path).exists():
             text = f"the machine has {name} ({path}), and JAX computes on the CPU"
-            yield Finding(f"{text}: pip install '{package}'")
+            yield None, f"{text}: pip install '{package}'"
     wide = "on" if jax.dtypes.canonicalize_dtype("float64") == jnp.float64 else "off"
-    yield Finding(f"64-bit types are {wide}")
+    yield None, f"64-bit types are {wide}"
 
 
 def newton_schulz() -> Iterator[Finding]:
     """The choices of `ns_method="auto"` and `ns_dtype=None` here, for shapes of known models."""
     polar = plan_polar()
-    yield Finding(f"muonclip: ns_coeffs {DEFAULT_SET!r}, {len(polar.rows)} steps, and for matrices")
+    yield None, f"muonclip: ns_coeffs {DEFAULT_SET!r}, {len(polar.rows)} steps, and for matrices"
     for rows, columns in SHAPES:
         resolved = polar.resolve((rows, columns), "float32")  # of 16 bits the same
-        yield Finding(
-            f"  ({rows}, {columns}): ns_method {resolved.method!r}, ns_dtype {resolved.dtype!r}, "
-            f"{resolved.flops / 1e9:,.0f} GFLOP"
-        )
+        choice = f"ns_method {resolved.method!r}, ns_dtype {resolved.dtype!r}"
+        yield None, f"  ({rows}, {columns}): {choice}, {resolved.flops / 1e9:,.0f} GFLOP"
 
 
 def attention() -> Iterator[Finding]:
     """Implementations of attention with maxima that work here, and the default."""
-    x = jax.ShapeDtypeStruct(_SEQUENCE, jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((1, 2048, 16, 128), jnp.bfloat16)
     for name in IMPLEMENTATIONS:
         attend = functools.partial(dot_product_attention, is_causal=True, implementation=name)
         status = "is available" + " and is the default" * (name == IMPLEMENTATIONS[0])
@@ -152,7 +128,7 @@ def attention() -> Iterator[Finding]:
             reason = str(error).rpartition("cannot be used: ")[2]
             reason = re.split(r"[;,] (?:or )?(?:use|not on) |\. Pass ", reason)[0]
             status = f"is not available: {reason}"
-        yield Finding(f"dot_product_attention: {name!r} {status.rstrip('.')}")
+        yield None, f"dot_product_attention: {name!r} {status.rstrip('.')}"
 
 
 def kernels() -> Iterator[Finding]:
@@ -161,14 +137,14 @@ def kernels() -> Iterator[Finding]:
         ("ns_implementation", "symmetric", SYMMETRIC),
         ("attention_max_logits", "max_logits", MAX_LOGITS),
     ):
-        yield Finding(f"{argument}: 'xla' is the default")
+        yield None, f"{argument}: 'xla' is the default"
         for name in names:
             try:
                 load_kernel(operation, name, plan_platform(None))
                 status = "is available"
             except NotImplementedError as error:
                 status = f"is not available: {re.split(', and this|. Pass ', str(error))[0]}"
-            yield Finding(f"  {name!r} {status.replace(f'The kernel {name!r}', 'it')}")
+            yield None, f"  {name!r} {status.replace(f'The kernel {name!r}', 'it')}"
 
 
 def small_runs() -> Iterator[Finding]:
@@ -179,14 +155,11 @@ def small_runs() -> Iterator[Finding]:
     y = np.asarray(orthogonalize(jnp.asarray(x, jnp.float32)), np.float64)
     smallest, *_, largest = np.linalg.svd(y, compute_uv=False)[::-1]
     low, high = _SINGULAR_VALUES
-    yield Finding(
-        f"orthogonalize: singular values from {smallest:.2f} to {largest:.2f}, "
-        f"bounds {low} and {high}",
-        ok=bool(low <= smallest and largest <= high),
-    )
+    text = f"singular values from {smallest:.2f} to {largest:.2f}, bounds {low} and {high}"
+    yield bool(low <= smallest and largest <= high), f"orthogonalize: {text}"
     query, key = rng.standard_normal((2, 2, 64, 4, 32)).astype(np.float32)
     found = np.asarray(attention_max_logits(jnp.asarray(query), jnp.asarray(key)), np.float64)
     logits = np.einsum("btnh,bsnh->nbts", query.astype(np.float64), key) / np.sqrt(32)
     off = float(np.max(np.abs(found / logits.max((1, 2, 3)) - 1)))
     # A TPU multiplies float32 in bfloat16 unless told otherwise.
-    yield Finding(f"attention_max_logits: off by {off:.1e}, expected below 2e-02", ok=off < 2e-2)
+    yield off < 2e-2, f"attention_max_logits: off by {off:.1e}, expected below 2e-02"

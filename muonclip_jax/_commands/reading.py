@@ -9,18 +9,17 @@ from typing import TypeAlias
 import jax
 import numpy as np
 
-from muonclip_jax._tree import SEPARATOR, Shaped, Tree, flatten_with_paths
+from muonclip_jax._tree import Shaped, Tree, flatten_with_paths
 from muonclip_jax.checkpoint.targets import without_box
 
 #: Path -> shape and dtype.
 Shapes: TypeAlias = dict[str, jax.ShapeDtypeStruct]
 
-# The file that Orbax writes beside the arrays of an item, and the item of a manager that was told
-# no names.
-_ORBAX_METADATA, _ORBAX_DEFAULT = "_METADATA", "default"
+_ORBAX_METADATA = "_METADATA"  # the file that Orbax writes beside the arrays of an item
 # Names that Optax, torch and others give to trees of moments and of accumulated gradients.
 _AVERAGES = ("mu", "nu", "trace", "momentum", "m", "v", "exp_avg", "exp_avg_sq", "acc_grads")
-_OPTIMIZER = re.compile(r"(.*_)?(opt|optim|optimi[sz]er)(_?states?)?")
+_CHOOSE = "Choose one by its path (--params on the command line)."
+_OPTIMIZER = re.compile(r"(.*_)?(opt|optim|optimi[sz]er)(_?states?)?", re.IGNORECASE)
 
 
 def read_shapes(checkpoint: str | Path) -> Shapes:
@@ -78,20 +77,20 @@ def _orbax_items(path: Path) -> dict[str, Path]:
         return {"": path}
     folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir()]
     items = {folder.name: folder for folder in folders if (folder / _ORBAX_METADATA).exists()}
-    if items:
-        return {"": items[_ORBAX_DEFAULT]} if set(items) == {_ORBAX_DEFAULT} else items
+    if items:  # "default" if the manager was told no names
+        return {"": items["default"]} if set(items) == {"default"} else items
     # Of a manager: folders named by their step, with a prefix or without.
-    steps = [
-        (int(number[0]), folder)
+    steps = {
+        int(number[0]): folder
         for folder in folders
         if (number := re.findall(r"\d+$", folder.name)) and any(folder.glob("*/" + _ORBAX_METADATA))
-    ]
+    }
     if not steps:
         raise ValueError(
             f"{str(path)!r} is not an Orbax checkpoint: neither it nor a folder in it has a file "
             f"{_ORBAX_METADATA!r}. Give the folder of a step, or the one that contains the steps."
         )
-    return _orbax_items(max(steps)[1])
+    return _orbax_items(steps[max(steps)])
 
 
 def find_params(shapes: Shapes, at: str | None = None) -> tuple[str, Shapes]:
@@ -105,39 +104,32 @@ def find_params(shapes: Shapes, at: str | None = None) -> tuple[str, Shapes]:
             named "params", or copies such as an average of the weights.
     """
     if at is None:
-        at = _params_path(shapes)
-        if at is None:
+        found: set[str] = {m[1] for path in shapes if (m := re.match(r"((?:.*?/)?params)/", path))}
+        found = {path for path in found if {"mu", "nu"}.isdisjoint(path.split("/"))}
+        if not found:
             return _without_state(shapes)
-    at = at.strip(SEPARATOR)
-    start = f"{at}{SEPARATOR}" if at else ""
+        depth = min(path.count("/") for path in found)
+        nearest = sorted(path for path in found if path.count("/") == depth)
+        at = nearest[0]
+        if len(nearest) > 1:
+            raise ValueError(
+                "The checkpoint has several subtrees of parameters: "
+                f"{', '.join(map(repr, nearest))}. {_CHOOSE}"
+            )
+    at = at.strip("/")
+    start = f"{at}/" if at else ""
     params = {path.removeprefix(start): x for path, x in shapes.items() if path.startswith(start)}
     if not params:
-        raise ValueError(
-            f"The checkpoint has nothing below {at!r}. At its root there is: "
-            f"{', '.join(map(repr, _roots(shapes))) or 'nothing'}."
-        )
+        roots = ", ".join(map(repr, _roots(shapes))) or "nothing"
+        raise ValueError(f"The checkpoint has nothing below {at!r}. At its root there is: {roots}.")
     return at, params
-
-
-def _params_path(shapes: Shapes) -> str | None:
-    """Returns the subtree "params" nearest to the root that is not inside moments."""
-    found = {m[1] for path in shapes if (m := re.match(r"((?:.*?/)?params)/", path))}
-    found = {path for path in found if not {"mu", "nu"}.intersection(path.split(SEPARATOR))}
-    depth = min((path.count(SEPARATOR) for path in found), default=0)
-    nearest = sorted(path for path in found if path.count(SEPARATOR) == depth)
-    if len(nearest) > 1:
-        raise ValueError(
-            f"The checkpoint has several subtrees of parameters: {', '.join(map(repr, nearest))}. "
-            "Choose one by its path (--params on the command line)."
-        )
-    return nearest[0] if nearest else None
 
 
 def _roots(shapes: Shapes) -> dict[str, Shapes]:
     """The subtrees below each first name of the paths."""
     roots: dict[str, Shapes] = {}
     for path, form in shapes.items():
-        root, _, rest = path.partition(SEPARATOR)
+        root, _, rest = path.partition("/")
         roots.setdefault(root, {})[rest] = form
     return roots
 
@@ -146,49 +138,42 @@ def _without_state(shapes: Shapes) -> tuple[str, Shapes]:
     """Returns everything that is neither optimizer state nor a counter, and its path."""
     roots = _roots(shapes)
     # Those that hold more than counters and random keys.
-    numbers = {
-        root: below
+    numbers = [
+        root
         for root, below in roots.items()
         if any(jax.numpy.issubdtype(x.dtype, np.inexact) for x in below.values())
+    ]
+    states = {
+        root
+        for root in numbers
+        if _OPTIMIZER.fullmatch(root)
+        or any(_repeats(roots[root], other, roots[other]) for other in numbers if other != root)
     }
-    states = [root for root in numbers if _is_state(root, numbers)]
     kept = [root for root in numbers if root not in states]
     if len(kept) == 1 and "" not in roots[kept[0]]:
         inner, params = _without_state(roots[kept[0]])
         if len(params) < len(shapes):
-            return SEPARATOR.join(filter(None, (kept[0], inner))), params
+            return "/".join(filter(None, (kept[0], inner))), params
     if not states and len(kept) in (0, len(roots)):
         return "", shapes
-    params = {path: x for path, x in shapes.items() if path.partition(SEPARATOR)[0] in kept}
+    params = {path: x for path, x in shapes.items() if path.partition("/")[0] in kept}
     copies = [frozenset(roots[root]) for root in kept if "" not in roots[root]]
-    whole = any(_repeats(roots[root], params) for root in states)
+    whole = any(_repeats(roots[root], "", params) for root in states)
     if states and (not params or (len(set(copies)) < len(copies) and not whole)):
-        listing = ", ".join(
-            f"{root!r}{' (optimizer state)' if root in states else ''}" for root in roots
-        )
+        listing = (f"{root!r}{' (optimizer state)' * (root in states)}" for root in roots)
         raise ValueError(
-            "The checkpoint has no subtree named 'params', and it is unknown which of these "
-            f"the parameters are: {listing}. Give its path (--params on the command line)."
+            "The checkpoint has no subtree named 'params', and it is unknown which of these the "
+            f"parameters are: {', '.join(listing)}. {_CHOOSE}"
         )
     return "", params
 
 
-def _is_state(root: str, roots: dict[str, Shapes]) -> bool:
-    """Whether a subtree is optimizer state, by its name or by the moments of another in it."""
-    others = [(name, below) for name, below in roots.items() if name != root]
-    named = [{f"{name}/{path}": x for path, x in below.items()} for name, below in others]
-    return _OPTIMIZER.fullmatch(root.lower()) is not None or any(
-        _repeats(roots[root], params) for params in (*named, *(below for _, below in others))
-    )
-
-
-def _repeats(state: Shapes, params: Shapes) -> bool:
+def _repeats(state: Shapes, root: str, params: Shapes) -> bool:
     """Whether `state` has a moment of each of `params`, as "0/mu/dense/kernel"."""
-    endings = {
-        (SEPARATOR.join(names[start:]), form.shape)
-        for path, form in state.items()
-        for names in [path.split(SEPARATOR)]
-        for start in range(1, len(names))
-        if names[start - 1] in _AVERAGES
-    }
-    return all((path, form.shape) in endings for path, form in params.items())
+    endings: set[tuple[str, tuple[int, ...]]] = set()
+    for path, form in state.items():
+        names = path.split("/")
+        starts = [i + 1 for i, name in enumerate(names[:-1]) if name in _AVERAGES]
+        endings.update(("/".join(names[start:]), form.shape) for start in starts)
+    prefixes = ("", f"{root}/" if root else "")
+    return any(all((p + path, x.shape) in endings for path, x in params.items()) for p in prefixes)

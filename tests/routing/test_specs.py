@@ -75,7 +75,7 @@ def test_normalize_refuses(spec, shape, message):
         (lambda: MatrixSpec((0, 1), (Split(1, (1,)), Split(1, (1,)))), ValueError, "different"),
         (lambda: Split(1, 4), TypeError, "must be a tuple of integers, got 4"),
         (lambda: Split(1, (3, 0)), ValueError, "must be positive"),
-        (lambda: Split(1, (1, 1), along=1), ValueError, "view is not given"),
+        (lambda: Split(1, (1, 1), along=1), ValueError, "needs a view"),
         (lambda: Split(1, (1, 1), (4, 2), 2), ValueError, "not a dimension of view"),
         (lambda: Split(1, (1, 1), (4, 3), 1), ValueError, "add up to 2.*has 3"),
     ],
