@@ -87,15 +87,10 @@ def _linear(w: Leaves, name: str, x: np.ndarray, heads: int = 1) -> np.ndarray:
     return y.reshape(len(x), heads, -1)
 
 
-def _heads(q: str, k: str) -> HeadsOf:
-    return lambda w, x, s: (_linear(w, q, x, s.n), _linear(w, k, x, s.m))
-
-
-def _separate(q: str, k: str, merged: bool = False, bias: bool = True) -> tuple[Any, HeadsOf]:
-    joint = "*" if merged else " "
-    rows = [f"{q}/kernel d n{joint}h", f"{k}/kernel d m{joint}h"]
-    rows += [f"{q}/bias n{joint}h", f"{k}/bias m{joint}h"] if bias else []
-    return _leaves(",".join(rows)), _heads(q, k)
+def _separate(q: str, k: str, merged: bool = False) -> tuple[Any, HeadsOf]:
+    rows = f"{q}/kernel d n h, {k}/kernel d m h, {q}/bias n h, {k}/bias m h"
+    rows = rows.replace(" h", "*h") if merged else rows
+    return _leaves(rows), lambda w, x, s: (_linear(w, q, x, s.n), _linear(w, k, x, s.m))
 
 
 def _transposed(w: Leaves, x: np.ndarray, s: Any) -> Any:
@@ -165,18 +160,19 @@ def _gains(shared_key_gain: bool) -> tuple[Any, HeadsOf]:
     return _leaves(rows), heads_of
 
 
-def _adapted(*paths: str, transposed: bool = False) -> tuple[Any, HeadsOf]:
-    """A merged kernel with an adapter of rank 2 on queries and keys."""
+def _adapted(*paths: str, transposed: bool = False, only: str = "") -> tuple[Any, HeadsOf]:
+    """A merged kernel with an adapter of rank 2 on queries and keys, or on one of them."""
     rows = []
     for name, heads in (("q_proj", "n"), ("k_proj", "m")):
         for path, sizes in zip(
             paths, (("d", f"{heads}*h"), "d2", ("2", f"{heads}*h")), strict=True
         ):
-            rows.append(f"{name}/{path} {' '.join(sizes[::-1] if transposed else sizes)}")
+            if path == paths[0] or name.startswith(only):
+                rows.append(f"{name}/{path} {' '.join(sizes[::-1] if transposed else sizes)}")
 
     def heads_of(w: Leaves, x: np.ndarray, s: Any) -> Any:
         def project(name: str, heads: int) -> np.ndarray:
-            kernels = (w[f"{name}/{path}"] for path in paths)
+            kernels = (w.get(f"{name}/{path}", np.zeros((1, 1))) for path in paths)
             kernel, a, b = (leaf.T if transposed else leaf for leaf in kernels)
             return (x @ (kernel + a @ b)).reshape(len(x), heads, -1)
 
@@ -231,12 +227,10 @@ def _by(q: str, k: str, *paths: str) -> HeadsOf:
 _A = "/weight/array"
 CASES = (
     Case("linen", *_separate("query", "key")),
-    Case("linen without bias", *_separate("query", "key", bias=False)),
     Case("grouped", *_separate("query", "key"), False),
     Case("merged", *_separate("q_proj", "k_proj", merged=True)),
     Case("merged, grouped", *_separate("wq", "wk", merged=True), False),
     Case("multi-query", *_separate("query", "key"), key_heads=1),
-    Case("diffusion", *_separate("to_q", "to_k", merged=True, bias=False)),
     Case("other names", *_separate("ask", "answer"), False, _layout("ask", "answer")),
     Case(
         "transposed", _leaves("query_proj/weight n*h d, key_proj/weight m*h d"), _transposed, False
@@ -252,7 +246,6 @@ CASES = (
     ),
     Case("gpt2", *_fused("c_attn")),
     Case("phi3", *_fused("qkv_proj"), False),
-    Case("timm", *_fused("qkv")),
     Case(
         "maxtext fused",
         _leaves("qkv_proj/kernel d 3 n h, qkv_proj/bias 3 n h, c_proj/kernel n*h d"),
@@ -287,6 +280,8 @@ CASES = (
     ),
     Case("nnx LoRA around", *_adapted("base_module/kernel", "lora_a", "lora_b")),
     Case("nnx LoRA beside", *_adapted("kernel", "lora/lora_a", "lora/lora_b"), False),
+    Case("LoRA of queries alone", *_adapted("kernel", "lora_a", "lora_b", only="q")),
+    Case("LoRA of keys alone", *_adapted("kernel", "lora_a", "lora_b", only="k")),
     Case("qwix LoRA", *_adapted("kernel", "kernel_lora_a", "kernel_lora_b")),
     Case(
         "PEFT LoRA",
@@ -326,7 +321,6 @@ CASES = (
     Case("maxtext latent", *_latent("wq_b", "wkv_a", "wkv_b", False, "wq_a")),
     Case("maxtext latent, full query", *_latent("query", "wkv_a", "wkv_b", False)),
     Case("deepseek", *_latent("q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", True, "q_a_proj")),
-    Case("deepseek lite", *_latent("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", True)),
     Case("latent, separate k and v", *_latent("wq_b", "wkv_a", "wk_b", False, "wq_a", "p")),
     Case(
         "latent, separate parts",

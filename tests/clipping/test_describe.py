@@ -109,45 +109,26 @@ def test_shapes_are_read_where_they_allow_one_reading_and_never_guessed(name):
         assert text.startswith("attn: separate q and k, 4 query heads on 2 key heads of 8\n")
 
 
-def info_of(threshold=100.0):
+def test_flat_scalars():
     params = {name: {"query": jnp.ones((6, 2, 4)), "key": jnp.ones((6, 2, 4))} for name in "ab"}
     maxima = {"a": jnp.asarray([400.0, 9.0]), "b": jnp.asarray([50.0, 200.0])}
-    return apply_qk_clip(params, maxima, threshold=threshold)[1]
-
-
-def test_flat_scalars():
-    info = info_of()
+    info = apply_qk_clip(params, maxima)[1]
     with jax.transfer_guard("disallow"):  # inside `jit` they are tracers
         found = jax.jit(lambda info: info.scalars("clip"))(info)
+    rows = {"": (400.0, 0.25, 2.0), "a/": (400.0, 0.25, 1.0), "b/": (200.0, 0.5, 1.0)}
+    names = ("max_logit", "min_gamma", "clipped_heads")
+    expected = {f"clip/{at}{n}": x for at, row in rows.items() for n, x in zip(names, row)}  # noqa: B905
     scalars = {name: float(x) for name, x in found.items()}
-    assert scalars == {
-        "clip/max_logit": 400.0,
-        "clip/min_gamma": 0.25,
-        "clip/clipped_heads": 2.0,
-        "clip/clipped_fraction": 0.5,
-        "clip/a/max_logit": 400.0,
-        "clip/a/min_gamma": 0.25,
-        "clip/a/clipped_heads": 1.0,
-        "clip/b/max_logit": 200.0,
-        "clip/b/min_gamma": 0.5,
-        "clip/b/clipped_heads": 1.0,
-    }
-    assert len(info_of().scalars(blocks=False)) == 4
-    not_clipped = info_of(1e9)
-    assert jax.tree.structure(info_of()) == jax.tree.structure(not_clipped)
+    assert scalars == expected | {"clip/clipped_fraction": 0.5}
+    assert len(info.scalars(blocks=False)) == 4
+    not_clipped = apply_qk_clip(params, maxima, threshold=1e9)[1]
+    assert jax.tree.structure(info) == jax.tree.structure(not_clipped)
     assert (int(not_clipped.total_clipped), not_clipped.total_heads) == (0, 4)
     empty = QKClipInfo(max_logits={}, gamma={}, clipped_heads={}).scalars()
     assert float(empty["qk_clip/clipped_fraction"]) == 0.0
     assert float(empty["qk_clip/max_logit"]) == -np.inf
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_head_that_is_not_finite_hides_no_other(bad):
-    maxima = {"a": jnp.asarray([bad, 9.0]), "b": jnp.asarray([bad, bad])}
-    gamma = jax.tree.map(jnp.ones_like, maxima)
-    none = jnp.zeros((), jnp.int32)
-    info = QKClipInfo(max_logits=maxima, gamma=gamma, clipped_heads={"a": none, "b": none})
-    assert float(info.largest) == 9.0
-    scalars = info.scalars()
-    assert float(scalars["qk_clip/a/max_logit"]) == 9.0
-    np.testing.assert_array_equal(scalars["qk_clip/b/max_logit"], bad)
+    for bad in (np.nan, np.inf, -np.inf):  # a head that is not finite hides no other
+        maxima = {"a": jnp.asarray([bad, 9.0]), "b": jnp.asarray([bad, bad])}
+        info = info._replace(max_logits=maxima)
+        assert float(info.largest) == float(info.scalars()["qk_clip/a/max_logit"]) == 9.0
+        np.testing.assert_array_equal(info.scalars()["qk_clip/b/max_logit"], bad)

@@ -7,8 +7,9 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-from muonclip_jax import linen as mc_linen
+from muonclip_jax import linen as mc_linen, nnx as mc_nnx, qk_clip
 from muonclip_jax.clipping import apply_qk_clip
 
 X = jax.random.normal(jax.random.key(0), (2, 5, 12))
@@ -74,3 +75,24 @@ def test_linen_scan(axis, remat):
     ratio = np.moveaxis(ratio, axis, 0)
     expected = np.broadcast_to(gamma[..., None] ** 0.5, ratio.shape)
     np.testing.assert_allclose(ratio, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["apply_qk_clip", "qk_clip"])
+def test_a_pure_dict_of_an_nnx_state_keeps_its_structure(how):
+    """Its keys are integers where modules are in a list."""
+    attention = [nnx.MultiHeadAttention(3, 12, decode=False, rngs=nnx.Rngs(i)) for i in range(2)]
+    model = nnx.Sequential(*attention)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    _, maxima = mc_nnx.capture_max_logits(model)(X)
+    threshold = float(np.median(np.stack(jax.tree.leaves(maxima))))
+    new, info = apply_qk_clip(params, maxima, threshold=threshold)
+    if how == "qk_clip":
+        zeros, tx = jax.tree.map(np.zeros_like, params), qk_clip(threshold)
+        updates, _ = tx.update(zeros, tx.init(params), params, max_logits=maxima)
+        new = jax.tree.map(np.add, params, updates)
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+    assert list(info.gamma) == ["layers/0", "layers/1"]
+    kernels = (tree["layers"][1]["query"]["kernel"] for tree in (new, params))
+    ratio = np.divide(*map(np.asarray, kernels))
+    gamma = np.broadcast_to(np.asarray(info.gamma["layers/1"])[:, None] ** 0.5, ratio.shape)
+    np.testing.assert_allclose(ratio, gamma, rtol=1e-5)

@@ -51,21 +51,6 @@ def test_kernels_alone(maxima, kernel, stack_axes, feature_axes, size):
     assert plan.maxima_shape == maxima[len(maxima) - len(stack_axes) - 1 :]
 
 
-@pytest.mark.parametrize(
-    ("query", "key", "kv_heads"),
-    [
-        ((64, 8, 16), (64, 2, 16), 2),
-        ((64, 8, 16), (64, 1, 16), 1),
-        ((64, 128), (64, 32), 2),
-        ((64, 128), (64, 16), 1),
-    ],
-)
-def test_grouped_keys(query, key, kv_heads):
-    plan = read((8,), **pair(query, key))
-    assert (plan.heads, plan.kv_heads, plan.head_dim) == (8, kv_heads, 16)
-    assert plan.leaves[1].segments == (Segment("key", kv_heads, 16),)
-
-
 def test_biases_tell_layers_from_features():
     """As many layers as model features, stacked on the second axis: only biases show it."""
     shapes = pair((16, 16, 2, 4)) | {"query__bias": (2, 16, 4), "key__bias": (2, 16, 4)}
@@ -111,27 +96,24 @@ def test_what_does_not_fit_says_why(maxima, shapes, why):
         read(maxima, **shapes)
 
 
-FUSED = AttentionLayout((Projection("qkv", ("query", "key", "value")),), "fused")
+PARTS = ("query", "key", "value")
+FUSED, OUT = AttentionLayout((Projection("qkv", PARTS),), "fused"), {"out__kernel": (48, 48)}
+#: What tells the size of six query heads on two key heads: the layout, and the shapes.
+TOLD: dict[str, tuple[AttentionLayout, dict[str, Any]]] = {
+    "output": (FUSED, {"qkv__kernel": (48, 80), **OUT}),
+    "head_dim": (AttentionLayout(FUSED.projections, head_dim=8), {"qkv__kernel": (48, 80)}),
+    "an axis": (AttentionLayout(FUSED.projections, head_dim=8), {"qkv__kernel": (48, 10, 8)}),
+    "kv_heads": (AttentionLayout(FUSED.projections, kv_heads=2), {"qkv__kernel": (48, 80)}),
+    "sizes": (
+        AttentionLayout((Projection("qkv", PARTS, sizes=(8, 8, 4)),)),
+        {"qkv__kernel": (48, 72)},
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    ("layout", "shapes"),
-    [
-        (FUSED, {"qkv__kernel": (48, 80), "out__kernel": (48, 48)}),
-        (AttentionLayout(FUSED.projections, head_dim=8), {"qkv__kernel": (48, 80)}),
-        (AttentionLayout(FUSED.projections, kv_heads=2), {"qkv__kernel": (48, 80)}),
-        (
-            AttentionLayout((Projection("qkv", ("query", "key", "value"), sizes=(8, 8, 8)),)),
-            {"qkv__kernel": (48, 80)},
-        ),
-        (
-            AttentionLayout((Projection("qkv", ("query", "key", "value"), sizes=(8, 8, 4)),)),
-            {"qkv__kernel": (48, 72)},
-        ),
-        (AttentionLayout(FUSED.projections, head_dim=8), {"qkv__kernel": (48, 10, 8)}),
-    ],
-)
-def test_fused_kernels_with_grouped_keys(layout, shapes):
+@pytest.mark.parametrize("told", TOLD)
+def test_fused_kernels_with_grouped_keys(told):
+    layout, shapes = TOLD[told]
     plan = read((6,), layout, **shapes)
     assert (plan.heads, plan.kv_heads, plan.head_dim) == (6, 2, 8)
     assert [s.heads for s in plan.leaves[0].segments] == [6, 2, 2]
