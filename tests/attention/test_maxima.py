@@ -78,28 +78,27 @@ def _recorded(attention_fn: Any, *arguments: Any, **keywords: Any) -> tuple[Any,
 
 
 MASK = jnp.asarray(np.random.default_rng(3).random((2, 4, 40, 40)) < 0.4)
-LENGTHS = {"query_seq_lengths": [7, 40], "key_value_seq_lengths": [30, 3]}
-MEANT: dict[str, tuple[str, dict[str, Any]]] = {
-    "causal, with a scale": ("bound", {"is_causal": True, "scale": 0.3}),
-    "mask": ("passed", {"mask": MASK}),
-    "bias and window": (
-        "bound to keywords",
-        {"bias": jnp.where(MASK, 1.0, -jnp.inf), "local_window_size": (5, 1)},
-    ),
-    "lengths": ("passed", {name: jnp.asarray(each) for name, each in LENGTHS.items()}),
-    "bound lengths": ("bound", {name: jnp.asarray(each) for name, each in LENGTHS.items()}),
-}
+LENGTHS = {"query_seq_lengths": jnp.array([7, 40]), "key_value_seq_lengths": jnp.array([30, 3])}
+HIDING = jnp.where(MASK, 1.0, -jnp.inf)
 
 
-@pytest.mark.parametrize("name", MEANT)
-def test_what_says_which_pairs_is_understood_wherever_it_stands(name):
+def _any_keywords(query, key, value, **keywords):
+    return jax.nn.dot_product_attention(query, key, value, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("function", "bound", "keywords"),
+    [
+        (jax.nn.dot_product_attention, True, {"is_causal": True, "scale": 0.3}),
+        (jax.nn.dot_product_attention, False, {"mask": MASK}),
+        (_any_keywords, True, {"bias": HIDING, "local_window_size": (5, 1)}),
+        (jax.nn.dot_product_attention, False, LENGTHS),
+    ],
+)
+def test_what_says_which_pairs_is_understood_wherever_it_stands(function, bound, keywords):
     query, key, value, _ = make("plain")
-    function: Any = jax.nn.dot_product_attention
-    how, keywords = MEANT[name]
     dense = dense_attention(query, key, value, **keywords)
-    if how == "bound to keywords":
-        function = lambda q, k, v, **keywords: jax.nn.dot_product_attention(q, k, v, **keywords)  # noqa: E731
-    if how != "passed":
+    if bound:
         function, keywords = functools.partial(function, **keywords), {}
     out, max_logits = _recorded(function, query, key, value, **keywords)
     np.testing.assert_allclose(max_logits, dense.max_logits, rtol=TOLERANCE["float32"])
