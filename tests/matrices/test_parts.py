@@ -17,43 +17,33 @@ _QKV = _array(4, 2 * 3 * 5)
 _GROUPED = _array(6, 2 * (3 + 2) * 4)  # two groups of three query heads, a key and a value head
 _KV_B = _array(8, 2, 3 + 4)
 _STACKED = _array(3, 4, 2, 5)
+_PLAIN, _QUERY, _OUT = _array(4, 6), _array(4, 2, 5), _array(2, 5, 4)
+_EVERY_HEAD, _EVERY_GROUP = ((1, 1, 1), (2, 3, 5), 1), ((3, 1, 1), (2, 5, 4), 1)
 CASES = {
-    "plain": (_array(4, 6), MatrixSpec(), [_array(4, 6)[None]]),
-    "attention query": (
-        _array(4, 2, 5),
-        MatrixSpec((0, (1, 2))),
-        [_array(4, 2, 5).reshape(1, 4, 10)],
-    ),
-    "attention output": (
-        _array(2, 5, 4),
-        MatrixSpec(((0, 1), 2)),
-        [_array(2, 5, 4).reshape(1, 10, 4)],
-    ),
-    "one matrix a head": (
-        _array(4, 2, 5),
-        MatrixSpec((0, 2)),
-        [np.moveaxis(_array(4, 2, 5), 1, 0)],
-    ),
+    "plain": (_PLAIN, MatrixSpec(), [_PLAIN[None]]),
+    "attention query": (_QUERY, MatrixSpec((0, (1, 2))), [_QUERY.reshape(1, 4, 10)]),
+    "attention output": (_OUT, MatrixSpec(((0, 1), 2)), [_OUT.reshape(1, 10, 4)]),
+    "one matrix a head": (_QUERY, MatrixSpec((0, 2)), [np.moveaxis(_QUERY, 1, 0)]),
     "stacked layers": (_STACKED, MatrixSpec((1, (2, 3))), [_STACKED.reshape(3, 4, 10)]),
     "stacked on axis 1": (
         _STACKED,
         MatrixSpec((0, (2, 3))),
         [np.moveaxis(_STACKED, 1, 0).reshape(4, 3, 10)],
     ),
-    "output before input": (_array(4, 6), MatrixSpec((1, 0)), [_array(4, 6).T[None]]),
+    "output before input": (_PLAIN, MatrixSpec((1, 0)), [_PLAIN.T[None]]),
     "concatenated qkv": (
         _QKV,
-        MatrixSpec((0, 1), (Split(1, (10, 10, 10)),)),
-        [_QKV[None, :, :10], _QKV[None, :, 10:20], _QKV[None, :, 20:]],
+        MatrixSpec((0, 1), Split(1, (10, 10, 10))),
+        [_QKV[None, :, at : at + 10] for at in (0, 10, 20)],
     ),
     "qkv by head": (
         _QKV,
-        MatrixSpec((0, 1), (Split(1, (1, 1, 1), view=(2, 3, 5), along=1),)),
+        MatrixSpec((0, 1), Split(1, *_EVERY_HEAD)),
         [_QKV.reshape(4, 2, 3, 5)[:, :, i].reshape(1, 4, 10) for i in range(3)],
     ),
     "qkv by group": (
         _GROUPED,
-        MatrixSpec((0, 1), (Split(1, (3, 1, 1), view=(2, 5, 4), along=1),)),
+        MatrixSpec((0, 1), Split(1, *_EVERY_GROUP)),
         [
             _GROUPED.reshape(6, 2, 5, 4)[:, :, a:b].reshape(1, 6, -1)
             for a, b in ((0, 3), (3, 4), (4, 5))
@@ -61,17 +51,16 @@ CASES = {
     ),
     "latent kv": (
         _KV_B,
-        MatrixSpec((0, (1, 2)), (Split(2, (3, 4)),)),
+        MatrixSpec((0, (1, 2)), Split(2, (3, 4))),
         [_KV_B[:, :, :3].reshape(1, 8, 6), _KV_B[:, :, 3:].reshape(1, 8, 8)],
     ),
     "two splits": (
-        _array(4, 6),
+        _PLAIN,
         MatrixSpec((0, 1), (Split(0, (1, 3)), Split(1, (2, 4)))),
         [
-            _array(4, 6)[None, :1, :2],
-            _array(4, 6)[None, :1, 2:],
-            _array(4, 6)[None, 1:, :2],
-            _array(4, 6)[None, 1:, 2:],
+            _PLAIN[None, rows, columns]
+            for rows in (slice(1), slice(1, 4))
+            for columns in (slice(2), slice(2, 6))
         ],
     ),
     "no entries": (_array(0, 6), MatrixSpec(), [_array(0, 6)[None]]),

@@ -20,7 +20,7 @@ from muonclip_jax.newton_schulz import (
 from muonclip_jax.transforms import scale_by_muon
 from tests.helpers import TOLERANCE, equations, lowered, polynomial_of_singular_values
 
-ROWS = [(2.0, -1.5, 0.5), (1.5, -0.5, 0.0), (2.0, -1.5, 0.5)]
+ROWS = [(2.0, -1.5, 0.5), (1.5, -0.5, 0.0)]
 ON_A_TPU: dict[str, Any] = {"ns_implementation": "mosaic_tpu", "platform": "tpu"}
 
 
@@ -44,9 +44,9 @@ def _launches(function, *args) -> int:
 @pytest.mark.parametrize(
     ("shape", "method", "preconditioning", "power", "launches"),
     [
-        ((2, 10, 6), "standard", "frobenius", 2, 5),  # three X X^T and two squares
+        ((2, 10, 6), "standard", "frobenius", 2, 3),  # two X X^T and a square
         # The first X X^T is wanted in a wider dtype, which XLA computes, but here it is as wide.
-        ((2, 6, 10), "gram", "schatten8", 8, 9),
+        ((2, 6, 10), "gram", "schatten8", 8, 5),
     ],
 )
 def test_an_iteration_by_kernels_is_its_polynomial(shape, method, preconditioning, power, launches):
@@ -95,9 +95,9 @@ def test_an_optimizer_hands_it_on_and_a_named_kernel_computes_or_says_why_not():
     x = jnp.asarray(_matrices(256, 384), jnp.float16)
     polar = plan_polar(ROWS, None, "standard", "float16", ns_implementation="mosaic_gpu")
     hopper = dataclasses.replace(polar, platform="gpu")
-    # Three products X X^T and two squares.
+    # Two products X X^T and a square.
     text = lowered("cuda", functools.partial(apply_polar, hopper), x)
-    assert text.count("symmetric_product") >= 5
+    assert text.count("symmetric_product") >= 3
     with pytest.raises(NotImplementedError, match=r"'mosaic_gpu' runs on a GPU, .* for 'cpu'"):
         apply_polar(polar, x)
     with pytest.raises(NotImplementedError, match=r"multiplies bfloat16 and float16.*in float32"):

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.counting import count_products, product_flops
 from muonclip_jax.newton_schulz import COEFFICIENT_SETS, PolarPlan, apply_polar, plan_polar
 from muonclip_jax.newton_schulz.coefficients import evaluate
 from muonclip_jax.newton_schulz.iteration import gram_newton_schulz, normalize
 from muonclip_jax.newton_schulz.stability import amplification, choose_restarts, guard_rows
-from tests.helpers import equations, polynomial_of_singular_values
+from tests.helpers import polynomial_of_singular_values
 
 KJ = COEFFICIENT_SETS["keller_jordan"].rows
 WIDE, SQUARE = (64, 256), (64, 64)
@@ -28,15 +27,11 @@ WIDE, SQUARE = (64, 256), (64, 64)
         (WIDE, "float32", None, "gram", "tpu", KJ, ("gram", "float32")),
         (WIDE, "float64", None, "standard", "gpu", KJ, ("standard", "float64")),
         (WIDE, "complex64", None, "gram", "gpu", KJ, ("gram", "complex64")),
-        (WIDE, "float32", None, "svd", "gpu", KJ, ("svd", "float32")),
         (WIDE, "float32", "bfloat16", "standard", "cpu", KJ, ("standard", "bfloat16")),
         (WIDE, "float64", "float32", "standard", "cpu", KJ, ("standard", "float32")),
         # The Gram form where it is cheaper and safe.
-        (WIDE, "float32", None, "auto", "cpu", KJ, ("gram", "float32")),
-        (WIDE[::-1], "float32", None, "auto", "cpu", KJ, ("gram", "float32")),
         (SQUARE, "float32", None, "auto", "cpu", KJ, ("standard", "float32")),
-        ((64, 120), "float32", None, "auto", "cpu", KJ, ("gram", "float32")),
-        (WIDE, "float32", None, "auto", "gpu", KJ, ("gram", "float16")),
+        ((120, 64), "float32", None, "auto", "cpu", KJ, ("gram", "float32")),
         ((64, 128), "float32", None, "auto", "gpu", KJ, ("gram", "float16")),
         ((64, 127), "float32", None, "auto", "gpu", KJ, ("standard", "float16")),
         ((64, 127), "float32", "float32", "auto", "gpu", KJ, ("gram", "float32")),
@@ -44,7 +39,6 @@ WIDE, SQUARE = (64, 256), (64, 64)
         (WIDE, "float32", None, "auto", "tpu", KJ, ("standard", "bfloat16")),
         (WIDE, "float32", None, "auto", "gpu", KJ * 5, ("standard", "float16")),
         (WIDE, "float32", None, "gram", "gpu", KJ * 5, ("gram", "float32")),
-        (WIDE, "complex64", None, "auto", "gpu", KJ, ("gram", "complex64")),
     ],
 )
 def test_form_and_dtype(shape, x_dtype, ns_dtype, method, platform, rows, expected) -> None:
@@ -53,7 +47,7 @@ def test_form_and_dtype(shape, x_dtype, ns_dtype, method, platform, rows, expect
     assert (resolved.method, resolved.dtype) == expected
 
 
-def test_impossible_dtypes() -> None:
+def test_impossible_dtypes_and_equal_plans() -> None:
     for x_dtype, ns_dtype, method, message in (
         ("complex64", "bfloat16", "auto", "not possible for input of dtype complex64"),
         ("float32", "float16", "svd", 'not possible for ns_method="svd"'),
@@ -61,30 +55,33 @@ def test_impossible_dtypes() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             plan_polar(KJ, ns_dtype=ns_dtype, ns_method=method).check_input(x_dtype)
+    assert hash(plan_polar("dion", ns_dtype=jnp.bfloat16)) == hash(
+        plan_polar("you", 5, ns_dtype="bfloat16")
+    )
 
 
-def test_a_plan_is_a_value() -> None:
-    plan = plan_polar("dion", ns_dtype=jnp.bfloat16)
-    assert plan == PolarPlan(COEFFICIENT_SETS["you"].rows, "auto", "bfloat16", "frobenius")
-    assert hash(plan) == hash(plan_polar("you", 5, ns_dtype="bfloat16"))
-    assert plan_polar("minimax4", preconditioning="frobenius").preconditioning == "frobenius"
-
-
-@pytest.mark.parametrize("dtype", ["float32", "16 bits"])
-@pytest.mark.parametrize("method", ["standard", "gram"])
-@pytest.mark.parametrize("preconditioning", ["frobenius", "aol", "schatten", "schatten8"])
-def test_flops_are_those_of_the_products(preconditioning: str, method: str, dtype: str) -> None:
-    # The norms are free: what they are of, the first step uses; but for one in 16 bits.
-    dtype = {"standard": "bfloat16", "gram": "float16"}[method] if dtype == "16 bits" else dtype
-    plan = plan_polar(KJ, ns_method=method, ns_dtype=dtype, preconditioning=preconditioning)
-    x = jnp.ones((48, 192), jnp.float32)
+@pytest.mark.parametrize(
+    ("coeffs", "method", "dtype", "preconditioning"),
+    [
+        ("keller_jordan", "standard", "float32", "schatten"),
+        ("keller_jordan", "gram", "float16", "frobenius"),
+        ("you", "gram", "float32", "schatten8"),
+        ("polar_express", "gram", "float16", "aol"),
+        ((1.5, -0.5, 0.0), "gram", "float32", "frobenius"),
+        ((1.5, -0.5, 0.0), "standard", "float32", "frobenius"),
+        ("minimax4", "standard", "bfloat16", "schatten8"),
+    ],
+)
+def test_flops_are_those_that_xla_counts(coeffs, method, dtype, preconditioning) -> None:
+    # Below the size from which a CPU leaves out blocks of symmetric products; large enough for
+    # entry by entry work to be less than the smallest product, 3 % of all.
+    plan = plan_polar(coeffs, 4, method, dtype, preconditioning)
+    x = jax.ShapeDtypeStruct((192, 384), jnp.float32)
     resolved = plan.resolve(x.shape, x.dtype)
-    assert resolved.extra_squares == (preconditioning == "schatten8" and dtype != "float32")
-    jaxpr = jax.make_jaxpr(functools.partial(apply_polar, plan))(x)
-    products = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
-    counts, each = count_products(resolved), product_flops(*x.shape)
-    assert len(products) == sum(counts.values())
-    assert resolved.flops == sum(counts[kind] * each[kind] for kind in counts)
+    # The norms are free: what they are of, the first step uses; but for one in 16 bits.
+    assert resolved.extra_squares == (preconditioning == "schatten8" and dtype == "bfloat16")
+    analysis = jax.jit(functools.partial(apply_polar, plan)).lower(x).cost_analysis() or {}
+    assert resolved.flops <= analysis["flops"] <= 1.03 * resolved.flops
 
 
 def test_the_guard_gives_steep_sets_room_and_leaves_safe_ones_alone() -> None:

@@ -4,7 +4,7 @@ Read off the partitioned program, so that a change which costs a pod its speed f
 tests ask the same of the TPU's compiler, where that is installed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,18 +16,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import muonclip_jax as mc
 from benchmarks.compilers import compiling_for, tpu_devices
 from benchmarks.hlo import tally
+from muonclip_jax.routing import MatrixSpec
+from tests.sharding.cases import Case, mesh_of
 
 #: Rows and columns of the matrices: products are nearly all of the work.
 SHAPE, SQUARE, WIDE = (64, 128), (256, 256), (256, 1024)
 TWO_WAYS = {"all-to-all": 2}
 FSDP_TP = P(None, "fsdp", "tp")
-
-
-def mesh_of(
-    devices: Sequence[Any], shape: tuple[int, ...], names: tuple[str, ...] = ("fsdp", "tp")
-) -> Mesh:
-    kinds = (AxisType.Auto,) * len(shape)
-    return Mesh(np.array(devices).reshape(shape), names, axis_types=kinds)
 
 
 def work(shape: tuple[int, int]) -> int:
@@ -81,7 +76,7 @@ def check_share(
     ],
 )
 def test_a_device_does_its_share(shapes: Any, at: P, moves: dict[str, int]):
-    program = compiled_step(mesh_of(jax.devices(), (4, 2)), shapes, at)
+    program = compiled_step(mesh_of(), shapes, at)
     check_share(program, shapes["w"][0], devices=8, moves=moves)
     assert tally(program.as_text()).unknown_loops == 0
 
@@ -89,8 +84,7 @@ def test_a_device_does_its_share(shapes: Any, at: P, moves: dict[str, int]):
 def test_unequal_matrices_are_balanced():
     """Full rounds give way too: nine large ones and sixteen small ones on eight devices."""
     large, small = (32, 256), (32, 64)
-    mesh = mesh_of(jax.devices(), (4, 2))
-    program = compiled_step(mesh, {"a": (9, *large), "b": (16, *small)}, FSDP_TP)
+    program = compiled_step(mesh_of(), {"a": (9, *large), "b": (16, *small)}, FSDP_TP)
     # One device has two large ones; the small ones are all with the others.
     floor = max((9 * work(large) + 16 * work(small)) / 8, 2 * work(large))
     assert floor <= tally(program.as_text()).flops < 1.02 * floor
@@ -114,35 +108,28 @@ def test_results_are_gathered_by_parameter_and_without_padding(
 ):
     for name, bound in bounds.items():
         monkeypatch.setattr(f"muonclip_jax.sharding.exchange.{name}", bound)
-    on = NamedSharding(mesh_of(jax.devices(), (8,), ("data",)), P())
-    arguments: Any = {"ns_steps": 2, "weight_dimension_numbers": mc.MatrixSpec((1, 2))}
-    one: Any = mc.scale_by_muon("keller_jordan", **arguments)
+    leaves = {name: (shape, MatrixSpec((1, 2)), P()) for name, shape in shapes.items()}
+    case = Case(leaves, mesh_of(data=8))
     options = mc.Distribution(flops_per_byte=float("inf"))
-    tx: Any = mc.scale_by_muon(
-        "keller_jordan", **arguments, param_shardings=on, distribution=options
-    )
-    params = {
-        name: jax.random.normal(jax.random.key(number), shape)
-        for number, (name, shape) in enumerate(shapes.items())
-    }
-    placed = jax.device_put(params, on)
-    program: Any = jax.jit(tx.update).lower(placed, tx.init(placed)).compile()
-    updates = program(placed, tx.init(placed))[0]
-    for name, wanted in jax.jit(one.update)(params, one.init(params))[0].items():
-        assert jnp.allclose(updates[name], wanted, atol=1e-6, rtol=0), name
-    gathered = tally(program.as_text()).by_kind()["all-gather"]
+    updates, text = case.compiled(case.sharded(distribution=options))
+    case.check(updates)
+    gathered = tally(text).by_kind()["all-gather"]
     assert gathered["count"] == len(shapes)
-    assert gathered["bytes"] < 1.05 * sum(x.size * 4 for x in params.values())
+    assert gathered["bytes"] < 1.05 * sum(x.size * 4 for x in case.params.values())
 
 
 # The TPU's compiler
+
+
+def tpu_mesh(devices: Any, sizes: tuple[int, int], names: tuple[str, str]) -> Mesh:
+    return Mesh(np.array(devices).reshape(sizes), names, axis_types=(AxisType.Auto,) * 2)
 
 
 @pytest.fixture(scope="module")
 def tpu() -> Iterator[Mesh]:
     pytest.importorskip("libtpu")
     with compiling_for("tpu"):
-        yield mesh_of(tpu_devices("v5e:2x2"), (2, 2))
+        yield tpu_mesh(tpu_devices("v5e:2x2"), (2, 2), ("fsdp", "tp"))
 
 
 @pytest.mark.parametrize("at", [P(), FSDP_TP], ids=["replicated", "sharded"])
@@ -176,6 +163,6 @@ def test_slices_of_tpus_keep_to_themselves():
     devices = tpu_devices("v5e:2x2", slices=2)
     assert [device.slice_index for device in devices] == [0] * 4 + [1] * 4
     with compiling_for("tpu"):
-        mesh = mesh_of(devices, (2, 4), ("slice", "fsdp"))
+        mesh = tpu_mesh(devices, (2, 4), ("slice", "fsdp"))
         program = compiled_step(mesh, {"w": (8, *SQUARE)}, P(None, "fsdp"))
     check_share(program, 8, devices=4, moves=TWO_WAYS, shape=SQUARE)

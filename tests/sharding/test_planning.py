@@ -143,22 +143,15 @@ def test_few_large_matrices_are_split_over_the_fast_axis():
     assert load(plan) < 1.1 * (96 * flops(4096, 4096) + 72 * flops(4096, 11008)) / 512
 
 
-@pytest.mark.parametrize(
-    ("count", "depths"),
-    [(40, [2, 2, 1]), (35, [2, 2, 1]), (9, [2]), (100, [2, 2, 2, 2, 2, 2, 1])],
-)
-def test_stacks_are_bounded(count: int, depths: list[int]):
-    options = Distribution(max_stack_bytes=2 * 8 * 16 * 4)
-    plan = plan_of([LEAVES["rows"]] * count, options)
-    assert [max(counts[0] for counts in round_.branches) for round_ in plan.rounds] == depths
-
-
-@pytest.mark.parametrize("flops_per_byte", [0.0, 2000.0, math.inf])
-def test_balancing_keeps_the_bound_too(flops_per_byte: float):
-    """Devices without a large matrix would take up to twenty small ones, for their cost."""
+def test_stacks_are_even_and_bounded():
+    for count, depths in ((40, [2, 2, 1]), (35, [2, 2, 1]), (9, [2]), (100, [2] * 6 + [1])):
+        options = Distribution(max_stack_bytes=2 * 8 * 16 * 4)
+        plan = plan_of([LEAVES["rows"]] * count, options)
+        assert [max(counts[0] for counts in round_.branches) for round_ in plan.rounds] == depths
+    # Devices without a large matrix would take up to twenty small ones, for their cost.
     large, small = ((16, 32), MatrixSpec(), ((), FSDP)), ((4, 32), MatrixSpec(), ((), FSDP))
-    options = Distribution(max_stack_bytes=2 * 16 * 32 * 4, flops_per_byte=flops_per_byte)
-    for count in (3, 5, 13):
+    for flops_per_byte, count in ((0.0, 3), (2000.0, 13), (math.inf, 5)):
+        options = Distribution(max_stack_bytes=2 * 16 * 32 * 4, flops_per_byte=flops_per_byte)
         plan = plan_of([large] * count + [small] * 60, options)
         for round_ in plan.rounds:
             ways = round_.exchange.ways(dict(plan.sizes))
@@ -168,40 +161,30 @@ def test_balancing_keeps_the_bound_too(flops_per_byte: float):
 
 
 @pytest.mark.parametrize(
-    ("leaf", "options", "matrix_axes", "column_axes"),
+    ("leaf", "options", "matrix_axes", "column_axes", "gathered"),
     [
-        ("rows", Distribution(), BOTH, ()),
+        ("rows", Distribution(), BOTH, (), ()),
         # Those of another pipeline stage or expert group stay there.
-        ("pipeline stages", Distribution(), TP, ()),
-        ("experts", Distribution(), (), ()),
-        ("columns", Distribution(axes=TP), TP, ()),
+        ("pipeline stages", Distribution(), TP, (), ()),
+        ("experts", Distribution(), (), (), ()),
+        ("columns", Distribution(axes=TP), TP, (), ((1, FSDP),)),
         # A matrix that is too large is split as far as it must be, over the fastest axis first.
-        ("rows", Distribution(max_matrix_bytes=512), BOTH, ()),
-        ("rows", Distribution(max_matrix_bytes=256), FSDP, TP),
-        ("rows", Distribution(max_matrix_bytes=100), (), BOTH),
-    ],
-)
-def test_axes_that_share(leaf: str, options: Distribution, matrix_axes: Any, column_axes: Any):
-    count = 8 if options.max_matrix_bytes > 512 else 1
-    (round_,) = plan_of([LEAVES[leaf]] * count, options).rounds
-    assert round_.exchange.matrix_axes == matrix_axes
-    assert round_.exchange.column_axes == column_axes
-
-
-@pytest.mark.parametrize(
-    ("leaf", "options", "gathered"),
-    [
-        ("rows", Distribution(), ()),
-        ("columns", Distribution(axes=TP), ((1, FSDP),)),
+        ("rows", Distribution(max_matrix_bytes=512), BOTH, (), ()),
+        ("rows", Distribution(max_matrix_bytes=256), FSDP, TP, ()),
+        ("rows", Distribution(max_matrix_bytes=100), (), BOTH, ()),
         # What docs/scaling.md says of a fused kernel: gathered along the axis that it is split on.
-        ("fused", Distribution(), ((1, TP),)),
-        ("fused, other axis", Distribution(), ()),
-        ("interleaved", Distribution(), ()),
+        ("fused", Distribution(), BOTH, (), ((1, TP),)),
+        ("fused, other axis", Distribution(), BOTH, (), ()),
+        ("interleaved", Distribution(), BOTH, (), ()),
     ],
 )
-def test_what_is_gathered_first(leaf: str, options: Distribution, gathered: Any):
-    (local,) = plan_of([LEAVES[leaf]], options).leaves
-    assert local.gathered == gathered
+def test_axes_that_share_and_what_is_gathered_first(
+    leaf: str, options: Distribution, matrix_axes: Any, column_axes: Any, gathered: Any
+):
+    plan = plan_of([LEAVES[leaf]] * (8 if options.max_matrix_bytes > 512 else 1), options)
+    (round_,) = plan.rounds
+    assert (round_.exchange.matrix_axes, round_.exchange.column_axes) == (matrix_axes, column_axes)
+    assert plan.leaves[0].gathered == gathered
 
 
 @given(

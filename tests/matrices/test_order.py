@@ -1,71 +1,99 @@
-"""One matrix after another: the bound on a chunk, exact results, the memory of one chunk."""
+"""Matrices in stacks, or one after another: bounds, exact results, the memory of one chunk."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from muonclip_jax.matrices import map_sequentially, plan_leaf, plan_sequentially
+from muonclip_jax.matrices import (
+    map_sequentially,
+    map_stacks,
+    plan_leaf,
+    plan_sequentially,
+    plan_stacks,
+)
 from muonclip_jax.routing import MatrixSpec, Split, normalize_spec
+from tests.helpers import normal_tree
 
-SHAPES = {
+SHAPES: dict[str, tuple[tuple[int, ...], MatrixSpec]] = {
     "wide": ((4, 6), MatrixSpec()),
     "tall": ((6, 4), MatrixSpec()),
     "tall too": ((6, 4), MatrixSpec()),
     "layers": ((5, 4, 6), MatrixSpec((1, 2))),
     "inner layers": ((4, 5, 6), MatrixSpec((0, 2))),
     "fused": ((4, 12), MatrixSpec((0, 1), (Split(1, (6, 6)),))),
+    "square": ((4, 4), MatrixSpec()),
     "none": ((0, 4), MatrixSpec()),
+}
+LEAVES = [plan_leaf(shape, normalize_spec(spec, shape)) for shape, spec in SHAPES.values()]
+FLOATS, MATRIX = ["float32"] * len(LEAVES), 4 * 6 * 4
+ONE_BFLOAT16 = ["float32", "float32", "bfloat16", *FLOATS[3:]]
+
+
+def leaves_of() -> list[jax.Array]:
+    return normal_tree([shape for shape, _ in SHAPES.values()], 0)
+
+
+def test_a_chunk_or_stack_keeps_its_bound_and_has_one_dtype_and_tall_and_wide_share_it():
+    chunks = plan_sequentially(LEAVES, FLOATS, 3 * MATRIX).chunks
+    assert [chunk.counts for chunk in chunks] == [(5,), (5,), (1, 1, 1), (1, 1), (1,)]
+    chunks = plan_sequentially(LEAVES, ONE_BFLOAT16, MATRIX).chunks
+    assert sorted(chunk.counts for chunk in chunks) == 6 * [(1,)] + 2 * [(5,)]
+    stacks = plan_stacks(LEAVES, ONE_BFLOAT16, 10**9).stacks
+    assert sorted((s.rows, s.columns, s.dtype, s.count) for s in stacks) == [
+        (4, 4, "float32", 1),
+        (4, 6, "bfloat16", 1),
+        (4, 6, "float32", 14),
+    ]
+    for most, counts in ((1, [1] * 15), (2, [2] * 7 + [1]), (8, [8, 7]), (15, [15])):
+        stacks = plan_stacks(LEAVES, FLOATS, most * MATRIX).stacks
+        assert [stack.count for stack in stacks] == [*counts, 1]
+
+
+def largest(x: jax.Array) -> jax.Array:
+    return 2 * x + jnp.max(x, axis=(-2, -1), keepdims=True)
+
+
+WAYS: dict[str, Any] = {
+    "sequentially": lambda leaves, most: map_sequentially(
+        largest, leaves, plan_sequentially(LEAVES, FLOATS, most)
+    ),
+    "stacks": lambda leaves, most: map_stacks(largest, leaves, plan_stacks(LEAVES, FLOATS, most)),
 }
 
 
-def plan(max_bytes: int, dtypes: list[str] | None = None):
-    leaves = [plan_leaf(shape, normalize_spec(spec, shape)) for shape, spec in SHAPES.values()]
-    return plan_sequentially(leaves, dtypes or ["float32"] * len(leaves), max_bytes)
-
-
-def leaves_of(seed: int = 0) -> list[jax.Array]:
-    keys = jax.random.split(jax.random.key(seed), len(SHAPES))
-    return [
-        jax.random.normal(key, shape) for key, (shape, _) in zip(keys, SHAPES.values(), strict=True)
-    ]
-
-
-def test_a_chunk_keeps_its_bound_and_has_one_dtype():
-    chunks = plan(3 * 4 * 6 * 4).chunks
-    assert [chunk.counts for chunk in chunks] == [(5,), (5,), (1, 1, 1), (1, 1)]
-    dtypes = ["float32", "float32", "bfloat16", "float32", "float32", "float32", "float32"]
-    assert sorted(chunk.counts for chunk in plan(96, dtypes).chunks) == 5 * [(1,)] + 2 * [(5,)]
-
-
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("max_bytes", "jitted"), [(1, False), (300, True), (10**9, True)])
-def test_every_matrix_is_replaced_by_its_own_result(max_bytes: int, jitted: bool):
+def test_every_matrix_is_replaced_by_its_own_result(way: str, max_bytes: int, jitted: bool):
     def run(leaves: list[jax.Array]) -> list[jax.Array]:
-        return map_sequentially(lambda x: 2 * x + jnp.max(x), leaves, plan(max_bytes))
+        return WAYS[way](leaves, max_bytes)
 
     leaves = leaves_of()
     got = (jax.jit(run) if jitted else run)(leaves)
     for (name, (_, spec)), x, y in zip(SHAPES.items(), leaves, got, strict=True):
-        x = np.asarray(x)
-        if name == "fused":
-            want = [2 * part + part.max() for part in np.split(x, 2, axis=1)]
-            np.testing.assert_array_equal(y, np.concatenate(want, axis=1))
-        elif x.size:
-            axes: tuple = tuple(np.ravel(spec.dims))
-            np.testing.assert_array_equal(y, 2 * x + x.max(axis=axes, keepdims=True))
-        else:
-            assert y.shape == x.shape
+        x, axes = np.asarray(x), tuple(np.ravel(np.asarray(spec.dims)))
+        parts = np.split(x, 2, axis=1) if name == "fused" else [x]
+        want = [2 * part + part.max(axis=axes, keepdims=True, initial=-9) for part in parts]
+        np.testing.assert_array_equal(y, np.concatenate(want, axis=1), err_msg=name)
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf, -3e38])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -3e38])
 def test_no_number_in_one_matrix_stops_the_others(bad: float):
     """Neither in the first matrix, which the first predicate reads, nor in a later one."""
     for index in (0, 3):
         leaves = leaves_of()
         leaves[index] = jnp.full_like(leaves[index], bad)
-        got = map_sequentially(lambda x: -x, leaves, plan(1))
+        got = map_sequentially(lambda x: -x, leaves, plan_sequentially(LEAVES, FLOATS, 1))
         for x, y in zip(leaves, got, strict=True):
             np.testing.assert_array_equal(-x, y)
+
+
+def compiled(run: Any, *arguments: Any, **options: Any) -> tuple[Any, str]:
+    """The memory that a program needs, and its text."""
+    program = jax.jit(run, **options).lower(*arguments).compile()
+    return program.memory_analysis(), program.as_text() or ""
 
 
 def test_one_chunk_at_a_time_is_in_memory_and_every_offset_shares_its_code():
@@ -80,10 +108,7 @@ def test_one_chunk_at_a_time_is_in_memory_and_every_offset_shares_its_code():
     def run(tree: list[jax.Array]) -> list[jax.Array]:
         return [-0.1 * x for x in map_sequentially(lambda x: x @ x.mT @ x, tree, chunks)]
 
-    compiled = jax.jit(run).lower([jax.ShapeDtypeStruct(shape, "f4") for shape in shapes]).compile()
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None
-    assert text is not None
+    memory, text = compiled(run, [jax.ShapeDtypeStruct(shape, "f4") for shape in shapes])
     assert memory.temp_size_in_bytes < 3 * 8 * m * n * 4
     assert text.count(" dynamic-slice(") >= count
     assert text.count(" slice(") <= len(chunks.chunks)  # one for each predicate
@@ -108,6 +133,5 @@ def test_directions_reuse_the_buffers_of_gradients():
 
     tree = [jax.ShapeDtypeStruct((n, n), jnp.float32)] * count
     x = jax.ShapeDtypeStruct((4, n), jnp.float32)
-    memory = jax.jit(step, donate_argnums=(0, 1)).lower(tree, tree, x).compile().memory_analysis()
-    assert memory is not None
+    memory, _ = compiled(step, tree, tree, x, donate_argnums=(0, 1))
     assert memory.temp_size_in_bytes < (count + 1.5 * 8) * n * n * 4
