@@ -109,7 +109,7 @@ def _find_routers(leaves: Sequence[Leaf]) -> None:
 def _find_output_head(leaves: Sequence[Leaf]) -> None:
     """Gives the output head to AdamW, or flags the candidates."""
     kernels: Counter[str] = Counter()
-    wider = {""}  # lists, stacks and token embeddings
+    wider = {"", "params"}  # lists, stacks, token embeddings, and the root of Flax's variables
     for leaf in leaves:
         if leaf.decision.stack or leaf.name.grouped or token_tables([leaf]):
             wider.update(leaf.modules)

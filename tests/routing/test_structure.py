@@ -71,6 +71,7 @@ def test_the_token_embedding_tells_the_output_head(name, rows):
     ("shapes", "flagged"),
     [
         ({"Dense_0/kernel": (784, 32), "Dense_1/kernel": (32, 10)}, {"Dense_1/kernel"}),
+        ({"params/a/kernel": (9, 4), "params/b/kernel": (4, 3)}, {"params/b/kernel"}),
         (LAYER | {"fc/kernel": (16, 10)}, {"fc/kernel"}),
         (LAYER | {"fc/weight": (10, 16)}, {"fc/weight"}),
         # A tied embedding of NNX, listed under the first path of the shared parameter.
