@@ -2,9 +2,9 @@
 
 Attention: softmax subtracts the maximum of every row before it exponentiates. That maximum is the
 number that QK-Clip needs; only an additive bias, which is not part of the recorded logit, needs a
-second reduction. A short sequence is one block. A longer one is processed sequentially in blocks of
-queries; each block uses all keys that the causal mask and the window allow, and its logits are
-recomputed in the backward pass (`jax.checkpoint`).
+second reduction. A long sequence is processed sequentially in blocks of queries; each block uses
+all keys that the causal mask and the window allow, and its logits are recomputed in the backward
+pass (`jax.checkpoint`).
 
 Maxima alone: blocks of queries and keys. The last block of an axis is shifted so that it fits,
 since pairs that occur twice do not change a maximum. Blocks without unmasked pairs are skipped.

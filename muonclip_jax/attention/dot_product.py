@@ -264,16 +264,10 @@ def bound_from_log_sum_exp(
 
         max_j s_j  <=  log sum_j exp(s_j)  <=  max_j s_j + ln(keys)
 
-    A clip by this bound comes a little early, and never too late. JAX returns the log-sum-exp in
-    the dtype of the output, where rounding may fall below the maximum by half a unit in the last
-    place; one such unit is added. Queries beyond `query_seq_lengths` `[B]` are padding; a head
-    without any pair has -inf.
-
-    Example:
-        >>> bound = bound_from_log_sum_exp(jnp.full((1, 2, 1), 3.0))
-        >>> 3.0 <= float(bound[0]) < 3.00001
-        True
+    A clip by this bound comes a little early, and never too late.
     """
+    # JAX returns it in the dtype of the output, where rounding may fall below the maximum by half a
+    # unit in the last place; one such unit is added.
     slack = float(jnp.finfo(log_sum_exp.dtype).eps)
     values = lax.stop_gradient(log_sum_exp).astype(jnp.float32)
     values = values + slack * jnp.abs(values)

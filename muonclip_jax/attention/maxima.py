@@ -41,13 +41,7 @@ def finite_max(x: Float[Array, "..."], axes: Sequence[int]) -> Float[Array, "...
 
 
 def only_max_logits(tree: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Returns the maxima in nested intermediates, one array per module.
-
-    Example:
-        >>> sown = {"attention": {"max_logits": (jnp.ones(2),), "weights": (jnp.ones(3),)}}
-        >>> {name: list(inner) for name, inner in only_max_logits(sown).items()}
-        {'attention': ['max_logits']}
-    """
+    """Returns the maxima in nested intermediates, one array per module."""
     found = {}
     for name, child in tree.items():
         if isinstance(child, Mapping):

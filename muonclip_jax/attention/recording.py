@@ -43,17 +43,8 @@ class RecordingBeside:
     Arguments with the names of masking arguments of `jax.nn.dot_product_attention`, and `scale`,
     are used, whether passed, bound by `functools.partial` or defaults. Scaling or masking inside
     the function is not visible: without a `scale` its logits are assumed to be
-    `q . k / sqrt(head_dim)`. The signature is preserved, because Flax's modules pass only the
-    arguments in it. Instances with equal fields are equal, because `jit` compares the functions in
-    a module.
-
-    Example:
-        >>> x = jnp.full((1, 2, 1, 4), 3.0)
-        >>> half = lambda query, key, value, mask=None: value / 2
-        >>> attend = RecordingBeside(half, lambda q, k, dtype: (q, k), print)
-        >>> float(attend(x, x, x)[0, 0, 0, 0])
-        [18.]
-        1.5
+    `q . k / sqrt(head_dim)`. Flax's modules pass only the arguments in the signature, and `jit`
+    compares the functions in a module.
     """
 
     attention_fn: Callable[..., jax.Array]  # of (query, key, value, ...)

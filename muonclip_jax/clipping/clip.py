@@ -62,11 +62,7 @@ def clip_tree(
     shared_keys: str,
     rules: tuple[Rule, ...] | None,
 ) -> tuple[Tree, QKClipInfo]:
-    """Returns the clipped parameters; given updates `u`, the tree of `clip(p + u) - p` instead.
-
-    Raises:
-        ValueError: If blocks, maxima and rules do not match, or an update is missing.
-    """
+    """Returns the clipped parameters; given updates `u`, the tree of `clip(p + u) - p` instead."""
     plans, recorded = plan_clip(params, max_logits, rules)
     paths = [leaf.path for plan in plans for leaf in plan.leaves]
     weights = dict(named_leaves(params))

@@ -1,5 +1,6 @@
 """A printable table of the attention blocks that were found and of what a clip scales in each."""
 
+import itertools
 from collections.abc import Iterator
 
 from muonclip_jax._tree import Tree
@@ -7,7 +8,6 @@ from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.clipping.matching import find_in, match_maxima, trailing_shape
 from muonclip_jax.heads.clips import guess_block, read_block
 from muonclip_jax.heads.finding import Blocks, FoundBlock, block_rules
-from muonclip_jax.heads.plan import LeafPlan, RefusalError
 
 _OWN_KEYS = {
     "query": "gamma^alpha",
@@ -64,10 +64,8 @@ def describe_attention(
     if max_logits is not None:
         matched = match_maxima(found, max_logits, masked, rules)
         shapes = {path: trailing_shape(arrays) for path, arrays in matched.items()}
-    lines: list[str] = []
-    for block in found:
-        lines += _describe_block(block, shapes.get(block.path), shared_keys)
-    return "\n".join(lines)
+    described = (_describe_block(b, shapes.get(b.path), shared_keys) for b in found)
+    return "\n".join(itertools.chain(*described))
 
 
 def _describe_block(
@@ -82,9 +80,6 @@ def _describe_block(
     except ValueError as error:
         yield f"{start}{block.layout.name}, cannot be clipped: {error}"
         return
-    if isinstance(plan, RefusalError):
-        yield f"{start}{block.layout.name}, cannot be clipped: {plan.in_tree(block.paths)}"
-        return
     if plan is None:
         yield f"{start}{block.layout.name}, heads as many as the maxima say"
         return
@@ -97,14 +92,10 @@ def _describe_block(
     yield f"{start}{plan.layout}, {heads} of {plan.head_dim}{stack}{note}"
     rule = _OWN_KEYS if plan.heads == plan.kv_heads else _SHARED[shared_keys]
     for leaf in plan.leaves:
+        parts: list[str] = []
+        for segment in leaf.segments:
+            size = f" ({segment.size} a head)" if len(leaf.segments) > 1 else ""
+            scaled = f"by {rule[segment.role]}" if segment.role in rule else "untouched"
+            parts.append(f"{segment.role.removesuffix('_alone')}{size} {scaled}")
         if any(segment.role in rule for segment in leaf.segments):
-            yield f"  {leaf.path} {leaf.shape}: {_parts(leaf, rule)}"
-
-
-def _parts(leaf: LeafPlan, rule: dict[str, str]) -> str:
-    whole = len(leaf.segments) == 1
-    return ", ".join(
-        f"{segment.role.removesuffix('_alone')}{'' if whole else f' ({segment.size} a head)'} "
-        + (f"by {rule[segment.role]}" if segment.role in rule else "untouched")
-        for segment in leaf.segments
-    )
+            yield f"  {leaf.path} {leaf.shape}: {', '.join(parts)}"

@@ -53,11 +53,9 @@ def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
 def find_in(
     tree: Tree, rules: tuple[Rule, ...] | None, *, whole: bool = True
 ) -> tuple[list[FoundBlock], tuple[str, ...]]:
-    """Finds the attention blocks of a tree by names and shapes, and its masked leaves.
+    """Returns the attention blocks of a tree, and its masked leaves.
 
-    Raises:
-        ValueError: If a rule matches nothing, and if the tree must be `whole`, if there is no block
-            or parts of one are masked.
+    If the tree must be `whole`, it is an error if there is no block or parts of one are masked.
     """
     shapes = tuple((path, tuple(leaf.shape)) for path, leaf in named_leaves(tree))
     nodes = flatten_with_paths(tree, is_leaf=is_masked)[0]
@@ -106,18 +104,7 @@ def read_maxima(max_logits: Tree) -> tuple[Recorded, bool]:
     """Returns the recorded maxima of each module, and whether they are named `max_logits`.
 
     If any leaf is named `max_logits`, only such leaves are used. Otherwise every leaf must be an
-    array at the path of its attention block, "" if the model itself is the attention block. Outer
-    "params" and "intermediates" levels, boxes and NNX states are ignored.
-
-    Raises:
-        ValueError: If there are no maxima, or one of them is not an array.
-
-    Example:
-        >>> x = jax.numpy.ones(4)
-        >>> sown = {"intermediates": {"block": {"attn": {"max_logits": (x,)}}}}
-        >>> trees = sown, {"block": {"attn": x}}, {"block/attn": x}
-        >>> [list(read_maxima(tree)[0]) for tree in trees]
-        [['block/attn'], ['block/attn'], ['block/attn']]
+    array at the path of its attention block, "" if the model itself is the attention block.
     """
     named = [(path.split("/"), leaf) for path, leaf in flatten_with_paths(max_logits)[0]]
     sown = any(MAX_LOGITS in names for names, _ in named)
@@ -160,9 +147,6 @@ def match_maxima(
     A recording belongs to the block with the same path. One named `max_logits` may also come from a
     submodule: if no block has its path, it belongs to the nearest enclosing block. A block that is
     masked as a whole, for example frozen, is not selected.
-
-    Raises:
-        ValueError: If a recording has no block, or a selected block no recording.
     """
     recorded, sown = read_maxima(max_logits)
     paths = [block.path for block in found]
@@ -195,14 +179,7 @@ def trailing_shape(arrays: Sequence[jax.Array]) -> Shape:
 
 
 def merge_recordings(arrays: Sequence[jax.Array], shape: Shape, path: str) -> jax.Array:
-    """Returns the maximum over recordings and over the axes before `shape`, in float32 or wider.
-
-    `arrays` are the recordings of the module at `path`, each `(..., *stack, heads)`, and `shape` is
-    `(*stack, heads)`. Finite maxima take precedence over NaN and infinity.
-
-    Raises:
-        ValueError: If a recording has another shape, or may be whole logits.
-    """
+    """Returns the maximum over recordings and over the axes before `shape`, in float32 or wider."""
     reduced: list[jax.Array] = []
     for x in arrays:
         leading = len(x.shape) - len(shape)
@@ -225,11 +202,7 @@ def merge_recordings(arrays: Sequence[jax.Array], shape: Shape, path: str) -> ja
 def plan_clip(
     params: Tree, max_logits: Tree, rules: tuple[Rule, ...] | None
 ) -> tuple[tuple[BlockPlan, ...], Recorded]:
-    """Plans a clip: what is scaled in each block, and the recordings of the block.
-
-    Raises:
-        ValueError: If blocks, maxima and rules do not match.
-    """
+    """Returns what a clip scales in each block, and the recordings of each block."""
     found, masked = find_in(params, rules)
     if not found:  # the tree is empty
         return (), {}

@@ -60,13 +60,10 @@ def clip_leaf(
     """Clips a parameter, or the update `u` that will be added to it, if any head needs it.
 
     Most steps clip no head of most blocks; the weights are then neither read nor written.
-
-    Raises:
-        ValueError: If the factor varies over mesh axes along which the weights are replicated. It
-            would make the replicas different.
     """
     old = p if u is None else u
-    # Inside a checked `jax.shard_map` the types show over which mesh axes arrays vary.
+    # Inside a checked `jax.shard_map` the types show over which mesh axes arrays vary. A factor
+    # that varies where weights are replicated would make the replicas different.
     if axes := tuple(sorted(varying_axes(factor) - varying_axes(p))):
         raise ValueError(
             f"The maxima for {path!r} vary over the mapped mesh axes {axes} and the weights do "

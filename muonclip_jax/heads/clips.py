@@ -70,17 +70,17 @@ def read_block(block: FoundBlock, maxima_shape: Shape) -> BlockPlan:
     )
 
 
-def guess_block(block: FoundBlock) -> BlockPlan | RefusalError | None:
-    """Returns the plan of one block without its maxima, the reason against it, or None.
+def guess_block(block: FoundBlock) -> BlockPlan | None:
+    """Returns the plan of a block without its maxima if one interpretation alone fits the output.
 
-    Every number of heads and every stack is tried. Exactly one interpretation must agree with the
-    output projection: `(4, 64, 64)` may be four layers of merged heads or 64 heads of size 64. A
-    reason is returned if it applies to every interpretation.
+    It is an error if the block cannot be clipped.
     """
     plans, misfits = _plans(block.layout, tuple(block.leaves.items()), None)
     if len(plans) == 1 and plans[0].agrees:
         return _in_tree(plans[0], block)
-    return None if plans else refusal_in(misfits)
+    if not plans and (refusal := refusal_in(misfits)) is not None:
+        raise ValueError(refusal.in_tree(block.paths))
+    return None
 
 
 def _in_tree(plan: BlockPlan, block: FoundBlock) -> BlockPlan:
@@ -94,13 +94,16 @@ def _plans(
     layout: AttentionLayout, shapes: tuple[tuple[str, Shape], ...], maxima_shape: Shape | None
 ) -> tuple[list[BlockPlan], list[MisfitError]]:
     """Returns the plans that fit best, and reasons against the others; cached for equal blocks."""
-
-    def penalty(plan: BlockPlan) -> tuple[int, ...]:
-        stacks = [kernel.stack_axes for kernel in plan.leaves]
-        stacked_first = all(x == tuple(range(len(x))) for x in stacks)
-        return not plan.agrees, maxima_shape is not None and not stacked_first
-
-    found, misfits = solve(attempts(layout, dict(shapes), maxima_shape), _clipped, penalty)
+    found, misfits = solve(
+        attempts(layout, dict(shapes), maxima_shape),
+        _clipped,
+        # With maxima, layers are on the first axes if several axes fit.
+        lambda plan: (
+            not plan.agrees,
+            maxima_shape is not None
+            and any(x.stack_axes != tuple(range(len(x.stack_axes))) for x in plan.leaves),
+        ),
+    )
     return list(found), misfits
 
 
@@ -226,11 +229,7 @@ def _other_heads(block: FoundBlock, maxima_shape: Shape) -> str:
 
 
 def _reduction(block: FoundBlock, maxima_shape: Shape) -> str:
-    """Suggests a reduction if the maxima fit after a maximum over some of their axes.
-
-    A module that records `(batch, heads)` under `nn.scan` gives `(layers, batch, heads)`; whole
-    logits are `(batch, heads, queries, keys)`, under a scan with layers before them.
-    """
+    """Suggests a reduction if the maxima fit after a maximum over some of their axes."""
     rank = len(maxima_shape)
     batch = "If their axes are (stacked layers, batch, query heads), as of a module that records "
     batch += "(batch, query heads) under nn.scan, take the maximum over the batch"

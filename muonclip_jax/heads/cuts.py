@@ -9,8 +9,7 @@ Every matrix is orthogonalised separately and has its own shape scale:
 | "per_head" | one per head | one per head of each | two per head |
 
 All leaves of a block are used, because the rotary size of a query follows from the key projection,
-and the number of key heads of a fused kernel from the output projection. Every number of heads that
-shapes allow is tried; if they give different splits, the head size must be given.
+and the number of key heads of a fused kernel from the output projection.
 """
 
 import dataclasses

@@ -84,11 +84,6 @@ def kernel_name(shapes: Shapes, path: str) -> str | None:
     return next((name for name in names if name in shapes), None)
 
 
-def has_adapter(shapes: Shapes, path: str) -> bool:
-    """Whether a projection has a low-rank adapter, or a part of one."""
-    return any(name.split("/")[0] in (LORA_A, LORA_B) for name in under(shapes, path))
-
-
 def block_rules(blocks: Any, argument: str = "blocks") -> tuple[Rule, ...] | None:
     """Returns `blocks=` as validated rules; None selects every built-in block."""
     if blocks is None:
@@ -120,13 +115,14 @@ def block_rules(blocks: Any, argument: str = "blocks") -> tuple[Rule, ...] | Non
     return tuple(rules)
 
 
-def _holds(layout: AttentionLayout | None, shapes: Shapes) -> bool:
-    """Whether a module has all projections of a layout: kernels, or adapters of masked ones."""
-    for path in () if layout is None else layout.paths:
-        name = kernel_name(shapes, path)
-        if len(shapes[name]) < 2 if name is not None else not has_adapter(shapes, path):
-            return False
-    return layout is not None
+def _projections(shapes: Shapes) -> set[str]:
+    """Returns the paths at which there is a kernel, or an adapter of a kernel that is masked."""
+    found: set[str] = set()
+    for name, shape in shapes.items():
+        module, _, last = name.rpartition("/")
+        found |= {name, module if last in KERNEL_NAMES else name} if len(shape) > 1 else set()
+        found |= {name.partition("/lora_")[0]} if "/lora_" in name else set()
+    return found
 
 
 def find_blocks(
@@ -144,11 +140,13 @@ def find_blocks(
         if rules is None and _FIRST_NAMES.isdisjoint(name.split("/")[0] for name in inside):
             continue
         shapes = {name: tuple(getattr(leaves[at], "shape", ())) for name, at in inside.items()}
-        builtin = next((b for b in BUILTIN_LAYOUTS if _holds(b, shapes)), None)
+        made = _projections(shapes)
+        builtin = next((b for b in BUILTIN_LAYOUTS if made.issuperset(b.paths)), None)
         layout, selected = builtin, rules is None
         for rule in rules or ():
             wanted = builtin if rule[1] is None else rule[1]
-            if re.search(rule[0], path) is not None and _holds(wanted, shapes):
+            there = wanted is not None and made.issuperset(wanted.paths)
+            if there and re.search(rule[0], path) is not None:
                 unused.pop(rule, None)
                 layout, selected = wanted, True
                 break

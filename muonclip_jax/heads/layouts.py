@@ -126,32 +126,28 @@ class AttentionLayout:
     kv_heads: int | None = None
     stack_axes: tuple[int, ...] | None = None
     latent: tuple[str, str] | None = None
+    # What a block with this layout must have, whether every query head has its own key as in latent
+    # attention, and the first projection that makes queries.
+    paths: tuple[str, ...] = dataclasses.field(init=False, repr=False, compare=False)
+    own_keys: bool = dataclasses.field(init=False, repr=False, compare=False)
+    query: Projection = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "projections", tuple(self.projections))
         if self.stack_axes is not None:
             axes = (self.stack_axes,) if isinstance(self.stack_axes, int) else self.stack_axes
             object.__setattr__(self, "stack_axes", tuple(axes))
-        if not any({"query", "query_alone"} & set(p.parts) for p in self.projections):
+        query = next((p for p in self.projections if {"query", "query_alone"} & set(p.parts)), None)
+        if query is None:
             raise ValueError(
                 f"Attention layout {self.name!r} has no query. Give it a projection that produces "
                 "one, as in Projection('q_proj', ('query',))."
             )
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """Paths, relative to the block, that a block with this layout must have."""
-        return tuple(p.path for p in self.projections) + (self.latent or ())
-
-    @property
-    def own_keys(self) -> bool:
-        """Whether every query head has its own key, as in latent attention."""
-        return {"query", "query_alone"} <= {part for p in self.projections for part in p.parts}
-
-    @property
-    def query(self) -> Projection:
-        """The first projection that makes queries."""
-        return next(p for p in self.projections if {"query", "query_alone"} & set(p.parts))
+        parts = {part for p in self.projections for part in p.parts}
+        paths = (*(p.path for p in self.projections), *(self.latent or ()))
+        object.__setattr__(self, "paths", paths)
+        object.__setattr__(self, "own_keys", parts >= {"query", "query_alone"})
+        object.__setattr__(self, "query", query)
 
 
 def spelling(name: str) -> str:

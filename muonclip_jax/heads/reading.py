@@ -1,11 +1,9 @@
 """Infers the heads of a block from its shapes: stacked axes, head axes, and number of heads.
 
-A kernel of rank 3 may be `(d_model, heads, head_dim)` or `(layers, d_model, features)`. Its rank
-does not determine which, but the whole block does: every leaf has the same stack, the maxima or the
-output projection give the number of query heads, and all sizes must be consistent. So every
-interpretation of the query kernel (`attempts`) is tried on the whole block (`Attempt.read`), and an
-inconsistency is a `MisfitError` with the reason. The caller completes each reading and ranks them
-(`solve`).
+A kernel of rank 3 may be `(d_model, heads, head_dim)` or `(layers, d_model, features)`; the whole
+block determines which: every leaf has the same stack, the maxima or the output projection give the
+number of query heads, and all sizes must be consistent. So every interpretation of the query kernel
+(`attempts`) is tried on the whole block; an inconsistency is a `MisfitError` with the reason.
 """
 
 import contextlib
@@ -15,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from muonclip_jax.heads.finding import KERNEL_NAMES, Shape, Shapes, has_adapter, kernel_name
+from muonclip_jax.heads.finding import KERNEL_NAMES, Shape, Shapes, kernel_name, under
 from muonclip_jax.heads.layouts import (
     NORM_NAMES,
     OUT_NAMES,
@@ -64,7 +62,8 @@ class Attempt:
     def kernel(self, p: Projection) -> LeafPlan:
         """Returns a projection's kernel, its features not divided into heads yet."""
         name = kernel_name(self.shapes, p.path)
-        if name is None and has_adapter(self.shapes, p.path):
+        inside = under(self.shapes, p.path)
+        if name is None and any(leaf.startswith("lora_") for leaf in inside):
             raise RefusalError(
                 f"{p.path!r} has a low-rank adapter here, and the kernel that it adapts is not in "
                 "this tree. Scaling only the adapter does not scale their sum. Clip a tree that "
@@ -87,10 +86,7 @@ class Attempt:
         return LeafPlan(name, self.shapes[name], stacked, tuple(free))
 
     def _taken(self, name: str) -> tuple[Shape, bool]:
-        """Returns the input axes of a kernel that may take the heads' values, and whether it may.
-
-        Inputs may be merged, or heads and their features, or heads on several axes.
-        """
+        """Returns a kernel's input axes in one layer, and whether they may be heads' values."""
         one, _ = self.one_layer(name)
 
         def counted(inputs: Shape) -> bool:
@@ -102,22 +98,24 @@ class Attempt:
         inputs = one[1:] if outputs_first else one[:-1]
         return inputs, counted(inputs)
 
-    def _kernels(self) -> dict[str, str]:
-        """Returns the kernels of all modules in the block: module -> name."""
-        modules = dict.fromkeys(name.partition("/")[0] for name in self.shapes)
-        names = ((module, kernel_name(self.shapes, module)) for module in modules)
-        return {module: name for module, name in names if name is not None}
-
-    def _out_features(self) -> int | None:
-        """Returns the input features of the output projection, if there is one."""
-        spelled = {spelling(module): name for module, name in self._kernels().items()}
-        for out in OUT_NAMES:
-            if out in spelled:
-                inputs, counted = self._taken(spelled[out])
-                if len(inputs) not in (1, 2, 3):
-                    raise MisfitError(f"{spelled[out]}: its inputs {inputs} are not head values")
-                return math.prod(inputs) if counted else None
-        return None
+    def _outputs(self) -> tuple[int | None, set[int]]:
+        """Returns the input features of the output projection and of kernels of unknown names."""
+        outputs: dict[str, str] = {}
+        unknown: set[int] = set()
+        for module in dict.fromkeys(name.partition("/")[0] for name in self.shapes):
+            name = kernel_name(self.shapes, module)
+            if name is not None and spelling(module) in OUT_NAMES:
+                outputs[spelling(module)] = name
+            elif name is not None and module not in (*self.layout.paths, *_NO_OUTPUT):
+                with contextlib.suppress(MisfitError):  # it may not be stacked
+                    unknown.add(math.prod(self._taken(name)[0]))
+        name = next((outputs[out] for out in OUT_NAMES if out in outputs), None)
+        if name is None:
+            return None, unknown
+        inputs, counted = self._taken(name)
+        if len(inputs) not in (1, 2, 3):
+            raise MisfitError(f"{name}: its inputs {inputs} are not head values")
+        return (math.prod(inputs) if counted else None), unknown
 
     def latent(self) -> LeafPlan | None:
         """Returns latent attention's down projection, with the latent and the shared rotary key."""
@@ -133,19 +131,9 @@ class Attempt:
         rotary = Segment("shared rotary key", 1, down.total - size)
         return dataclasses.replace(down, segments=(Segment("latent", 1, size), rotary))
 
-    def _half_taken(self, total: int) -> bool:
-        """Whether a kernel with an unknown name takes half of the query's features, and none all.
-
-        So an output projection with an unknown name also reveals a gate.
-        """
-        taken: set[int] = set()
-        for module, name in self._kernels().items():
-            known = module in (*self.layout.paths, *_NO_OUTPUT) or spelling(module) in OUT_NAMES
-            with contextlib.suppress(MisfitError):  # it may not be stacked
-                taken |= set() if known else {math.prod(self._taken(name)[0])}
-        return total % 2 == 0 and total // 2 in taken and total not in taken
-
-    def _with_gate(self, kernels: list[LeafPlan], out: int | None) -> AttentionLayout:
+    def _with_gate(
+        self, kernels: list[LeafPlan], out: int | None, unknown: set[int]
+    ) -> AttentionLayout:
         """Returns the layout, with a gate for every query head if the shapes show one, or raises.
 
         A query projection with twice the features that the output takes is either gated, or has
@@ -157,8 +145,9 @@ class Attempt:
         if first.parts != ("query",) or layout.head_dim is not None or layout.own_keys:
             return layout
         total, key = kernels[0].total, kernels[-1] if last.parts == ("key",) else None
-        if out is None and (key is None or key.total <= total // 2) and self._half_taken(total):
-            out = total // 2
+        if out is None and total not in unknown and (key is None or key.total <= total // 2):
+            # An output projection with an unknown name takes half of the query's features.
+            out = total // 2 if total // 2 in unknown else None
         if out is None or total != 2 * out or total % self.heads:
             return layout
         size, gated = total // self.heads, None
@@ -187,9 +176,9 @@ class Attempt:
     def read(self) -> BlockPlan:
         """Returns the plan of this attempt, with the kernels of all projections, or raises."""
         kernels = [self.kernel(p) for p in self.layout.projections]
-        latent, out = self.latent(), self._out_features()
+        latent, (out, unknown) = self.latent(), self._outputs()
         rope = None if latent is None else latent.segments[1].size
-        layout = self._with_gate(kernels, out)
+        layout = self._with_gate(kernels, out, unknown)
         totals = [kernel.total for kernel in kernels]
         size, kv_heads, rows = divide(layout, totals, self.heads, rope, out)
         for i, (kernel, (segments, repeat)) in enumerate(zip(kernels, rows, strict=True)):
@@ -211,11 +200,7 @@ def attempts(
     maxima_shape: Shape | None = None,
     stacked: Iterable[tuple[int, ...]] | None = None,
 ) -> Iterator[Attempt]:
-    """Yields every interpretation of a block.
-
-    Without `maxima_shape`, `(..., stacked layers, query heads)`, every number of heads that the
-    query's features allow is tried; without `stacked`, every stack, unless the layout has it.
-    """
+    """Yields every interpretation of a block, whose maxima are `(..., stacked layers, heads)`."""
     name = kernel_name(shapes, layout.query.path) or ""
     query = shapes.get(name, ())
     rank = len(query)
