@@ -22,6 +22,7 @@ from muonclip_jax.matrices.stacks import (
     Run as Run,
     Stack as Stack,
     StackPlan as StackPlan,
+    map_parts as map_parts,
     map_stacks as map_stacks,
     plan_stacks as plan_stacks,
 )

@@ -82,6 +82,14 @@ def map_stacks(
     function: Callable[[jax.Array], jax.Array], leaves: Sequence[jax.Array], plan: StackPlan
 ) -> list[jax.Array]:
     """Replaces every matrix of the leaves by `function` of its stack `(count, rows, columns)`."""
+    parts = map_parts(function, leaves, plan)
+    return [from_matrices(x, leaf) for x, leaf in zip(parts, plan.leaves, strict=True)]
+
+
+def map_parts(
+    function: Callable[[jax.Array], jax.Array], leaves: Sequence[jax.Array], plan: StackPlan
+) -> list[list[jax.Array]]:
+    """`function` of all stacks, as one array for each part of each leaf."""
     parts = [to_matrices(x, leaf) for x, leaf in zip(leaves, plan.leaves, strict=True)]
     # Runs of a part arrive in order of `start`, for that is the order they were planned in.
     done: dict[tuple[int, int], list[jax.Array]] = {}
@@ -97,7 +105,7 @@ def map_stacks(
             done.setdefault((run.leaf, run.part), []).append(y.mT if run.transposed else y)
     for (leaf, part), pieces in done.items():
         parts[leaf][part] = jnp.concatenate(pieces)
-    return [from_matrices(x, leaf) for x, leaf in zip(parts, plan.leaves, strict=True)]
+    return parts
 
 
 def _chunks(runs: Sequence[Run], limit: int) -> Iterator[tuple[Run, ...]]:

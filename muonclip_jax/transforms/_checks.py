@@ -146,8 +146,8 @@ def check_params(name: str, params: Tree) -> None:
 
 
 def differences(
-    given: Mapping[str, Any],
-    expected: Mapping[str, Any],
+    given: Mapping[str, Tree],
+    expected: Mapping[str, Tree],
     names: tuple[str, str],
     what: Sequence[str] = ("shape",),
     limit: int = 4,

@@ -6,7 +6,7 @@ effective rank: `k` if `k` singular values are equal and the others zero. Only t
 value needs an iteration.
 """
 
-import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Inexact
 
 from muonclip_jax._tree import Tree
-from muonclip_jax.matrices import StackPlan, plan_leaf, plan_stacks, to_matrices
+from muonclip_jax.matrices import StackPlan, map_parts, plan_leaf, plan_stacks
 from muonclip_jax.newton_schulz.products import gram, matmul
 from muonclip_jax.routing import MatrixRules, resolve_specs
 
@@ -50,24 +50,23 @@ class Matrices(NamedTuple):
 def matrices_of(tree: Tree, rules: MatrixRules | None) -> Matrices:
     """Plans the measurement of a tree of parameters or updates."""
     specs = enumerate(resolve_specs(tree, rules=rules))
-    found = [(path, i, plan_leaf(x.shape, spec)) for i, (path, x, spec) in specs if spec]
-    plans = [plan for *_, plan in found]
-    entries = sum(part.count * part.fan_in * part.fan_out for x in plans for part in x.parts)
-    max_bytes = max(_STACK_BYTES, 4 * entries // _STACK_SHARE)
-    stacks = plan_stacks(plans, ["float32"] * len(plans), max_bytes)
-    return Matrices(tuple((path, i) for path, i, _ in found), stacks)
+    found = [(path, i, x, plan_leaf(x.shape, spec)) for i, (path, x, spec) in specs if spec]
+    share = sum(math.prod(x.shape) * x.dtype.itemsize for *_, x, _ in found) // _STACK_SHARE
+    dtypes = [x.dtype.name for *_, x, _ in found]
+    stacks = plan_stacks([plan for *_, plan in found], dtypes, max(_STACK_BYTES, share))
+    return Matrices(tuple((path, i) for path, i, *_ in found), stacks)
 
 
 def matrix_figures(
     matrices: Matrices, updates: Sequence[jax.Array], momentum: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """Figure -> its value for every matrix, float32; of updates, and of their momentum by path."""
-    figures = _measure(update_figures, 3, updates, matrices)
+    figures = _measure(update_figures, 3, updates, matrices.stacks)
     ranks = jnp.zeros_like(figures[:1])
     if momentum:
         paths = zip(matrices.leaves, updates, strict=True)
         known = [momentum.get(path, jnp.zeros_like(x)) for (path, _), x in paths]
-        ranks = _measure(effective_rank, 1, known, matrices)
+        ranks = _measure(effective_rank, 1, known, matrices.stacks)
     return dict(zip(OF_MATRICES, (*figures, *ranks), strict=True))
 
 
@@ -75,31 +74,16 @@ def _measure(
     function: Callable[[jax.Array], jax.Array],
     number: int,
     leaves: Sequence[jax.Array],
-    matrices: Matrices,
+    plan: StackPlan,
 ) -> jax.Array:
-    """The figures that `function` computes of every stack `(count, rows, columns)`."""
-    parts = {
-        (i, j): part
-        for i, (x, plan) in enumerate(zip(leaves, matrices.stacks.leaves, strict=True))
-        for j, part in enumerate(to_matrices(x, plan))
-    }
-    starts = list(itertools.accumulate((len(part) for part in parts.values()), initial=0))
-    first = dict(zip(parts, starts, strict=False))
-    # Matrices without entries are in no stack and keep zeros.
-    values = jnp.zeros((number, starts[-1]), jnp.float32)
-    for stack in matrices.stacks.stacks:
-        pieces, places = [], []
-        for run in stack.runs:
-            piece = parts[run.leaf, run.part][run.start : run.stop]
-            piece = piece.astype(jnp.promote_types(piece.dtype, jnp.float32))
-            pieces.append(piece.mT if run.transposed else piece)
-            places.append(first[run.leaf, run.part] + np.arange(run.start, run.stop))
-        measured = function(jnp.concatenate(pieces))
-        values = values.at[:, np.concatenate(places)].set(measured)
-    return values
+    """`(number, matrices)`: the figures that `function` computes of every stack."""
+    parts = [x for leaf in map_parts(lambda x: function(x)[:, None], leaves, plan) for x in leaf]
+    # A part without entries comes back as it was.
+    found = [x.reshape(-1, number) if x.size else jnp.zeros((len(x), number)) for x in parts]
+    return jnp.concatenate(found or [jnp.zeros((0, number))]).astype(jnp.float32).T
 
 
-def update_figures(x: Inexact[Array, "count m n"]) -> Float[Array, "3 count"]:
+def update_figures(x: Inexact[Array, "count m n"]) -> Float[Array, "count 3"]:
     """Returns RMS, spectral norm and orthogonality error of wide matrices (see `MuonMetrics`)."""
     size, y = _scaled(x)
     product, rows = gram(y), x.shape[-2]
@@ -110,10 +94,10 @@ def update_figures(x: Inexact[Array, "count m n"]) -> Float[Array, "3 count"]:
     difference = product / jnp.where(mean == 0, 1, mean) - identity
     error = jnp.sqrt(jnp.sum(jnp.abs(difference) ** 2, axis=(-2, -1)) / rows)
     rms = size * jnp.sqrt(trace / (rows * x.shape[-1]))
-    return jnp.stack([rms, size * jnp.sqrt(_largest_eigenvalue(product)), error])
+    return jnp.stack([rms, size * jnp.sqrt(_largest_eigenvalue(product)), error], axis=-1)
 
 
-def effective_rank(x: Inexact[Array, "count m n"]) -> Float[Array, "1 count"]:
+def effective_rank(x: Inexact[Array, "count m n"]) -> Float[Array, "count 1"]:
     r"""Returns `(sum sigma_i^2)^2 / sum sigma_i^4` of wide matrices, 0 for the zero matrix.
 
     At least the stable rank `||X||_F^2 / ||X||_2^2` and at most the rank: `R_0` of Bartlett, Long,
@@ -121,7 +105,7 @@ def effective_rank(x: Inexact[Array, "count m n"]) -> Float[Array, "1 count"]:
     """
     product = gram(_scaled(x)[1])
     squares = jnp.sum(jnp.abs(product) ** 2, axis=(-2, -1))
-    return (_trace(product) ** 2 / jnp.where(squares == 0, 1, squares))[None]
+    return (_trace(product) ** 2 / jnp.where(squares == 0, 1, squares))[:, None]
 
 
 def _trace(product: jax.Array) -> jax.Array:

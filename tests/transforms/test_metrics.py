@@ -45,6 +45,7 @@ RULES = mc.MatrixRules(
     [
         ("fused/kernel$", mc.MatrixSpec((0, 1), mc.Split(1, (4, 8)))),
         ("wi_0/kernel$", mc.MatrixSpec((1, 2))),
+        ("one (row|entry)/kernel$", mc.MatrixSpec()),
     ]
 )
 UPDATES = normal_tree(SHAPES, 0) | {name: {"kernel": jnp.asarray(x)} for name, x in WIDE.items()}
