@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import muonclip_jax as mc
 from tests.helpers import assert_close, assert_equal, normal_tree
@@ -132,3 +133,23 @@ def test_schedule_free_with_the_clip_on_every_copy():
     first, second = (x["b0"]["attention"]["query"]["kernel"] for x in (average, unclipped))
     assert np.abs(first - second)[:, 0].max() > 0.1
     assert np.abs(first - second)[:, 1].max() < 1e-6
+
+
+def test_a_sharded_state_in_host_memory_is_the_same_state():
+    """As docs/memory.md writes it, on a mesh."""
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    shardings = jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec("fsdp")), PARAMS)
+    params, gradients = jax.device_put((PARAMS, GRADIENTS), (shardings, shardings))
+    tx = muonclip(param_shardings=shardings)
+    state = expected = jax.jit(tx.init)(params)
+    device, host = (
+        jax.tree.map(lambda x, kind=kind: x.sharding.with_memory_kind(kind), state)
+        for kind in ("device", "pinned_host")
+    )
+    plain = jax.jit(lambda state: tx.update(gradients, state, params, max_logits=MAXIMA)[1])
+    on_host = jax.jit(lambda state: plain(jax.device_put(state, device)), out_shardings=host)
+    state = jax.device_put(state, host)
+    for _ in range(2):
+        state, expected = on_host(state), plain(expected)
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(state)} == {"pinned_host"}
+    assert_close(state, expected, 1e-6)
