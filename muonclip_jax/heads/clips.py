@@ -189,8 +189,8 @@ def _normalised(attempt: Attempt, plan: BlockPlan) -> tuple[dict[str, str], list
         raise RefusalError(
             f"its queries and keys are normalised ({names}) with gains that the heads share or "
             "do not have, so scaling the kernels has no effect and one head cannot be "
-            "clipped separately. Exclude the block with blocks=, or train without QK-Clip: the "
-            "gains bound the logits"
+            "clipped separately. The gains bound the logits: exclude the block (blocks=; muonclip: "
+            "qk_clip_blocks=), or train without QK-Clip (muonclip: qk_clip_threshold=None)"
         )
     roles = whole | ({role: "gate"} if query else {}) | ({"key": "value"} if key else {})
     gains = queries + (keys if "key" in made else [])
