@@ -109,21 +109,14 @@ def apply_qk_clip(
 
         W_q[head] *= gamma ** alpha,    W_k[head] *= gamma ** (1 - alpha)
 
-    Biases are scaled like their kernels, because `q . k` is bilinear in both. With the weights and
-    batch of the forward pass, a clipped head's largest logit becomes the threshold, and other heads
-    are unchanged. For heads that share their key (grouped-query attention) only the query is
-    scaled; latent attention's rotary key and all values are not scaled. Blocks are found by the
-    names of their projections; see `describe_attention`.
+    Biases are scaled like their kernels. With the weights and batch of the forward pass, a clipped
+    head's largest logit becomes the threshold, and other heads are unchanged. For heads that share
+    their key (grouped-query attention) only the query is scaled; latent attention's rotary key and
+    all values are not scaled. Call it after the weight update of any optimizer.
 
-    If queries and keys are normalised, scaling kernels has no effect: gains of each head are scaled
-    instead, and shared gains are an error. Gains stored as `w` and applied as `1 + w`, and
-    normalisation without parameters, cannot be detected; exclude such blocks with `blocks`, or clip
-    a tree with `1 + w`.
-
-    Call it after the weight update of any optimizer:
-
-        params = optax.apply_updates(params, updates)
-        params, info = apply_qk_clip(params, max_logits)
+    If queries and keys are normalised, gains of each head are scaled instead of kernels, and shared
+    gains are an error. Gains stored as `w` and applied as `1 + w`, and normalisation without
+    parameters, cannot be detected; exclude such blocks with `blocks`, or clip a tree with `1 + w`.
 
     Args:
         params: The parameters: of Linen, of NNX, boxed or plain.
@@ -182,8 +175,7 @@ def qk_clip_info(
 ) -> QKClipInfo:
     """Returns the `QKClipInfo` of `apply_qk_clip` without changing weights.
 
-    For loops that clip inside `muonclip(...)` or `qk_clip`: call it inside the same `jit` with the
-    same arguments.
+    For loops that clip inside `muonclip(...)` or `qk_clip`.
 
     Args:
         params: The parameters; only paths and shapes are used.

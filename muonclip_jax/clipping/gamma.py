@@ -28,10 +28,6 @@ def clip_gamma(max_logits: Float[Array, "..."], threshold: ScalarLike) -> Float[
     A maximum or a threshold that is NaN, infinite, zero or negative never changes a weight. (Such a
     number is an error as threshold, but a traced value or a schedule may produce one.) The result
     is in float32 or wider.
-
-    Example:
-        >>> clip_gamma(jnp.asarray([150.0, 90.0, -jnp.inf]), 100.0).tolist()
-        [0.6666666865348816, 1.0, 1.0]
     """
     s = jnp.asarray(max_logits)
     s = s.astype(jnp.promote_types(s.dtype, jnp.float32))
@@ -59,11 +55,6 @@ def role_factors(
     Megatron's rule. "balanced" also shrinks keys and compensates in the queries.
 
     Returns role -> factor `(*stack, heads)` or `(*stack, kv_heads)`; absent roles are not scaled.
-
-    Example:
-        >>> factors = role_factors(jnp.asarray([0.25, 1.0]), 0.5, "query", 2)
-        >>> factors["query"].tolist(), factors["key"].tolist()
-        ([0.5, 1.0], [0.5, 1.0])
     """
     group = gamma.shape[-1] // kv_heads
     if group > 1 and shared_keys == "query":

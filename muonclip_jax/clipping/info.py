@@ -9,10 +9,6 @@ from jaxtyping import Array, Float, Int
 from muonclip_jax.attention.maxima import finite_max
 
 
-def _largest(x: Float[Array, "..."]) -> Float[Array, ""]:
-    return finite_max(x, range(x.ndim))
-
-
 class QKClipInfo(NamedTuple):
     """The maxima and factors of a clip. A pytree whose structure depends only on shapes.
 
@@ -33,7 +29,7 @@ class QKClipInfo(NamedTuple):
 
         NaN and infinite maxima are ignored unless there are no others.
         """
-        parts = [_largest(x) for x in self.max_logits.values()]
+        parts = [finite_max(x, range(x.ndim)) for x in self.max_logits.values()]
         return finite_max(jnp.stack(parts), (0,)) if parts else jnp.asarray(-jnp.inf, jnp.float32)
 
     @property
@@ -47,9 +43,7 @@ class QKClipInfo(NamedTuple):
         return sum(gamma.size for gamma in self.gamma.values())
 
     def scalars(self, prefix: str = "qk_clip", *, blocks: bool = True) -> dict[str, jax.Array]:
-        """Returns flat scalars for TensorBoard, Weights & Biases or a JSON line.
-
-        Nothing is copied to the host: the values are arrays, traced ones inside `jit`.
+        """Returns flat scalars for TensorBoard, Weights & Biases or a JSON line, as arrays.
 
         Args:
             prefix: First part of every name.
@@ -79,7 +73,8 @@ class QKClipInfo(NamedTuple):
         }
         for path in self.gamma if blocks else ():
             name = f"{prefix}/{path}" if path else prefix + "/block"
-            flat[f"{name}/max_logit"] = _largest(self.max_logits[path])
+            largest = self.max_logits[path]
+            flat[f"{name}/max_logit"] = finite_max(largest, range(largest.ndim))
             flat[f"{name}/min_gamma"] = self.gamma[path].min()
             flat[f"{name}/clipped_heads"] = self.clipped_heads[path]
         return flat

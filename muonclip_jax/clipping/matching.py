@@ -1,8 +1,7 @@
 """Which attention block each recorded maximum belongs to, and what a clip scales in each block.
 
 Maxima may be Flax's intermediates (nested dicts of tuples named `max_logits`), an NNX state of
-boxed tuples, a tree of modules, or a flat dict by path. All are converted to a dict from the
-block's path, such as "decoder/block_0/attention", to arrays `(..., *stack, heads)`.
+boxed tuples, a tree of modules, or a flat dict by path such as "decoder/block_0/attention".
 """
 
 import functools
@@ -42,7 +41,6 @@ _ADAPTERS = (
     " The tree holds low-rank adapters. The clip has to scale the kernels that they adapt as well: "
     "give it a tree that holds both."
 )
-_BLOCKS = "Where its projections have other names, say so: blocks=[(pattern, AttentionLayout(...))]"
 
 
 def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
@@ -97,7 +95,7 @@ def _find(
 
 
 def _inside(path: str, block: str) -> bool:
-    return not block or path == block or path.startswith(block + "/")
+    return not block or f"{path}/".startswith(block + "/")
 
 
 def read_maxima(max_logits: Tree) -> tuple[Recorded, bool]:
@@ -158,7 +156,8 @@ def match_maxima(
         if not owners:
             raise ValueError(
                 f"A maximum was recorded for {module!r}, and no attention block has that path. "
-                f"Blocks are: {listed(paths)}. {_BLOCKS}.{_MASKED if masked else ''}"
+                f"Blocks are: {listed(paths)}. Where its projections have other names, write "
+                f"blocks=[(pattern, AttentionLayout(...))].{_MASKED if masked else ''}"
             )
         owner = max(owners, key=len)
         if owner not in recorded:
