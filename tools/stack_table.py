@@ -1,5 +1,7 @@
 """Writes the tables of `docs/stacks/index.md`: recorded runs, and what each family of models gets.
 
+It also writes which leaves need the names of their modules, to the page and for the tests.
+
     python -m tools.stack_table            # write
     python -m tools.stack_table --check    # 1 if the page says something else
 
@@ -17,7 +19,15 @@ import jax
 import jax.numpy as jnp
 
 from muonclip_jax import describe_attention
-from tests.routing.test_trees import FAMILIES, TREES, decide, is_right, nest
+from tests.routing.test_trees import (
+    FAMILIES,
+    NEED_NAMES,
+    TREES,
+    decide,
+    is_right,
+    need_names,
+    nest,
+)
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "stacks" / "index.md"
@@ -103,9 +113,19 @@ def family_table() -> str:
     return table(titles, [family_row(family) for family in FAMILIES])
 
 
+def names_table() -> str:
+    """Leaves that are decided by the names of their modules."""
+    found: dict[str, list[str]] = {}
+    for line in NEED_NAMES.read_text().splitlines():
+        family, path = line.split(" ")
+        found.setdefault(family, []).append(f"`{path}`")
+    return table(["family", "leaves"], [[x, ", ".join(paths)] for x, paths in found.items()])
+
+
 def page(text: str) -> str:
     """Returns the page with its tables renewed."""
-    for name, content in (("runs", run_table()), ("families", family_table())):
+    tables = {"runs": run_table(), "families": family_table(), "names": names_table()}
+    for name, content in tables.items():
         start = f"<!-- {name}: tools/stack_table.py -->\n"
         end = f"<!-- end of {name} -->"
         before, rest = text.split(start)
@@ -114,6 +134,9 @@ def page(text: str) -> str:
 
 
 if __name__ == "__main__":
+    if "--check" not in sys.argv:
+        lines = [f"{family} {path}\n" for family in FAMILIES for path in need_names(family)]
+        NEED_NAMES.write_text("".join(lines))
     new = page(PAGE.read_text())
     if "--check" in sys.argv and new != PAGE.read_text():
         sys.exit("docs/stacks/index.md is out of date. Run `python -m tools.stack_table`.")

@@ -60,7 +60,7 @@ def decide(
         path = key[0]
         stack = (axes for pattern, axes in scan_axis or () if re.search(pattern, path))
         leaves.append(Leaf(*key, *read_path(path), _by_rule(rules, key), next(stack, None)))
-    infer(leaves, hidden)
+    infer(leaves, frozenset(hidden))
     _find_routers(leaves)
     _find_output_head(leaves)
     if attention != "merged":
@@ -117,8 +117,8 @@ def _find_output_head(leaves: Sequence[Leaf]) -> None:
             kernels.update(leaf.modules)
     blocks = {module for module, count in kernels.items() if count > 1} - wider
     # Blocks that differ in their number alone are layers; what contains them is no block.
-    names = {module: re.sub(r"\d+", "", module) for module in blocks}
-    layers = {module for module in blocks if [*names.values()].count(names[module]) > 1}
+    alike = Counter(re.sub(r"\d+", "", module) for module in blocks)
+    layers = {module for module in blocks if alike[re.sub(r"\d+", "", module)] > 1}
     for leaf in leaves:
         outer = [i for i, module in enumerate(leaf.modules) if module in layers]
         blocks.difference_update(leaf.modules[outer[-1] + 1 :] if outer else ())

@@ -9,7 +9,7 @@ block have the block's width as input axis.
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from muonclip_jax.heads.finding import Shape
 from muonclip_jax.routing.leaves import (
@@ -37,7 +37,7 @@ _KEY_VALUE = r"(?:.*_)?(?:k|v|kv|key|value|wk|wv|wkv)(?:_.*)?"
 _OUTPUT_FIRST = r"weight(?:_.*)?"  # names of kernels in libraries that have the output axis first
 
 
-def infer(leaves: Sequence[Leaf], hidden: Collection[str]) -> None:
+def infer(leaves: Sequence[Leaf], hidden: Set[str]) -> None:
     """Finds the decision for every leaf of a tree, with masked leaves at the paths `hidden`."""
     free = [leaf for leaf in leaves if leaf.ruled is None]
     _find_biases(leaves, hidden)
@@ -65,7 +65,7 @@ def token_tables(leaves: Iterable[Leaf]) -> list[Shape]:
     ]
 
 
-def _find_biases(leaves: Sequence[Leaf], hidden: Collection[str]) -> None:
+def _find_biases(leaves: Sequence[Leaf], hidden: Set[str]) -> None:
     """Finds `bias` and `biased` of every kernel, and which leaves are biases."""
     by_path = {leaf.path: leaf for leaf in leaves}
     for leaf in leaves:
@@ -79,7 +79,7 @@ def _find_biases(leaves: Sequence[Leaf], hidden: Collection[str]) -> None:
         names += [last[:-1] + "b"] if last.endswith("_w") else []
         paths = [prefix + name + end for end in ("", slash + wrapper) for name in names]
         found = next((by_path[x] for x in paths if x in by_path and x != leaf.path), None)
-        leaf.biased = found is not None or not set(hidden).isdisjoint(paths)
+        leaf.biased = found is not None or not hidden.isdisjoint(paths)
         if found is None:
             continue
         axes, shape = leaf.stack or (), found.shape

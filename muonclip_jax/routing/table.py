@@ -133,14 +133,6 @@ _WRITES = (
 )
 
 
-def _wide(shape: Shape) -> bool:
-    return shape[-1] >= shape[-2]
-
-
-def _even(shape: Shape) -> bool:
-    return shape[-1] % 2 == 0
-
-
 EXPERT_STACK = "expert stack"
 EMBEDDING_TABLE = "embedding table"
 OUTPUT_HEAD = "output head"
@@ -218,22 +210,22 @@ ROWS = (
     Row("fused query, key, value", "ibo", _QKV, shape=lambda s: s[1] == 3),
     Row("fused query, key, value", "bio", _QKV, shape=lambda s: s[0] == 3),
     # Gemma keeps it as (2, in, out) or (2, out, in): the hidden layer is the wider one.
-    Row("gate and up on one axis", "bio bbio", "gating_einsum", shape=_wide),
+    Row("gate and up on one axis", "bio bbio", "gating_einsum", shape=lambda s: s[-1] >= s[-2]),
     Row("gate and up on one axis", "boi bboi", "gating_einsum"),
     # Stacks of experts.
-    Row("expert stack, gate and up fused", "bio", _GATE_UP, shape=_even, parts=2, **_MOE),
+    Row("expert stack, gate and up fused", "bio", _GATE_UP, parts=2, **_MOE),
     Row(EXPERT_STACK, "bio", _MLP, **_MOE),
     Row(EXPERT_STACK, "bio", scope=r"(?:.*_)?experts", without=_ONE_EXPERT),
     Row(EXPERT_STACK, "bio", r"(?:.*_)?experts"),
-    Row("fused gate and up", "io", _GATE_UP, shape=_even, parts=2),
+    Row("fused gate and up", "io", _GATE_UP, parts=2),
     Row("gate and up on axis 1", "ibo", "wi", shape=lambda s: s[1] == 2),
     # Output heads.
     Row(OUTPUT_HEAD, role=_HEAD),
     Row(OUTPUT_HEAD, role="decoder", scope=rf"cls|predictions|{_HEAD}"),
     Row("inside an output head", role=rf"{_MATRIX}|{_OUT}|layers|out|output", parent=_HEADS),
     # GPT-2 in Hugging Face Flax keeps kernels as (out, in): the longer axis tells.
-    Row("dense layer", "oi", "c_fc", shape=lambda s: not _wide(s)),
-    Row("dense layer", "oi", "c_proj", scope="mlp", shape=_wide),
+    Row("dense layer", "oi", "c_fc", shape=lambda s: s[-1] < s[-2]),
+    Row("dense layer", "oi", "c_proj", scope="mlp", shape=lambda s: s[-1] >= s[-2]),
     # Plain matrices.
     Row("fused projection, kept whole: a rule may split it", "io", _FUSED),
     Row("matrix", "io", _MATRIX),
@@ -279,6 +271,4 @@ def look_up(name: LeafName, shape: Shape) -> Entry:
 @lru_cache(maxsize=8192)
 def direction(name: LeafName) -> str:
     """Whether the hidden state is a kernel's input ("i") or output ("o"), or unknown by name."""
-    if fits(r".*_b(?:_proj)?", name.role):
-        return ""
     return "i" if fits(_READS, name.role) else "o" if fits(_WRITES, name.role) else ""

@@ -21,35 +21,24 @@ from muonclip_jax.routing import (
 )
 
 
-def test_spec_accepts_pairs_and_is_hashable():
-    spec, same = MatrixSpec((0, [1, 2]), [Split(1, [2, 2])]), Split(1, (2, 2))
-    assert spec == MatrixSpec(Dims(0, (1, 2)), same)
-    assert hash(spec) == hash(MatrixSpec(Dims(0, (1, 2)), (same,)))
+def test_a_spec_is_hashable_and_normalised_against_a_shape():
+    spec, split = MatrixSpec((0, [1, 2]), [Split(1, [2, 2])]), Split(1, (2, 2))
+    assert hash(spec) == hash(MatrixSpec(Dims(0, (1, 2)), (split,)))
     assert MatrixSpec((np.int64(0), 1)) == MatrixSpec()
-    assert MatrixSpec().dims == Dims()
     assert repr(spec.dims) == "MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))"
-
-
-@pytest.mark.parametrize(
-    ("spec", "shape", "expected"),
-    [
-        (Dims(), (3, 4), MatrixSpec(((0,), (1,)))),
+    for given, shape, expected in (
         (Dims(-2, -1), (5, 3, 4), MatrixSpec(((1,), (2,)))),
         (Dims([2], [1, 0]), (5, 3, 4), MatrixSpec(((2,), (1, 0)))),
         (MatrixSpec((0, 1), Split(-1, (6, 2))), (3, 8), MatrixSpec(((0,), (1,)), Split(1, (6, 2)))),
-    ],
-)
-def test_normalize(spec, shape, expected):
-    assert normalize_spec(spec, shape) == expected
-    assert normalize_spec(expected, shape) == expected
-    assert normalize_spec(simplify_spec(expected), shape) == expected
+    ):
+        assert normalize_spec(given, shape) == expected
+        assert normalize_spec(simplify_spec(expected), shape) == expected
 
 
 @pytest.mark.parametrize(
     ("spec", "shape", "message"),
     [
         (MatrixSpec((0, 2)), (3, 4), "a/w: output axis 2 does not exist in shape"),
-        (MatrixSpec((-3, 1)), (3, 4), "a/w: reduction axis -3 does not exist"),
         (MatrixSpec((0, -2)), (3, 4), "a/w: .*must all be different"),
         (MatrixSpec(((), 1)), (3, 4), "has no reduction axis"),
         (MatrixSpec((1, 2), (Split(0, (2, 3)),)), (5, 3, 4), "Batch axes are separate"),
@@ -67,10 +56,8 @@ def test_normalize_refuses(spec, shape, message):
     ("build", "error", "message"),
     [
         (lambda: MatrixSpec(0), TypeError, r"pair .*got 0.*MatrixSpec\(\(0, \(1, 2\)\)\)"),
-        (lambda: MatrixSpec((0, 1, 2)), TypeError, "pair"),
         (lambda: MatrixSpec((0, 1.5)), TypeError, "must be an integer, got 1.5"),
         (lambda: MatrixSpec((True, 1)), TypeError, "must be an integer, got True"),
-        (lambda: MatrixSpec((0, "12")), TypeError, "must be an integer"),
         (lambda: MatrixSpec((0, 1), ((1, 2),)), TypeError, "must be Splits"),
         (lambda: MatrixSpec((0, 1), (Split(1, (1,)), Split(1, (1,)))), ValueError, "different"),
         (lambda: Split(1, 4), TypeError, "must be a tuple of integers, got 4"),
@@ -89,9 +76,7 @@ def test_construction_refuses(build, error, message):
     ("spec", "shape", "expected"),
     [
         (MatrixSpec((1, 2)), (6, 3, 4), ((6, 3, 4),)),
-        (MatrixSpec((0, (2, 3))), (8, 6, 2, 4), ((6, 8, 8),)),
         (MatrixSpec((0, (1, 2)), Split(2, (3, 1))), (8, 2, 4), ((1, 8, 6), (1, 8, 2))),
-        (MatrixSpec((1, 2), Split(2, (2, 2))), (6, 3, 4), ((12, 3, 2),)),
         (MatrixSpec((0, 1), Split(1, (1, 1, 1), (4, 3, 2), 1)), (5, 24), ((3, 5, 8),)),
         (
             MatrixSpec((0, 1), (Split(0, (1, 2)), Split(1, (3, 1)))),
@@ -108,6 +93,7 @@ def test_matrix_shapes(spec, shape, expected):
 MASKED = optax.MaskedNode()
 ONES = jnp.ones((2, 3))
 TWO = {"w1": {"a": ONES, "b": ONES}, "w2": {"a": ONES, "b": ONES}}
+ALL = ["w1/a", "w1/b", "w2/a", "w2/b"]
 SOME = {"w1": None, "w2": {"a": Dims(), "b": None}}
 
 
@@ -125,26 +111,19 @@ def muon_paths(params, specs=None, rules=None):
     [
         (TWO, SOME, ["w2/a"]),
         (TWO, {"w1": Dims(), "w2": None}, ["w1/a", "w1/b"]),
-        (TWO, MatrixSpec(), ["w1/a", "w1/b", "w2/a", "w2/b"]),
-        (
-            TWO,
-            lambda params: jax.tree.map(lambda _: Dims(), params),
-            ["w1/a", "w1/b", "w2/a", "w2/b"],
-        ),
+        (TWO, MatrixSpec(), ALL),
         (TWO, lambda params: {"w1": MatrixSpec(), "w2": None}, ["w1/a", "w1/b"]),
-        (TWO, infer_dimension_numbers, ["w1/a", "w1/b", "w2/a", "w2/b"]),
+        (TWO, infer_dimension_numbers, ALL),
         # Containers need not agree, and None is no parameter.
         ({"w1": Layer(ONES, ONES)}, {"w1": {"a": MatrixSpec(), "b": None}}, ["w1/a"]),
         ({"w1": {"a": ONES, "b": ONES}}, {"w1": Layer(None, MatrixSpec())}, ["w1/b"]),
         ({"a": ONES, "static": None}, {"a": MatrixSpec(), "static": None}, ["a"]),
         (ONES, MatrixSpec(), [""]),
-        ({}, {}, []),
         ({}, MatrixSpec(), []),
         # Masked parameters leave entries unused, and masked entries belong to masked parameters.
         ({"w1": {"a": ONES, "b": MASKED}, "w2": MASKED}, SOME | {"w1": Dims()}, ["w1/a"]),
         ({"w1": MASKED, "w2": {"a": ONES, "b": MASKED}}, SOME, ["w2/a"]),
         ({"w1": ONES, "w2": MASKED}, {"w1": Dims(), "w2": MASKED}, ["w1"]),
-        ({"w1": ONES, "w2": MASKED}, infer_dimension_numbers, ["w1"]),
     ],
 )
 def test_trees_of_specs(params, specs, muon):
@@ -154,10 +133,10 @@ def test_trees_of_specs(params, specs, muon):
 def test_leaves_come_along_in_the_order_of_the_parameters():
     params = {"b": ONES, "a": [jnp.ones((3, 4)), jnp.ones(5)]}
     resolved = resolve_specs(params, {"a": [MatrixSpec((1, 0)), None], "b": MatrixSpec()})
-    assert [path for path, _, _ in resolved] == ["a/0", "a/1", "b"]
-    for (_, leaf, _), expected in zip(resolved, jax.tree.leaves(params), strict=True):
-        assert leaf is expected
-    assert resolved[0][2] == MatrixSpec(((1,), (0,)))
+    specs = [("a/0", MatrixSpec(((1,), (0,)))), ("a/1", None), ("b", MatrixSpec(((0,), (1,))))]
+    assert [(path, spec) for path, _, spec in resolved] == specs
+    leaves = jax.tree.leaves(params)
+    assert all(leaf is x for (_, leaf, _), x in zip(resolved, leaves, strict=True))
 
 
 @pytest.mark.parametrize(

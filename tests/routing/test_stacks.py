@@ -86,6 +86,11 @@ def test_nested_scans(axes):
         # A length of one kernel is by chance the number of layers of another.
         ({"conv_0/kernel": (3, 2, 8, 2), "layers/w1/kernel": (6, 8, 8)}, {"conv_0/kernel": ()}),
         ({"a/query/kernel": (8, 8, 4), "layers/w1/kernel": (6, 8, 8)}, {"a/query/kernel": ()}),
+        # What is beside a stack says nothing of it, whose projections might have heads.
+        (
+            {f"layers/{x}_proj/kernel": (5, 48, 48) for x in "qo"} | {"x/up/kernel": (48, 80)},
+            {"layers/q_proj/kernel": (0,), "x/up/kernel": ()},
+        ),
         # A layer without a number, whose projections might have heads by their rank alone.
         (
             {
