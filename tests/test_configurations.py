@@ -166,9 +166,7 @@ SIZES = {1: (1, 1), 2: (2, 1), 8: (4, 2)}
 MESHES = [
     ("auto", 1, True, True),
     ("auto", 2, False, False),
-    ("auto", 8, True, False),
     ("auto", 8, False, True),
-    ("explicit", 1, True, False),
     ("explicit", 1, False, True),
     ("explicit", 2, True, True),
     ("explicit", 8, False, False),

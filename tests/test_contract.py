@@ -41,8 +41,8 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: (x.shape, x.dtype, x.aval.weak_type), tree)
 
 
-def assert_finite(tree: Any) -> None:
-    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(tree))
+def is_finite(tree: Any) -> bool:
+    return all(jnp.isfinite(x).all() for x in jax.tree.leaves(tree))
 
 
 def is_zero(tree: Any) -> bool:
@@ -56,7 +56,7 @@ def is_zero(tree: Any) -> bool:
 def test_the_state_keeps_its_form_and_updates_their_dtype(row: Row, dtype: str):
     _, gradients, updates, _ = first_step(row, dtype)
     assert abstract(updates) == abstract(gradients)
-    assert_finite(updates)
+    assert is_finite(updates)
 
 
 def test_init_accepts_shapes_without_values(row: Row):
@@ -190,4 +190,4 @@ def test_degenerate_gradients_stay_finite(row: Row):
     update = jax.jit(tx.update)
     for scale, offset in ((0.0, 0.0), (0.0, 1.0), (1e-30, 0.0), (1e15, 0.0)):  # the second: rank 1
         edge = jax.tree.map(lambda g, a=scale, b=offset: a * g + b, gradients)
-        assert_finite(update(edge, tx.init(params), params, **row.extra_args()))
+        assert is_finite(update(edge, tx.init(params), params, **row.extra_args()))

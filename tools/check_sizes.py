@@ -22,7 +22,7 @@ SUBPACKAGES = {
     "sharding": 1700,  # (1,500)
     "matrices": 621,  # (600)
     "newton_schulz": 1000,
-    "clipping": 823,  # (800)
+    "clipping": 800,  # (800)
     "attention": 1041,  # (900)
     "heads": 1338,  # (1,200)
     "routing": 1761,  # (1,300)
@@ -37,8 +37,8 @@ LONGER_FUNCTIONS = {
     "scale_by_muon": 71,
 }
 TOTAL = {
-    "muonclip_jax": 14_205,  # (11,000)
-    "tests": 15_020,  # (12,000)
+    "muonclip_jax": 14_182,  # (11,000)
+    "tests": 14_997,  # (12,000)
     "benchmarks": 4_067,  # (4,000)
 }
 

@@ -22,7 +22,6 @@ FORM = {"attn": jax.ShapeDtypeStruct((HEADS,), jnp.float32)}
 #: One head over the threshold in the first micro-batch, the other in the second, none in the last.
 MAXIMA = [{"attn": jnp.array(x)} for x in ([400.0, 30.0], [20.0, 250.0], [10.0, 40.0])]
 PARAMS, *GRADIENTS = (normal_tree(SHAPES, seed) for seed in range(4))
-CALLS = [{"gradients": g, "max_logits": s} for g, s in zip(GRADIENTS, MAXIMA, strict=True)]
 
 
 def is_zero(updates: Any) -> bool:
@@ -42,12 +41,11 @@ def keeps_what_it_gets(heads: int = HEADS) -> optax.GradientTransformationExtraA
     return optax.GradientTransformationExtraArgs(init, keep)
 
 
-def run(tx: Any, calls: list[dict[str, Any]], params: Any = PARAMS) -> tuple[list[Any], Any]:
+def run(tx: Any, gradients: list[Any], maxima: Any = None, params: Any = PARAMS) -> Any:
     """Calls a jitted update for each micro-batch; returns all updates and the last state."""
     step, state, all_updates = jax.jit(tx.update), tx.init(params), []
-    for call in calls:
-        call = dict(call)
-        updates, state = step(call.pop("gradients"), state, params, **call)
+    for g, s in zip(gradients, maxima or [None] * len(gradients), strict=True):
+        updates, state = step(g, state, params, max_logits=s)
         all_updates.append(updates)
     return all_updates, state
 
@@ -67,8 +65,8 @@ def test_it_equals_the_update_of_one_large_batch(jit: bool):
     updates: Any = None
     expected_state = inner.init(PARAMS)
     for _ in range(2):
-        for number, call in enumerate(CALLS):
-            updates, state = step(call["gradients"], state, PARAMS, max_logits=call["max_logits"])
+        for number, (g, s) in enumerate(zip(GRADIENTS, MAXIMA, strict=True)):
+            updates, state = step(g, state, PARAMS, max_logits=s)
             assert is_zero(updates) == (number < 2)
         expected, expected_state = jax.jit(inner.update)(
             mean, expected_state, PARAMS, max_logits={"attn": jnp.array([400.0, 250.0])}
@@ -81,7 +79,7 @@ def test_bfloat16_gradients_are_added_in_float32():
     # Fifteen ones after 256: a bfloat16 accumulator would not move.
     gradients = [{"w": jnp.full((2,), x, jnp.bfloat16)} for x in [256.0] + [1.0] * 15]
     tx = mc.accumulate(optax.identity(), 16)
-    updates, state = run(tx, [{"gradients": g} for g in gradients], gradients[0])
+    updates, state = run(tx, gradients, params=gradients[0])
     assert state.gradients["w"].dtype == jnp.float32
     np.testing.assert_allclose(state.gradients["w"], (256 + 15) / 16, rtol=1e-6)
     assert_equal(updates[-1], {"w": np.full(2, 16.9375, jnp.bfloat16)})
@@ -155,11 +153,8 @@ MERGED = np.array(
 def test_the_maxima_of_all_micro_batches_arrive_finite_ones_first():
     tx = mc.accumulate(keeps_what_it_gets(len(MERGED)), 3, max_logits={"attn": MERGED[:, 0]})
     # The step before leaves larger ones.
-    calls = [
-        {"gradients": GRADIENTS[0], "max_logits": {"attn": jnp.asarray(x)}}
-        for x in [*(MERGED.T[:3] + 1000), *MERGED.T[:3]]
-    ]
-    _, state = run(tx, calls)
+    maxima = [{"attn": jnp.asarray(x)} for x in [*(MERGED.T[:3] + 1000), *MERGED.T[:3]]]
+    _, state = run(tx, [GRADIENTS[0]] * 6, maxima)
     np.testing.assert_array_equal(state.inner_state["max_logits"]["attn"], MERGED[:, 3])
     np.testing.assert_array_equal(state.max_logits["attn"], MERGED[:, 3])
 
@@ -200,10 +195,12 @@ def test_a_skipped_micro_batch_leaves_no_trace(place: int):
     skip = optax.skip_not_finite
     tx = mc.accumulate(keeps_what_it_gets(), 3, max_logits=FORM, should_skip_update_fn=skip)
     nans = jax.tree.map(lambda g: g.at[0].set(jnp.nan), GRADIENTS[0])
-    bad = {"gradients": nans, "max_logits": {"attn": jnp.array([9e9, 9e9])}}
-    expected, expected_state = run(tx, CALLS + CALLS)
-    updates, state = run(tx, [*CALLS, *CALLS[:place], bad, *CALLS[place:]])
-    assert is_zero(updates.pop(3 + place))
+    expected, expected_state = run(tx, GRADIENTS * 2, MAXIMA * 2)
+    (gradients, maxima), at = (GRADIENTS * 2, MAXIMA * 2), 3 + place
+    gradients.insert(at, nans)
+    maxima.insert(at, {"attn": jnp.array([9e9, 9e9])})
+    updates, state = run(tx, gradients, maxima)
+    assert is_zero(updates.pop(at))
     assert_equal(updates, expected)
     assert bool(state.skip_state["should_skip"]) == (place == 3)
     assert_equal(state._replace(skip_state=()), expected_state._replace(skip_state=()))
@@ -214,10 +211,7 @@ def test_skipping_means_what_it_means_to_multi_steps():
     large = functools.partial(optax.skip_large_updates, max_squared_norm=limit)
     gradients = [GRADIENTS[1], optax.tree.scale(9.0, GRADIENTS[0]), GRADIENTS[1], GRADIENTS[1]]
     (theirs, their_state), (ours, state) = (
-        run(
-            wrap(optax.sgd(1.0), 2, should_skip_update_fn=large),
-            [{"gradients": g} for g in gradients],
-        )
+        run(wrap(optax.sgd(1.0), 2, should_skip_update_fn=large), gradients)
         for wrap in (optax.MultiSteps, mc.accumulate)
     )
     assert [is_zero(u) for u in ours] == [True, True, False, True]
@@ -285,7 +279,7 @@ def test_a_traced_init_places_the_mean_and_the_maxima():
 
 def test_states_that_hold_keys():
     tx = mc.accumulate(optax.add_noise(0.1, 0.55, jax.random.key(0)), 2)
-    updates, _ = run(tx, [{"gradients": g} for g in GRADIENTS[:2]])
+    updates, _ = run(tx, GRADIENTS[:2])
     assert [is_zero(u) for u in updates] == [True, False]
 
 

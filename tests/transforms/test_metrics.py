@@ -117,9 +117,6 @@ def test_scalars_reduce_the_matrices_of_a_leaf_and_of_the_model(figures: Any):
     assert set(figures.scalars("m", leaves=False)) == {f"m/{name}" for name in NAMES}
 
 
-# -- when --
-
-
 def test_a_sample_every_third_update_and_nothing_changes_between():
     inner = mc.muonclip(0.02, qk_clip_threshold=None)
     tx = mc.metrics(inner, every=3)
@@ -245,9 +242,6 @@ def test_blocks_that_are_not_selected_have_no_figures():
     assert list(figures.max_logit) == ["decoder/attn"]
     with pytest.raises(ValueError, match=r"and 1 attention blocks, and params have 4 and 2"):
         mc.read_metrics(state, params)
-
-
-# -- wherever it stands --
 
 
 def test_inside_of_multi_transform_and_accumulate():

@@ -53,12 +53,11 @@ def test_trajectory_is_the_definition(shape, nesterov: bool, bias_correction: bo
     np.testing.assert_allclose(updates["w"], expected, atol=TOLERANCE["float32"])
 
 
-@pytest.mark.parametrize("exponent", [-18, -6, 6, 18])
-def test_update_does_not_depend_on_the_size_of_the_gradient(exponent: int):
-    g = normal_tree({"w": (8, 12)}, 2)
-    scaled = {"w": g["w"] * 10.0**exponent}
-    tx = mc.scale_by_muon()
-    np.testing.assert_allclose(first(tx, scaled)["w"], first(tx, g)["w"], atol=2e-5)
+def test_update_does_not_depend_on_the_size_of_the_gradient():
+    g, tx = normal_tree({"w": (8, 12)}, 2), mc.scale_by_muon()
+    for exponent in (-18, -6, 6, 18):
+        scaled = first(tx, {"w": g["w"] * 10.0**exponent})
+        np.testing.assert_allclose(scaled["w"], first(tx, g)["w"], atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", float])
@@ -67,8 +66,7 @@ def test_the_momentum_is_an_average_in_the_dtype_asked_for(dtype) -> None:
     state: Any = mc.scale_by_muon().init(params)
     assert state.mu["w"].dtype == jnp.bfloat16
     tx = mc.scale_by_muon(mu_dtype=dtype)
-    state = tx.init(params)
-    updates = {}
+    updates, state = {}, tx.init(params)
     for _ in range(200):
         updates, state = update(tx, params, state, params)
     assert state._fields == ("count", "mu")
