@@ -1,7 +1,6 @@
 """What QK-Clip costs: GPT-2 XL's blocks, against reading and writing their query and key kernels.
 
     python benchmarks/clip_cost.py
-    python benchmarks/clip_cost.py --blocks 4 --rounds 5                      a quick look
 
 48 blocks of width 1600 with 25 heads of 64, as three kinds of trees. `apply_qk_clip` is jitted with
 its parameters donated, as in a training step. The baseline, interleaved with it, is a jitted pass
@@ -110,10 +109,9 @@ def measure(name: str, blocks: int, dtype: str, rounds: int) -> dict[str, Any]:
 def main() -> None:
     """Measures, prints and stores."""
     made = parser(__doc__, "clip_cost")
-    made.add_argument("--blocks", type=int, default=BLOCKS)
     made.set_defaults(rounds=25)
     options = made.parse_args()
-    blocks = 2 if options.smoke else options.blocks
+    blocks = 2 if options.smoke else BLOCKS
     rows = []
     for dtype, name in itertools.product(("float32", "bfloat16"), TREES):
         row = measure(name, blocks, dtype, 2 if options.smoke else options.rounds)

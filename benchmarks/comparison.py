@@ -181,12 +181,8 @@ def _fine_tuning(winners: dict[str, Run]) -> list[Run]:
     runs = []
     for name, factor in itertools.product(("adamw", "muon"), (0.7, 0.35, 0.18, 0.09)):
         best = winners[name]
-        tuned = replace(
-            best,
-            rate=_round(best.rate * factor),
-            text=BIBLE,
-            steps=best.steps // 2 // CHUNK * CHUNK or CHUNK,
-        )
+        steps = best.steps // 2 // CHUNK * CHUNK or CHUNK
+        tuned = replace(best, rate=_round(best.rate * factor), text=BIBLE, steps=steps)
         runs += [replace(tuned, seed=s, start=replace(winners["adamw"], seed=s)) for s in SEEDS]
     return runs
 
@@ -202,15 +198,8 @@ def _transfer(winners: dict[str, Run]) -> Iterator[Run]:
         for width, layers in SIZES:
             decays = {best.decay, best.decay * 96 / width} if name != "hyperball" else {best.decay}
             for decay in sorted(decays):
-                yield Run(
-                    name,
-                    _round(rate * factor),
-                    decay,
-                    adam_rate=_round(adam_rate * factor),
-                    width=width,
-                    layers=layers,
-                    steps=best.steps,
-                )
+                rates = _round(rate * factor), decay, _round(adam_rate * factor)
+                yield Run(name, *rates, width=width, layers=layers, steps=best.steps)
 
 
 def main() -> None:

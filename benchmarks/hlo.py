@@ -142,15 +142,6 @@ def device_groups(text: str | None) -> list[tuple[int, ...]]:
     """Returns the groups of all collectives of a program, and the pairs of those that permute.
 
     A device has the number of its place in the mesh of the program.
-
-    Example:
-        >>> import jax
-        >>> mesh = jax.make_mesh((4, 2), ("x", "y"))
-        >>> one, two = jax.P("x", "y"), jax.P("x")
-        >>> gather = jax.jit(lambda x: x, out_shardings=jax.NamedSharding(mesh, two))
-        >>> x = jax.ShapeDtypeStruct((8, 8), "float32", sharding=jax.NamedSharding(mesh, one))
-        >>> device_groups(gather.lower(x).compile().as_text())
-        [(0, 1), (2, 3), (4, 5), (6, 7)]
     """
     computations, _, devices = _parse(text)
     return [
@@ -164,8 +155,7 @@ def device_groups(text: str | None) -> list[tuple[int, ...]]:
 
 def _parse(text: str | None) -> tuple[dict[str, dict[str, _Instruction]], str, int]:
     """The computations, the name of the one that is run, and for how many devices they are."""
-    if text is None:
-        raise ValueError("This program has no text: the platform's compiler does not give it.")
+    assert text is not None, "the platform's compiler does not give the text of the program"
     named = re.findall(r"(?:num_partitions|replica_count)=(\d+)", text.split("\n", 1)[0])
     computations: dict[str, dict[str, _Instruction]] = {}
     entry, current = "", {}

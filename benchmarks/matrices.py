@@ -68,22 +68,21 @@ class Reference:
         """Measures each of `(count, rows, columns)` results; all NaN where one is not finite.
 
         Returns:
-            `largest` singular value; of the distances of the singular values from one `worst`,
-            `rms` and `mean`; `cosine` to the exact polar factor.
+            `largest` singular value; `rms` of the distances of the singular values from one;
+            `cosine` to the exact polar factor.
         """
         found = []
         for i, result in enumerate(np.asarray(y, np.float64)):
-            names = ("largest", "worst", "rms", "mean", "cosine")
+            names = ("largest", "rms", "cosine")
             if not np.isfinite(result).all():
                 found.append(dict.fromkeys(names, float("nan")))
                 continue
             # By the eigenvalues of the small Gram matrix: to 1e-8, and far quicker than by an SVD.
             squares = np.linalg.eigvalsh(result @ result.T)[::-1][: int(self.keep[i].sum())]
             out = np.sqrt(np.maximum(squares, 0))
-            error = np.abs(out - 1)
             size = np.linalg.norm(self.polar[i]) * np.linalg.norm(result)
             cosine = (self.polar[i] * result).sum() / size
-            numbers = (out[0], error.max(), np.sqrt((error**2).mean()), error.mean(), cosine)
+            numbers = (out[0], np.sqrt(((out - 1) ** 2).mean()), cosine)
             found.append(dict(zip(names, map(float, numbers), strict=True)))
         return found
 
@@ -98,7 +97,6 @@ def over_all(qualities: list[dict[str, float]]) -> dict[str, float]:
         name: values.min() if name == "cosine" else values.max() for name, values in columns.items()
     }
     reduced["rms"] = np.sqrt((columns["rms"] ** 2).mean())
-    reduced["mean"] = columns["mean"].mean()
     reduced["mean_cosine"] = columns["cosine"].mean()
     return {name: float(value) for name, value in reduced.items()}
 

@@ -7,7 +7,6 @@ configurations. Nothing holds an array: leaves are `jax.ShapeDtypeStruct`.
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -66,26 +65,12 @@ class Model:
 
 
 def _transformer(
-    layers: int,
-    width: int,
-    hidden: int,
-    vocabulary: int,
-    *,
-    keys: int | None = None,
-    gated: bool = False,
-    positions: int = 0,
+    layers: int, width: int, hidden: int, vocabulary: int, positions: int = 0
 ) -> Model:
     """A decoder: query, key, value, output and the MLP of every layer; embeddings beside them."""
-    keys = keys or width
-    layer = {
-        "attention/query/kernel": (width, width),
-        "attention/key/kernel": (width, keys),
-        "attention/value/kernel": (width, keys),
-        "attention/out/kernel": (width, width),
-        **({"mlp/gate/kernel": (width, hidden)} if gated else {}),
-        "mlp/up/kernel": (width, hidden),
-        "mlp/down/kernel": (hidden, width),
-    }
+    names = ("query", "key", "value", "out")
+    layer = {f"attention/{name}/kernel": (width, width) for name in names}
+    layer |= {"mlp/up/kernel": (width, hidden), "mlp/down/kernel": (hidden, width)}
     # Embeddings and head as two leaves, so that the tree is the one of an untied model.
     rest = {"embed/embedding": (vocabulary, width), "head/kernel": (width, vocabulary)}
     if positions:
@@ -99,12 +84,8 @@ def layers_of_256(layers: int) -> Model:
 
 
 #: Every named model.
-MODELS: Mapping[str, Model] = MappingProxyType(
-    {
-        "gpt2-small": _transformer(12, 768, 3072, 50257, positions=1024),
-        "gpt2-xl": _transformer(48, 1600, 6400, 50257, positions=1024),
-        "1.3b": _transformer(24, 2048, 8192, 50257, positions=2048),
-        "llama3-8b": _transformer(32, 4096, 14336, 128256, keys=1024, gated=True),
-        "layers-of-256": layers_of_256(48),
-    }
-)
+MODELS: Mapping[str, Model] = {
+    "gpt2-small": _transformer(12, 768, 3072, 50257, positions=1024),
+    "1.3b": _transformer(24, 2048, 8192, 50257, positions=2048),
+    "layers-of-256": layers_of_256(48),
+}

@@ -5,7 +5,6 @@ import importlib
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -25,15 +24,13 @@ def ours(numbers: Any, **settings: Any) -> Any:
 
 
 #: From a tree of `MuonDimensionNumbers` and None to an optimizer; not all of them look at it.
-OPTIMIZERS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
-    {
-        OURS: functools.partial(ours, ns_coeffs="keller_jordan"),
-        FAST: functools.partial(ours, ns_coeffs="minimax4"),
-        OPTAX: lambda dims: optax.contrib.muon(LEARNING_RATE, muon_weight_dimension_numbers=dims),
-        "optax.adamw": lambda _: optax.adamw(LEARNING_RATE),
-        "momentum SGD": lambda _: optax.sgd(LEARNING_RATE, momentum=0.95, nesterov=True),
-    }
-)
+OPTIMIZERS: Mapping[str, Callable[[Any], Any]] = {
+    OURS: functools.partial(ours, ns_coeffs="keller_jordan"),
+    FAST: functools.partial(ours, ns_coeffs="minimax4"),
+    OPTAX: lambda dims: optax.contrib.muon(LEARNING_RATE, muon_weight_dimension_numbers=dims),
+    "optax.adamw": lambda _: optax.adamw(LEARNING_RATE),
+    "momentum SGD": lambda _: optax.sgd(LEARNING_RATE, momentum=0.95, nesterov=True),
+}
 
 
 def optax_at(path: str | Path) -> Callable[[Any], Any]:

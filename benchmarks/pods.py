@@ -1,6 +1,6 @@
 """Compiles the optimizer step of named models for TPU pods and for H200s, and says what it costs.
 
-    JAX_PLATFORMS=cpu python benchmarks/pods.py [--only REGEX] [--timeout SECONDS]
+    JAX_PLATFORMS=cpu python benchmarks/pods.py [--only REGEX]
 
 The whole step (`tx.update` and `optax.apply_updates`, parameters and state donated) goes through
 the real compilers for machines that are not here (`compilers.py`); nothing runs. Needs the extras
@@ -36,6 +36,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "pods.json"
 SLICES = {64: "v5p:4x4x4", 512: "v5p:8x8x8", 1024: "v5p:8x8x16"}
 #: At the default 2**28, Kimi K2's experts take 17 rounds, and the program compiles for long.
 STACK_BYTES = {"7B dense": 2**28, "Kimi K2": 2**30}
+TIMEOUT = 900.0  # seconds for one row
 OPTIMIZERS = ("muonclip_jax.muonclip", "optax.contrib.muon", "optax.adamw")
 #: What takes part.
 PACKAGES = ("jax", "jaxlib", "optax", "libtpu", "jax-cuda13-plugin", "muonclip_jax")
@@ -85,11 +86,8 @@ def compile_step(row: Row) -> Any:
     """Compiles a row's step."""
     model, layout = MODELS[row.model](), row.on
     is_gpu = row.machine.startswith("h200")
-    if is_gpu:
-        devices = compilers.h200_devices(layout.devices)
-    else:
-        devices = compilers.tpu_devices(row.machine)
-    mesh = layout.on(devices)
+    described = compilers.h200_devices(layout.devices) if is_gpu else None
+    mesh = layout.on(described or compilers.tpu_devices(row.machine))
     shardings = pod_models.shardings_of(model, layout, mesh)
     params = pod_models.shapes(model, shardings)
     tx = optimizer(row, model, shardings)
@@ -128,12 +126,12 @@ def measure(row: Row) -> dict[str, Any]:
     }
 
 
-def in_its_process(row: Row, timeout: float) -> dict[str, Any]:
+def in_its_process(row: Row) -> dict[str, Any]:
     """Runs `measure` in a process of its own; what went wrong is a result too."""
     try:
-        return in_a_process("benchmarks.pods", "--row", json.dumps(row), timeout=timeout)
+        return in_a_process("benchmarks.pods", "--row", json.dumps(row), timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
-        return {"refusal": f"not compiled within {timeout:.0f} s"}
+        return {"refusal": f"not compiled within {TIMEOUT:.0f} s"}
     except RuntimeError as error:
         return {"refusal": str(error)[:600]}
 
@@ -174,7 +172,6 @@ def main() -> None:
     """Runs the rows that are asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", help="again, the rows whose names this regular expression finds")
-    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one row")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -186,13 +183,10 @@ def main() -> None:
     results = {"versions": used, "rows": old.get("rows", {})}
     order = [row.name for row in rows()]
     for row in rows():
-        if (
-            row.name in results["rows"]
-            if options.only is None
-            else not re.search(options.only, row.name)
-        ):
+        is_there = row.name in results["rows"]
+        if is_there if options.only is None else not re.search(options.only, row.name):
             continue
-        result = in_its_process(row, options.timeout)
+        result = in_its_process(row)
         print(row.name, result, flush=True)
         results["rows"][row.name] = result
         results["rows"] = {name: results["rows"][name] for name in order if name in results["rows"]}

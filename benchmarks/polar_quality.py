@@ -156,10 +156,6 @@ def main() -> None:
         found = measure(families, options.smoke, rounds)
         records += found
         print(f"{shape[0]} x {shape[1]}: {len(found)} settings", flush=True)
-        for record in found:
-            if record["diverges_on"] and record["auto"]:
-                where = ", ".join(record["diverges_on"])
-                print(f"  {record['set']}, {record['method']}, {record['dtype']} diverges: {where}")
     store("polar_quality", {"families": counts, "records": records}, options)
 
 

@@ -1,7 +1,6 @@
 """One step of each optimizer on the tree of a named model, interleaved, with answers compared.
 
     python benchmarks/step_time.py
-    python benchmarks/step_time.py --model 1.3b --rounds 11          on a GPU
 
 All take the same random gradients on the same cores; embeddings and head go to AdamW. On a GPU also
 torch's Newton-Schulz under `torch.compile` and other packages' kernels, where they are installed.
@@ -181,13 +180,11 @@ def measure(
 def main() -> None:
     """Measures, prints and stores."""
     made = parser(__doc__, "step_time")
-    made.add_argument("--model", choices=tuple(MODELS), default="gpt2-small")
-    made.add_argument("--dtype", default="float32", help="of parameters and gradients")
     made.add_argument("--optax", type=Path, help="the folder of another checkout of Optax, beside")
     options = made.parse_args()
-    name = "layers-of-256" if options.smoke else options.model
+    name = "layers-of-256" if options.smoke else "gpt2-small"
     model = MODELS[name].with_layers(1) if options.smoke else MODELS[name]
-    grads = random_gradients(model.tree(options.dtype))
+    grads = random_gradients(model.tree())
     steps = contenders(model, grads, options.optax)
     for contender, step in steps.items():  # the first step, whose answer is known
         step()
@@ -198,12 +195,11 @@ def main() -> None:
     content = {
         "model": name,
         "layers": model.layers,
-        "dtype": options.dtype,
-        "matrix_bytes": jnp.dtype(options.dtype).itemsize * model.entries(),
+        "dtype": "float32",
+        "matrix_bytes": 4 * model.entries(),
         "rows": rows,
     }
-    suffix = "" if options.model == "gpt2-small" else f"_{options.model}"
-    store(f"step_time{suffix}", content, options)
+    store("step_time", content, options)
 
 
 if __name__ == "__main__":

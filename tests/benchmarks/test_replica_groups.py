@@ -1,9 +1,5 @@
 """The groups of devices of a collective: as they are written, and as they were asked for."""
 
-import itertools
-import math
-
-import numpy as np
 import pytest
 
 from benchmarks.replica_groups import read_groups
@@ -35,11 +31,13 @@ ACROSS_PAIRS = [(0, 2), (1, 3), (4, 6), (5, 7)]
         ),
         ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", HALVES),
         ("mesh['a'=2,'b'=2], device_ids=(3,1,0,2) {'a'}", [(3, 0), (1, 2)]),
+        # The middle digit of a coordinate of 12 = 2 x 3 x 2.
+        ("mesh['x'=12] {'x':(2)3}", [(0, 2, 4), (1, 3, 5), (6, 8, 10), (7, 9, 11)]),
     ],
 )
 def test_what_is_written(written: str, expected: list[tuple[int, ...]]):
     attributes = f", channel_id=1, replica_groups={written}, dimensions={{0}}"
-    assert read_groups(attributes, 8) == expected
+    assert read_groups(attributes, sum(map(len, expected))) == expected
 
 
 def test_pairs_all_devices_and_an_unknown_way():
@@ -48,43 +46,3 @@ def test_pairs_all_devices_and_an_unknown_way():
     assert read_groups(", dimensions={0}", 3) == [(0, 1, 2)]
     with pytest.raises(ValueError, match="written in an unknown way"):
         read_groups(", replica_groups=ring(0,1)", 2)
-
-
-SIZES = {"x": 12, "y": 3, "z": 4}
-
-
-@pytest.mark.parametrize(
-    "taken",
-    [
-        [("x", 1, 2)],
-        [("x", 2, 3)],
-        [("x", 6, 2)],
-        [("x", 1, 2), ("x", 6, 2)],
-        [("x", 6, 2), ("x", 1, 2)],
-        [("z", 2, 2), ("x", 2, 3), ("y", 1, 3)],
-    ],
-    ids=str,
-)
-def test_parts_of_axes_by_the_coordinates_of_each_device(taken: list[tuple[str, int, int]]):
-    """A part `(before, size)` is a digit of the coordinate, n / (before size) what one of it is."""
-    order = np.random.default_rng(0).permutation(math.prod(SIZES.values()))
-    groups = {}
-    for place in itertools.product(*map(range, SIZES.values())):
-        rest = dict(zip(SIZES, place, strict=True))
-        digits = []
-        for name, before, size in taken:
-            step = SIZES[name] // (before * size)
-            digit = place[list(SIZES).index(name)] // step % size
-            rest[name] -= digit * step
-            digits.append(digit)
-        device = int(order[np.ravel_multi_index(place, tuple(SIZES.values()))])
-        groups.setdefault(tuple(rest.values()), {})[tuple(digits)] = device
-    expected = [tuple(group[digits] for digits in sorted(group)) for group in groups.values()]
-    mesh = ",".join(f"'{name}'={size}" for name, size in SIZES.items())
-    axes = ",".join(
-        f"'{name}'" if size == SIZES[name] else f"'{name}':({before}){size}"
-        for name, before, size in taken
-    )
-    listed = ",".join(map(str, order))
-    written = f", replica_groups=mesh[{mesh}], device_ids=({listed}) {{{axes}}}, dimensions={{0}}"
-    assert sorted(read_groups(written, len(order))) == sorted(expected)

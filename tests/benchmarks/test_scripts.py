@@ -34,12 +34,8 @@ SCRIPTS = (
 def run(script: str, *options: object) -> subprocess.CompletedProcess[str]:
     # One device, as users have; what runs once is not worth optimising.
     flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": flags,
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment |= {"XLA_FLAGS": flags, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *map(str, options)],
         env=environment,
@@ -75,17 +71,6 @@ def test_the_step_is_checked_against_optax(results):
         assert 1e-4 < rows["torch.optim.Muon, bfloat16"]["difference_from_optax"] < 0.2
     for row in rows.values():
         assert row["seconds"]["median"] > 0
-
-
-@pytest.mark.slow
-def test_quality_covers_every_family_form_and_dtype(results):
-    stored = json.loads((results / "polar_quality.json").read_text())
-    assert {"gaussian", "low rank + 1 % noise", "cond 1e3", "cond 1e6", "momentum"} <= set(
-        stored["families"]
-    )
-    forms = {(record["method"], record["dtype"]) for record in stored["records"]}
-    assert forms == {("standard", "float32"), ("standard", "bfloat16"), ("gram", "float16")}
-    assert not any(record["diverges_on"] for record in stored["records"] if record["auto"])
 
 
 def test_another_checkout_of_optax_is_imported_beside_the_installed_one(tmp_path):

@@ -17,7 +17,7 @@ import muonclip_jax as mc
 from tests.docs.test_pages import ROOT, define
 from tests.golden import migration_cases, torch_cases
 
-#: Largest difference of a parameter (all about 1); a step moves each by more than 1e-3.
+#: Largest difference of a parameter (all about 1, moved by .05 to .09 a step).
 ATOL = 2e-6
 
 
@@ -55,6 +55,7 @@ def check_trajectory(
     problem: tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]],
     goldens: Path,
     key: str,
+    atol: float = ATOL,
 ) -> None:
     """Compares the parameters after every step with those of the golden file."""
 
@@ -77,9 +78,9 @@ def check_trajectory(
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             value = expected[name][number]
             # The bound means nothing unless the step is far larger than it.
-            assert np.abs(value - before[name]).max() > 100 * ATOL, name
+            assert np.abs(value - before[name]).max() > 8 * atol, name
             message = f"{name}, step {number + 1}"
-            np.testing.assert_allclose(to_torch(leaf), value, rtol=0, atol=ATOL, err_msg=message)
+            np.testing.assert_allclose(to_torch(leaf), value, rtol=0, atol=atol, err_msg=message)
         before = {name: values[number] for name, values in expected.items()}
 
 
@@ -98,21 +99,23 @@ def test_a_leaf_of_no_group_or_of_two_is_named():
             make(groups).init({name: jnp.ones((2, 2))})
 
 
-@pytest.mark.parametrize(
-    "case",
-    [case for case in torch_cases.CASES if not case.as_shipped],
-    ids=lambda case: case.key,
-)
+@pytest.mark.parametrize("case", torch_cases.CASES, ids=lambda case: case.key)
 def test_the_chain_for_torch_follows_torch(case: torch_cases.Case):
-    tx = page("torch", 1)["torch_muon"](
-        torch_cases.LEARNING_RATE,
-        torch_cases.WEIGHT_DECAY,
-        torch_cases.MOMENTUM,
-        nesterov=case.nesterov,
-        adjust_lr_fn=case.adjust_lr_fn,
-        ns_dtype=jnp.float32,
-    )
-    check_trajectory(tx, torch_cases.problem(), torch_cases.GOLDENS, case.key)
+    """With torch's cast to bfloat16, which alone is 1e-3 to 2.5e-3 from its float32 here, or not.
+
+    Two roundings to bfloat16 are twice that distance apart at most.
+    """
+    for ns_dtype in ("float32", "bfloat16") if case.as_shipped else ("float32",):
+        tx = page("torch", 1)["torch_muon"](
+            torch_cases.LEARNING_RATE,
+            torch_cases.WEIGHT_DECAY,
+            torch_cases.MOMENTUM,
+            nesterov=case.nesterov,
+            adjust_lr_fn=case.adjust_lr_fn,
+            ns_dtype=jnp.dtype(ns_dtype),
+        )
+        atol = 5e-3 if case.as_shipped else ATOL
+        check_trajectory(tx, torch_cases.problem(), torch_cases.GOLDENS, case.key, atol)
 
 
 @pytest.mark.parametrize("mode", ["mha", "mla"])

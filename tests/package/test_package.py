@@ -1,7 +1,6 @@
 """Wheel and source archive: what is in them, and that the wheel works where nothing else is."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,40 +66,23 @@ def dist(tmp_path_factory) -> Path:
     pytest.importorskip("build", reason="building needs `pip install -e '.[package]'`")
     pytest.importorskip("hatchling", reason="building needs `pip install -e '.[package]'`")
     folder = tmp_path_factory.mktemp("dist")
-    done = subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    words = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder)]
+    subprocess.run(words, cwd=ROOT, check=True)
     return folder
 
 
 @pytest.mark.slow
 def test_wheel_and_archive_hold_what_they_should(dist):
     assert problems(dist) == []
-    shutil.copy(next(dist.glob("*.whl")), dist.parent)
-    assert "1 archives" not in problems(dist.parent)[0]
-    checked = subprocess.run(
-        [sys.executable, ROOT / "tools" / "check_package.py", dist.parent],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert checked.returncode == 1
-    assert "run `make package`" in checked.stderr
+    assert problems(dist.parent)
 
 
 @pytest.mark.slow
 def test_the_wheel_works_in_an_empty_environment(dist, tmp_path):
     # Nothing of this environment, and not the repository either.
-    clean = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("PYTHONPATH", "XLA_FLAGS", "VIRTUAL_ENV") and not name.startswith("JAX_")
-    } | {"JAX_PLATFORMS": "cpu"}
+    own = ("PYTHONPATH", "XLA_FLAGS", "VIRTUAL_ENV", "JAX_")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(own)}
+    clean |= {"JAX_PLATFORMS": "cpu"}
 
     def run(*words: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

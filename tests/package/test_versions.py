@@ -28,10 +28,6 @@ def release(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_release_fits_together(release: Path):
-    assert problems(f"v{PROJECT['version']}", release) == []
-
-
 @pytest.mark.parametrize(
     ("file", "before", "after", "said"),
     [
@@ -42,6 +38,7 @@ def test_a_release_fits_together(release: Path):
     ],
 )
 def test_what_does_not_fit_is_said(release: Path, file: str, before: str, after: str, said: str):
+    assert problems(f"v{PROJECT['version']}", release) == []
     text = (release / file).read_text()
     assert before in text
     (release / file).write_text(text.replace(before, after, 1))
@@ -56,23 +53,11 @@ def test_the_citation_has_what_its_format_requires():
     assert all(work["title"] and work["authors"] for work in (cited, *cited["references"]))
 
 
-def test_badges_and_workflows_have_the_versions_of_the_project():
+def test_badges_have_the_versions_of_the_project():
     readme = (ROOT / "README.md").read_text().replace("%20", " ").replace("%7C", "|")
     assert f"python-{' | '.join(PYTHONS)}-" in readme
     assert f"jax-%E2%89%A5 {minimums(PROJECT['dependencies'])['jax']}-" in readme
     assert PROJECT["requires-python"] == f">={PYTHONS[0]}"
-    workflows = [path.read_text() for path in (ROOT / ".github" / "workflows").glob("*.yml")]
-    assert set(re.findall(r'"(3\.\d+)"', "".join(workflows))) == set(PYTHONS)
-    makefile = (ROOT / "Makefile").read_text()
-    commands = [command for text in workflows for command in re.findall(r"- run: (.*)", text)]
-    assert {"make test", "make test-all", "make test-oldest", "make test-newest"} <= set(commands)
-    for command in commands:
-        target = command.removeprefix("make ").split()[0]
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), command
-    # Nothing but the index's own trust in the workflow publishes, and only a tested tag.
-    release = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
-    assert release["jobs"]["publish"]["permissions"] == {"id-token": "write"}
-    assert release["jobs"]["publish"]["needs"] == "package"
 
 
 def test_constraints_for_other_versions():
@@ -87,13 +72,3 @@ def test_constraints_for_other_versions():
         constraints("new", PINNED, PROJECT)
     with pytest.raises(ValueError, match="no lower bound"):
         minimums(["jax"])
-
-
-def test_every_requirement_is_pinned():
-    names = {line.split("==")[0].lower().replace("_", "-") for line in PINNED.splitlines()}
-    for extra, requirements in PROJECT["optional-dependencies"].items():
-        if extra in ("cuda13", "tpu"):
-            continue  # gigabytes for machines that have them
-        for requirement in requirements:
-            name = re.split(r"[\[>=<]", requirement)[0].lower().replace("_", "-")
-            assert name in names | {"muonclip-jax"}, requirement

@@ -111,19 +111,15 @@ ORDER = {"w": Dims((3, 0), 2), "x": Dims(1, 0), "bias": None}
 CASES: dict[str, Case] = {
     "defaults": case(),
     "schedules": case(learning_rate=COSINE, adam_learning_rate=LINE),
-    "a named triple": case(ns_coeffs="standard"),
     "a named set of rows": case(ns_coeffs="dion"),
     "a triple": case(ns_coeffs=(2.0, -1.5, 0.5), ns_steps=7),
     "as many rows as steps": case(ns_coeffs=[list(row) for row in ROWS], ns_steps=3),
     "fewer rows than steps": case(ns_coeffs=ROWS),
-    "beta": case(beta=0.8, ns_steps=3),
-    "eps": case(eps=1e-3),
-    "plain momentum": case(beta=0.8, nesterov=False),
+    "plain momentum": case(beta=0.8, nesterov=False, ns_steps=3, eps=1e-3),
     "decay": case(weight_decay=0.3, adam_weight_decay=0.2),
     "decay masked by a function": case(weight_decay=0.3, weight_decay_mask=not_tall),
     "decay masked by a prefix": case(weight_decay=0.3, weight_decay_mask=WIDE),
     "adaptive": case(**ADAPTIVE, adam_learning_rate=0.03),
-    "adaptive, plain": case(**ADAPTIVE, adam_learning_rate=0.03, nesterov=False),
     "spectral": case(preconditioning="spectral"),
     "aol": case(preconditioning="aol"),
     "schatten": case(preconditioning="schatten"),
@@ -131,8 +127,6 @@ CASES: dict[str, Case] = {
     "consistent_rms": case(consistent_rms=0.2),
     # Not "schatten": the original forgets to conjugate there.
     "complex": complex_case(),
-    "complex, plain": complex_case(nesterov=False),
-    "complex, adaptive": complex_case(**ADAPTIVE),
     "complex, adaptive, plain": complex_case(**ADAPTIVE, nesterov=False),
     "complex, spectral": complex_case(preconditioning="spectral"),
     "complex, aol": complex_case(preconditioning="aol"),
@@ -143,7 +137,6 @@ CASES: dict[str, Case] = {
     "prefix, partly full": dimensions(NESTED, {"a": None, "b": {"u": Dims(), "v": None}}),
     "tuples of axes": dimensions(FOUR, {"w": Dims((2,), (0, 3)), "x": Dims(), "bias": None}),
     "negative axes": dimensions(FOUR, {"w": Dims(-4, (-2, -1)), "x": Dims(), "bias": None}),
-    "axes in another order": dimensions(FOUR, ORDER),
     "axes and their scale": dimensions(FOUR, ORDER, consistent_rms=0.2),
     "one dual norm of a batch": dimensions({"w": (3, 6, 8)}, {"w": Dims(1, 2)}, **ADAPTIVE),
     "a function": dimensions(FOUR, last_axis_is_output),
@@ -260,7 +253,7 @@ RESHAPES: dict[str, tuple[Callable[[Any], Any], Dims]] = {
 
 
 @both
-@pytest.mark.parametrize("preconditioning", ["frobenius", "spectral", "aol", "schatten"])
+@pytest.mark.parametrize("preconditioning", ["spectral", "aol"])
 def test_a_reshaped_matrix_gets_the_reshaped_update(muon: Any, preconditioning: str):
     matrix = normal_tree(0, {"w": (10, 12)})
     tensors = {name: reshape(matrix["w"]) for name, (reshape, _) in RESHAPES.items()}
@@ -273,37 +266,3 @@ def test_a_reshaped_matrix_gets_the_reshaped_update(muon: Any, preconditioning: 
         np.testing.assert_allclose(
             actual[name], reshape(expected["w"]), rtol=0, atol=1e-5, err_msg=name
         )
-
-
-@both
-@pytest.mark.parametrize("preconditioning", ["frobenius", "aol", "schatten"])
-def test_the_first_update_is_nearly_orthogonal(muon: Any, preconditioning: str):
-    params = normal_tree(0, {"square": (50, 50), "tall": (50, 25), "wide": (25, 50)})
-    tx = muon(1.0, preconditioning=preconditioning)
-    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
-    for name, update in updates.items():
-        scale = max(1.0, update.shape[1] / update.shape[0]) ** 0.5
-        singular = np.linalg.svd(np.asarray(update, np.float64), compute_uv=False) / scale
-        assert singular.max() < 1.3, name
-        # A square Gaussian matrix has singular values near zero; five steps cannot lift them.
-        assert np.median(singular) > 0.6, name
-
-
-@both
-@pytest.mark.parametrize(("nesterov", "adaptive"), [(True, False), (False, True)])
-def test_complex_parameters_reach_a_complex_target(muon: Any, nesterov: bool, adaptive: bool):
-    target = jnp.array([[0.5 + 1j, -2.0], [1j, 1.5 - 0.5j]], jnp.complex64)
-    tx = muon(1e-2, nesterov=nesterov, adaptive=adaptive)
-
-    def step(carry, _):
-        params, state = carry
-        # JAX's gradient of a real function is the conjugate of the steepest ascent.
-        gradient = jnp.conj(jax.grad(lambda x: jnp.sum(jnp.abs(x - target) ** 2))(params))
-        updates, state = tx.update(gradient, state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    start = jnp.zeros_like(target)
-    (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, length=800))(
-        (start, tx.init(start))
-    )
-    np.testing.assert_allclose(params, target, rtol=0, atol=3e-2)
