@@ -128,7 +128,7 @@ stacks: .venv-stacks/$(STACK)/.ready  ## run a recipe of docs/stacks with the re
 QUICK := tests/routing tests/matrices \
 	tests/newton_schulz/test_coefficients.py tests/clipping/test_gamma.py \
 	tests/clipping/test_maxima.py tests/clipping/test_describe.py tests/transforms/test_muon.py \
-	tests/transforms/test_shape.py tests/test_muonclip.py tests/test_imports.py \
+	tests/test_muonclip.py tests/test_imports.py \
 	tests/test_commands.py
 
 quick: lint imports  ## the inner loop, under two minutes: the tests that compile little
