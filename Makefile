@@ -110,7 +110,7 @@ test-oldest: .venv-oldest/.ready  ## the tests with the oldest versions that pyp
 	.venv-oldest/bin/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 # A training stack each, in an environment of its own: its packages and versions are in stacks/.
-# Levanter, MaxText and tunix need PYTHON=python3.12.
+# EasyDeL, Levanter, MaxText and tunix need PYTHON=python3.12.
 STACK ?= linen
 
 .venv-stacks/%/.ready: stacks/%.txt pyproject.toml

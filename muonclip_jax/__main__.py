@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     text = "labels and attention blocks of a checkpoint, and the cost of Muon per step"
     command = commands.add_parser("describe", help=text, description=f"Prints {text}.")
     add = command.add_argument
-    add("checkpoint", help="a folder of Orbax (an item, a step, or all steps) or an .npz file")
+    add("checkpoint", help="a folder of Orbax (an item, a step or all), .npz or .safetensors")
     add(
         "--params",
         metavar="PATH",

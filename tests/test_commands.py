@@ -1,6 +1,7 @@
 """`python -m muonclip_jax`: what it prints about checkpoints that were really written."""
 
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -75,12 +76,21 @@ def test_boxes_are_ignored_and_an_npz_file_is_read(tmp_path: Path):
     assert read_shapes(tmp_path / "params.npz")["b/kernel"].dtype == jnp.bfloat16
 
 
+def test_names_and_shapes_of_safetensors_are_read(tmp_path: Path):
+    entry = {"dtype": "BF16", "shape": [8, 4], "data_offsets": [0, 64]}
+    text = json.dumps({"__metadata__": {}, "layers.0.up_proj.weight": entry}).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    form = jax.ShapeDtypeStruct((8, 4), jnp.bfloat16)
+    assert read_shapes(path) == read_shapes(tmp_path) == {"layers/0/up_proj/weight": form}
+
+
 def test_what_is_no_checkpoint(tmp_path: Path, monkeypatch: Any):
     (tmp_path / "text").write_text("text")
     for path, error, message in (
         (tmp_path / "nowhere", FileNotFoundError, "There is no"),
         (tmp_path, ValueError, "not an Orbax checkpoint"),
-        (tmp_path / "text", ValueError, r"not an \.npz file"),
+        (tmp_path / "text", ValueError, r"neither .* numpy\.savez\('params\.npz', \*\*arrays\)"),
     ):
         with pytest.raises(error, match=message):
             read_shapes(path)

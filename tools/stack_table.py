@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "stacks" / "index.md"
 #: Families whose kind of attention a recorded run clips with the family's own package.
 RECORDED = {
+    "easydel_qwen2_moe": "easydel",
     "equinox_zoo": "equinox",
     "haiku_transformer": "haiku",
     "levanter_llama": "levanter",

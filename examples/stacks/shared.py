@@ -29,7 +29,7 @@ WORDS = 17
 #: Packages whose versions are recorded, where they are installed.
 PACKAGES = (
     *("jax", "optax", "flax", "orbax-checkpoint", "equinox", "dm-haiku"),
-    *("marin-levanter", "marin-haliax", "google-tunix", "maxtext"),
+    *("marin-levanter", "marin-haliax", "google-tunix", "maxtext", "easydel"),
 )
 RESULT: dict[str, Any] = {}
 
@@ -73,7 +73,8 @@ def check_clip(params: Any, maxima_of: Callable[[Any], Any], **settings: Any) ->
         info = mc.qk_clip_info(params, maxima_of(params), threshold=1.0, **settings)
         return dict(info.max_logits)
 
-    before, heads, errors = by_path(params), 0, [0.0]
+    earlier = RESULT.get("clip", {"blocks": [], "heads": 0, "error": 0.0})
+    before, heads, errors = by_path(params), 0, [earlier["error"]]
     assert before
     for path, maxima in before.items():
         for layer in np.ndindex(maxima.shape[:-1]):
@@ -89,7 +90,8 @@ def check_clip(params: Any, maxima_of: Callable[[Any], Any], **settings: Any) ->
             heads += int(info.total_clipped)
     assert heads > 0
     print(f"clip: {heads} heads of {', '.join(before)} are at their threshold")
-    RESULT["clip"] = {"blocks": list(before), "heads": heads, "error": max(errors)}
+    blocks, total = [*earlier["blocks"], *before], earlier["heads"] + heads
+    RESULT["clip"] = {"blocks": blocks, "heads": total, "error": max(errors)}
 
 
 def checkpoint_folder(name: str) -> Path:

@@ -14,18 +14,9 @@ from muonclip_jax.routing import MatrixRules, describe_labels
 
 
 def describe(
-    checkpoint: str | Path,
-    params: str | None = None,
-    rules: str | None = None,
-    *,
-    platform: str | None = None,
-    **newton_schulz: Any,
+    checkpoint: str | Path, params: str | None = None, rules: str | None = None, **cost: Any
 ) -> str:
-    """Returns three tables of a checkpoint: labels, attention blocks and cost.
-
-    `params` is the path of the parameters in it, `rules` where the `MatrixRules` are
-    ("package.module:name"), and `newton_schulz` settings as for `muonclip`.
-    """
+    """Returns three tables of a checkpoint, for the arguments of the command."""
     routing = None if rules is None else _load_rules(rules)
     saved = read_shapes(checkpoint)
     at, shapes = find_params(saved, params)
@@ -41,7 +32,7 @@ def describe(
             if find_blocks(shapes, None)
             else "none was found: there is nothing for QK-Clip to clip"
         ),
-        "Newton-Schulz, a step": describe_cost(shapes, routing, platform=platform, **newton_schulz),
+        "Newton-Schulz, a step": describe_cost(shapes, routing, **cost),
     }
     return "\n\n".join(f"{title}\n{'-' * len(title)}\n{body}" for title, body in sections.items())
 

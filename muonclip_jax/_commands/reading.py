@@ -1,6 +1,7 @@
 """Reads the shapes in a checkpoint on disk, and finds the parameters in it."""
 
 import importlib
+import json
 import re
 import zipfile
 from pathlib import Path
@@ -23,20 +24,20 @@ _OPTIMIZER = re.compile(r"(.*_)?(opt|optim|optimi[sz]er)(_?states?)?", re.IGNORE
 
 
 def read_shapes(checkpoint: str | Path) -> Shapes:
-    """Reads path -> shape and dtype of every array; those of an `.npz` file are read one by one.
+    """Reads path -> shape and dtype of every array in Orbax folders, `.npz`, or `.safetensors`.
 
-    An Orbax folder may be from a checkpointer, one step of a manager, or all steps of a manager, of
-    which the newest is read.
+    Of a manager's folder the newest step is read, of a folder of `.safetensors` all files.
     """
     path = Path(checkpoint)
     if not path.exists():
-        raise FileNotFoundError(
-            f"There is no {str(path)!r}. Give the folder that Orbax saved to, or an .npz file."
-        )
+        raise FileNotFoundError(f"There is no {str(path)!r}. Give Orbax's folder, or an .npz file.")
+    if files := [path] if path.suffix == ".safetensors" else sorted(path.glob("*.safetensors")):
+        return {name: x for file in files for name, x in _safetensors(file).items()}
     if path.is_file():
         if not zipfile.is_zipfile(path):
             raise ValueError(
-                f"{str(path)!r} is not an .npz file. Give one from numpy.savez, or an Orbax folder."
+                f"{str(path)!r} is neither an .npz nor a .safetensors file. Load it, and write its "
+                "arrays by path: numpy.savez('params.npz', **arrays)."
             )
         with np.load(path) as archive:
             arrays = ((name, archive[name]) for name in archive.files)
@@ -49,10 +50,8 @@ def read_shapes(checkpoint: str | Path) -> Shapes:
     try:
         ocp = importlib.import_module("orbax.checkpoint")
     except ImportError as error:
-        raise ImportError(
-            f"{str(path)!r} is an Orbax checkpoint, and Orbax is not installed: pip install "
-            "orbax-checkpoint."
-        ) from error
+        why = f"{str(path)!r} is an Orbax checkpoint: pip install orbax-checkpoint."
+        raise ImportError(why) from error
     saved: dict[str, Tree] = {}
     with ocp.StandardCheckpointer() as checkpointer:
         for name, folder in items.items():
@@ -68,6 +67,18 @@ def read_shapes(checkpoint: str | Path) -> Shapes:
         without_box(path): jax.ShapeDtypeStruct(tuple(x.shape), x.dtype)
         for path, x in leaves
         if isinstance(x, Shaped)
+    }
+
+
+def _safetensors(path: Path) -> Shapes:
+    """Reads the header of a file, its length in eight bytes and JSON; names are as in torch."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    dtypes = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+    return {
+        name.replace(".", "/"): jax.ShapeDtypeStruct(x["shape"], dtypes.get(x["dtype"], "int32"))
+        for name, x in header.items()
+        if name != "__metadata__"
     }
 
 
@@ -98,10 +109,6 @@ def find_params(shapes: Shapes, at: str | None = None) -> tuple[str, Shapes]:
 
     `at` is their path, "" for everything. None means the subtree named "params" nearest to the
     root; if there is none, everything except optimizer state and counters.
-
-    Raises:
-        ValueError: If there is nothing at that path, or the choice is ambiguous: several subtrees
-            named "params", or copies such as an average of the weights.
     """
     if at is None:
         found: set[str] = {m[1] for path in shapes if (m := re.match(r"((?:.*?/)?params)/", path))}
