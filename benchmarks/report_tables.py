@@ -52,12 +52,11 @@ def compile_table(stored: Stored) -> str:
                 " + ".join(f"{seconds[p]['median']:.2f}" for p in ("trace", "lower", "compile")),
                 ranged(row["over_ours"], 2),
                 f"{row['growth']['median']:.1f} since {row['from']}",
-                f"{row['instructions']}",
                 f"{row['temporary_bytes'] / 1e6:.0f}",
             ]
         )
     head = ["layers", "", "seconds", "trace + lower + compile", "over ours", "growth"]
-    return table([*head, "instructions", "temporary MB"], lines)
+    return table([*head, "temporary MB"], lines)
 
 
 def step_table(stored: Stored) -> str:

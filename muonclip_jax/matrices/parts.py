@@ -48,12 +48,7 @@ class LeafPlan:
 def plan_leaf(shape: Sequence[int], spec: MatrixSpec) -> LeafPlan:
     """Plans the matrices of a parameter.
 
-    Args:
-        shape: The parameter's shape.
-        spec: Its normalised spec (`normalize_spec`): non-negative axes, checked splits.
-
-    Returns:
-        The plan for `to_matrices` and `from_matrices`.
+    `spec` is normalised (`normalize_spec`): non-negative axes, checked splits.
 
     Example:
         >>> from muonclip_jax.routing import MatrixSpec

@@ -12,8 +12,8 @@ Two properties of XLA's CPU backend shape the code:
    at once; `lax.optimization_barrier` does not prevent this. Therefore each chunk is a branch of a
    conditional whose predicate depends on the result of the previous chunk. The predicate is always
    true, but the compiler cannot infer this.
-2. It compiles every fused loop separately unless it is identical to a previous one. `stack[3]` and
-   `stack[4]` are two loops; with the offset as data they are one. Therefore offsets are data.
+2. It compiles equal fusions once, and everything else wherever it stands. `stack[3]` and `stack[4]`
+   differ; with the offset as data they are equal. Therefore offsets are data.
 """
 
 import itertools

@@ -58,14 +58,6 @@ def plan_stacks(leaves: Sequence[LeafPlan], dtypes: Sequence[str], max_bytes: in
 
     A stack has one dtype and at most `max_bytes`, or a single matrix. Matrices without entries are
     in no stack.
-
-    Example:
-        >>> from muonclip_jax.routing import MatrixSpec
-        >>> from muonclip_jax.matrices.parts import plan_leaf
-        >>> leaves = [plan_leaf((8, 2), MatrixSpec()), plan_leaf((2, 8), MatrixSpec())]
-        >>> [(stack.rows, stack.columns, stack.count) for stack in
-        ...  plan_stacks(leaves, ["float32", "float32"], 2**20).stacks]
-        [(2, 8, 2)]
     """
     stacks = []
     for (rows, columns, dtype), members in parts_by_shape(leaves, dtypes).items():

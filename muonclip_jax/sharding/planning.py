@@ -57,15 +57,8 @@ def plan_for(
 ) -> MeshPlan:
     """Plans the distribution of the matrices of a tree over a mesh.
 
-    Args:
-        polar: How to orthogonalise.
-        shapes: The leaves' shapes and dtypes, by name.
-        specs: Their normalised specs.
-        in_axes: The axes that shard their dimensions.
-        out_axes: The axes that shard the results' dimensions: prefixes of `in_axes`.
-        sizes: Names and sizes of the mesh axes.
-        options: The user's options.
-        dcn: The axes that cross the network between slices.
+    `shapes` has the shape and dtype of each leaf; `in_axes` the mesh axes that shard its
+    dimensions, `out_axes` those of its result, prefixes of them.
     """
     lengths = dict(sizes)
     for axis in options.axes or ():

@@ -48,21 +48,9 @@ def orthogonalize_leaves(
 ) -> list[jax.Array]:
     """Replaces every matrix of `directions` by its polar factor, distributed over devices.
 
-    Args:
-        polar: How to orthogonalise.
-        eps: Smallest divisor, as in `orthogonalize`.
-        directions: The leaves.
-        specs: The normalised spec of each.
-        in_shardings: Shardings of the leaves (`read_shardings`); None without a mesh, or if all its
-            axes are manual.
-        out_shardings: Shardings of the results, over prefixes of the axes that shard the leaves.
-            None means those of the leaves.
-        axis_name: Names of axes that are already mapped (by `pmap` or `shard_map`) and along which
-            the leaves are equal.
-        distribution: The user's options; None means `Distribution()`.
-
-    Returns:
-        The polar factors, in the shapes and dtypes of the leaves.
+    `specs` are normalised. `in_shardings` is None without a mesh, or if all its axes are manual;
+    results are sharded as `out_shardings`, over prefixes of the axes that shard the leaves, or like
+    the leaves. Along `axis_name`, axes that are already mapped, the leaves are equal.
 
     Raises:
         ValueError: If `distribution` has an axis that the mesh does not have, or an axis of

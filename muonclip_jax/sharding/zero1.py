@@ -16,14 +16,8 @@ def zero1_shardings(
 ) -> MeshShardings:
     """Shards the momentum also over mesh axes along which its parameter is replicated (ZeRO-1).
 
-    Args:
-        shardings: Shardings of the parameters.
-        shapes: The leaves' shapes.
-        specs: Their normalised specs. Only row and column axes that are not split are sharded
-            further, and not over DCN axes.
-
-    Returns:
-        The shardings of the momentum. A leaf without a divisible axis keeps the parameter's.
+    Only row and column axes that are not split are sharded further, and not over DCN axes. A leaf
+    without a divisible axis keeps the parameter's sharding.
 
     References:
         Rajbhandari et al. 2020, "ZeRO", arXiv 1910.02054; Liu et al. 2025, arXiv 2502.16982,
@@ -54,12 +48,7 @@ def zero1_shardings(
 
 
 def check_momentum(momentum: Tree, shardings: MeshShardings) -> None:
-    """Raises a ValueError if Explicit axes shard a momentum differently from its gradient.
-
-    Args:
-        momentum: The tree of momenta.
-        shardings: The required shardings, from the gradients.
-    """
+    """Raises a ValueError if Explicit axes shard a momentum differently from its gradient."""
     kinds = shardings.axis_types
 
     def explicit(axes: LeafAxes) -> LeafAxes:

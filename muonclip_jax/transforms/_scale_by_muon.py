@@ -33,7 +33,7 @@ from muonclip_jax.transforms._orthogonalize_updates import (
 )
 from muonclip_jax.transforms._placing import place_tree, replicate, zeros_on_mesh
 
-#: Weights of momentum and gradient in what is orthogonalised; without Nesterov, of momentum alone.
+#: Weights of momentum and gradient; of momentum alone without Nesterov.
 _Weights: TypeAlias = tuple[ScalarLike, ...]
 
 
@@ -150,18 +150,9 @@ def scale_by_muon(
     check_fraction("beta", beta, "the momentum's decay, such as 0.95", schedule=True)
     check_flags(nesterov=nesterov, bias_correction=bias_correction)
     check_moment_dtype(mu_dtype, "beta", beta)
-    polar = plan_polar(
-        ns_coeffs,
-        ns_steps,
-        ns_method,
-        ns_dtype,
-        preconditioning,
-        relative_eps,
-        ns_implementation,
-        platform,
-    )
+    polar_settings = ns_coeffs, ns_steps, ns_method, ns_dtype, preconditioning, relative_eps
     orthogonalizer = Orthogonalizer(
-        polar,
+        plan_polar(*polar_settings, ns_implementation, platform),
         eps,
         adaptive,
         rules,
@@ -200,16 +191,10 @@ def scale_by_muon(
         averaging = (decay, 1 - decay)
         # M <- beta M + (1 - beta) G
         mu = jax.tree.map(functools.partial(_average, weights=averaging), before, updates)
-        weights: _Weights = averaging if nesterov else (1.0,)
-        if bias_correction:
-            # With Nesterov, the momentum's is that of the next step.
-            ahead = jnp.asarray(optax.safe_increment(count))
-            counts = (ahead, count) if nesterov else (count,)
-            weights = tuple(
-                weight / _correction(decay, after)
-                for weight, after in zip(weights, counts, strict=True)
-            )
         # U <- beta M + (1 - beta) G  (Nesterov), or M
+        weights = averaging if nesterov else (1.0,)
+        if bias_correction:
+            weights = _corrected(weights, decay, count)
         directions = jax.tree.map(functools.partial(_direction, weights), mu, updates)
         polars = orthogonalizer.polar_factors(directions, leaves)
         mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
@@ -233,6 +218,8 @@ def _direction(weights: _Weights, m: jax.Array, g: jax.Array) -> jax.Array:
     return _average(m, g, weights).astype(g.dtype)
 
 
-def _correction(beta: ScalarLike, count: jax.Array) -> jax.Array:
-    wide = jax.dtypes.canonicalize_dtype(jnp.float64)
-    return 1 - jax.lax.pow(jnp.asarray(beta, wide), count)
+def _corrected(weights: _Weights, beta: ScalarLike, count: jax.Array) -> _Weights:
+    """Divides by `1 - beta^t`; with Nesterov, the momentum's `t` is that of the next step."""
+    beta = jnp.asarray(beta, jax.dtypes.canonicalize_dtype(jnp.float64))
+    counts = (jnp.asarray(optax.safe_increment(count)), count)[-len(weights) :]
+    return tuple(w / (1 - jax.lax.pow(beta, t)) for w, t in zip(weights, counts, strict=True))
