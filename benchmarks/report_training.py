@@ -127,9 +127,10 @@ def coefficients_table(stored: Stored, comparison: Stored) -> str:
     if found is None:
         return MISSING
     by_name = {run.optimizer: final_losses(results) for run, results in found.items()}
+    tuned = by_name.get("muon", [])
     lines = []
     for name, losses in by_name.items():
-        differences = [a - b for a, b in zip(losses, by_name["muon"], strict=False)]
+        differences = [a - b for a, b in zip(losses, tuned, strict=False)]
         shown = "" if name == "muon" else ", ".join(f"{x:+.3f}" for x in differences)
         lines.append([TUNED_WITH if name == "muon" else name, spread(losses[:3], 3), shown])
     return table(["", "held-out loss, seeds 0 - 2", f"minus {TUNED_WITH}'s, by seed"], lines)
