@@ -128,7 +128,7 @@ mlir.register_lowering(_refused_p, _raise)
 batching.defvectorized(_refused_p)
 
 
-def _platform_of(device: Any) -> str:
+def _platform_of(device: jax.Device) -> str:
     return _in_our_words(device.platform)
 
 
@@ -151,7 +151,7 @@ def device_memory(platform: str) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def entry_axes(entry: Any) -> tuple[str, ...]:
+def entry_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Returns the mesh axes that one entry of a PartitionSpec names."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 

@@ -14,7 +14,7 @@ from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree, array_leaves,
 from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.heads.finding import Blocks, block_rules
 from muonclip_jax.newton_schulz import DEFAULT_DTYPE, DEFAULT_EPS, DEFAULT_METHOD, DEFAULT_SET
-from muonclip_jax.newton_schulz.coefficients import resolve_coefficients
+from muonclip_jax.newton_schulz.coefficients import Coefficients, resolve_coefficients
 from muonclip_jax.routing import (
     MatrixRules,
     as_rules,
@@ -49,7 +49,7 @@ def muonclip(
     beta: ScalarOrSchedule = 0.95,
     nesterov: bool = True,
     consistent_rms: ScalarLike | None = 0.2,
-    ns_coeffs: Any = DEFAULT_SET,
+    ns_coeffs: Coefficients = DEFAULT_SET,
     ns_steps: int | None = None,
     ns_method: str = DEFAULT_METHOD,
     ns_dtype: DTypeLike | None = DEFAULT_DTYPE,
@@ -187,7 +187,7 @@ def muonclip(
 @names_known
 def muon(
     learning_rate: ScalarOrSchedule,
-    ns_coeffs: Any = "keller_jordan",
+    ns_coeffs: Coefficients = "keller_jordan",
     ns_steps: int | None = None,
     beta: ScalarOrSchedule = 0.95,
     eps: ScalarLike = 1e-8,
@@ -360,7 +360,7 @@ def _step(
     return decay, optax.scale_by_learning_rate(learning_rate)
 
 
-def _is_bool(x: Any) -> bool:
+def _is_bool(x: object) -> bool:
     return isinstance(x, bool) or getattr(x, "dtype", None) == np.bool_
 
 
@@ -369,12 +369,12 @@ def _every_rank_two_leaf(params: optax.Params) -> Any:
     return jax.tree.map(lambda x: MuonDimensionNumbers() if len(x.shape) == 2 else None, params)
 
 
-def _steps(ns_coeffs: Any, ns_steps: int | None) -> int | None:
+def _steps(ns_coeffs: Coefficients, ns_steps: int | None) -> int | None:
     """Optax's rule: a triple runs `ns_steps` times; all rows run, and `ns_steps` is no smaller."""
     if ns_steps is None:
         return None
     rows, source = resolve_coefficients(ns_coeffs)
-    is_triple = not isinstance(ns_coeffs, str) and len(np.shape(ns_coeffs)) == 1
+    is_triple = not isinstance(ns_coeffs, str) and len(np.asarray(ns_coeffs).shape) == 1
     if is_triple or source.repeat_row is not None:
         return ns_steps
     if len(rows) > ns_steps:

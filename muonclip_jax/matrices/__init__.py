@@ -20,7 +20,6 @@ from muonclip_jax.matrices.sequential import (
 )
 from muonclip_jax.matrices.stacks import (
     Run as Run,
-    Stack as Stack,
     StackPlan as StackPlan,
     map_parts as map_parts,
     map_stacks as map_stacks,

@@ -31,26 +31,11 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Stack:
-    """Matrices that are processed together, each `(rows, columns)` with `rows <= columns`."""
-
-    rows: int
-    columns: int
-    dtype: str
-    runs: tuple[Run, ...]
-
-    @property
-    def count(self) -> int:
-        """Number of matrices."""
-        return sum(run.stop - run.start for run in self.runs)
-
-
-@dataclass(frozen=True)
 class StackPlan:
-    """All matrices of a tree: how each leaf is split, and which matrices share a stack."""
+    """How each leaf is split, and which matrices share a stack: the runs of each stack."""
 
     leaves: tuple[LeafPlan, ...]
-    stacks: tuple[Stack, ...]
+    stacks: tuple[tuple[Run, ...], ...]
 
 
 def plan_stacks(leaves: Sequence[LeafPlan], dtypes: Sequence[str], max_bytes: int) -> StackPlan:
@@ -66,7 +51,7 @@ def plan_stacks(leaves: Sequence[LeafPlan], dtypes: Sequence[str], max_bytes: in
             Run(leaf, part, 0, count, leaves[leaf].parts[part].fan_in > rows)
             for leaf, part, count in members
         ]
-        stacks += [Stack(rows, columns, dtype, chunk) for chunk in _chunks(runs, limit)]
+        stacks += _chunks(runs, limit)
     return StackPlan(tuple(leaves), tuple(stacks))
 
 
@@ -85,13 +70,11 @@ def map_parts(
     parts = [to_matrices(x, leaf) for x, leaf in zip(leaves, plan.leaves, strict=True)]
     # Runs of a part arrive in order of `start`, for that is the order they were planned in.
     done: dict[tuple[int, int], list[jax.Array]] = {}
-    for stack in plan.stacks:
-        pieces = [
-            lax.slice_in_dim(parts[run.leaf][run.part], run.start, run.stop) for run in stack.runs
-        ]
-        wide = [x.mT if run.transposed else x for x, run in zip(pieces, stack.runs, strict=True)]
+    for runs in plan.stacks:
+        pieces = [lax.slice_in_dim(parts[run.leaf][run.part], run.start, run.stop) for run in runs]
+        wide = [x.mT if run.transposed else x for x, run in zip(pieces, runs, strict=True)]
         result, start = function(jnp.concatenate(wide)), 0
-        for x, run in zip(pieces, stack.runs, strict=True):
+        for x, run in zip(pieces, runs, strict=True):
             y = lax.slice_in_dim(result, start, start + len(x))
             start += len(x)
             done.setdefault((run.leaf, run.part), []).append(y.mT if run.transposed else y)

@@ -8,6 +8,7 @@ from muonclip_jax.newton_schulz._orthogonalize import (
 from muonclip_jax.newton_schulz.coefficients import (
     ALIASES as ALIASES,
     COEFFICIENT_SETS as COEFFICIENT_SETS,
+    Coefficients as Coefficients,
 )
 from muonclip_jax.newton_schulz.defaults import (
     DEFAULT_DTYPE as DEFAULT_DTYPE,

@@ -12,7 +12,6 @@ anyway; they are distributed over it, which sends less than an all-gather.
 """
 
 import warnings
-from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +20,7 @@ from jax.sharding import AbstractMesh, Mesh
 from muonclip_jax.sharding.mesh_shardings import Axes
 
 
-def slice_of(device: Any) -> int:
+def slice_of(device: object) -> int:
     """The index of a device's slice; 0 if the platform has none."""
     number = getattr(device, "slice_index", None)
     return 0 if number is None else number

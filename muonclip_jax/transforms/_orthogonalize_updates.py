@@ -16,6 +16,7 @@ from muonclip_jax.newton_schulz import (
     DEFAULT_EPS,
     DEFAULT_METHOD,
     DEFAULT_SET,
+    Coefficients,
     PolarPlan,
     plan_polar,
 )
@@ -41,7 +42,7 @@ def orthogonalize_updates(
     rules: MatrixRules | None = None,
     *,
     weight_dimension_numbers: WeightDimNumOrFn | None = None,
-    ns_coeffs: Any = DEFAULT_SET,
+    ns_coeffs: Coefficients = DEFAULT_SET,
     ns_steps: int | None = None,
     ns_method: str = DEFAULT_METHOD,
     ns_dtype: DTypeLike | None = DEFAULT_DTYPE,

@@ -15,6 +15,7 @@ from muonclip_jax.newton_schulz import (
     DEFAULT_EPS,
     DEFAULT_METHOD,
     DEFAULT_SET,
+    Coefficients,
     plan_polar,
 )
 from muonclip_jax.routing import MatrixRules
@@ -51,7 +52,7 @@ class MuonState(NamedTuple):
 
 @names_known
 def scale_by_muon(
-    ns_coeffs: Any = DEFAULT_SET,
+    ns_coeffs: Coefficients = DEFAULT_SET,
     ns_steps: int | None = None,
     beta: ScalarOrSchedule = 0.95,
     eps: ScalarLike = DEFAULT_EPS,
