@@ -99,14 +99,7 @@ class _Instruction(NamedTuple):
 
 
 def tally(text: str | None) -> Tally:
-    """Returns what one device does in a program, `Compiled.as_text()`.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> x = jnp.ones((4, 8))
-        >>> tally(jax.jit(lambda x: x @ x.T).lower(x).compile().as_text()).flops
-        256.0
-    """
+    """Returns what one device does in a program, `Compiled.as_text()`."""
     computations, entry, devices = _parse(text)
     done: dict[str, Tally] = {}
 

@@ -50,12 +50,7 @@ def winners(stored: Stored, comparison: Stored) -> Groups | None:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Returns the mean, and the smallest and largest value in brackets.
-
-    Example:
-        >>> spread([1.0, 2.0, 4.5], 1)
-        '2.5 (1.0 - 4.5)'
-    """
+    """Returns the mean, and the smallest and largest value in brackets."""
     low, high = min(values), max(values)
     return f"{statistics.mean(values):.{digits}f} ({low:.{digits}f} - {high:.{digits}f})"
 

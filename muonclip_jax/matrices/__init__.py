@@ -16,7 +16,7 @@ from muonclip_jax.matrices.parts import (
 from muonclip_jax.matrices.sequential import (
     map_matrices as map_matrices,
     map_sequentially as map_sequentially,
-    plan_sequentially as plan_sequentially,
+    plan_chunks as plan_chunks,
 )
 from muonclip_jax.matrices.stacks import (
     Run as Run,

@@ -7,13 +7,7 @@ import jax
 from muonclip_jax._devices import plan_platform
 from muonclip_jax._tree import Tree
 from muonclip_jax.matrices.parts import plan_leaf
-from muonclip_jax.newton_schulz import (
-    DEFAULT_DTYPE,
-    DEFAULT_METHOD,
-    DEFAULT_SET,
-    Coefficients,
-    plan_polar,
-)
+from muonclip_jax.newton_schulz import Coefficients, coefficients, plan_polar
 from muonclip_jax.routing import MatrixRules, resolve_specs
 
 _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1e3, "kFLOP"))
@@ -25,10 +19,10 @@ def describe_cost(
     params: Tree,
     rules: MatrixRules | None = None,
     *,
-    ns_coeffs: Coefficients = DEFAULT_SET,
+    ns_coeffs: Coefficients = coefficients.DEFAULT_SET,
     ns_steps: int | None = None,
-    ns_method: str = DEFAULT_METHOD,
-    ns_dtype: jax.typing.DTypeLike | None = DEFAULT_DTYPE,
+    ns_method: str = coefficients.DEFAULT_METHOD,
+    ns_dtype: jax.typing.DTypeLike | None = coefficients.DEFAULT_DTYPE,
     platform: str | None = None,
 ) -> str:
     """Counts the floating-point operations of Newton-Schulz in one step.

@@ -8,14 +8,13 @@ import jax
 
 from muonclip_jax._devices import device_memory
 from muonclip_jax.matrices.parts import plan_leaf
-from muonclip_jax.matrices.sequential import map_sequentially, plan_sequentially
+from muonclip_jax.matrices.sequential import map_sequentially, plan_chunks
 from muonclip_jax.matrices.stacks import map_stacks, plan_stacks
 from muonclip_jax.newton_schulz import PolarPlan, apply_polar
 from muonclip_jax.routing import MatrixSpec
 
-# On a CPU a stack is a share of the tree, so that the number of stacks, and with it the size of the
-# program, does not grow with the depth of the tree. Stacks below the second bound save no memory
-# that counts.
+# On a CPU a stack is a share of the tree, so that the size of the program does not grow with its
+# depth. Stacks below the second bound save no memory that counts.
 _CPU_STACK_SHARE = 8
 _CPU_STACK_BYTES = 24 * 2**20
 # Newton-Schulz holds a few copies of a stack; a small device has little room beside the parameters.
@@ -51,8 +50,8 @@ def _program(
         plan = plan_stacks(plans, dtypes, max_bytes)
         return map_stacks(lambda x: _polar(polar, x, eps), leaves, plan)
     share = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves) // _CPU_STACK_SHARE
-    plan = plan_sequentially(plans, dtypes, min(max(_CPU_STACK_BYTES, share), max_bytes))
-    return map_sequentially(lambda x: _polar(polar, x, eps), leaves, plan)
+    chunks = plan_chunks(plans, dtypes, min(max(_CPU_STACK_BYTES, share), max_bytes))
+    return map_sequentially(lambda x: _polar(polar, x, eps), leaves, plans, chunks)
 
 
 #: An inner jit: matrices of one shape are traced once.

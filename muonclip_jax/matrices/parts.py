@@ -5,8 +5,7 @@ All other axes are batch axes. An attention kernel `(d_model, heads, head_dim)` 
 `(d_model, heads * head_dim)` matrix; 24 of them stacked by `nn.scan` are a batch of 24; a fused
 `(d_model, 3 * d_model)` QKV kernel is three matrices, each `(d_model, d_model)`.
 
-The conversion is planned in Python from shapes (`plan_leaf`) and applied to arrays (`to_matrices`,
-`from_matrices`).
+The conversion is planned from shapes (`plan_leaf`) and applied by `to_matrices`, `from_matrices`.
 """
 
 import itertools

@@ -41,23 +41,13 @@ class Chunk:
         return tuple(itertools.accumulate(self.counts[:-1], initial=0))
 
 
-@dataclass(frozen=True)
-class SequentialPlan:
-    """All matrices of a tree: how each leaf is split, and which parts share a chunk."""
-
-    leaves: tuple[LeafPlan, ...]
-    chunks: tuple[Chunk, ...]
-
-
-def plan_sequentially(
-    leaves: Sequence[LeafPlan], dtypes: Sequence[str], max_bytes: int
-) -> SequentialPlan:
+def plan_chunks(leaves: Sequence[LeafPlan], dtypes: Sequence[str], max_bytes: int) -> list[Chunk]:
     """Plans the chunks of a tree, from plans and dtypes of its leaves.
 
     A stack has at most `max_bytes` and one dtype; a larger part is a chunk of its own. Matrices
     without entries are in no chunk.
     """
-    chunks = []
+    chunks: list[Chunk] = []
     for (rows, columns, dtype), members in parts_by_shape(leaves, dtypes).items():
         limit = max(1, max_bytes // (rows * columns * jnp.dtype(dtype).itemsize))
         small = []
@@ -78,28 +68,28 @@ def plan_sequentially(
             counts.append(count)
         if counts:
             chunks.append(Chunk(tuple(parts), tuple(counts)))
-    return SequentialPlan(tuple(leaves), tuple(chunks))
+    return chunks
 
 
 def map_sequentially(
-    function: Callable[[jax.Array], jax.Array], leaves: Sequence[jax.Array], plan: SequentialPlan
+    function: Callable[[jax.Array], jax.Array],
+    leaves: Sequence[jax.Array],
+    plans: Sequence[LeafPlan],
+    chunks: Sequence[Chunk],
 ) -> list[jax.Array]:
     """Replaces every matrix of the leaves by `function` of it, by chunk.
 
-    Tall matrices are transposed before and after, so that `A` and `B^T` share a chunk's program.
+    Tall matrices are transposed, so that `A` and `B^T` share a chunk's program.
     """
-    pieces = [split_leaf(x, leaf.splits) for x, leaf in zip(leaves, plan.leaves, strict=True)]
-    # A part without entries is its own result.
-    results = [
-        list(map(Part.matrices, x.parts, y)) for x, y in zip(plan.leaves, pieces, strict=True)
-    ]
-    if not plan.chunks:
+    pieces = [split_leaf(x, leaf.splits) for x, leaf in zip(leaves, plans, strict=True)]
+    results = [list(map(Part.matrices, x.parts, y)) for x, y in zip(plans, pieces, strict=True)]
+    if not chunks:  # no matrix has entries
         return list(leaves)
-    leaf, part = plan.chunks[0].parts[0]
+    leaf, part = chunks[0].parts[0]
     proceed = _opaque_true(pieces[leaf][part])
-    positions = _as_data({offset for chunk in plan.chunks for offset in chunk.offsets}, proceed)
-    for chunk in plan.chunks:
-        parts = [plan.leaves[leaf].parts[part] for leaf, part in chunk.parts]
+    positions = _as_data({offset for chunk in chunks for offset in chunk.offsets}, proceed)
+    for chunk in chunks:
+        parts = [plans[leaf].parts[part] for leaf, part in chunk.parts]
         offsets = [positions[offset] for offset in chunk.offsets] if len(parts) > 1 else []
         operands = [pieces[leaf][part] for leaf, part in chunk.parts]
         stack = _process(function, proceed, parts, operands, offsets)
@@ -107,7 +97,7 @@ def map_sequentially(
         slices = [_read(stack, *at) for at in zip(offsets, chunk.counts, strict=False)] or [stack]
         for (leaf, number), part, result in zip(chunk.parts, parts, slices, strict=True):
             results[leaf][number] = result.mT if part.fan_in > part.fan_out else result
-    return [from_matrices(x, leaf) for x, leaf in zip(results, plan.leaves, strict=True)]
+    return [from_matrices(x, leaf) for x, leaf in zip(results, plans, strict=True)]
 
 
 def _process(

@@ -1,9 +1,7 @@
 """Stacks of same-shaped matrices across a tree, each processed by one batched call.
 
-A network has hundreds of matrices but only a few shapes. With one Newton-Schulz per leaf, program
-size grows with the depth of the network; with one per shape it does not. Newton-Schulz commutes
-with transposition, so tall matrices are transposed and stacked with wide ones. A bound on the size
-of a stack bounds temporary memory.
+With one Newton-Schulz per leaf, program size grows with the depth of a network; with one per shape
+it does not. A bound on the size of a stack bounds temporary memory.
 """
 
 import dataclasses

@@ -8,13 +8,11 @@ from muonclip_jax.newton_schulz._orthogonalize import (
 from muonclip_jax.newton_schulz.coefficients import (
     ALIASES as ALIASES,
     COEFFICIENT_SETS as COEFFICIENT_SETS,
-    Coefficients as Coefficients,
-)
-from muonclip_jax.newton_schulz.defaults import (
     DEFAULT_DTYPE as DEFAULT_DTYPE,
     DEFAULT_EPS as DEFAULT_EPS,
     DEFAULT_METHOD as DEFAULT_METHOD,
     DEFAULT_SET as DEFAULT_SET,
+    Coefficients as Coefficients,
 )
 from muonclip_jax.newton_schulz.plan import (
     NS_DTYPES as NS_DTYPES,

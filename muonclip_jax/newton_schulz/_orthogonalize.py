@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Inexact
 
-from muonclip_jax.newton_schulz import defaults, iteration
+from muonclip_jax.newton_schulz import coefficients, iteration
 from muonclip_jax.newton_schulz.coefficients import Coefficients
 from muonclip_jax.newton_schulz.plan import PolarPlan, ResolvedPlan, decide_platform, plan_polar
 
@@ -20,7 +20,7 @@ from muonclip_jax.newton_schulz.plan import PolarPlan, ResolvedPlan, decide_plat
 def apply_polar(
     plan: PolarPlan,
     x: Inexact[Array, "*batch m n"],
-    eps: jax.typing.ArrayLike = defaults.DEFAULT_EPS,
+    eps: jax.typing.ArrayLike = coefficients.DEFAULT_EPS,
 ) -> Inexact[Array, "*batch m n"]:
     """Orthogonalises each matrix of `x` according to `plan`."""
     if x.ndim < 2:
@@ -70,7 +70,7 @@ def apply_polar_by_columns(
     plan: PolarPlan,
     x: Inexact[Array, "*batch m share"],
     axes: tuple[str, ...],
-    eps: jax.typing.ArrayLike = defaults.DEFAULT_EPS,
+    eps: jax.typing.ArrayLike = coefficients.DEFAULT_EPS,
 ) -> Inexact[Array, "*batch m share"]:
     """Orthogonalises matrices whose columns are sharded over `axes`.
 
@@ -92,12 +92,12 @@ def apply_polar_by_columns(
 def orthogonalize(
     x: Inexact[Array, "*batch m n"],
     *,
-    ns_coeffs: Coefficients = defaults.DEFAULT_SET,
+    ns_coeffs: Coefficients = coefficients.DEFAULT_SET,
     ns_steps: int | None = None,
-    ns_method: str = defaults.DEFAULT_METHOD,
-    ns_dtype: jax.typing.DTypeLike | None = defaults.DEFAULT_DTYPE,
+    ns_method: str = coefficients.DEFAULT_METHOD,
+    ns_dtype: jax.typing.DTypeLike | None = coefficients.DEFAULT_DTYPE,
     preconditioning: str | None = None,
-    eps: jax.typing.ArrayLike = defaults.DEFAULT_EPS,
+    eps: jax.typing.ArrayLike = coefficients.DEFAULT_EPS,
     ns_implementation: str = "xla",
     platform: str | None = None,
 ) -> Inexact[Array, "*batch m n"]:

@@ -15,6 +15,13 @@ Row: TypeAlias = tuple[float, float, float]
 Rows: TypeAlias = tuple[Row, ...]
 #: What `ns_coeffs` takes: a name, a triple, or rows of shape `(T, 3)`.
 Coefficients: TypeAlias = str | Sequence[object] | np.ndarray | jax.Array
+
+# The defaults of all functions and of the command line. Of five sets at equal settings this one
+# trained to the lowest loss (docs/settings.md), and 16 bits round it least.
+DEFAULT_SET = "keller_jordan"
+DEFAULT_METHOD = "auto"  # the cheaper form that is safe in its dtype
+DEFAULT_DTYPE = None  # the rule of the platform
+DEFAULT_EPS = 1e-8  # the smallest divisor of a matrix whose largest entry is near one
 #: Singular values, dense near 0 and near 1, on which rows are judged.
 SIGMA = np.concatenate(
     [np.logspace(-6, -2, 400), np.linspace(0.01, 1, 4001), 1 - np.logspace(-5, -2, 500)]

@@ -11,12 +11,14 @@ from jax.sharding import AbstractMesh, Mesh
 from muonclip_jax._devices import check_lowering, check_platform, plan_platform
 from muonclip_jax.kernels import SYMMETRIC, load_kernel
 from muonclip_jax.newton_schulz.coefficients import (
+    DEFAULT_DTYPE,
+    DEFAULT_METHOD,
+    DEFAULT_SET,
     Coefficients,
     Rows,
     find_sign_flip,
     resolve_coefficients,
 )
-from muonclip_jax.newton_schulz.defaults import DEFAULT_DTYPE, DEFAULT_METHOD, DEFAULT_SET
 from muonclip_jax.newton_schulz.stability import GROWTH, choose_restarts, guard_rows
 
 #: The names that `ns_dtype`, `ns_method`, `preconditioning` and `ns_implementation` allow.
