@@ -101,6 +101,15 @@ def mathml(page: str) -> str:
     return _EQUATION.sub(replace, page)
 
 
+def unbroken(page: str) -> str:
+    """Keeps ranges and pairs of numbers, such as `1.2 - 1.4`, on one line of a table's cell."""
+
+    def replace(match: re.Match[str]) -> str:
+        return re.sub(r"(?<=\d) ([-/]) (?=\d)", r"&nbsp;\1&#8288;&nbsp;", match[0])
+
+    return re.sub(r"<td\b.*?</td>", replace, page, flags=re.DOTALL)
+
+
 def outside(text: str, page: str, repository: str | None) -> str:
     """Points links that leave `docs/` to the repository, or makes them plain text.
 
@@ -147,4 +156,4 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
 
 def on_page_content(html: str, *, page: Any, config: Any, files: Any) -> str:
     """Called by mkdocs with each page as rendered, before its template."""
-    return mathml(html)
+    return unbroken(mathml(html))
