@@ -12,15 +12,18 @@ since pairs that occur twice do not change a maximum. Blocks without unmasked pa
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float
 
+from muonclip_jax._devices import entry_axes
 from muonclip_jax._tree import ScalarLike
-from muonclip_jax.attention.pairs import (
+from muonclip_jax.attention.inputs import (
     Block,
     Geometry,
     Inputs,
@@ -28,6 +31,9 @@ from muonclip_jax.attention.pairs import (
     bias_permits,
     permitted_max,
 )
+
+#: Output `[B, T, K, G, D]`, or None where only maxima are asked for, and maxima `[K, G]`.
+Result: TypeAlias = tuple[jax.Array | None, jax.Array]
 
 
 class Sizes(NamedTuple):
@@ -233,3 +239,58 @@ def _plan_blocks(inputs: Inputs, geometry: Geometry) -> tuple[list[tuple[int, in
         low, high = geometry.key_range(start, start + query_block, keys)
         starts += [(start, min(key, keys - key_block)) for key in range(low, high, key_block)]
     return starts, query_block, key_block
+
+
+def on_each_device(
+    function: Callable[[Inputs], Result], inputs: Inputs, *, check_vma: bool = True
+) -> Result:
+    """Calls `function` on every device's local sequences and heads, if Explicit axes shard them.
+
+    Under Explicit mesh axes a sharding is part of an array's type, so what each device computes is
+    known while tracing: its own sequences and key heads, along whole sequences. Queries or keys
+    whose positions are sharded are gathered first, and the output is sharded again. Under Auto axes
+    the partitioner decides.
+    """
+    inputs = inputs._replace(scale=jnp.asarray(inputs.scale))
+    sharding = jax.typeof(inputs.query).sharding
+    mesh = sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = {name for name, kind in kinds if kind == AxisType.Explicit}
+    if not explicit or inputs.query.size == 0:
+        return function(inputs)
+    batch, queries, key_heads, groups, _ = (*sharding.spec, *[None] * 5)[:5]
+    keys, pairs = (batch, None, key_heads), (batch, key_heads, groups)
+    # Mesh axes of the leading axes of every array, in the order of `Inputs`.
+    entries = ((*keys, groups), keys, keys, (), pairs, pairs, (batch,), (batch,))
+    arrays = {name: x for name, x in inputs._asdict().items() if x is not None}
+    specs = {
+        name: P(
+            *(axes if n > 1 else None for axes, n in zip(entry, arrays[name].shape, strict=False))
+        )
+        for name, entry in zip(inputs._fields, entries, strict=True)
+        if name in arrays
+    }
+
+    def local(share: dict[str, jax.Array]) -> Result:
+        out, maxima = function(inputs._replace(**share))
+        if axes := entry_axes(batch):
+            maxima = lax.pmax(lax.stop_gradient(maxima), axes)
+        return out, maxima
+
+    def mapped(arrays: dict[str, jax.Array]) -> Result:
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            axis_names=explicit,
+            in_specs=(specs,),
+            out_specs=(None if inputs.value is None else P(*keys, groups), P(key_heads, groups)),
+            check_vma=check_vma,
+        )({name: jax.reshard(x, NamedSharding(mesh, specs[name])) for name, x in arrays.items()})
+
+    if any(jax.typeof(x).sharding.mesh.empty for x in arrays.values()):
+        # Eagerly, where no mesh is set, an array that is on one device cannot be resharded.
+        mapped = jax.jit(mapped)
+    out, maxima = mapped(arrays)
+    if out is not None and queries is not None:
+        out = jax.reshard(out, NamedSharding(mesh, P(batch, queries, key_heads, groups)))
+    return out, maxima

@@ -10,8 +10,7 @@ from jaxtyping import Array, Float
 
 from muonclip_jax._tree import ScalarLike
 from muonclip_jax.attention import blocks
-from muonclip_jax.attention.inputs import AnyArray, on_each_device, read_inputs
-from muonclip_jax.attention.pairs import Geometry, Inputs, bias_permits
+from muonclip_jax.attention.inputs import AnyArray, Geometry, Inputs, bias_permits, read_inputs
 from muonclip_jax.kernels import MAX_LOGITS, load_kernel
 
 #: Implementations of `dot_product_attention`; "xla", the default, is exact and supports every call.
@@ -97,7 +96,9 @@ def dot_product_attention(
         if implementation == "cudnn":
             out, maxima = _attend_cudnn(inputs, geometry)
         else:
-            out, maxima = on_each_device(lambda share: blocks.attend(share, geometry), inputs)
+            out, maxima = blocks.on_each_device(
+                lambda share: blocks.attend(share, geometry), inputs
+            )
     out = jnp.asarray(out).reshape(*jnp.shape(query)[:-1], jnp.shape(value)[-1])
     return out, lax.stop_gradient(maxima).reshape(-1)
 
@@ -175,7 +176,7 @@ def attention_max_logits(
     if implementation in MAX_LOGITS:
         compute = functools.partial(_by_kernel, implementation)
     with jax.named_scope("max_logits"):
-        _, maxima = on_each_device(
+        _, maxima = blocks.on_each_device(
             lambda share: (None, compute(share, geometry)),
             lax.stop_gradient(inputs._replace(scale=jnp.asarray(inputs.scale))),
             # What varies between devices is lost where Pallas interprets a kernel.

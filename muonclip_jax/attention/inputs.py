@@ -1,23 +1,124 @@
-"""The arguments of an attention call, validated and converted to one form."""
+"""The arguments of an attention call in one form, and which query attends to which key.
 
+There is one batch axis, and query heads are grouped by key head as `(K, G)`. For causality and the
+window, the keys of a range of queries follow from shapes; masks and biases are sliced per block, so
+no array of size queries times keys is created.
+"""
+
+import functools
 import math
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from muonclip_jax._devices import entry_axes, plan_platform
 from muonclip_jax._tree import ScalarLike
-from muonclip_jax.attention.pairs import Geometry, Inputs
 
 #: What a caller may pass as an array.
 AnyArray: TypeAlias = jax.Array | np.ndarray
-#: Output `[B, T, K, G, D]`, or None where only maxima are asked for, and maxima `[K, G]`.
-Result: TypeAlias = tuple[jax.Array | None, jax.Array]
+
+# A bias at or below this hides the pair. float32 spaces its numbers by 64 here: what the logit was,
+# down to differences that matter to a softmax, can no longer be told.
+_FORBIDDING_BIAS = -1e9
+
+
+class Inputs(NamedTuple):
+    """The arrays of one attention call. Axes of mask and bias may have length one."""
+
+    query: jax.Array  # [B, T, K, G, H]
+    key: jax.Array  # [B, S, K, H]
+    value: jax.Array | None  # [B, S, K, D]; None if only maxima are needed
+    scale: ScalarLike
+    mask: jax.Array | None = None  # [B, K, G, T, S]; False for masked pairs
+    bias: jax.Array | None = None  # [B, K, G, T, S]; added to the logits
+    query_seq_lengths: jax.Array | None = None  # [B]; queries from here on are padding
+    key_value_seq_lengths: jax.Array | None = None  # [B]; keys from here on are padding
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Static properties of a call."""
+
+    is_causal: bool = False  # query t attends to keys up to and including t
+    window: tuple[int, int] | None = None  # query t attends to keys from t - left to t + right
+    platform: str = "cpu"
+
+    def key_range(self, start: int, stop: int, keys: int) -> tuple[int, int]:
+        """Returns the range of keys to which queries `start..stop` may attend.
+
+        Example:
+            >>> Geometry(is_causal=True, window=(3, 0)).key_range(8, 12, 64)
+            (5, 12)
+        """
+        low, high = 0, min(keys, stop) if self.is_causal else keys
+        if self.window is not None:
+            low, high = max(low, start - self.window[0]), min(high, stop + self.window[1])
+        return (low, high) if low < high else (0, 0)
+
+
+class Block(NamedTuple):
+    """A range of queries and one of keys; starts may be traced."""
+
+    query_start: int | jax.Array
+    queries: int
+    key_start: int | jax.Array
+    keys: int
+
+    def cut(self, x: jax.Array) -> jax.Array:
+        """Slices the last two axes of a mask or bias; axes of length one are kept."""
+        if x.shape[-2] != 1:
+            x = lax.dynamic_slice_in_dim(x, self.query_start, self.queries, axis=-2)
+        if x.shape[-1] != 1:
+            x = lax.dynamic_slice_in_dim(x, self.key_start, self.keys, axis=-1)
+        return x
+
+
+def allowed_pairs(inputs: Inputs, geometry: Geometry, block: Block) -> jax.Array | None:
+    """Returns the unmasked pairs of a block, without the bias; None if all are.
+
+    The result broadcasts to `[B, K, G, t, s]`.
+    """
+    queries = block.query_start + jnp.arange(block.queries)[:, None]
+    keys = block.key_start + jnp.arange(block.keys)[None, :]
+    conditions = []
+    if geometry.is_causal:
+        conditions.append(queries >= keys)
+    if geometry.window is not None:
+        left, right = geometry.window
+        conditions += [queries <= keys + left, queries >= keys - right]
+    if inputs.mask is not None:
+        conditions.append(block.cut(inputs.mask))
+    if (ends := inputs.query_seq_lengths) is not None:
+        conditions.append(queries < ends[:, None, None, None, None])
+    if (ends := inputs.key_value_seq_lengths) is not None:
+        conditions.append(keys < ends[:, None, None, None, None])
+    return functools.reduce(jnp.logical_and, conditions) if conditions else None
+
+
+def bias_permits(bias: jax.Array) -> jax.Array:
+    """Returns False where a bias is at most `finfo(bias.dtype).min / 2` or -1e9: it masks."""
+    limit = _FORBIDDING_BIAS
+    if jnp.issubdtype(bias.dtype, jnp.floating):
+        limit = max(limit, float(jnp.finfo(bias.dtype).min) / 2)
+    return ~(bias.astype(jnp.float32) <= limit)
+
+
+@functools.partial(jax.jit, static_argnames=("axes",), inline=True)
+def permitted_max(logits: jax.Array, permitted: jax.Array | None, axes: Sequence[int]) -> jax.Array:
+    """Returns the maximum over axes of the logits of permitted pairs, in float32; -inf without any.
+
+    Compiled as a whole outside of `jit` too, where `jax_debug_infs` would refuse the -inf of a
+    hidden pair.
+    """
+    logits = logits.astype(jnp.float32)
+    if permitted is not None:
+        logits = jnp.where(permitted, logits, -jnp.inf)
+    return jnp.max(logits, axis=axes, initial=-jnp.inf)
 
 
 def _check_sequences(query: jax.Array, key: jax.Array, value: jax.Array | None) -> None:
@@ -139,58 +240,3 @@ def read_inputs(
     )
     platform = plan_platform(None, sharding.mesh, (q,))
     return inputs, Geometry(is_causal, local_window_size, platform)
-
-
-def on_each_device(
-    function: Callable[[Inputs], Result], inputs: Inputs, *, check_vma: bool = True
-) -> Result:
-    """Calls `function` on every device's local sequences and heads, if Explicit axes shard them.
-
-    Under Explicit mesh axes a sharding is part of an array's type, so what each device computes is
-    known while tracing: its own sequences and key heads, along whole sequences. Queries or keys
-    whose positions are sharded are gathered first, and the output is sharded again. Under Auto axes
-    the partitioner decides.
-    """
-    inputs = inputs._replace(scale=jnp.asarray(inputs.scale))
-    sharding = jax.typeof(inputs.query).sharding
-    mesh = sharding.mesh
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    explicit = {name for name, kind in kinds if kind == AxisType.Explicit}
-    if not explicit or inputs.query.size == 0:
-        return function(inputs)
-    batch, queries, key_heads, groups, _ = (*sharding.spec, *[None] * 5)[:5]
-    keys, pairs = (batch, None, key_heads), (batch, key_heads, groups)
-    # Mesh axes of the leading axes of every array, in the order of `Inputs`.
-    entries = ((*keys, groups), keys, keys, (), pairs, pairs, (batch,), (batch,))
-    arrays = {name: x for name, x in inputs._asdict().items() if x is not None}
-    specs = {
-        name: P(
-            *(axes if n > 1 else None for axes, n in zip(entry, arrays[name].shape, strict=False))
-        )
-        for name, entry in zip(inputs._fields, entries, strict=True)
-        if name in arrays
-    }
-
-    def local(share: dict[str, jax.Array]) -> Result:
-        out, maxima = function(inputs._replace(**share))
-        if axes := entry_axes(batch):
-            maxima = lax.pmax(lax.stop_gradient(maxima), axes)
-        return out, maxima
-
-    def mapped(arrays: dict[str, jax.Array]) -> Result:
-        return jax.shard_map(
-            local,
-            mesh=mesh,
-            axis_names=explicit,
-            in_specs=(specs,),
-            out_specs=(None if inputs.value is None else P(*keys, groups), P(key_heads, groups)),
-            check_vma=check_vma,
-        )({name: jax.reshard(x, NamedSharding(mesh, specs[name])) for name, x in arrays.items()})
-
-    if any(jax.typeof(x).sharding.mesh.empty for x in arrays.values()):
-        # Eagerly, where no mesh is set, an array that is on one device cannot be resharded.
-        mapped = jax.jit(mapped)
-    out, maxima = mapped(arrays)
-    if out is not None and queries is not None:
-        out = jax.reshard(out, NamedSharding(mesh, P(batch, queries, key_heads, groups)))
-    return out, maxima

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from muonclip_jax._tree import MAX_LOGITS, join
 from muonclip_jax.attention import as_bool, dot_product_attention as attend
-from muonclip_jax.attention.pairs import bias_permits, permitted_max
+from muonclip_jax.attention.inputs import bias_permits, permitted_max
 
 COLLECTION = "intermediates"
 

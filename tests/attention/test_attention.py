@@ -14,8 +14,7 @@ from jax import export
 
 from muonclip_jax.attention import attention_max_logits, blocks, dot_product_attention
 from muonclip_jax.attention.dot_product import bound_from_log_sum_exp
-from muonclip_jax.attention.inputs import read_inputs
-from muonclip_jax.attention.pairs import bias_permits
+from muonclip_jax.attention.inputs import bias_permits, read_inputs
 from tests.attention.cases import CASES, make
 from tests.attention.dense import dense_attention
 from tests.helpers import TOLERANCE, equations
