@@ -101,10 +101,8 @@ SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
     "plain": (BOTH, {}, {}),
     "bfloat16": (BOTH, {"dtype": "bfloat16"}, {}),
     "float16 with dropout": (("linen",), {"dtype": "float16", **DROPOUT}, RNGS),
-    "dropout": (("linen",), {"broadcast_dropout": False, **DROPOUT}, RNGS),
     "dropout with rngs of the call": (("nnx",), {"keep_rngs": False, **DROPOUT}, RNGS),
     "normalised": (BOTH, {"normalize_qk": True}, {}),
-    "precision": (("linen",), {"precision": jax.lax.Precision.HIGHEST}, {}),
     "products of the user's own": (
         ("linen",),
         {"attn_weights_value_einsum_cls": lambda: jnp.einsum, **EINSUM},
@@ -114,7 +112,6 @@ SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
     "the same in NNX": (("nnx",), {"attention_fn": _twice_nnx}, {}),
     "ours, bound": (BOTH, {"attention_fn": "bound"}, {}),
     "ours": (BOTH, {"attention_fn": "ours"}, {}),
-    "ours, normalised": (BOTH, {"attention_fn": "ours", "normalize_qk": True}, {}),
     "ours, bfloat16": (BOTH, {"attention_fn": "ours", "dtype": "bfloat16"}, {}),
     "ours, shared keys": (("nnx",), {"attention_fn": "ours", "num_kv_heads": 2}, {}),
     "causal": (("nnx",), {}, CAUSAL),

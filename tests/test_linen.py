@@ -50,14 +50,12 @@ def test_outside_of_a_capture_flax_is_as_it_was():
     assert "intermediates" not in state
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_bias_and_batch_axes_of_the_function_itself(masked):
+def test_bias_and_batch_axes_of_the_function_itself():
     keys = jax.random.split(jax.random.key(0), 4)
     query, key, value = (3 * jax.random.normal(k, (2, 3, LENGTH, HEADS, 8)) for k in keys[:3])
     bias = 3 * jax.random.normal(keys[3], (HEADS, LENGTH, LENGTH))
-    mask = MASK[0] if masked else None
-    expected = nn.dot_product_attention(query, key, value, bias, mask)
-    out = dot_product_attention(query, key, value, bias, mask)
+    expected = nn.dot_product_attention(query, key, value, bias, MASK[0])
+    out = dot_product_attention(query, key, value, bias, MASK[0])
     np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
 
 
@@ -87,38 +85,31 @@ def test_vmapped_modules_have_one_row_of_maxima_each():
         np.testing.assert_allclose(max_logits["max_logits"][i], expected, rtol=RTOL)
 
 
-def test_a_module_called_twice_has_the_larger_maxima():
-    class Shared(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            attention = nn.MultiHeadDotProductAttention(HEADS, name="attention")
-            attention(x)
-            return attention(2 * x)
-
-    variables, _, max_logits = _captured(Shared())
-    expected = dense_maxima(variables["params"]["attention"], 2 * X)
-    np.testing.assert_allclose(max_logits["attention"]["max_logits"], expected, rtol=RTOL)
-
-
 def test_collections_of_the_users_own_come_back_as_asked():
+    """And a module that is called twice has the larger maxima."""
+
     class Noisy(nn.Module):
         @nn.compact
         def __call__(self, x):
             self.sow("intermediates", "other", x.sum())
             self.variable("batch_stats", "seen", lambda: jnp.zeros(())).value += 1
-            return nn.MultiHeadDotProductAttention(HEADS)(x)
+            attention = nn.MultiHeadDotProductAttention(HEADS, name="attn")
+            attention(x)
+            return attention(2 * x)
 
-    path, apply = "MultiHeadDotProductAttention_0", capture_max_logits(Noisy().apply)
+    apply = capture_max_logits(Noisy().apply)
     variables, (_, state), max_logits = _captured(Noisy(), mutable=["batch_stats"])
-    assert (list(state), list(max_logits)) == (["batch_stats"], [path])
+    assert (list(state), list(max_logits)) == (["batch_stats"], ["attn"])
+    expected = dense_maxima(variables["params"]["attn"], 2 * X)
+    np.testing.assert_allclose(max_logits["attn"]["max_logits"], expected, rtol=RTOL)
     (_, state), _ = apply(variables, X, mutable=["batch_stats", "intermediates"])
-    assert set(state["intermediates"]) == {"other", path}
+    assert set(state["intermediates"]) == {"other", "attn"}
     (_, state), _ = apply(variables, X, mutable=True)
     assert set(state) == {"params", "batch_stats", "intermediates"}
     # What an earlier call recorded is not this one's.
-    larger = {"intermediates": {path: {"max_logits": (jnp.full(HEADS, 1e6),)}}}
+    larger = {"intermediates": {"attn": {"max_logits": (jnp.full(HEADS, 1e6),)}}}
     _, again = apply({**variables, **larger}, X, mutable=["batch_stats"])
-    np.testing.assert_array_equal(again[path]["max_logits"], max_logits[path]["max_logits"])
+    np.testing.assert_array_equal(again["attn"]["max_logits"], max_logits["attn"]["max_logits"])
 
 
 def test_a_module_without_compact_names_itself():
