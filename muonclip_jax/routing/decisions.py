@@ -19,16 +19,7 @@ from muonclip_jax._specs import MatrixSpec, SpecLike, normalize_spec, normalized
 from muonclip_jax.heads.cuts import attention_cuts
 from muonclip_jax.heads.finding import Rule, Shape, strip_outer
 from muonclip_jax.routing.inference import infer, token_tables
-from muonclip_jax.routing.leaves import (
-    Axes,
-    Decision,
-    Key,
-    Leaf,
-    lengths,
-    read_path,
-    to_spec,
-    without,
-)
+from muonclip_jax.routing.leaves import Axes, Decision, Key, Leaf, lengths, read_path, to_spec
 from muonclip_jax.routing.table import EXPERT_STACK, OUTPUT_HEAD, direction, fits
 
 #: Pairs of a pattern and a spec; None is AdamW.
@@ -96,7 +87,8 @@ def _find_routers(leaves: Sequence[Leaf]) -> None:
         if spec is not None and leaf.decision.why.startswith(EXPERT_STACK):
             for module in filter(None, leaf.modules[:3]):
                 used = {*sum(normalized_axes(spec), ()), *stack}
-                experts.setdefault(module, set()).update(without(leaf.shape, used))
+                counts = (n for axis, n in enumerate(leaf.shape) if axis not in used)
+                experts.setdefault(module, set()).update(counts)
     for leaf in leaves:
         if leaf.decision.spec is not None and not leaf.decision.why.startswith("expert"):
             inputs, outputs = _sizes(leaf)

@@ -39,17 +39,14 @@ _LAYER = re.compile(r"(?:[a-z0-9_]*_)?(?:res|encoder|decoder)?(?:layer|block|sta
 
 
 class LeafName(NamedTuple):
-    """The normalised names of one parameter.
-
-    With `stacked` the path has a container of layers without a layer number, as from `nn.scan`:
-    every leaf below has a layer axis. With `grouped` it may contain numbered modules
-    ("layers/layer_0"), which are scanned several at a time, or a dict of layers.
-    """
+    """The normalised names of one parameter."""
 
     leaf: str  # the last name
     role: str  # the most telling name: the last one that is neither generic nor a number
     scope: tuple[str, ...]  # the names before the role, outermost first
+    #: Below a container of layers without a layer number, as from `nn.scan`: it has a layer axis.
     stacked: bool
+    #: Below such a container, perhaps with numbered modules ("layers/layer_0") scanned together.
     grouped: bool
 
 

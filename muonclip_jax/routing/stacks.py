@@ -66,7 +66,11 @@ def _solve(
     kernels = known or [x for x in leaves if look_up(x.name, x.shape).layout != ""]
     if not kernels:
         return
-    contained = {_is_contained(leaf) for leaf in kernels}
+    # Whether their paths indicate stacked layers.
+    contained = {
+        leaf.name.stacked or (leaf.name.grouped and leaf.scan_axis not in (None, (0,)))
+        for leaf in kernels
+    }
     inside = contained == {True}
     # If no name says how many axes a kernel has, a stack is what all leaves show alike.
     common = frozenset({1} if min(len(leaf.shape) for leaf in kernels) > 2 else ())
@@ -197,11 +201,6 @@ def extra_axes(name: LeafName, shape: Shape) -> frozenset[int] | None:
             if entry.sure:
                 found.add(extra)
     return frozenset(found)
-
-
-def _is_contained(leaf: Leaf) -> bool:
-    """Whether the path indicates stacked layers."""
-    return leaf.name.stacked or (leaf.name.grouped and leaf.scan_axis not in (None, (0,)))
 
 
 def _all_show(leaves: Sequence[Leaf], choice: Axes) -> bool:
