@@ -1,19 +1,21 @@
 """Every test runs with eight CPU devices, so that sharding is always exercised."""
 
 import gc
-import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from importlib.metadata import version
 
 # Programs here are tiny and run once or twice, so the time goes into compiling them: LLVM does not
 # optimize, and each program is one module for it. The older emitter of fused loops compiles four
-# times as fast; later versions of XLA have only the newer one, and stop at an unknown flag.
+# times as fast; later versions of XLA have only the newer one, the TPU compiler has neither, and
+# both stop at an unknown flag.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     + " --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
-    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else "")
+    + " --xla_cpu_use_fusion_emitters=false"
+    * (version("jaxlib").startswith("0.10.") and importlib.util.find_spec("libtpu") is None)
 )
 
 import hypothesis
