@@ -94,10 +94,11 @@ def _solve(
             continue
         if len(options) == 1:
             _assign(leaves, kernels, options[0])
-        elif options:
-            ambiguous.append((leaves, kernels, options))
+            return _solve(module, [x for x in leaves if x.stack is None], widths, ambiguous)
         if options:
-            return None
+            return ambiguous.append((leaves, kernels, options))
+        if _options(kernels, extra, True, widths):
+            break  # fewer axes are possible, so more are a guess
     if len(leaves) == 1:
         extra = min((extras[leaves[0]] or frozenset()) - {0}, default=1)
         ambiguous.append((leaves, kernels, _options(kernels, extra, True, widths)))
@@ -188,10 +189,7 @@ def _layout(leaf: Leaf, choice: Axes) -> str | None:
 
 @lru_cache(maxsize=65536)
 def extra_axes(name: LeafName, shape: Shape) -> frozenset[int] | None:
-    """Possible numbers of axes in addition to those that its name implies.
-
-    Empty where the name is unknown; None for a leaf that AdamW trains, which is no evidence.
-    """
+    """How many more axes than its name implies a leaf may have; None if AdamW trains it."""
     found: set[int] = set()
     for extra in range(len(shape) - 1):
         for axes in combinations(range(len(shape)), extra):
@@ -218,8 +216,9 @@ def _assign(leaves: Sequence[Leaf], kernels: Sequence[Leaf], choice: Axes) -> No
         leaf.stack = _axes(leaf, choice)
     # Of nested stacks perhaps some.
     subsets = [x for n in range(len(choice), 0, -1) for x in combinations(choice, n)]
+    module = next(m for m in kernels[0].modules if all(m in leaf.modules for leaf in kernels))
     for leaf in leaves:
-        if leaf.stack is None:
+        if leaf.stack is None and module in leaf.modules:
             same = (x for x in subsets if _lengths(leaf, x) == _lengths(kernels[0], x))
             leaf.stack = _axes(leaf, next(same, ()))
 

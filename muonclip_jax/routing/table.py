@@ -186,6 +186,7 @@ ROWS = (
     Row("attention, heads first", "oio", "[qkv]_einsum"),
     Row("attention, fused, heads first", "boio", "qkv_einsum|kv_einsum"),
     Row("attention output", "iio", "attn_vec_einsum"),
+    Row("attention, heads merged", "ioo", "gating", scope=_ATTENTION),
     Row("attention output, width first", "oii", "post", scope=_ATTENTION),
     Row("attention, fused", "bioo", "combined_qkv"),
     # haliax counts query heads on two axes, and keeps kernels as "weight".

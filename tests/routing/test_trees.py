@@ -106,6 +106,15 @@ def test_every_leaf_is_right_by_default(family):
     assert not wrong
 
 
+@pytest.mark.parametrize("equal", [{60: 48, 10: 8}, {5: 6}, {10: 6, 60: 36}], ids=str)
+def test_equal_sizes_lead_to_no_other_matrix(equal):
+    for family in FAMILIES:
+        text = json.dumps(leaves_of(family))
+        leaves = json.loads(re.sub(r"\d+", lambda m: str(equal.get(int(m[0]), m[0])), text))
+        for path, spec in decide(leaves).items():
+            assert isinstance(spec, str) or is_right(leaves[path], spec), (family, path)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_masked_tree_is_read_as_the_whole_one(family):
     leaves, rules = leaves_of(family), MatrixRules()
