@@ -1,7 +1,10 @@
 """Oracles, case tables and tolerances that the tests share."""
 
 import inspect
-from collections.abc import Callable, Iterator
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -84,6 +87,26 @@ def equations(jaxpr: Any) -> Iterator[Any]:
         yield equation
         for inner in jaxprs_in_params(equation.params):
             yield from equations(inner)
+
+
+ROOT = Path(__file__).parents[1]
+#: What runs once is not worth optimising; and one device, as users have.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def finished(
+    *words: object, cwd: Path = ROOT, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command on one CPU device, with the repository to import from; keeps its output."""
+    own = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, **(env or {})}
+    return subprocess.run(
+        [*map(str, words)],
+        cwd=cwd,
+        env=os.environ | own,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def update(tx: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:

@@ -4,15 +4,12 @@ import ast
 import importlib
 import pkgutil
 import re
-import subprocess
 import sys
 import tomllib
-from pathlib import Path
 from types import ModuleType
 
 import muonclip_jax
-
-ROOT = Path(__file__).parents[1]
+from tests.helpers import ROOT, finished
 
 
 def modules_after(statement: str) -> set[str]:
@@ -20,9 +17,7 @@ def modules_after(statement: str) -> set[str]:
     script = (
         f"{statement}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     )
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False
-    )
+    result = finished(sys.executable, "-W", "error", "-c", script)
     assert result.returncode == 0, result.stderr
     return set(result.stdout.split())
 

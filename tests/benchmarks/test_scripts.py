@@ -2,12 +2,11 @@
 
 import doctest
 import json
-import os
 import shutil
-import subprocess
 import sys
 from importlib import import_module, util
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,8 @@ from benchmarks.gpu import SHARES
 from benchmarks.optimizers import OPTAX, OPTIMIZERS, optax_at
 from benchmarks.report import PAGES, PICTURE, RESULTS, load, written
 from benchmarks.report_training import clip_table, coefficients_table, comparison_table
+from tests.helpers import ROOT, finished
 
-ROOT = Path(__file__).parents[2]
 SCRIPTS = (
     "step_time",
     "compile_time",
@@ -31,18 +30,9 @@ SCRIPTS = (
 )
 
 
-def run(script: str, *options: object) -> subprocess.CompletedProcess[str]:
-    # One device, as users have; what runs once is not worth optimising.
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    environment |= {"XLA_FLAGS": flags, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *map(str, options)],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
+def run(script: str, *options: object) -> Any:
+    return finished(
+        sys.executable, f"benchmarks/{script}.py", *options, env={"OMP_NUM_THREADS": "1"}
     )
 
 

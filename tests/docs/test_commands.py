@@ -7,12 +7,11 @@ a dollar sign are the commands if there are any.
 import ast
 import re
 import shlex
-import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers import ROOT, finished
+
 FENCE = re.compile(
     r"^(?P<indent> *)```(?:sh|console)\n(?P<code>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE
 )
@@ -111,14 +110,8 @@ def test_a_test_executes_it(command: str):
 @pytest.mark.parametrize("command", [command for command in FOUND if command.startswith("make ")])
 def test_a_make_target_starts_its_programs(command: str):
     # The environments count as made, so that nothing is installed.
-    planned = subprocess.run(
-        ["make", "-o", ".venv/.ready", "-o", ".venv/.bench", "--dry-run", *command.split()[1:]],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    made = ("-o", ".venv/.ready", "-o", ".venv/.bench")
+    planned = finished("make", *made, "--dry-run", *command.split()[1:])
+    assert planned.returncode == 0, planned.stderr
     for program in STARTS[command]:
         assert program in planned.stdout
-    if command == "make test":
-        assert re.search(r"^make test\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)

@@ -1,8 +1,6 @@
 """The documentation site: a warning is an error, and a reader's browser fetches nothing."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,21 +9,14 @@ import pytest
 import yaml
 
 from tests.docs.test_pages import shown
+from tests.helpers import ROOT, finished
 from tools.site_hooks import all_pages, expand, from_notebook, mathml, outside
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 def test_the_site_has_every_page_and_fetches_nothing(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path],
-        cwd=ROOT,
-        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = (sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path)
+    done = finished(*words, env={"NO_MKDOCS_2_WARNING": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     for name in all_pages(ROOT / "docs"):
         page = Path(name).with_suffix("")

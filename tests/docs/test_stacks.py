@@ -1,14 +1,12 @@
 """The pages of `docs/stacks` show the code of the recipes that run, whatever its line breaks."""
 
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers import ROOT, finished
+
 PAGES = [page for page in sorted((ROOT / "docs" / "stacks").glob("*.md")) if page.stem != "index"]
 
 
@@ -40,11 +38,11 @@ def test_every_recipe_has_a_page_and_named_versions():
 def test_a_recipe_runs(recipe: str, tmp_path):
     pytest.importorskip({"plain_jax": "jax", "linen": "flax", "nnx": "flax"}.get(recipe, recipe))
     script = ROOT / "examples" / "stacks" / f"train_{recipe}.py"
-    own = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, script, tmp_path], env=own, check=True)
+    done = finished(sys.executable, script, tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 def test_the_tables_are_what_is_decided_and_recorded():
-    command = [sys.executable, "-m", "tools.stack_table", "--check"]
-    subprocess.run(command, cwd=ROOT, check=True)
+    done = finished(sys.executable, "-m", "tools.stack_table", "--check")
+    assert done.returncode == 0, done.stderr

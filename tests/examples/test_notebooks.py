@@ -3,9 +3,7 @@
 import base64
 import io
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ import pytest
 from matplotlib.image import imread
 from notebooks.execute import DIGEST, NOTEBOOKS, digest
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers import ROOT, finished
+
 PROGRAM = ROOT / "examples" / "notebooks" / "execute.py"
 #: A cell that has this tag prints what depends on the number of steps or on the machine.
 MEASURED = "measured"
@@ -64,15 +63,7 @@ def test_what_is_committed_is_what_ran(path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_again_to_the_same_outputs(path, tmp_path):
-    # What `make notebooks` runs; programs that run once compile quickly.
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    done = subprocess.run(
-        [sys.executable, PROGRAM, path, "--smoke", "--out", tmp_path],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = finished(sys.executable, PROGRAM, path, "--smoke", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     for saved, ran in zip(code_cells(path), code_cells(tmp_path / path.name), strict=True):
         measured = MEASURED in saved["metadata"].get("tags", ())

@@ -3,10 +3,9 @@
 import dataclasses
 import math
 import re
-import time
 import traceback
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 
 import muonclip_jax as mc
 from tests.fuzz import program, reference
-from tests.fuzz.draw import OPTIONS, OPTIONS_OF, Case
+from tests.fuzz.draw import Case
 
 _PACKAGE = str(Path(mc.__file__).parent)
 #: Relative Frobenius error that two ways to compute the same update may differ by. In 16 bits it is
@@ -194,42 +193,3 @@ def _paths(tree: Any) -> list[tuple[str, Any]]:
         (jax.tree_util.keystr(path, simple=True, separator="/"), x)
         for path, x in jax.tree.leaves_with_path(tree)
     ]
-
-
-def simplified(case: Case, outcome: Outcome, seconds: float = 30.0) -> Case:
-    """Takes away leaves, options and what else is not needed for the same thing to fail."""
-    end = time.process_time() + seconds
-    simpler = _simpler(case)
-    while time.process_time() < end and (candidate := next(simpler, None)) is not None:
-        if run(candidate).signature == outcome.signature:
-            case, simpler = candidate, _simpler(candidate)
-    return case
-
-
-def _simpler(case: Case) -> Iterator[Case]:
-    replace, block = dataclasses.replace, case.maxima[0] if case.maxima else "none"
-    if case.mesh:
-        bare = [replace(leaf, spec=()) for leaf in case.leaves]
-        own = {"factory": case.factory, "options": case.options, "maxima": case.maxima}
-        yield Case(case.seed, bare, case.x64, **own)
-    for leaf in case.leaves:
-        if len(case.leaves) > 1 and not leaf.path.startswith(block):
-            yield replace(case, leaves=[other for other in case.leaves if other != leaf])
-    if case.maxima is not None:
-        kept = {name: value for name, value in case.options.items() if "qk_clip" not in name}
-        kept["qk_clip_threshold"] = None
-        yield replace(case, maxima=None, maxima_spec=None, options=kept)
-    for name in case.distribution:
-        rest = {other: value for other, value in case.distribution.items() if other != name}
-        yield replace(case, distribution=rest)
-    for name, (plain, *_) in (OPTIONS | OPTIONS_OF[case.factory] | {"ns_steps": (1,)}).items():
-        if case.options.get(name, plain) != plain:
-            yield replace(case, options=case.options | {name: plain})
-    plain = {"x64": False, "set_mesh": False, "given": False, "init": "eager"}
-    for name, value in (plain | {"maxima_spec": None}).items():
-        if getattr(case, name) != value:
-            yield replace(case, **{name: value})
-    for leaf in case.leaves:
-        if leaf.spec:
-            same = [replace(x, spec=()) if x == leaf else x for x in case.leaves]
-            yield replace(case, leaves=same)

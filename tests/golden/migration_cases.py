@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-GOLDENS = Path(__file__).with_name("migration.npz")
+from tests.golden.torch_cases import Arrays, draw
 
-STEPS = 3
+GOLDENS = Path(__file__).with_name("migration.npz")
 
 #: Torch's shapes by name. The convolution is `(out, in, height, width)`.
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -24,34 +24,13 @@ SHAPES: dict[str, tuple[int, ...]] = {
 
 #: Groups of `MuonWithAuxAdam` by name: which parameters, and the settings of each.
 GROUPS: dict[str, dict[str, Any]] = {
-    "blocks": {
-        "pattern": r"^blocks/\d+/(up|down)",
-        "use_muon": True,
-        "lr": 0.05,
-        "momentum": 0.95,
-        "weight_decay": 0.1,
-    },
-    "convolutions": {
-        "pattern": "^stages/",
-        "use_muon": True,
-        "lr": 0.02,
-        "momentum": 0.8,
-    },
-    "head": {
-        "pattern": "^head",
-        "use_muon": False,
-        "lr": 0.02,
-        "betas": (0.8, 0.95),
-        "eps": 1e-10,
-    },
-    "rest": {
-        "pattern": "^embed|norm",
-        "use_muon": False,
-        "lr": 0.06,
-        "betas": (0.9, 0.99),
-        "eps": 1e-8,
-        "weight_decay": 0.05,
-    },
+    "blocks": {"pattern": r"^blocks/\d+/(up|down)", "use_muon": True}
+    | {"lr": 0.05, "momentum": 0.95, "weight_decay": 0.1},
+    "convolutions": {"pattern": "^stages/", "use_muon": True, "lr": 0.02, "momentum": 0.8},
+    "head": {"pattern": "^head", "use_muon": False}
+    | {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-10},
+    "rest": {"pattern": "^embed|norm", "use_muon": False}
+    | {"lr": 0.06, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.05},
 }
 
 #: Of the attention layers that are clipped.
@@ -61,17 +40,9 @@ TAU = 100.0
 S_MAX = [[150.0, 90.0, 40.0, 300.0], [12.5, 100.1, 99.9, 0.5], [1e3, 11.2, 103.0, 0.1]]
 
 
-def problem() -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
+def problem() -> tuple[Arrays, list[Arrays]]:
     """Returns the first parameters and the gradients of all steps, float32 by name."""
-    rng = np.random.default_rng(20250)
-
-    def normal(scale: float) -> dict[str, np.ndarray]:
-        return {
-            name: (scale * rng.standard_normal(shape)).astype(np.float32)
-            for name, shape in SHAPES.items()
-        }
-
-    return normal(1.0), [normal(scale) for scale in (1e-2, 1.0, 0.3)[:STEPS]]
+    return draw(SHAPES, 20250, (1e-2, 1.0, 0.3))
 
 
 def attention() -> list[dict[str, np.ndarray]]:

@@ -12,7 +12,6 @@ import numpy as np
 
 GOLDENS = Path(__file__).with_name("torch_muon.npz")
 
-STEPS = 3
 MOMENTUM = 0.95
 WEIGHT_DECAY = 0.1
 LEARNING_RATE = 0.1
@@ -43,16 +42,24 @@ CASES = [
 ]
 
 
-def problem() -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
-    """Returns the first parameters and the gradient of every step, float32 by name."""
-    rng = np.random.default_rng(20240)
+Arrays = dict[str, np.ndarray]
 
-    def normal(scale: float) -> dict[str, np.ndarray]:
+
+def draw(
+    shapes: dict[str, tuple[int, ...]], seed: int, scales: tuple[float, ...]
+) -> tuple[Arrays, list[Arrays]]:
+    """Returns the first parameters and the gradient of every step, float32 by name."""
+    rng = np.random.default_rng(seed)
+
+    def normal(scale: float) -> Arrays:
         return {
             name: (scale * rng.standard_normal(shape)).astype(np.float32)
-            for name, shape in SHAPES.items()
+            for name, shape in shapes.items()
         }
 
-    # Gradients of very different sizes: the direction must not depend on the size, while the
-    # momentum must.
-    return normal(1.0), [normal(scale) for scale in (1e-3, 1.0, 0.3)[:STEPS]]
+    return normal(1.0), [normal(scale) for scale in scales]
+
+
+def problem() -> tuple[Arrays, list[Arrays]]:
+    """Gradients are of very different sizes: no direction may depend on it, and momentum must."""
+    return draw(SHAPES, 20240, (1e-3, 1.0, 0.3))
