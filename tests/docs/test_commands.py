@@ -18,7 +18,7 @@ FENCE = re.compile(
 EXAMPLES, MULTIHOST = "tests/examples/test_programs.py", "tests/examples/test_multihost.py"
 #: A pattern that a whole command matches -> the test that runs it, or a shorter form of it.
 COMMANDS = {
-    r"make \w+": "tests/docs/test_commands.py::test_a_make_target_starts_its_programs",
+    r"make \w+": "tests/docs/test_commands.py::test_make_knows_the_target",
     # Each in an environment of its own; a test compares its page with its program.
     r"make stacks STACK=\w+( PYTHON=\S+)?": (
         "tests/docs/test_stacks.py::test_a_page_shows_its_recipe"
@@ -38,19 +38,6 @@ COMMANDS = {
         f"{MULTIHOST}::test_a_restart_ends_with_the_same_bits"
     ),
     r"(?s)python examples/\w+\.py.*": f"{EXAMPLES}::test_a_short_run_does_what_its_page_says",
-}
-#: What each make target starts. The tests of examples and benchmarks run these programs.
-STARTS = {
-    "make help": (),
-    "make train": ("examples/train_lm.py",),
-    "make test": ("ruff format --check", "ruff check", "basedpyright", "lint-imports", "pytest"),
-    "make stacks STACK=equinox": ("examples/stacks/train_equinox.py",),
-    "make stacks STACK=levanter PYTHON=python3.12": ("examples/stacks/train_levanter.py",),
-    "make comparison": ("benchmarks/comparison.py", "benchmarks/report.py"),
-    "make bench": (
-        *("benchmarks/step_time.py", "benchmarks/compile_time.py"),
-        *("benchmarks/polar_quality.py", "benchmarks/report.py"),
-    ),
 }
 
 
@@ -108,10 +95,8 @@ def test_a_test_executes_it(command: str):
 
 
 @pytest.mark.parametrize("command", [command for command in FOUND if command.startswith("make ")])
-def test_a_make_target_starts_its_programs(command: str):
+def test_make_knows_the_target(command: str):
     # The environments count as made, so that nothing is installed.
     made = ("-o", ".venv/.ready", "-o", ".venv/.bench")
     planned = finished("make", *made, "--dry-run", *command.split()[1:])
     assert planned.returncode == 0, planned.stderr
-    for program in STARTS[command]:
-        assert program in planned.stdout

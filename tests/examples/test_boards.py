@@ -22,16 +22,13 @@ RECORDS: list[dict[str, float | int]] = [
 ]
 
 
-def write(options: Any, folder: Path, step: int = 0) -> None:
+def write(tmp_path: Path, folder: Path, *arguments: object, step: int = 0) -> None:
+    parser = program.parser("own", "A program.")
+    options = parser.parse_args(["--runs", str(tmp_path), *map(str, arguments)])
     folder.mkdir(parents=True, exist_ok=True)
     boards = open_boards(options, folder, {"seed": 3}, step=step)
     with Metrics(folder, step=step, boards=boards) as metrics:
         metrics.write(RECORDS[step:])
-
-
-def parse(folder: Path, *arguments: object) -> Any:
-    parser = program.parser("own", "A program.")
-    return parser.parse_args(["--runs", str(folder), *map(str, arguments)])
 
 
 def test_a_run_goes_to_weights_and_biases_and_goes_on_there(tmp_path: Path, monkeypatch):
@@ -39,17 +36,14 @@ def test_a_run_goes_to_weights_and_biases_and_goes_on_there(tmp_path: Path, monk
     wandb = SimpleNamespace(init=mock.Mock(return_value=run))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     folder = tmp_path / "own"
-    write(parse(tmp_path, "--wandb", "muon"), folder)
     given = {"project": "muon", "name": "own", "dir": str(folder), "config": {"seed": 3}}
-    wandb.init.assert_called_once_with(**given, id=None, resume="allow")
-    first, second = run.log.call_args_list
-    assert first == mock.call({"train_loss": 5.5, "update/rms": 0.25}, step=1)
-    assert second == mock.call({"train_loss": 4.5, "held_out_loss": 4.75}, step=2)
-    run.finish.assert_called_once()
-    run.reset_mock()
-    write(parse(tmp_path, "--wandb", "muon"), folder, step=1)
-    wandb.init.assert_called_with(**given, id="new", resume="allow")
-    run.log.assert_called_once_with({"train_loss": 4.5, "held_out_loss": 4.75}, step=2)
+    for step, last in ((0, None), (1, "new")):
+        write(tmp_path, folder, "--wandb", "muon", step=step)
+        wandb.init.assert_called_with(**given, id=last, resume="allow")
+        logged = [{k: v for k, v in x.items() if k != "step"} for x in RECORDS[step:]]
+        calls = [mock.call(x, step=i) for i, x in enumerate(logged, start=step + 1)]
+        assert run.log.call_args_list == calls
+        run.reset_mock()
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == RECORDS
 
@@ -57,15 +51,13 @@ def test_a_run_goes_to_weights_and_biases_and_goes_on_there(tmp_path: Path, monk
 def test_without_the_package_it_says_what_to_write(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SystemExit):
-        parse(tmp_path, "--wandb", "muon")
-    error = capsys.readouterr().err
-    assert "pip install wandb" in error
-    assert "--tensorboard DIR" in error
+        write(tmp_path, tmp_path, "--wandb", "muon")
+    assert "pip install wandb" in capsys.readouterr().err
 
 
 def test_tensorboard_gets_every_scalar_in_the_run_s_own_folder(tmp_path: Path):
     folder = tmp_path / "runs" / "own" / "mesh"
-    write(parse(tmp_path / "runs", "--tensorboard", tmp_path / "board"), folder)
+    write(tmp_path / "runs", folder, "--tensorboard", tmp_path / "board")
     (file,) = (tmp_path / "board" / "own" / "mesh").glob("events.out.tfevents.*")
     data, seen = file.read_bytes(), set()
     while data:  # length, its checksum, the event, its checksum
@@ -73,9 +65,4 @@ def test_tensorboard_gets_every_scalar_in_the_run_s_own_folder(tmp_path: Path):
         event = messages.Event.FromString(data[12 : 12 + size])
         seen |= {(event.step, value.tag, value.simple_value) for value in event.summary.value}
         data = data[16 + size :]
-    assert seen == {
-        (record["step"], name, value)
-        for record in RECORDS
-        for name, value in record.items()
-        if name != "step"
-    }
+    assert seen == {(x["step"], k, v) for x in RECORDS for k, v in x.items() if k != "step"}

@@ -22,15 +22,6 @@ def test_every_file_is_whole_in_one_part_and_another_file_moves_none(tmp_path: P
         assert data.part_of(name) == found  # whatever other files there are
 
 
-def test_the_standard_library_has_all_parts_and_no_tests():
-    corpus = data.load_corpus()
-    assert len(corpus.train) > 10 * len(corpus.validation) > 1_000_000
-    assert len(corpus.held_out) > 100_000
-    assert b"class JSONDecoder" in b"".join(x.tobytes() for x in (corpus.train, corpus.held_out))
-    assert b"(unittest.TestCase):\n" not in corpus.held_out.tobytes()
-    np.testing.assert_array_equal(corpus.train, data.load_corpus().train)
-
-
 def test_text_batches_depend_on_seed_and_step_alone_and_scores_on_all_of_it():
     text = np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint8)
 

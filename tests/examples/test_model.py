@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common.model import GPT, ModelConfig, next_byte_loss
-from common.sample import sample
 
 CONFIG = ModelConfig(layers=2, width=32, hidden=64)
 MODEL = GPT(CONFIG)
@@ -53,16 +52,3 @@ def test_recorded_maxima_are_those_of_the_definition(params):
             for s in range(t + 1)
         )
         np.testing.assert_allclose(maxima[head], largest, rtol=2e-5)
-
-
-def test_a_sample_follows_its_seed_and_a_cold_one_the_most_likely_bytes(params):
-    """The cold one against a plain loop over the text so far, from a window that is not full."""
-    warm = [
-        sample(MODEL, params, prompt="def ", count=20, length=12, seed=seed) for seed in (0, 0, 1)
-    ]
-    assert warm[0] == warm[1] != warm[2]
-    text = list(b"def ")
-    for _ in range(8):
-        text.append(int(apply(params, jnp.asarray([text[-6:]], jnp.uint8))[0, -1].argmax()))
-    cold = sample(MODEL, params, prompt="def ", count=8, length=6, temperature=1e-6)
-    assert cold == "def " + bytes(text[4:]).decode(errors="replace")

@@ -153,7 +153,7 @@ def test_lowered_inside_shard_map_it_knows_what_varies_and_under_auto_axes_it_is
         lowered("tpu", by_kernel, sharded, sharded, mesh=mesh)
 
 
-@pytest.mark.parametrize("name", ["long", *CASES])
+@pytest.mark.parametrize("name", ["long", "causal window", "mask of queries", "ragged"])
 def test_it_lowers_for_a_tpu_without_the_logits(name, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(inputs, "plan_platform", lambda *_: "tpu")
@@ -165,14 +165,8 @@ def test_it_lowers_for_a_tpu_without_the_logits(name, monkeypatch):
 
 def test_none_is_xla_and_what_the_kernel_does_not_take_is_refused(monkeypatch):
     query, key = SMALL
-    programs = [
-        str(
-            jax.make_jaxpr(functools.partial(attention_max_logits, implementation=name))(query, key)
-        )
-        for name in ("mosaic_tpu", None, "xla")
-    ]
-    assert "pallas_call" in programs[0]
-    assert programs[1] == programs[2]
+    assert "pallas_call" in str(jax.make_jaxpr(by_kernel)(query, key))
+    assert "pallas_call" not in str(jax.make_jaxpr(attention_max_logits)(query, key))
     assert by_kernel(query[:, :0], key).tolist() == [-np.inf] * 4
     with pytest.raises(NotImplementedError, match=r"takes bfloat16 and float32 .* Pass 'xla'"):
         by_kernel(query.astype("float16"), key.astype("float16"))

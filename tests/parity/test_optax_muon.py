@@ -239,30 +239,3 @@ def test_where_the_state_is(muon: Any):
     _, after = jax.jit(tx.update)(params, state, params)
     assert after[0]["muon"][0][0].count == 1
     assert jax.tree.structure(after) == jax.tree.structure(state)
-
-
-RESHAPES: dict[str, tuple[Callable[[Any], Any], Dims]] = {
-    "(4, 1, 10, 3)": (
-        lambda x: x.reshape(10, 3, 1, 4).transpose(3, 2, 0, 1),
-        Dims(2, (3, 1, 0)),
-    ),
-    "(5, 12, 1, 2)": (lambda x: x.reshape(2, 1, 5, 12).transpose(2, 3, 1, 0), Dims((3, 0), 1)),
-    "transposed": (lambda x: x.T, Dims(1, 0)),
-    "as it is": (lambda x: x, Dims(0, 1)),
-}
-
-
-@both
-@pytest.mark.parametrize("preconditioning", ["spectral", "aol"])
-def test_a_reshaped_matrix_gets_the_reshaped_update(muon: Any, preconditioning: str):
-    matrix = normal_tree(0, {"w": (10, 12)})
-    tensors = {name: reshape(matrix["w"]) for name, (reshape, _) in RESHAPES.items()}
-    dims = {name: dims for name, (_, dims) in RESHAPES.items()}
-    plain = muon(1.0, preconditioning=preconditioning)
-    reshaped = muon(1.0, preconditioning=preconditioning, muon_weight_dimension_numbers=dims)
-    expected, _ = jax.jit(plain.update)(matrix, plain.init(matrix), matrix)
-    actual, _ = jax.jit(reshaped.update)(tensors, reshaped.init(tensors), tensors)
-    for name, (reshape, _) in RESHAPES.items():
-        np.testing.assert_allclose(
-            actual[name], reshape(expected["w"]), rtol=0, atol=1e-5, err_msg=name
-        )

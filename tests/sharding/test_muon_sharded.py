@@ -262,13 +262,17 @@ def test_zero_keeps_its_sharding_where_axes_are_mixed():
     same_places(after.mu, {"w": before.mu["w"].sharding})
 
 
-@pytest.mark.parametrize(("make", "shapes_alone"), [(mc.muonclip, True), (mc.muon, False)])
+def by_config(learning_rate: float, param_shardings: Any) -> Any:
+    config = mc.MuonClipConfig(learning_rate=learning_rate, qk_clip_threshold=None)
+    return config.build(param_shardings)
+
+
+@pytest.mark.parametrize(("make", "shapes_alone"), [(by_config, True), (mc.muon, False)])
 def test_moments_of_adam_follow_the_shardings_that_are_given(make: Any, shapes_alone: bool):
     at = NamedSharding(mesh_of(fsdp=8), P("fsdp"))
     shapes = {"embedding": (16, 8, 1), "bias": (8,), "mlp": {"kernel": (8, 16)}}
     params = jax.device_put(normal_tree(shapes, 0), at)
-    options = {} if make is mc.muon else {"qk_clip_threshold": None}
-    tx = make(1e-3, param_shardings=jax.tree.map(lambda x: x.sharding, params), **options)
+    tx = make(1e-3, param_shardings=jax.tree.map(lambda x: x.sharding, params))
     state = tx.init(jax.eval_shape(lambda: params)) if shapes_alone else jax.jit(tx.init)(params)
     everywhere = NamedSharding(at.mesh, P())
     same_places(state, jax.tree.map(lambda x: at if x.ndim else everywhere, state))

@@ -85,32 +85,6 @@ def load(plan: MeshPlan) -> float:
 # Plans
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_every_matrix_has_a_place_of_its_own_and_a_device_that_works_on_it(options: Distribution):
-    plan = plan_of(list(LEAVES.values()), options)
-    seen = []
-    for round_ in plan.rounds:
-        groups = round_.exchange.groups(dict(plan.sizes))
-        for number, job in enumerate(round_.jobs):
-            for bucket in job.buckets:
-                seen += [
-                    (run.leaf, run.part, i)
-                    for run in bucket.runs
-                    for i in range(run.start, run.stop)
-                ]
-                count = sum(run.stop - run.start for run in bucket.runs)
-                assert len(set(bucket.places)) == count
-                assert max(bucket.places) < bucket.slots * groups
-            for branch, slots in zip(round_.branch, job.slots, strict=True):
-                assert len(slots) <= round_.branches[branch][number]
-    assert sorted(seen) == sorted(
-        (leaf, part, index)
-        for leaf, local in enumerate(plan.leaves)
-        for part, matrices in enumerate(local.plan.parts)
-        for index in range(matrices.count)
-    )
-
-
 LLAMA = (
     [((24, 4096, 4096), MatrixSpec((1, 2)), ((), FSDP, TP))] * 4
     + [((24, 4096, 11008), MatrixSpec((1, 2)), ((), FSDP, TP))] * 3
@@ -124,7 +98,6 @@ LLAMA = (
         ([LEAVES["rows"]] * 8, flops(8, 16)),
         ([LEAVES["rows"]] * 13, 2 * flops(8, 16)),
         # Leftovers of several shapes share the padding.
-        ([LARGE] * 5 + [SMALL] * 3, flops(8, 32)),
         ([LARGE] * 12 + [SMALL] * 5, 2 * flops(8, 32)),
         # Full rounds give way too: nobody has one large and two small ones.
         ([LARGE] * 9 + [SMALL] * 16, 2 * flops(8, 32)),
