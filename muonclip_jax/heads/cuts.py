@@ -123,23 +123,15 @@ def _block_cuts(
             "blocks=[(pattern, AttentionLayout(..., head_dim=64))]"
         )
     refusal = refusal_in(misfits)
-    if refusal is None and attention == "split" and _names_split(layout, leaves, specs):
-        return ()
+    if refusal is None and attention == "split":
+        # Names may have split every kernel of several parts into them already.
+        kernels = ((kernel_name(leaves, p.path), len(p.parts)) for p in layout.projections)
+        fused = [(specs.get(name), leaves[name], n) for name, n in kernels if name and n > 1]
+        if all(
+            spec and sum(m for m, *_ in matrix_shapes(spec, x)) % n == 0 for spec, x, n in fused
+        ):
+            return ()
     raise refusal or (misfits[0] if misfits else MisfitError("its kernels have too few axes"))
-
-
-def _names_split(
-    layout: AttentionLayout, shapes: Mapping[str, Shape], specs: Mapping[str, MatrixSpec | None]
-) -> bool:
-    """Whether every projection of several parts is already split into them by its name."""
-    for p in layout.projections:
-        name = kernel_name(shapes, p.path)
-        if len(p.parts) > 1 and name is not None:
-            spec = specs.get(name)
-            matrices = 1 if spec is None else sum(n for n, *_ in matrix_shapes(spec, shapes[name]))
-            if matrices % len(p.parts):
-                return False
-    return True
 
 
 def _cuts_of(

@@ -26,6 +26,7 @@ sizes only if they cannot be inferred from shapes; the number of query heads com
 
 import dataclasses
 import re
+from collections.abc import Iterable
 
 #: Which head count a role has: True for the query heads, False for the key heads.
 ROLES: dict[str, bool] = {
@@ -70,26 +71,20 @@ class Projection:
     input_axis: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "parts", tuple(self.parts))
+        for name in ("parts", "sizes", "input_axis"):
+            if isinstance(value := getattr(self, name), Iterable):
+                object.__setattr__(self, name, tuple(value))
+        wrong = None
         if not self.parts or not ROLES.keys() >= set(self.parts):
-            raise ValueError(
-                f"Projection {self.path!r} has the parts {self.parts}; each must be one of "
-                f"{', '.join(map(repr, ROLES))}, as in ('query', 'key', 'value')."
-            )
-        if self.interleaved not in _ORDERS:
-            raise ValueError(
-                f"Projection {self.path!r} has interleaved={self.interleaved!r}; it must be one of "
-                f"{', '.join(map(repr, _ORDERS))}."
-            )
-        if self.sizes is not None:
-            object.__setattr__(self, "sizes", tuple(self.sizes))
-            if len(self.sizes) != len(self.parts):
-                raise ValueError(
-                    f"Projection {self.path!r} has {len(self.parts)} parts and {len(self.sizes)} "
-                    "sizes; give one size per part, the size of one of its heads."
-                )
-        if isinstance(self.input_axis, list):
-            object.__setattr__(self, "input_axis", tuple(self.input_axis))
+            wrong = f"the parts {self.parts}; each must be one of {', '.join(map(repr, ROLES))}"
+        elif self.interleaved not in _ORDERS:
+            orders = ", ".join(map(repr, _ORDERS))
+            wrong = f"interleaved={self.interleaved!r}; it must be one of {orders}"
+        elif self.sizes is not None and len(self.sizes) != len(self.parts):
+            wrong = f"{len(self.parts)} parts and {len(self.sizes)} sizes; give one size per part, "
+            wrong += "the size of one of its heads"
+        if wrong is not None:
+            raise ValueError(f"Projection {self.path!r} has {wrong}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,7 +55,8 @@ def test_linen_with_the_whole_variables_and_boxes(box):
 
 @pytest.mark.parametrize("axis", [1, -1])
 def test_linen_scan(axis):
-    axes, rngs = {"params": axis, "intermediates": 0}, {"params": True}
+    axes: Any = {"params": axis, "intermediates": 0}
+    rngs: Any = {"params": True}
     scanned: Any = nn.scan(nn.remat(Layer), variable_axes=axes, split_rngs=rngs, length=4)
     model = scanned(name="layers")
     params = jax.jit(model.init)(jax.random.key(1), X)["params"]
