@@ -42,7 +42,6 @@ GATE = "as if half of them were a gate"
 #: What the error says of a block "attn" whose four maxima are given.
 BLOCKS: dict[str, Any] = {
     "normalised .'query_ln'.*blocks=": norms("query_ln", "key_ln"),
-    "normalised .'q_norm'": norms("q_norm", "k_norm"),
     "'attn'.*normalised .'_query_norm'": norms("_query_norm", "_key_norm"),
     "normalised .'query_norm'": norms("query_norm", "key_norm", "bias"),
     "share or do not have": norms("query_ln", "key_ln", "bias", (4, 8)),
@@ -91,19 +90,23 @@ def test_it_is_refused(block, maxima, message):
         apply_qk_clip({"attn": block, "dense": kernels(up=(3, 3))}, {"attn": maxima})
 
 
-def test_blocks_and_maxima_belong_together():
-    attn = {"attn": attention()}
-    cases: tuple[tuple[Any, list[str], dict[str, Any], str], ...] = (
-        ({**attn, "b": attention()}, ["attn"], {}, r"'b' .* has no maximum. Maxima .* for: 'attn'"),
-        (attn, ["attn", "a/attn"], {}, r"recorded for 'a/attn'.*Blocks are: 'attn'"),
+ATTN = {"attn": attention()}
+
+
+@pytest.mark.parametrize(
+    ("params", "maxima", "settings", "message"),
+    [
+        ({**ATTN, "b": attention()}, ["attn"], {}, r"'b' .* has no maximum. Maxima .* for: 'attn'"),
+        (ATTN, ["attn", "a/attn"], {}, r"recorded for 'a/attn'.*Blocks are: 'attn'"),
         (kernels(dense=(3, 3)), ["attn"], {}, "No attention block was found in parameters 'dense/"),
-        (attn, ["attn"], {"threshold": 0.0}, "threshold must be positive"),
-        (attn, ["attn"], {"alpha": 1.1}, "alpha must be"),
-    )
-    for params, maxima, settings, message in cases:
-        for function in (apply_qk_clip, qk_clip_info):
-            with pytest.raises(ValueError, match=message):
-                function(params, dict.fromkeys(maxima, ONES), **settings)
+        (ATTN, ["attn"], {"threshold": 0.0}, "threshold must be positive"),
+        (ATTN, ["attn"], {"alpha": 1.1}, "alpha must be"),
+    ],
+)
+def test_blocks_and_maxima_belong_together(params, maxima, settings, message):
+    for function in (apply_qk_clip, qk_clip_info):
+        with pytest.raises(ValueError, match=message):
+            function(params, dict.fromkeys(maxima, ONES), **settings)
     text = describe_attention({"attn": adapters("base_module")})
     assert "attn: separate q and k, cannot be clipped: " in text
 
