@@ -178,8 +178,6 @@ def lengths(letters: str, shape: Shape, side: str) -> tuple[int, ...]:
 def possible_layouts(shape: Shape) -> tuple[str, ...]:
     """The possible layouts of a leaf with unknown name, the usual ones first."""
     rank = len(shape)
-    if rank == 2:
-        return ("io", "oi")
     batch, more = "b" * (rank - 3), rank - 1
     found = [batch + x for x in ("ioo", "iio", "bio")] + ["i" * more + "o", batch + "oii"]
     found += ["o" + "i" * more, "i" + "o" * more, batch + "oio", batch + "boi", batch + "ooi"]

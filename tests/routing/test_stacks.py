@@ -77,7 +77,11 @@ def test_nested_scans(axes):
     local = stack("layers/local_layers", axes[0], layers=2)
     shapes = stack("layers/global_layer", axes[0], layers=2)
     shapes |= {path: insert(shape, axes[1], 4) for path, shape in local.items()}
-    assert batch_axes(shapes) == {path: axes if path in local else axes[:1] for path in shapes}
+    expected = {path: axes if path in local else axes[:1] for path in shapes}
+    assert batch_axes(shapes) == batch_axes(shapes, MatrixRules(scan_axis=axes[0])) == expected
+    if axes == (1, 2):
+        with pytest.raises(ValueError, match="layers/local_layers/attn"):
+            MatrixRules(attention="per_head").labels(tree(shapes))
 
 
 @pytest.mark.parametrize(
@@ -142,6 +146,8 @@ def test_pairs_of_pattern_and_axes_are_read_leaf_by_leaf():
     shapes = {"encoder/up/kernel": (3, 8, 8), "decoder/up/kernel": (8, 3, 8)}
     found = batch_axes(shapes, MatrixRules(scan_axis=[("encoder", 0), ("decoder", 1)]))
     assert found == {"encoder/up/kernel": (0,), "decoder/up/kernel": (1,)}
+    nested = {"layers/up/kernel": (4, 2, 8, 32)}
+    assert batch_axes(nested, MatrixRules(scan_axis=0)) == {"layers/up/kernel": (0, 1)}
     with pytest.raises(ValueError, match="scan_axis="):
         MatrixRules(scan_axis=5).labels(tree(shapes))
 

@@ -194,7 +194,8 @@ def boxed(shape, *names):
         ("any", haliax(layer=5, block=2, mlp=80, embed=48), Dims(3, 2)),
         ("any", haliax(vocab=200, embed=48), None),
         ("wi", boxed((8, 3, 5), "embed", "layers", "mlp"), Dims(0, 2)),
-        # Names of mesh axes say nothing.
+        # Names of mesh axes say nothing, nor do names without a width.
+        ("up_proj", haliax(there=80, here=48), Dims(1, 0)),
         ("kernel", nn.Partitioned(jnp.ones((8, 5)), names=("fsdp", None)), Dims(0, 1)),
     ],
 )
