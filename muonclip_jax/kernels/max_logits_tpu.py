@@ -88,6 +88,17 @@ def _padded(x: jax.Array, sizes: tuple[int, int]) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + missing)
 
 
+def _mask_spec(mask: jax.Array, query_block: int, chunk: int) -> pl.BlockSpec:
+    def at(index: jax.Array, size: int) -> jax.Array | int:
+        return index if size > 1 else 0
+
+    of_batch, of_heads, height, width = mask.shape
+    return pl.BlockSpec(
+        (None, None, query_block if height > 1 else 1, chunk if width > 1 else 1),
+        lambda b, n, c, i: (at(b, of_batch), at(n, of_heads), at(i, height), at(c, width)),
+    )
+
+
 def max_logits(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
@@ -121,16 +132,6 @@ def max_logits(
     grid = (batch, heads, pl.cdiv(keys, chunk), pl.cdiv(queries, query_block))
     lengths = (grid[3] * query_block, grid[2] * chunk)
 
-    def mask_spec(mask: jax.Array) -> pl.BlockSpec:
-        def at(index: jax.Array, size: int) -> jax.Array | int:
-            return index if size > 1 else 0
-
-        of_batch, of_heads, height, width = mask.shape
-        return pl.BlockSpec(
-            (None, None, query_block if height > 1 else 1, chunk if width > 1 else 1),
-            lambda b, n, c, i: (at(b, of_batch), at(n, of_heads), at(i, height), at(c, width)),
-        )
-
     # A single row or column of bytes is no tile.
     as_numbers = [mask.astype(jnp.int32 if 1 in mask.shape[2:] else jnp.int8) for mask in masks]
 
@@ -139,14 +140,9 @@ def max_logits(
         corner = sum(x.reshape(-1)[0].astype(jnp.float32) for x in operands)
         return jnp.broadcast_to(corner, (batch, heads, _SUBLANES, _LANES))
 
+    blocks = {"query_block": query_block, "key_block": key_block}
     maxima = pl.pallas_call(
-        functools.partial(
-            _kernel,
-            is_causal=is_causal,
-            window=window,
-            query_block=query_block,
-            key_block=key_block,
-        ),
+        functools.partial(_kernel, is_causal=is_causal, window=window, **blocks),
         grid=grid,
         in_specs=[
             pl.BlockSpec(memory_space=SMEM),
@@ -154,7 +150,7 @@ def max_logits(
             pl.BlockSpec(
                 (None, None, chunk, head_dim), lambda b, n, c, i: (b, lax.div(n, group), c, 0)
             ),
-            *map(mask_spec, masks),
+            *(_mask_spec(mask, query_block, chunk) for mask in masks),
         ],
         out_specs=pl.BlockSpec((None, None, _SUBLANES, _LANES), lambda b, n, c, i: (b, n, 0, 0)),
         out_shape=jax.eval_shape(like, query, key, limits, *masks),
