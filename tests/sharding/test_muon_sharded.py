@@ -288,8 +288,8 @@ def test_what_a_clip_and_adam_leave_stays_where_param_shardings_say():
     params = jax.device_put(params, shardings)
     tx: Any = mc.muonclip(0.1, rules=mc.MatrixRules(scan_axis=0), param_shardings=shardings)
     maxima = {"layers/attention": jnp.full((2, 8), 150.0)}
-    before = tx.init(params)
-    updates, after = jax.jit(tx.update)(params, before, params, max_logits=maxima)
+    before, gradients = tx.init(params), jax.device_put(params, NamedSharding(mesh, P("data")))
+    updates, after = jax.jit(tx.update)(gradients, before, params, max_logits=maxima)
     same_places(updates, shardings)
     same_places(after, jax.tree.map(lambda x: x.sharding, before))
 
