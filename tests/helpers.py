@@ -117,11 +117,15 @@ def update(tx: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
 def normal_tree(shapes: Any, seed: int, dtype: Any = "float32") -> Any:
     """Normal numbers in a tree of shapes."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda shape: jnp.asarray(rng.standard_normal(shape), dtype),
-        shapes,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
+
+    def normal(shape: tuple[int, ...]) -> jax.Array:
+        values = rng.standard_normal(shape)
+        is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+        return jnp.asarray(
+            values + 1j * rng.standard_normal(shape) if is_complex else values, dtype
+        )
+
+    return jax.tree.map(normal, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float = TOLERANCE["float32"]) -> None:

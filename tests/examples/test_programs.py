@@ -49,7 +49,7 @@ PROGRAMS = {
     ),
     "fine_tune": Program(
         ("--smoke",),
-        ("| AdamW goes on |", "| Muon, state from AdamW's |", "| Muon, empty state |"),
+        ("| AdamW |", "| Muon, converted state |", "| Muon, empty state |"),
         "adamw",
     ),
 }

@@ -16,6 +16,7 @@ import pytest
 from optax.contrib import MuonDimensionNumbers as Dims, _muon  # `scale_by_shape` is not exported
 
 import muonclip_jax as mc
+from tests.helpers import normal_tree
 
 if not hasattr(_muon, "scale_by_shape"):
     pytest.skip("what `muon` is compared with came with Optax 0.2.8", allow_module_level=True)
@@ -25,17 +26,6 @@ STEPS = 20
 TOLERANCE = 1e-5
 
 both = pytest.mark.parametrize("muon", [optax.contrib.muon, mc.muon], ids=["optax", "ours"])
-
-
-def normal_tree(seed: int, shapes: Any, dtype: Any = np.float32, lead: tuple[int, ...] = ()) -> Any:
-    """A tree of normal numbers; `lead` are axes before each leaf's own."""
-    rng = np.random.default_rng(seed)
-
-    def normal(shape: tuple[int, ...]) -> jax.Array:
-        values = rng.standard_normal((2, *lead, *shape))
-        return jnp.asarray(values[0] + (1j * values[1] if dtype == np.complex64 else 0), dtype)
-
-    return jax.tree.map(normal, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 MIXED = {
@@ -59,8 +49,10 @@ def trajectory(
     tx: optax.GradientTransformation, shapes: Any = MIXED, dtype: Any = np.float32
 ) -> Any:
     """The parameters after every step, stacked; gradients depend on them a little."""
-    params = normal_tree(0, shapes, dtype)
-    noise = normal_tree(1, shapes, dtype, lead=(STEPS,))
+    params = normal_tree(shapes, 0, dtype)
+    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
+    steps = jax.tree.map(lambda shape: (STEPS, *shape), shapes, is_leaf=is_shape)
+    noise = normal_tree(steps, 1, dtype)
 
     def step(carry, noise_now):
         params, state = carry
@@ -161,7 +153,7 @@ def test_the_same_trajectory(case: Case):
 
     jax.tree.map_with_path(same, actual, expected)
     # Their momentum is of the same leaves, and masked at the others.
-    params = normal_tree(0, case.shapes, case.dtype)
+    params = normal_tree(case.shapes, 0, case.dtype)
     states: Any = ours.init(params), theirs.init(params)
     momenta = [state[0]["muon"][0][0][1] for state in states]
     assert jax.tree.structure(momenta[0]) == jax.tree.structure(momenta[1])
@@ -219,12 +211,12 @@ TOO_MANY = {"ns_coeffs": ROWS, "ns_steps": 2}
 @pytest.mark.parametrize("coefficients", [TOO_MANY, {"ns_coeffs": "chebyshov"}])
 def test_coefficients_that_are_refused(muon: Any, coefficients: dict[str, Any]):
     with pytest.raises(ValueError, match=r"coeff|chebyshov"):
-        muon(0.1, **coefficients).init(normal_tree(0, {"w": (4, 4)}))
+        muon(0.1, **coefficients).init(normal_tree({"w": (4, 4)}, 0))
 
 
 @both
 def test_where_the_state_is(muon: Any):
-    params = normal_tree(0, MIXED)
+    params = normal_tree(MIXED, 0)
     tx = muon(0.1, mu_dtype=jnp.bfloat16)
     state = tx.init(params)
     inner = state[0]["muon"][0][0]
