@@ -12,29 +12,19 @@ import muonclip_jax
 from tests.helpers import ROOT, finished
 
 
-def modules_after(statement: str) -> set[str]:
-    """Returns the top-level modules that a fresh interpreter holds after `statement`."""
-    script = (
-        f"{statement}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
-    )
-    result = finished(sys.executable, "-W", "error", "-c", script)
-    assert result.returncode == 0, result.stderr
-    return set(result.stdout.split())
-
-
-def test_importing_the_package_loads_no_optional_dependency():
-    optional = {"flax", "orbax", "chex", "hypothesis", "beartype", "torch"}
-    assert not optional & modules_after("import muonclip_jax")
-
-
-def test_importing_the_package_does_not_touch_a_device():
+def test_importing_the_package_loads_no_optional_dependency_and_touches_no_device():
     # A library that starts a backend on import takes away jax.distributed.initialize, which must
     # come before.
-    modules_after(
-        "import muonclip_jax\n"
-        "from jax._src import xla_bridge\n"
-        "assert not xla_bridge.backends_are_initialized(), 'the import started a backend'"
-    )
+    script = """
+import muonclip_jax, sys
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized(), "the import started a backend"
+print(*{name.split(".")[0] for name in sys.modules})
+"""
+    result = finished(sys.executable, "-W", "error", "-c", script)
+    assert result.returncode == 0, result.stderr
+    optional = {"flax", "orbax", "chex", "hypothesis", "beartype", "torch"}
+    assert not optional & set(result.stdout.split())
 
 
 def test_what_the_package_requires_it_imports():
