@@ -30,8 +30,7 @@ Key: TypeAlias = tuple[str, Shape, bool, tuple[str, ...] | None]
 GENERIC = ("kernel", "weight", "weights", "w")
 # What haliax and Equinox add to a leaf's path: "weight/0" and "weight/array".
 _WRAPPER = re.compile(rf"((?:^|[/.])(?:{'|'.join(GENERIC)}))/(?:\d+|array)$")
-# "query_w" is the kernel "w" of "query".
-_SUFFIX = re.compile(r"(?!w_)(.*[^_])_(kernel|weights?|w)")
+_SUFFIX = re.compile(r"(?!w_)(.*[^_])_(kernel|weights?|w)")  # "query_w" is "w" of "query"
 # Names of a module list or of scanned layers. Followed by a number they are a list.
 _CONTAINER = re.compile(r"(?:.*_)?(?:layers|blocks|stack|stacked|scan|scanned|repeats?|stages)")
 # A name that, with a number, is one layer; class names ("MoeBlock_0") do not count.

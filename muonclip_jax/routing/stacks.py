@@ -42,10 +42,11 @@ def find_stacks(leaves: Sequence[Leaf], widths: frozenset[int]) -> None:
     stacked = [leaf for leaf in leaves if leaf.stack]
     for below, kernels, options in ambiguous:
         first, unnamed = kernels[0], not any(extra_axes(x.name, x.shape) for x in kernels)
-        for module in first.modules[1 : 3 if unnamed else None]:
-            near = {(x.stack, *_lengths(x, x.stack or ())) for x in stacked if module in x.modules}
-            pairs = [(choice, _axes(first, choice)) for choice in options]
-            fitting = [choice for choice, axes in pairs if (axes, *_lengths(first, axes)) in near]
+        most = 3 if unnamed else None  # without a name only from the same block
+        for module in first.modules[1:most]:
+            beside = [x for x in stacked if module in x.modules[:most]]
+            near = {(x.stack, *_lengths(x, x.stack or ())) for x in beside}
+            fitting = [x for x in options if (a := _axes(first, x), *_lengths(first, a)) in near]
             if len(fitting) == 1:
                 _assign(below, kernels, fitting[0])
             if near:
