@@ -6,8 +6,8 @@ second reduction. A long sequence is processed sequentially in blocks of queries
 all keys that the causal mask and the window allow, and its logits are recomputed in the backward
 pass (`jax.checkpoint`).
 
-Maxima alone: blocks of queries and keys. The last block of an axis is shifted so that it fits,
-since pairs that occur twice do not change a maximum. Blocks without unmasked pairs are skipped.
+Maxima alone: blocks of queries and keys. The last block of an axis is shifted so that it fits.
+Blocks without unmasked pairs are skipped.
 """
 
 import functools
@@ -44,8 +44,7 @@ class Sizes(NamedTuple):
     # accelerator few large launches are faster.
     block: int
     # Minimum number of queries per block. On Auto axes the number of devices over which a batch is
-    # sharded is unknown, so a block may be many times smaller per device than planned: on an
-    # accelerator it has at least enough queries to fill a matrix unit.
+    # sharded is unknown: on an accelerator a block has enough queries to fill a matrix unit.
     queries: int
 
 
@@ -154,35 +153,40 @@ def attend(
     segments, keys = plan_segments(inputs, geometry), inputs.key.shape[1]
     fallback = None
     if any(segment.keys < keys for segment in segments):
-        # A row with nothing to attend to falls back to the mean over all values, those outside of
-        # its range too.
+        # A row with nothing to attend to falls back to the mean over all values.
         fallback = jnp.mean(inputs.value, axis=1, keepdims=True, dtype=jnp.float32)
         fallback = fallback[:, :, :, None].astype(inputs.value.dtype)
     pieces = []
     for first, length, key_starts, span in segments:
 
         def attend_at(
-            piece: tuple[jax.Array, int | jax.Array, int | jax.Array], span: int = span
+            inputs: Inputs,
+            fallback: jax.Array | None,
+            piece: tuple[jax.Array, int | jax.Array, int | jax.Array],
+            span: int = span,
         ) -> tuple[jax.Array, jax.Array]:
             query, start, key_start = piece
             key, value = both = inputs.key, inputs.value
             if span < keys:
                 cut = functools.partial(lax.dynamic_slice_in_dim, axis=1)
                 key, value = jax.tree.map(lambda x: cut(x, key_start, span), both)
-            share = inputs._replace(query=query, key=key, value=value)
+            inputs = inputs._replace(query=query, key=key, value=value)
             block = Block(start, query.shape[1], key_start, span)
-            return _attend_block(share, geometry, fallback, block)
+            return _attend_block(inputs, geometry, fallback, block)
 
         blocks = len(key_starts)
         query = inputs.query[:, first : first + blocks * length]
         if len(segments) == blocks == 1:
-            pieces.append(attend_at((query, 0, 0)))
-        elif blocks == 1:
-            pieces.append(jax.checkpoint(attend_at)((query, first, key_starts[0])))
+            pieces.append(attend_at(inputs, fallback, (query, 0, 0)))
+            continue
+        # Arguments, since what a function closes over is read more often in the backward pass.
+        attend_again = functools.partial(jax.checkpoint(attend_at), inputs, fallback)
+        if blocks == 1:
+            pieces.append(attend_again((query, first, key_starts[0])))
         else:
             starts = first + length * jnp.arange(blocks), jnp.asarray(key_starts)
             query = query.reshape(query.shape[0], blocks, length, *query.shape[2:])
-            out, maxima = lax.map(jax.checkpoint(attend_at), (jnp.moveaxis(query, 1, 0), *starts))
+            out, maxima = lax.map(attend_again, (jnp.moveaxis(query, 1, 0), *starts))
             out = jnp.moveaxis(out, 0, 1)
             pieces.append((out.reshape(len(out), -1, *out.shape[3:]), jnp.max(maxima, axis=0)))
     out = jnp.concatenate([out for out, _ in pieces], axis=1)
@@ -246,10 +250,8 @@ def on_each_device(
 ) -> Result:
     """Calls `function` on every device's local sequences and heads, if Explicit axes shard them.
 
-    Under Explicit mesh axes a sharding is part of an array's type, so what each device computes is
-    known while tracing: its own sequences and key heads, along whole sequences. Queries or keys
-    whose positions are sharded are gathered first, and the output is sharded again. Under Auto axes
-    the partitioner decides.
+    Queries or keys whose positions are sharded are gathered first, and the output is sharded again.
+    Under Auto axes the partitioner decides.
     """
     inputs = inputs._replace(scale=jnp.asarray(inputs.scale))
     sharding = jax.typeof(inputs.query).sharding
