@@ -42,9 +42,7 @@ class RecordingBeside:
 
     Arguments with the names of masking arguments of `jax.nn.dot_product_attention`, and `scale`,
     are used, whether passed, bound by `functools.partial` or defaults. Scaling or masking inside
-    the function is not visible: without a `scale` its logits are assumed to be
-    `q . k / sqrt(head_dim)`. Flax's modules pass only the arguments in the signature, and `jit`
-    compares the functions in a module.
+    the function is not visible: without a `scale` its logits are `q . k / sqrt(head_dim)`.
     """
 
     attention_fn: Callable[..., jax.Array]  # of (query, key, value, ...)
