@@ -319,7 +319,6 @@ CASES = (
         own_keys=False,
     ),
     Case("maxtext latent", *_latent("wq_b", "wkv_a", "wkv_b", False, "wq_a")),
-    Case("maxtext latent, full query", *_latent("query", "wkv_a", "wkv_b", False)),
     Case("deepseek", *_latent("q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", True, "q_a_proj")),
     Case("latent, separate k and v", *_latent("wq_b", "wkv_a", "wk_b", False, "wq_a", "p")),
     Case(
