@@ -176,9 +176,8 @@ def vary_like(x: jax.Array, other: jax.Array) -> jax.Array:
 def all_gather(x: jax.Array, names: tuple[str, ...], axis: int, *, tiled: bool = True) -> jax.Array:
     """`lax.all_gather` whose result has an invarying type in a checked `shard_map`.
 
-    In a `shard_map` with `check_vma=False` and in `pmap`, a gather with `to="invarying"` has a
-    wrong
-    derivative: each device would return its own cotangent instead of the sum over devices.
+    In a `shard_map` with `check_vma=False` and in `pmap`, the derivative of a gather with
+    `to="invarying"` is wrong: a device returns its own cotangent instead of the sum over devices.
     """
     to = "invarying" if varying_axes(x).intersection(names) else "varying"
     return lax.all_gather(x, names, axis=axis, tiled=tiled, to=to)
