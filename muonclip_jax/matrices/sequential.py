@@ -82,7 +82,6 @@ def map_sequentially(
     Tall matrices are transposed, so that `A` and `B^T` share a chunk's program.
     """
     pieces = [split_leaf(x, leaf.splits) for x, leaf in zip(leaves, plans, strict=True)]
-    results = [list(map(Part.matrices, x.parts, y)) for x, y in zip(plans, pieces, strict=True)]
     if not chunks:  # no matrix has entries
         return list(leaves)
     leaf, part = chunks[0].parts[0]
@@ -96,8 +95,8 @@ def map_sequentially(
         proceed = _opaque_true(stack)
         slices = [_read(stack, *at) for at in zip(offsets, chunk.counts, strict=False)] or [stack]
         for (leaf, number), part, result in zip(chunk.parts, parts, slices, strict=True):
-            results[leaf][number] = result.mT if part.fan_in > part.fan_out else result
-    return [from_matrices(x, leaf) for x, leaf in zip(results, plans, strict=True)]
+            pieces[leaf][number] = result.mT if part.fan_in > part.fan_out else result
+    return [from_matrices(x, leaf) for x, leaf in zip(pieces, plans, strict=True)]
 
 
 def _process(
