@@ -10,6 +10,7 @@ is assumed to be the multiplier; if a model stores its offset from one, its bloc
 import dataclasses
 import functools
 import itertools
+import re
 from collections.abc import Iterator
 
 from muonclip_jax.heads.finding import (
@@ -30,7 +31,7 @@ from muonclip_jax.heads.layouts import (
     spelling,
 )
 from muonclip_jax.heads.plan import BlockPlan, LeafPlan, MisfitError, RefusalError, Segment
-from muonclip_jax.heads.reading import Attempt, attempts, refusal_in, solve
+from muonclip_jax.heads.reading import Reading, solve
 
 _GAINS = ("scale", "weight", "w", "gain", "gamma", "")
 _SHIFTS = ("bias", "beta", "offset")
@@ -56,10 +57,8 @@ def read_block(block: FoundBlock, maxima_shape: Shape) -> BlockPlan:
             f"{kernel} can be read in several ways: {ways}. Say which with "
             "blocks=[(pattern, AttentionLayout(..., stack_axes=...))]."
         )
-    if (refusal := refusal_in(misfits)) is not None:
-        raise ValueError(
-            f"QK-Clip cannot clip attention block {block.path!r}: {refusal.in_tree(block.paths)}."
-        )
+    if refusal := _refusal(misfits, block):
+        raise ValueError(f"QK-Clip cannot clip attention block {block.path!r}: {refusal}.")
     reasons = "; ".join(dict.fromkeys(map(str, misfits)))
     raise ValueError(
         f"{kernel} ({block.layout.name}) and its maxima of shape {maxima_shape} do not match"
@@ -76,11 +75,17 @@ def guess_block(block: FoundBlock) -> BlockPlan | None:
     It is an error if the block cannot be clipped.
     """
     plans, misfits = _plans(block.layout, tuple(block.leaves.items()), None)
-    if len(plans) == 1 and plans[0].agrees:
-        return _in_tree(plans[0], block)
-    if not plans and (refusal := refusal_in(misfits)) is not None:
-        raise ValueError(refusal.in_tree(block.paths))
-    return None
+    if not plans and (refusal := _refusal(misfits, block)):
+        raise ValueError(refusal)
+    return _in_tree(plans[0], block) if len(plans) == 1 and plans[0].agrees else None
+
+
+def _refusal(misfits: list[MisfitError], block: FoundBlock) -> str | None:
+    """Returns why a block cannot be clipped, with the whole path of the leaf it begins with."""
+    if not misfits or not isinstance(misfits[0], RefusalError):
+        return None
+    whole = lambda match: repr(block.paths.get(match[1], match[1]))  # noqa: E731
+    return re.sub("^'(.*?)'", whole, str(misfits[0]))
 
 
 def _in_tree(plan: BlockPlan, block: FoundBlock) -> BlockPlan:
@@ -94,25 +99,22 @@ def _plans(
     layout: AttentionLayout, shapes: tuple[tuple[str, Shape], ...], maxima_shape: Shape | None
 ) -> tuple[list[BlockPlan], list[MisfitError]]:
     """Returns the plans that fit best, and reasons against the others; cached for equal blocks."""
-    found, misfits = solve(
-        attempts(layout, dict(shapes), maxima_shape),
-        _clipped,
+
+    def penalty(plan: BlockPlan) -> tuple[int, ...]:
         # With maxima, layers are on the first axes if several axes fit.
-        lambda plan: (
-            not plan.agrees,
-            maxima_shape is not None
-            and any(x.stack_axes != tuple(range(len(x.stack_axes))) for x in plan.leaves),
-        ),
-    )
+        later = any(x.stack_axes != tuple(range(len(x.stack_axes))) for x in plan.leaves)
+        return not plan.agrees, maxima_shape is not None and later
+
+    found, misfits = solve(layout, dict(shapes), _clipped, penalty, maxima_shape=maxima_shape)
     return list(found), misfits
 
 
-def _clipped(attempt: Attempt, plan: BlockPlan) -> BlockPlan:
+def _clipped(reading: Reading, plan: BlockPlan) -> BlockPlan:
     """Returns the plan with the leaves that a clip multiplies; paths are names in the block."""
-    _refuse_others(attempt, plan)
-    pairs = zip(attempt.layout.projections, plan.leaves, strict=True)
-    leaves = [leaf for p, kernel in pairs for leaf in _leaf_plans(attempt, p.path, kernel)]
-    roles, gains, note = _normalised(attempt, plan)
+    _refuse_others(reading, plan)
+    pairs = zip(reading.layout.projections, plan.leaves, strict=True)
+    leaves = [leaf for p, kernel in pairs for leaf in _leaf_plans(reading, p.path, kernel)]
+    roles, gains, note = _normalised(reading, plan)
     for i, leaf in enumerate(leaves):
         segments = (dataclasses.replace(s, role=roles.get(s.role, s.role)) for s in leaf.segments)
         leaves[i] = dataclasses.replace(leaf, segments=tuple(segments))
@@ -120,60 +122,67 @@ def _clipped(attempt: Attempt, plan: BlockPlan) -> BlockPlan:
     return dataclasses.replace(plan, leaves=tuple(scaled), note=note)
 
 
-def _refuse_others(attempt: Attempt, plan: BlockPlan) -> None:
+def _refuse_others(reading: Reading, plan: BlockPlan) -> None:
     """Raises if a built-in layout leaves out a leaf that may be in the logits too."""
-    known = {*attempt.layout.paths, *(name for names in NORM_NAMES for name in names)}
+    known = {*reading.layout.paths, *(name for names in NORM_NAMES for name in names)}
     features = {kernel.features for kernel in plan.leaves}
     features |= {(plan.heads, plan.head_dim), (plan.kv_heads, plan.head_dim)}
-    for name, shape in attempt.shapes.items() if attempt.layout in BUILTIN_LAYOUTS else ():
+    for name, shape in reading.shapes.items() if reading.layout in BUILTIN_LAYOUTS else ():
         module = name.partition("/")[0]
         if module in known or _MORE_LOGITS.isdisjoint(spelling(module).split("_")):
             continue
         if any(made in itertools.combinations(shape, len(made)) for made in features):
             raise RefusalError(
-                f"may make queries or keys too, which the layout {attempt.layout.name!r} does not "
-                "scale. Give all projections of these logits by blocks=[(pattern, "
-                "AttentionLayout(...))], or exclude the block",
-                name,
+                f"{name!r} may make queries or keys too, which the layout {reading.layout.name!r} "
+                "does not scale. Give all projections of these logits by blocks=[(pattern, "
+                "AttentionLayout(...))], or exclude the block"
             )
 
 
-def _leaf_plans(attempt: Attempt, projection: str, kernel: LeafPlan) -> Iterator[LeafPlan]:
+def _leaf_plans(reading: Reading, projection: str, kernel: LeafPlan) -> Iterator[LeafPlan]:
     """Yields the plans of a scaled projection's kernel, its bias and its adapter."""
     scaled = any(segment.role in SCALED for segment in kernel.segments)
-    inside = under(attempt.shapes, projection) if scaled else {}
-    for name, shape in inside.items():
+    inside = under(reading.shapes, projection) if scaled else {}
+    for name in inside:
         path, first = f"{projection}/{name}".removesuffix("/"), name.partition("/")[0]
         if path == kernel.path:
             yield kernel
         elif name in BIAS_NAMES or first == LORA_B:
-            _, stacked = attempt.one_layer(path)
-            free = tuple(i for i in range(len(shape)) if i not in stacked)
-            # An adapter is (rank, features), and (features, rank) in PyTorch.
-            orders = [free[:-1], free[1:]] if name.endswith("weight") else [free[1:], free[:-1]]
-            for axes in orders if first == LORA_B else [free]:
-                if tuple(shape[axis] for axis in axes) in (kernel.features, (kernel.total,)):
-                    yield LeafPlan(path, shape, stacked, axes, kernel.segments, kernel.repeat)
-                    break
-            else:
-                raise MisfitError(f"{path}: {shape} lacks the features {kernel.features}")
+            plan = _with_features(reading, path, kernel, adapter=first == LORA_B)
+            if plan is None:
+                raise MisfitError(f"{path}: its shape lacks the features {kernel.features}")
+            yield plan
         elif first != LORA_A or not any(other.startswith(LORA_B) for other in inside):
             known = (*filter(None, KERNEL_NAMES), *BIAS_NAMES, LORA_A, LORA_B)
             raise RefusalError(
-                "belongs to a projection that QK-Clip multiplies, and how it enters the result is "
-                f"not known. Known names are {', '.join(known)}; an adapter needs both halves",
-                path,
+                f"{path!r} belongs to a projection that QK-Clip multiplies, and how it enters the "
+                f"result is not known. Known names are {', '.join(known)}; an adapter needs both "
+                "halves"
             )
 
 
-def _normalised(attempt: Attempt, plan: BlockPlan) -> tuple[dict[str, str], list[LeafPlan], str]:
+def _with_features(
+    reading: Reading, path: str, kernel: LeafPlan, *, adapter: bool = False
+) -> LeafPlan | None:
+    """Returns the plan of a leaf with the features of a kernel, or None if it lacks them."""
+    shape, (_, stacked) = reading.shapes[path], reading.one_layer(path)
+    free = tuple(axis for axis in range(len(shape)) if axis not in stacked)
+    # An adapter is (rank, features), and (features, rank) in PyTorch.
+    orders = (free[1:], free[:-1]) if adapter else (free,)
+    for axes in reversed(orders) if path.endswith("weight") else orders:
+        if tuple(shape[axis] for axis in axes) in (kernel.features, (kernel.total,)):
+            return LeafPlan(path, shape, stacked, axes, kernel.segments, kernel.repeat)
+    return None
+
+
+def _normalised(reading: Reading, plan: BlockPlan) -> tuple[dict[str, str], list[LeafPlan], str]:
     """Returns, if queries or keys are normalised, changed roles of segments, and the gains' plans.
 
     In latent attention a "q_norm" alone is applied to the low-rank query, before the heads.
     """
-    latent = attempt.layout.own_keys
+    latent = reading.layout.own_keys
     for query, key in NORM_NAMES:
-        query, key = (name if under(attempt.shapes, name) else None for name in (query, key))
+        query, key = (name if under(reading.shapes, name) else None for name in (query, key))
         if key or (query and not latent):
             break
     else:
@@ -181,10 +190,10 @@ def _normalised(attempt: Attempt, plan: BlockPlan) -> tuple[dict[str, str], list
     names = " and ".join(repr(name) for name in (query, key) if name)
     made = {segment.role for kernel in plan.leaves for segment in kernel.segments}
     role = "query" if "query" in made else "query_alone"
-    keys = _gain_plans(attempt, key, Segment("key", plan.kv_heads, plan.head_dim))
+    keys = _gain_plans(reading, key, Segment("key", plan.kv_heads, plan.head_dim))
     # If heads share the key's gain, the query takes the whole factor.
     whole = {"query": "query_alone"} if key and not keys else {}
-    queries = _gain_plans(attempt, query, Segment(whole.get(role, role), plan.heads, plan.head_dim))
+    queries = _gain_plans(reading, query, Segment(whole.get(role, role), plan.heads, plan.head_dim))
     if latent or (query and not queries):
         raise RefusalError(
             f"its queries and keys are normalised ({names}) with gains that the heads share or "
@@ -197,19 +206,19 @@ def _normalised(attempt: Attempt, plan: BlockPlan) -> tuple[dict[str, str], list
     return roles, gains, f"normalised: gains of {names}"
 
 
-def _gain_plans(attempt: Attempt, norm: str | None, segment: Segment) -> list[LeafPlan]:
+def _gain_plans(reading: Reading, norm: str | None, segment: Segment) -> list[LeafPlan]:
     """Returns the plans of a norm's gain and shift, empty if heads share a gain or have none."""
+    kernel = LeafPlan("", (segment.heads, segment.size), (), (0, 1), (segment,))
     plans: list[LeafPlan] = []
-    inside = under(attempt.shapes, norm) if norm else {}
-    for name, shape in inside.items():
+    inside = under(reading.shapes, norm) if norm else {}
+    for name in inside:
         path = f"{norm}/{name}".removesuffix("/")
-        one, stacked = attempt.one_layer(path)
         if name not in _GAINS + _SHIFTS:
-            raise RefusalError("is not a gain or shift that QK-Clip knows", path)
-        if one not in ((segment.heads, segment.size), (segment.heads * segment.size,)):
+            raise RefusalError(f"{path!r} is not a gain or shift that QK-Clip knows")
+        plan = _with_features(reading, path, kernel)
+        if plan is None:
             return []
-        axes = tuple(axis for axis in range(len(shape)) if axis not in stacked)
-        plans.append(LeafPlan(path, shape, stacked, axes, (segment,)))
+        plans.append(plan)
     return plans if any(name in _GAINS for name in inside) else []
 
 
@@ -237,9 +246,8 @@ def _reduction(block: FoundBlock, maxima_shape: Shape) -> str:
     for heads, what in ((rank - 1, batch), (rank - 3, whole)):
         for layers in range(min(rank - 1, heads + 1)) if heads >= 0 else ():
             kept = (*range(layers), heads)
-            if _plans(
-                block.layout, tuple(block.leaves.items()), tuple(maxima_shape[a] for a in kept)
-            )[0]:
+            shape = tuple(maxima_shape[axis] for axis in kept)
+            if _plans(block.layout, tuple(block.leaves.items()), shape)[0]:
                 axes = tuple(axis for axis in range(rank) if axis not in kept)
                 axis = f"axis={axes[0] if len(axes) == 1 else axes}"
                 return f" {what}: jax.tree.map(lambda s: s.max({axis}), max_logits)."

@@ -22,8 +22,8 @@ import numpy as np
 from muonclip_jax._specs import MatrixSpec, Split, matrix_shapes, normalize_spec, normalized_axes
 from muonclip_jax.heads.finding import Rule, Shape, find_blocks, kernel_name
 from muonclip_jax.heads.layouts import VALUE_NAMES, AttentionLayout, Projection
-from muonclip_jax.heads.plan import BlockPlan, LeafPlan, MisfitError, Segment
-from muonclip_jax.heads.reading import Attempt, attempts, refusal_in, solve
+from muonclip_jax.heads.plan import BlockPlan, LeafPlan, MisfitError, RefusalError, Segment
+from muonclip_jax.heads.reading import Reading, solve
 
 #: What `MatrixRules(attention=)` may be.
 ATTENTION = ("merged", "split", "per_head")
@@ -108,9 +108,11 @@ def _block_cuts(
         return not plan.agrees, bool(plan.stack) != stacked, len(plan.stack), misses
 
     found, misfits = solve(
-        attempts(layout, leaves, None, stackings),
-        lambda attempt, plan: tuple(_cuts_of(attempt, plan, specs, attention == "per_head")),
+        layout,
+        leaves,
+        lambda reading, plan: tuple(_cuts_of(reading, plan, specs, attention == "per_head")),
         penalty,
+        stacked=stackings,
     )
     if len(found) == 1:
         return next(iter(found))
@@ -122,8 +124,7 @@ def _block_cuts(
             f"MatrixRules(attention={attention!r}, head_dim=64), or for one block "
             "blocks=[(pattern, AttentionLayout(..., head_dim=64))]"
         )
-    refusal = refusal_in(misfits)
-    if refusal is None and attention == "split":
+    if attention == "split" and not (misfits and isinstance(misfits[0], RefusalError)):
         # Names may have split every kernel of several parts into them already.
         kernels = ((kernel_name(leaves, p.path), len(p.parts)) for p in layout.projections)
         fused = [(specs.get(name), leaves[name], n) for name, n in kernels if name and n > 1]
@@ -131,73 +132,56 @@ def _block_cuts(
             spec and sum(m for m, *_ in matrix_shapes(spec, x)) % n == 0 for spec, x, n in fused
         ):
             return ()
-    raise refusal or (misfits[0] if misfits else MisfitError("its kernels have too few axes"))
+    raise misfits[0] if misfits else MisfitError("its kernels have too few axes")
 
 
 def _cuts_of(
-    attempt: Attempt, plan: BlockPlan, specs: Mapping[str, MatrixSpec | None], by_head: bool
+    reading: Reading, plan: BlockPlan, specs: Mapping[str, MatrixSpec | None], by_head: bool
 ) -> Iterator[tuple[str, Cut]]:
     """Yields the splits of a block's kernels under one interpretation, by name in the block."""
     kernels = [(kernel, by_head) for kernel in plan.leaves]
     for path in VALUE_NAMES if by_head else ():  # values beside separate queries and keys
-        if path not in attempt.layout.paths and kernel_name(attempt.shapes, path) is not None:
-            kernel, heads = attempt.kernel(Projection(path, ("value",))), plan.kv_heads
-            if kernel.total % heads:
-                raise MisfitError(f"{path}: {kernel.total} features for {heads} key heads")
-            segment = Segment("value", heads, kernel.total // heads)
+        if path not in reading.layout.paths and kernel_name(reading.shapes, path) is not None:
+            kernel = reading.kernel(Projection(path, ("value",)))
+            segment = Segment("value", plan.kv_heads, kernel.total // plan.kv_heads)
             kernels.append((dataclasses.replace(kernel, segments=(segment,)), True))
-    if (latent := attempt.latent()) is not None:
-        kernels.append((latent, False))
+    if reading.layout.latent is not None:
+        kernels.append((reading.latent(reading.layout.latent), False))
     for kernel, by_head in kernels:
         if kernel.path not in specs:
             continue
-        grid = kernel.grid(plan.kv_heads)
+        grid, whole = kernel.grid(plan.kv_heads), specs[kernel.path]
         if grid is None:
-            raise MisfitError(
-                f"{kernel.path}: its features {kernel.features} do not contain the heads"
-            )
-        whole = specs[kernel.path]
+            raise MisfitError(f"{kernel.path}: {kernel.features} do not contain the heads")
         if whole is not None:
-            _check_names_agree(kernel, grid, whole)
+            reduction, output = normalized_axes(whole)
+            agree = reduction == (kernel.input_axis,) and not set(kernel.stack_axes) & set(output)
+            if not agree or (grid != "parts" and set(kernel.feature_axes) - set(output)):
+                raise MisfitError(
+                    f"{kernel.path}: by its name it reads axes {reduction} and produces {output}, "
+                    "other axes being stacked"
+                )
             if not by_head and len(kernel.segments) == 1:
                 continue  # nothing to cut
-        cut = _by_head(kernel, grid) if by_head else _by_part(kernel, grid)
+        cut = normalize_spec(_cut(kernel, grid, by_head), kernel.shape, kernel.path)
         parts = ", ".join(s.role.replace("query_alone", "rotary query") for s in kernel.segments)
-        why = f"attention: {parts}{', by head' * by_head}"
-        yield kernel.path, (normalize_spec(cut, kernel.shape, kernel.path), why)
+        yield kernel.path, (cut, f"attention: {parts}{', by head' * by_head}")
 
 
-def _check_names_agree(kernel: LeafPlan, grid: str, whole: MatrixSpec) -> None:
-    reduction, output = normalized_axes(whole)
-    more = set(kernel.feature_axes) - set(output)
-    agree = reduction == kernel.input_axes and not set(kernel.stack_axes) & set(output)
-    if not agree or (more and grid != "parts"):
-        raise MisfitError(
-            f"{kernel.path}: by its name it reads axes {reduction} and produces {output}, other "
-            "axes being stacked"
-        )
-
-
-def _by_part(kernel: LeafPlan, grid: str) -> MatrixSpec:
-    """One matrix per part, with all its heads."""
-    (inputs,), axes, repeat = kernel.input_axes, kernel.feature_axes, kernel.repeat
-    if len(kernel.segments) == 1:
+def _cut(kernel: LeafPlan, grid: str, by_head: bool) -> MatrixSpec:
+    """One matrix per part with all its heads, or one per head of each part."""
+    inputs, axes, repeat = kernel.input_axis, kernel.feature_axes, kernel.repeat
+    rows = tuple(s.heads * s.size for s in kernel.segments)
+    if by_head:  # the last axis has whole heads, others are batch axes
+        one = tuple(s.size for s in kernel.segments for _ in range(s.heads))
+        sizes = {"flat": one * repeat, "rows": one}.get(grid, one[:1])
+        return MatrixSpec((inputs, axes[-1]), (Split(axes[-1], sizes),) if len(sizes) > 1 else ())
+    if len(rows) == 1:
         return MatrixSpec((inputs, axes))
     if grid == "parts":  # the parts have an axis of their own: one more batch axis
         return MatrixSpec((inputs, axes[1:]))
-    counts = tuple(s.heads for s in kernel.segments)
-    rows = tuple(s.heads * s.size for s in kernel.segments)
-    sizes = rows if grid in ("flat", "rows") else counts
-    axis = axes[0] if grid in ("flat", "heads") else axes[-1 if grid == "rows" else 1]
+    sizes = rows if grid in ("flat", "rows") else tuple(s.heads for s in kernel.segments)
+    axis = axes[{"rows": -1, "units": 1}.get(grid, 0)]
     interleaved = repeat > 1 and grid in ("flat", "heads")
     view = (repeat, sum(sizes)) if interleaved else None
     return MatrixSpec((inputs, axes), (Split(axis, sizes, view, int(interleaved)),))
-
-
-def _by_head(kernel: LeafPlan, grid: str) -> MatrixSpec:
-    """One matrix per head of each part; the last axis has whole heads, others are batch axes."""
-    (inputs,), last = kernel.input_axes, kernel.feature_axes[-1]
-    one = [s.size for s in kernel.segments for _ in range(s.heads)]
-    sizes = {"flat": one * kernel.repeat, "rows": one}.get(grid, one[:1])
-    splits = (Split(last, tuple(sizes)),) if len(sizes) > 1 else ()
-    return MatrixSpec((inputs, last), splits)

@@ -23,7 +23,7 @@ Blocks: TypeAlias = (
 #: One rule of `blocks=`: where to look, and the layout there (None: the built-in ones).
 Rule: TypeAlias = tuple[str, AttentionLayout | None]
 Shape: TypeAlias = tuple[int, ...]
-#: The leaves of one block: name inside the block, as `plain_name` gives it -> shape.
+#: The leaves of one block: name inside the block, without wrappers -> shape.
 Shapes: TypeAlias = Mapping[str, Shape]
 
 #: A kernel's name under its projection -> candidates for its input axis. "" is the projection
@@ -65,13 +65,6 @@ def strip_outer(path: str) -> str:
     return path.removeprefix("params/")
 
 
-def plain_name(name: str) -> str:
-    """Returns a leaf's name inside its block, without wrappers, in one spelling for adapters."""
-    for pattern, replacement in _REWRITES if _WRAPPED.search(name) else ():
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 def under(shapes: Shapes, path: str) -> dict[str, Shape]:
     """Returns the leaves of one submodule by their name in it; "" is the leaf at `path` itself."""
     found = {name[len(path) + 1 :]: x for name, x in shapes.items() if name.startswith(path + "/")}
@@ -93,36 +86,22 @@ def block_rules(blocks: Any, argument: str = "blocks") -> tuple[Rule, ...] | Non
         blocks = (blocks,)
     rules: list[Rule] = []
     for entry in blocks:
-        match entry:
-            case str():
-                rules.append((entry, None))
-            case AttentionLayout():
-                rules.append(("", entry))
-            case (str() as pattern, AttentionLayout() as layout):
-                rules.append((pattern, layout))
-            case _:
-                raise TypeError(
-                    f"{argument}= got {entry!r}. Expected a pattern such as "
-                    "'encoder/.*attention$', an AttentionLayout, a pair (pattern, "
-                    "AttentionLayout), or a sequence of those."
-                )
-        compile_pattern(rules[-1][0])
+        pattern, layout = ("", entry) if isinstance(entry, AttentionLayout) else (entry, None)
+        if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], AttentionLayout):
+            pattern, layout = entry
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"{argument}= got {entry!r}. Expected a pattern such as 'encoder/.*attention$', an "
+                "AttentionLayout, a pair (pattern, AttentionLayout), or a sequence of those."
+            )
+        compile_pattern(pattern)
+        rules.append((pattern, layout))
     if not rules:
         raise ValueError(
             f"{argument}=() selects no attention block. Write {argument}=None for all of them, or "
             "leave QK-Clip out."
         )
     return tuple(rules)
-
-
-def _projections(shapes: Shapes) -> set[str]:
-    """Returns the paths at which there is a kernel, or an adapter of a kernel that is masked."""
-    found: set[str] = set()
-    for name, shape in shapes.items():
-        module, _, last = name.rpartition("/")
-        found |= {name, module if last in KERNEL_NAMES else name} if len(shape) > 1 else set()
-        found |= {name.partition("/lora_")[0]} if "/lora_" in name else set()
-    return found
 
 
 def find_blocks(
@@ -132,15 +111,22 @@ def find_blocks(
     modules: dict[str, dict[str, str]] = {}
     for path in leaves:
         for at in (0, *(match.end() for match in re.finditer("[/.]", path))):
-            inside = modules.setdefault(path[: max(at - 1, 0)], {})
-            inside[plain_name(path[at:].replace(".", "/"))] = path
+            name = path[at:].replace(".", "/")
+            for pattern, replacement in _REWRITES if _WRAPPED.search(name) else ():
+                name = re.sub(pattern, replacement, name)
+            modules.setdefault(path[: max(at - 1, 0)], {})[name] = path
     found: list[FoundBlock] = []
     unused = dict.fromkeys(rules or ()) if strict else {}
     for path, inside in modules.items():
         if rules is None and _FIRST_NAMES.isdisjoint(name.split("/")[0] for name in inside):
             continue
         shapes = {name: tuple(getattr(leaves[at], "shape", ())) for name, at in inside.items()}
-        made = _projections(shapes)
+        # The paths at which there is a kernel, or an adapter of a kernel that is masked.
+        made: set[str] = set()
+        for name, shape in shapes.items():
+            module, _, last = name.rpartition("/")
+            made |= {name, module if last in KERNEL_NAMES else name} if len(shape) > 1 else set()
+            made |= {name.partition("/lora_")[0]} if "/lora_" in name else set()
         builtin = next((b for b in BUILTIN_LAYOUTS if made.issuperset(b.paths)), None)
         layout, selected = builtin, rules is None
         for rule in rules or ():
@@ -156,10 +142,6 @@ def find_blocks(
         if wanted is None:
             raise nothing_matched("The pattern in blocks=", pattern, [b.path for b in found])
         wants = " and ".join(repr(name) for name in wanted.paths)
-        raise nothing_matched(
-            f"The layout {wanted.name!r} in blocks=, which needs {wants} directly below a path "
-            "that matches",
-            pattern,
-            modules,
-        )
+        what = f"The layout {wanted.name!r} in blocks=, which needs {wants} directly below a path "
+        raise nothing_matched(f"{what}that matches", pattern, modules)
     return found

@@ -128,21 +128,25 @@ class AttentionLayout:
     query: Projection = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "projections", tuple(self.projections))
-        if self.stack_axes is not None:
-            axes = (self.stack_axes,) if isinstance(self.stack_axes, int) else self.stack_axes
-            object.__setattr__(self, "stack_axes", tuple(axes))
-        query = next((p for p in self.projections if {"query", "query_alone"} & set(p.parts)), None)
+        projections, axes = tuple(self.projections), self.stack_axes
+        query = next((p for p in projections if {"query", "query_alone"} & set(p.parts)), None)
         if query is None:
             raise ValueError(
                 f"Attention layout {self.name!r} has no query. Give it a projection that produces "
                 "one, as in Projection('q_proj', ('query',))."
             )
-        parts = {part for p in self.projections for part in p.parts}
-        paths = (*(p.path for p in self.projections), *(self.latent or ()))
-        object.__setattr__(self, "paths", paths)
-        object.__setattr__(self, "own_keys", parts >= {"query", "query_alone"})
-        object.__setattr__(self, "query", query)
+        for name, value in {
+            "projections": projections,
+            "stack_axes": (axes,)
+            if isinstance(axes, int)
+            else None
+            if axes is None
+            else tuple(axes),
+            "paths": (*(p.path for p in projections), *(self.latent or ())),
+            "own_keys": {x for p in projections for x in p.parts} >= {"query", "query_alone"},
+            "query": query,
+        }.items():
+            object.__setattr__(self, name, value)
 
 
 def spelling(name: str) -> str:
@@ -152,10 +156,22 @@ def spelling(name: str) -> str:
     return name.lower().replace("-", "_")
 
 
+def _layout(
+    name: str,
+    projections: str,
+    interleaved: bool = False,
+    input_axis: int | tuple[int, ...] | None = None,
+    latent: tuple[str, str] | None = None,
+) -> AttentionLayout:
+    """Reads `projections`: "path: roles of its parts; path: roles"."""
+    pairs = (projection.split(": ") for projection in projections.split("; "))
+    made = (Projection(p, tuple(x.split()), interleaved, None, input_axis) for p, x in pairs)
+    return AttentionLayout(tuple(made), name, latent=latent)
+
+
 def separate(query: str, key: str) -> AttentionLayout:
     """Returns the layout of a query and a key projection with these names."""
-    projections = Projection(query, ("query",)), Projection(key, ("key",))
-    return AttentionLayout(projections, "separate q and k")
+    return _layout("separate q and k", f"{query}: query; {key}: key")
 
 
 #: A query, a key and a value projection that stand side by side, as libraries call them.
@@ -185,64 +201,48 @@ NORM_NAMES: tuple[tuple[str, str], ...] = tuple(
     )
     for form in forms.split()
 )
-
-_FUSED = ("query", "key", "value")
-
-
-def _latent(query: str, down: str, up: str) -> AttentionLayout:
-    """Latent attention; `up` makes keys and values together, or keys alone."""
-    name = "latent (low-rank query)" if query in ("wq_b", "q_b_proj") else "latent"
-    parts = ("key",) if up in ("wk_b", "k_b_proj") else ("key", "value")
-    queries = Projection(query, ("query", "query_alone"), interleaved=True)
-    keys = Projection(up, parts, interleaved=True)
-    return AttentionLayout((queries, keys), name, latent=(down, up))
-
-
-def _beside(query: str, role: str, keys: str, parts: tuple[str, ...], name: str) -> AttentionLayout:
-    """A query projection beside one of several parts; Gemma's einsums are (heads, inputs, size)."""
-    axis = -2 if "einsum" in query else None
-    projections = (query, (role,)), (keys, parts)
-    return AttentionLayout(tuple(Projection(*p, input_axis=axis) for p in projections), name)
-
-
-def _fused(path: str, axis: int | tuple[int, ...] | None = None) -> AttentionLayout:
-    return AttentionLayout((Projection(path, _FUSED, input_axis=axis),), "fused q k v")
-
+_KV = "key value"
 
 #: Tried in this order under every module; the first whose projections are all there is taken.
 BUILTIN_LAYOUTS: tuple[AttentionLayout, ...] = (
-    *(_latent(q, "wkv_a", up) for up in ("wkv_b", "wk_b") for q in ("wq_b", "query", "wq")),
+    # Latent attention of MaxText, and of DeepSeek and Kimi in Hugging Face. The up projection makes
+    # keys and values together, or keys alone.
     *(
-        _latent(query, "kv_a_proj_with_mqa", up)  # DeepSeek and Kimi of Hugging Face
-        for up in ("kv_b_proj", "k_b_proj")
-        for query in ("q_b_proj", "q_proj")
-    ),
-    *(
-        AttentionLayout(
-            (
-                Projection("q_nope" + end, ("query",)),
-                Projection("q_rope" + end, ("query_alone",)),
-                Projection("k_nope" + end, ("key",)),
-            ),
-            "latent (separate parts)",
+        _layout(
+            "latent (low-rank query)" if query in ("wq_b", "q_b_proj") else "latent",
+            f"{query}: query query_alone; {up}: {'key' if up in ('wk_b', 'k_b_proj') else _KV}",
+            latent=(down, up),
+            interleaved=True,
         )
-        for end in ("", "_proj")
+        for down, ups, queries in (
+            ("wkv_a", "wkv_b wk_b", "wq_b query wq"),
+            ("kv_a_proj_with_mqa", "kv_b_proj k_b_proj", "q_b_proj q_proj"),
+        )
+        for up in ups.split()
+        for query in queries.split()
+    ),
+    _layout("latent (separate parts)", "q_nope: query; q_rope: query_alone; k_nope: key"),
+    _layout(
+        "latent (separate parts)",
+        "q_nope_proj: query; q_rope_proj: query_alone; k_nope_proj: key",
     ),
     *(separate(query, key) for query, key, _ in QUERY_KEY_VALUE),
-    _beside("q_einsum", "query", "kv_einsum", ("key", "value"), "separate q, fused k v"),
-    # Gemma 4: the keys are the values too, so that only queries can be scaled.
-    _beside("q_einsum", "query_alone", "k_einsum", ("value",), "separate q, keys that are values"),
-    _fused("qkv_einsum", -2),
+    # Gemma's einsums are (heads, inputs, size). The keys of Gemma 4 are the values too, so that
+    # only queries can be scaled.
+    _layout("separate q, fused k v", f"q_einsum: query; kv_einsum: {_KV}", input_axis=-2),
+    _layout(
+        "separate q, keys that are values", "q_einsum: query_alone; k_einsum: value", input_axis=-2
+    ),
+    _layout("fused q k v", f"qkv_einsum: query {_KV}", input_axis=-2),
+    # Praxis: (3, inputs, heads, size).
+    _layout("fused q k v", f"combined_qkv: query {_KV}", input_axis=-3),
     # GPT-2: Hugging Face Flax keeps (features, inputs), others (inputs, features).
-    _fused("c_attn", (0, -1)),
-    _fused("qkv_proj"),
-    _fused("qkv"),
+    _layout("fused q k v", f"c_attn: query {_KV}", input_axis=(0, -1)),
+    _layout("fused q k v", f"qkv_proj: query {_KV}"),
+    _layout("fused q k v", f"qkv: query {_KV}"),
     # BLOOM and GPT-NeoX head by head; Falcon group by group.
-    AttentionLayout(
-        (Projection("query_key_value", _FUSED, interleaved=True),), "fused q k v, interleaved"
-    ),
-    *(
-        _beside(query, "query", key_value, ("key", "value"), "separate q, fused k v")
-        for query, key_value in (("q_proj", "kv_proj"), ("to_q", "to_kv"), ("q", "kv"))
-    ),
+    _layout("fused q k v, interleaved", f"query_key_value: query {_KV}", interleaved=True),
+    _layout("separate q, fused k v", f"q_proj: query; kv_proj: {_KV}"),
+    _layout("separate q, fused k v", f"to_q: query; to_kv: {_KV}"),
+    _layout("separate q, fused k v", f"q: query; kv: {_KV}"),
 )

@@ -3,7 +3,7 @@
 A kernel of rank 3 may be `(d_model, heads, head_dim)` or `(layers, d_model, features)`; the whole
 block determines which: every leaf has the same stack, the maxima or the output projection give the
 number of query heads, and all sizes must be consistent. So every interpretation of the query kernel
-(`attempts`) is tried on the whole block; an inconsistency is a `MisfitError` with the reason.
+is tried on the whole block (`solve`); an inconsistency is a `MisfitError` with the reason.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from muonclip_jax.heads.finding import KERNEL_NAMES, Shape, Shapes, kernel_name, under
+from muonclip_jax.heads.finding import KERNEL_NAMES, Shape, Shapes, kernel_name
 from muonclip_jax.heads.layouts import (
     NORM_NAMES,
     OUT_NAMES,
@@ -29,7 +29,6 @@ from muonclip_jax.heads.plan import (
     RefusalError,
     Segment,
     divide,
-    divisors,
 )
 
 _Result = TypeVar("_Result")
@@ -38,7 +37,7 @@ _NO_OUTPUT = (*VALUE_NAMES, *itertools.chain(*NORM_NAMES))
 
 
 @dataclasses.dataclass(frozen=True)
-class Attempt:
+class Reading:
     """One interpretation of a block."""
 
     layout: AttentionLayout
@@ -50,48 +49,57 @@ class Attempt:
 
     def one_layer(self, name: str) -> tuple[Shape, tuple[int, ...]]:
         """Returns the shape of one layer of a leaf, and its stacked axes from the front."""
-        shape = self.shapes[name]
-        rank, asked = len(shape), self.stack_axes
-        axes = tuple(sorted({a % rank for a in asked if -rank <= a < rank})) if rank else ()
-        if len(axes) < len(asked):
-            raise MisfitError(f"{name}: shape {shape} has no axes {asked} to stack layers on")
-        if tuple(shape[axis] for axis in axes) != self.stack:
+        shape, asked = self.shapes[name], self.stack_axes
+        rank = len(shape)
+        axes = tuple(sorted({a % rank for a in asked if -rank <= a < rank}))
+        if len(axes) < len(asked) or tuple(shape[axis] for axis in axes) != self.stack:
             raise MisfitError(f"{name}: shape {shape} is not stacked {self.stack} on axes {axes}")
         return tuple(n for axis, n in enumerate(shape) if axis not in axes), axes
 
     def kernel(self, p: Projection) -> LeafPlan:
         """Returns a projection's kernel, its features not divided into heads yet."""
         name = kernel_name(self.shapes, p.path)
-        inside = under(self.shapes, p.path)
-        if name is None and any(leaf.startswith("lora_") for leaf in inside):
+        if name is None:
             raise RefusalError(
                 f"{p.path!r} has a low-rank adapter here, and the kernel that it adapts is not in "
                 "this tree. Scaling only the adapter does not scale their sum. Clip a tree that "
                 "contains both, or train without QK-Clip"
             )
-        if name is None:
-            names = ", ".join(filter(None, KERNEL_NAMES))
-            raise MisfitError(f"{p.path} has no leaf named {names}")
         one, stacked = self.one_layer(name)
-        axes = KERNEL_NAMES[name.rpartition("/")[2] if name != p.path else ""]
-        # A matrix under the name "weight" is (outputs, inputs); more axes may have either order.
-        axes = axes if len(one) > 2 else axes[:1]
-        if p.input_axis is not None:
-            axes = p.input_axis if isinstance(p.input_axis, tuple) else (p.input_axis,)
+        axes = p.input_axis
+        if axes is None:
+            axes = KERNEL_NAMES[name[len(p.path) + 1 :]]
+            # A matrix under the name "weight" is (outputs, inputs); more axes have either order.
+            axes = axes if len(one) > 2 else axes[:1]
+        axes = axes if isinstance(axes, tuple) else (axes,)
         axis = axes[min(self.choice, len(axes) - 1)]
         if len(one) < 2 or not -len(one) <= axis < len(one):
             raise MisfitError(f"{p.path}: {one} is not a kernel of one layer")
-        free = [i for i in range(len(self.shapes[name])) if i not in stacked]
+        shape = self.shapes[name]
+        free = [i for i in range(len(shape)) if i not in stacked]
         del free[axis]
-        return LeafPlan(name, self.shapes[name], stacked, tuple(free))
+        return LeafPlan(name, shape, stacked, tuple(free))
+
+    def latent(self, paths: tuple[str, str]) -> LeafPlan:
+        """Returns latent attention's down projection, with the latent and the shared rotary key."""
+        down, up = (self.kernel(Projection(path, ("key",))) for path in paths)
+        size = up.shape[up.input_axis]
+        if down.total <= size:
+            raise MisfitError(
+                f"{paths[0]} makes {down.total} features and {paths[1]} takes {size}: no rotary "
+                "key left"
+            )
+        parts = Segment("latent", 1, size), Segment("shared rotary key", 1, down.total - size)
+        return dataclasses.replace(down, segments=parts)
 
     def _taken(self, name: str) -> tuple[Shape, bool]:
         """Returns a kernel's input axes in one layer, and whether they may be heads' values."""
         one, _ = self.one_layer(name)
+        groups = self.kernel(self.layout.query).features[:-1]
 
         def counted(inputs: Shape) -> bool:
             if len(inputs) > 2:
-                return inputs[:-1] == self.kernel(self.layout.query).features[:-1]
+                return inputs[:-1] == groups
             return len(inputs) == 1 or inputs[:1] == (self.heads,)
 
         outputs_first = name.endswith("weight") and (len(one) == 2 or not counted(one[:-1]))
@@ -109,27 +117,12 @@ class Attempt:
             elif name is not None and module not in (*self.layout.paths, *_NO_OUTPUT):
                 with contextlib.suppress(MisfitError):  # it may not be stacked
                     unknown.add(math.prod(self._taken(name)[0]))
-        name = next((outputs[out] for out in OUT_NAMES if out in outputs), None)
-        if name is None:
-            return None, unknown
-        inputs, counted = self._taken(name)
-        if len(inputs) not in (1, 2, 3):
-            raise MisfitError(f"{name}: its inputs {inputs} are not head values")
-        return (math.prod(inputs) if counted else None), unknown
-
-    def latent(self) -> LeafPlan | None:
-        """Returns latent attention's down projection, with the latent and the shared rotary key."""
-        if self.layout.latent is None:
-            return None
-        down, up = (self.kernel(Projection(path, ("key",))) for path in self.layout.latent)
-        size = up.shape[up.input_axes[0]]
-        if down.total <= size:
-            raise MisfitError(
-                f"{self.layout.latent[0]} makes {down.total} features and {self.layout.latent[1]} "
-                f"takes {size}: no rotary key left"
-            )
-        rotary = Segment("shared rotary key", 1, down.total - size)
-        return dataclasses.replace(down, segments=(Segment("latent", 1, size), rotary))
+        for name in (outputs[out] for out in OUT_NAMES if out in outputs):
+            inputs, counted = self._taken(name)
+            if len(inputs) not in (1, 2, 3):
+                raise MisfitError(f"{name}: its inputs {inputs} are not head values")
+            return (math.prod(inputs) if counted else None), unknown
+        return None, unknown
 
     def _with_gate(
         self, kernels: list[LeafPlan], out: int | None, unknown: set[int]
@@ -145,12 +138,12 @@ class Attempt:
         if first.parts != ("query",) or layout.head_dim is not None or layout.own_keys:
             return layout
         total, key = kernels[0].total, kernels[-1] if last.parts == ("key",) else None
-        if out is None and total not in unknown and (key is None or key.total <= total // 2):
-            # An output projection with an unknown name takes half of the query's features.
-            out = total // 2 if total // 2 in unknown else None
+        half, size, gated = total // 2, total // self.heads, None
+        other = half in unknown and total not in unknown  # an output of another name
+        if out is None and other and (key is None or key.total <= half):
+            out = half
         if out is None or total != 2 * out or total % self.heads:
             return layout
-        size, gated = total // self.heads, None
         values = next((v for v in VALUE_NAMES if kernel_name(self.shapes, v) is not None), None)
         if key is not None and len(key.features) > 1:
             gated = {size: False, size // 2: True}.get(key.features[-1])
@@ -161,45 +154,35 @@ class Attempt:
             return layout
         if not gated or len(kernels[0].features) == 1:
             raise RefusalError(
-                f"{first.path!r} makes {2 * out} features and the output projection takes {out}, "
-                f"as if half of them were a gate{'' if gated else '; if not, pass an '}"
-                f"{'' if gated else f'AttentionLayout with head_dim={size}'}. Say where the gate "
-                f"is, by an AttentionLayout with Projection({first.path!r}, ('query', 'gate'), "
-                "interleaved=True) where query and gate alternate head by head (Qwen3-Next), "
-                "interleaved='group' where they alternate by key head, interleaved=False where "
-                "all queries come first"
+                f"{first.path!r} makes {total} features and the output projection takes {out}, as "
+                "if half of them were a gate. Say where the gate is, by an AttentionLayout with "
+                f"Projection({first.path!r}, ('query', 'gate'), interleaved=True) where query and "
+                "gate alternate head by head (Qwen3-Next), interleaved='group' where they "
+                "alternate by key head, interleaved=False where all queries come first"
+                + ("" if gated else f"; if there is none, by one with head_dim={size}")
             )
         first = dataclasses.replace(first, parts=("query", "gate"), interleaved=True)
         name = f"{layout.name}, gate beside q"
         return dataclasses.replace(layout, projections=(first, *others), name=name)
 
     def read(self) -> BlockPlan:
-        """Returns the plan of this attempt, with the kernels of all projections, or raises."""
-        kernels = [self.kernel(p) for p in self.layout.projections]
-        latent, (out, unknown) = self.latent(), self._outputs()
-        rope = None if latent is None else latent.segments[1].size
+        """Returns the plan of this reading, with the kernels of all projections, or raises."""
+        kernels, heads = [self.kernel(p) for p in self.layout.projections], self.heads
+        latent, (out, unknown) = self.layout.latent, self._outputs()
+        rope = self.latent(latent).segments[1].size if latent else None
         layout = self._with_gate(kernels, out, unknown)
-        totals = [kernel.total for kernel in kernels]
-        size, kv_heads, rows = divide(layout, totals, self.heads, rope, out)
-        for i, (kernel, (segments, repeat)) in enumerate(zip(kernels, rows, strict=True)):
-            kernels[i] = dataclasses.replace(kernel, segments=segments, repeat=repeat)
-            if kernels[i].grid(kv_heads) is None:
-                raise MisfitError(
-                    f"{layout.projections[i].path}: its features {kernel.features} are not "
-                    f"divisible into {self.heads} heads"
-                )
-        values = [s.size for kernel in kernels for s in kernel.segments if s.role == "value"]
-        agrees = out == self.heads * [*values, size][0]
-        named = ("", layout.name, self.heads, kv_heads, size, self.stack)
-        return BlockPlan(*named, tuple(kernels), agrees)
+        size, kv_heads, leaves = divide(layout, kernels, heads, rope, out)
+        values = [s.size for leaf in leaves for s in leaf.segments if s.role == "value"]
+        agrees = out == heads * [*values, size][0]
+        return BlockPlan("", layout.name, heads, kv_heads, size, self.stack, leaves, agrees)
 
 
-def attempts(
+def _readings(
     layout: AttentionLayout,
     shapes: Shapes,
-    maxima_shape: Shape | None = None,
-    stacked: Iterable[tuple[int, ...]] | None = None,
-) -> Iterator[Attempt]:
+    maxima_shape: Shape | None,
+    stacked: Iterable[tuple[int, ...]] | None,
+) -> Iterator[Reading]:
     """Yields every interpretation of a block, whose maxima are `(..., stacked layers, heads)`."""
     name = kernel_name(shapes, layout.query.path) or ""
     query = shapes.get(name, ())
@@ -215,37 +198,40 @@ def attempts(
     possible = (axes for axes in dict.fromkeys(stacked) if all(-rank <= x < rank for x in axes))
     for axes, choice in itertools.product(possible, choices):
         stack = tuple(query[axis] for axis in sorted(axis % rank for axis in axes))
-        attempt = Attempt(layout, shapes, axes, stack, choice)
-        if maxima_shape is not None:
-            if len(axes) < len(maxima_shape):
-                stack = maxima_shape[len(maxima_shape) - 1 - len(axes) : -1]
-                yield dataclasses.replace(attempt, stack=stack, heads=maxima_shape[-1])
-            continue
-        total = 1
-        with contextlib.suppress(MisfitError):
-            total = attempt.kernel(layout.query).total
-        yield from (dataclasses.replace(attempt, heads=n) for n in divisors(total))
+        reading = Reading(layout, shapes, axes, stack, choice)
+        if maxima_shape is None:
+            total = 1
+            with contextlib.suppress(MisfitError):
+                total = reading.kernel(layout.query).total
+            divisors = (n for n in range(1, total + 1) if total % n == 0)
+            yield from (dataclasses.replace(reading, heads=n) for n in divisors)
+        elif len(axes) < len(maxima_shape):
+            stack = maxima_shape[len(maxima_shape) - 1 - len(axes) : -1]
+            yield dataclasses.replace(reading, stack=stack, heads=maxima_shape[-1])
 
 
 def solve(
-    tried: Iterable[Attempt],
-    finish: Callable[[Attempt, BlockPlan], _Result],
+    layout: AttentionLayout,
+    shapes: Shapes,
+    finish: Callable[[Reading, BlockPlan], _Result],
     penalty: Callable[[BlockPlan], tuple[int, ...]],
+    *,
+    maxima_shape: Shape | None = None,
+    stacked: Iterable[tuple[int, ...]] | None = None,
 ) -> tuple[dict[_Result, list[BlockPlan]], list[MisfitError]]:
-    """Returns the results of the readings with the least penalty, and reasons against others."""
+    """Returns the results of the readings with the least penalty, and reasons against others.
+
+    The first reason is why the block cannot be clipped, if a consistent reading has one.
+    """
     found: dict[tuple[int, ...], dict[_Result, list[BlockPlan]]] = {}
     misfits: list[MisfitError] = []
-    for attempt in tried:
+    for reading in _readings(layout, shapes, maxima_shape, stacked):
         try:
-            plan = attempt.read()
-            result = finish(attempt, plan)
+            plan = reading.read()
+            result = finish(reading, plan)
             found.setdefault(penalty(plan), {}).setdefault(result, []).append(plan)
         except MisfitError as misfit:
             # A traceback would keep the callers' arrays alive as long as the reason is kept.
             misfits.append(misfit.with_traceback(None))
+    misfits.sort(key=lambda misfit: not isinstance(misfit, RefusalError))
     return found[min(found)] if found else {}, misfits
-
-
-def refusal_in(misfits: Iterable[MisfitError]) -> RefusalError | None:
-    """Returns the first reason against clipping, of interpretations that are consistent."""
-    return next((misfit for misfit in misfits if isinstance(misfit, RefusalError)), None)

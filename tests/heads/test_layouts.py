@@ -46,6 +46,7 @@ NAMES = {
     "c_attn c_proj": "fused q k v",
     "query_key_value dense": "fused q k v, interleaved",
     "qkv_proj o_proj": "fused q k v",
+    "combined_qkv post": "fused q k v",
     "to_q to_kv": "separate q, fused k v",
     # An indexer beside latent attention is no block.
     "wq_a wq_b wkv_a wkv_b indexer/wq_b indexer/wk": LOW_RANK,
