@@ -5,8 +5,8 @@ from collections import Counter
 import jax
 
 from muonclip_jax._devices import plan_platform
+from muonclip_jax._specs import matrix_shapes
 from muonclip_jax._tree import Tree
-from muonclip_jax.matrices.parts import plan_leaf
 from muonclip_jax.newton_schulz import Coefficients, coefficients, plan_polar
 from muonclip_jax.routing import MatrixRules, resolve_specs
 
@@ -57,34 +57,23 @@ def describe_cost(
     platform = plan_platform(polar.platform)
     counts: Counter[tuple[int, int, str]] = Counter()
     for _, leaf, spec in resolve_specs(params, rules=rules):
-        if spec is None:
-            continue
-        for part in plan_leaf(tuple(leaf.shape), spec).parts:
-            rows, columns = sorted((part.fan_in, part.fan_out))
-            if rows:
-                counts[rows, columns, str(leaf.dtype)] += part.count
+        for count, *sides in () if spec is None else matrix_shapes(spec, leaf.shape):
+            if min(count, *sides):
+                counts[min(sides), max(sides), str(leaf.dtype)] += count
     if not counts:
         return "Muon trains no matrix here: no cost."
-    lines = [("matrices", "method", "dtype", "one matrix", "all")]
+    rows: list[tuple[str, ...]] = [("matrices", "method", "dtype", "one matrix", "all")]
     total = tokens = 0
-    for (rows, columns, dtype), count in counts.items():
-        resolved = polar.resolve((rows, columns), dtype)
+    for (m, n, dtype), count in counts.items():
+        resolved = polar.resolve((m, n), dtype)
         total += count * resolved.flops
-        tokens += count * rows * columns * _TRAINING_FLOPS
-        lines.append(
-            (
-                f"{count:,} x ({rows}, {columns})",
-                resolved.method,
-                resolved.dtype,
-                "not counted" if resolved.method == "svd" else _flops(resolved.flops),
-                "" if resolved.method == "svd" else _flops(count * resolved.flops),
-            )
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    table = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
+        tokens += count * m * n * _TRAINING_FLOPS
+        costs = "not counted", ""
+        if resolved.method != "svd":
+            costs = _flops(resolved.flops), _flops(count * resolved.flops)
+        rows.append((f"{count:,} x ({m}, {n})", resolved.method, resolved.dtype, *costs))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     summary = f"{counts.total():,} {'matrix' if counts.total() == 1 else 'matrices'}"
     if total:
         summary += (

@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,15 @@ class LeafPlan:
     parts: tuple[Part, ...]
 
 
+class Run(NamedTuple):
+    """Consecutive matrices of one part of one leaf: `part[start:stop]`."""
+
+    leaf: int
+    part: int
+    start: int
+    stop: int
+
+
 def plan_leaf(shape: Sequence[int], spec: MatrixSpec) -> LeafPlan:
     """Plans the matrices of a parameter.
 
@@ -74,20 +84,36 @@ def plan_leaf(shape: Sequence[int], spec: MatrixSpec) -> LeafPlan:
     return LeafPlan(splits=spec.splits, parts=tuple(parts))
 
 
-def parts_by_shape(
-    leaves: Sequence[LeafPlan], dtypes: Sequence[str]
-) -> dict[tuple[int, int, str], list[tuple[int, int, int]]]:
-    """Buckets parts that have entries: `(rows, columns, dtype)` to `(leaf, part, count)` of each.
+def runs_by_shape(
+    leaves: Sequence[LeafPlan], dtypes: Sequence[str], max_bytes: int
+) -> list[tuple[int, list[Run]]]:
+    """Whole parts with entries by shape and dtype: how many matrices `max_bytes` hold, and parts.
 
     Tall matrices are counted as their transposes: Newton-Schulz commutes with transposition.
     """
-    buckets: dict[tuple[int, int, str], list[tuple[int, int, int]]] = {}
+    buckets: dict[tuple[int, int, str], list[Run]] = {}
     for leaf, (plan, dtype) in enumerate(zip(leaves, dtypes, strict=True)):
         for index, part in enumerate(plan.parts):
             if part.count * part.fan_in * part.fan_out:
                 rows, columns = sorted((part.fan_in, part.fan_out))
-                buckets.setdefault((rows, columns, dtype), []).append((leaf, index, part.count))
-    return buckets
+                run = Run(leaf, index, 0, part.count)
+                buckets.setdefault((rows, columns, dtype), []).append(run)
+    return [
+        (max(1, max_bytes // (rows * columns * jnp.dtype(dtype).itemsize)), runs)
+        for (rows, columns, dtype), runs in buckets.items()
+    ]
+
+
+def runs_of(matrices: Sequence[tuple[int, int, int]]) -> tuple[Run, ...]:
+    """The runs of matrices `(leaf, part, number in the part)`, consecutive within each part."""
+    groups = itertools.groupby(matrices, key=lambda matrix: matrix[:2])
+    numbers = [(*part, [number for *_, number in same]) for part, same in groups]
+    return tuple(Run(leaf, part, among[0], among[-1] + 1) for leaf, part, among in numbers)
+
+
+def even_size(total: int, most: int) -> int:
+    """The size of nearly equal slices: 13 under a limit of 8 are 7 and 6, not 8 and 5."""
+    return math.ceil(total / math.ceil(total / most))
 
 
 def to_matrices(x: jax.Array, plan: LeafPlan) -> list[jax.Array]:

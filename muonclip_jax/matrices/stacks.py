@@ -1,39 +1,71 @@
-"""Stacks of same-shaped matrices across a tree, each processed by one batched call.
+"""Same-shaped matrices of a tree in stacks: each one batched call, or on CPUs a loop.
 
 With one Newton-Schulz per leaf, program size grows with the depth of a network; with one per shape
 it does not. A bound on the size of a stack bounds temporary memory.
 """
 
-import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from muonclip_jax.matrices.parts import LeafPlan, from_matrices, parts_by_shape, to_matrices
+from muonclip_jax._devices import device_memory
+from muonclip_jax.matrices.parts import (
+    LeafPlan,
+    Run,
+    even_size,
+    from_matrices,
+    plan_leaf,
+    runs_by_shape,
+    runs_of,
+    to_matrices,
+)
+from muonclip_jax.matrices.sequential import map_sequentially, plan_chunks
+from muonclip_jax.newton_schulz import PolarPlan, apply_polar
+from muonclip_jax.routing import MatrixSpec
+
+# On a CPU a stack is a share of the tree, so that the size of the program does not grow with its
+# depth. Stacks below the second bound save no memory that counts.
+_CPU_STACK_SHARE = 8
+_CPU_STACK_BYTES = 24 * 2**20
+# Newton-Schulz holds a few copies of a stack; a small device has little room beside the parameters.
+_ACCELERATOR_MEMORY_SHARE = 64
 
 
-@dataclass(frozen=True)
-class Run:
-    """Consecutive matrices of one part of one leaf: `part[start:stop]`."""
-
-    leaf: int
-    part: int
-    start: int
-    stop: int
-    transposed: bool
-
-
-@dataclass(frozen=True)
-class StackPlan:
+class StackPlan(NamedTuple):
     """How each leaf is split, and which matrices share a stack: the runs of each stack."""
 
     leaves: tuple[LeafPlan, ...]
     stacks: tuple[tuple[Run, ...], ...]
+
+
+def orthogonalize_on_one_device(
+    polar: PolarPlan,
+    specs: Sequence[MatrixSpec],
+    max_stack_bytes: int,
+    eps: jax.typing.ArrayLike,
+    leaves: Sequence[jax.Array],
+) -> list[jax.Array]:
+    """Replaces every matrix by its polar factor, in stacks of at most `max_stack_bytes`."""
+    plans = [plan_leaf(x.shape, spec) for x, spec in zip(leaves, specs, strict=True)]
+    dtypes = [x.dtype.name for x in leaves]
+    memory = device_memory(str(polar.platform))
+    if memory is not None:
+        max_stack_bytes = min(max_stack_bytes, memory // _ACCELERATOR_MEMORY_SHARE)
+    if polar.platform == "cpu":
+        share = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves) // _CPU_STACK_SHARE
+        chunks = plan_chunks(plans, dtypes, min(max(_CPU_STACK_BYTES, share), max_stack_bytes))
+        return map_sequentially(lambda x: _polar(polar, x, eps), leaves, plans, chunks)
+    stacks = plan_stacks(plans, dtypes, max_stack_bytes)
+    parts = map_parts(lambda x: _polar(polar, x, eps), leaves, stacks)
+    return [from_matrices(x, leaf) for x, leaf in zip(parts, plans, strict=True)]
+
+
+#: An inner jit: matrices of one shape are traced once.
+_polar = jax.jit(apply_polar, static_argnums=0)
 
 
 def plan_stacks(leaves: Sequence[LeafPlan], dtypes: Sequence[str], max_bytes: int) -> StackPlan:
@@ -43,52 +75,28 @@ def plan_stacks(leaves: Sequence[LeafPlan], dtypes: Sequence[str], max_bytes: in
     in no stack.
     """
     stacks = []
-    for (rows, columns, dtype), members in parts_by_shape(leaves, dtypes).items():
-        limit = max(1, max_bytes // (rows * columns * jnp.dtype(dtype).itemsize))
-        runs = [
-            Run(leaf, part, 0, count, leaves[leaf].parts[part].fan_in > rows)
-            for leaf, part, count in members
-        ]
-        stacks += _chunks(runs, limit)
+    for limit, parts in runs_by_shape(leaves, dtypes, max_bytes):
+        matrices = [(run.leaf, run.part, number) for run in parts for number in range(run.stop)]
+        size = even_size(len(matrices), limit)
+        starts = range(0, len(matrices), size)
+        stacks += [runs_of(matrices[start : start + size]) for start in starts]
     return StackPlan(tuple(leaves), tuple(stacks))
-
-
-def map_stacks(
-    function: Callable[[jax.Array], jax.Array], leaves: Sequence[jax.Array], plan: StackPlan
-) -> list[jax.Array]:
-    """Replaces every matrix of the leaves by `function` of its stack `(count, rows, columns)`."""
-    parts = map_parts(function, leaves, plan)
-    return [from_matrices(x, leaf) for x, leaf in zip(parts, plan.leaves, strict=True)]
 
 
 def map_parts(
     function: Callable[[jax.Array], jax.Array], leaves: Sequence[jax.Array], plan: StackPlan
 ) -> list[list[jax.Array]]:
-    """`function` of all stacks, as one array for each part of each leaf."""
+    """`function` of all stacks of wide matrices, as one array for each part of each leaf."""
     parts = [to_matrices(x, leaf) for x, leaf in zip(leaves, plan.leaves, strict=True)]
     # Runs of a part arrive in order of `start`, for that is the order they were planned in.
     done: dict[tuple[int, int], list[jax.Array]] = {}
     for runs in plan.stacks:
         pieces = [lax.slice_in_dim(parts[run.leaf][run.part], run.start, run.stop) for run in runs]
-        wide = [x.mT if run.transposed else x for x, run in zip(pieces, runs, strict=True)]
-        result, start = function(jnp.concatenate(wide)), 0
-        for x, run in zip(pieces, runs, strict=True):
-            y = lax.slice_in_dim(result, start, start + len(x))
-            start += len(x)
-            done.setdefault((run.leaf, run.part), []).append(y.mT if run.transposed else y)
+        tall = [x.shape[-2] > x.shape[-1] for x in pieces]
+        wide = [x.mT if turned else x for x, turned in zip(pieces, tall, strict=True)]
+        results = lax.split(function(jnp.concatenate(wide)), list(map(len, pieces)))
+        for run, turned, y in zip(runs, tall, results, strict=True):
+            done.setdefault((run.leaf, run.part), []).append(y.mT if turned else y)
     for (leaf, part), pieces in done.items():
         parts[leaf][part] = jnp.concatenate(pieces)
     return parts
-
-
-def _chunks(runs: Sequence[Run], limit: int) -> Iterator[tuple[Run, ...]]:
-    total = sum(run.stop for run in runs)
-    # Nearly equal sizes: 13 matrices under a limit of 8 are 7 and 6, not 8 and 5.
-    size = math.ceil(total / math.ceil(total / limit))
-    matrices = [(run, index) for run in runs for index in range(run.stop)]
-    for start in range(0, total, size):
-        by_run = itertools.groupby(matrices[start : start + size], key=lambda pair: pair[0])
-        indices = [(run, [index for _, index in pairs]) for run, pairs in by_run]
-        yield tuple(
-            dataclasses.replace(run, start=among[0], stop=among[-1] + 1) for run, among in indices
-        )

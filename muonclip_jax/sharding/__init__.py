@@ -4,18 +4,18 @@ Left to the partitioner, a replicated matrix is orthogonalised by every device, 
 costs collectives in every Newton-Schulz step. Here the devices share the *matrices*: each gathers
 whole ones, orthogonalises them alone and sends the results back.
 
-First a plan, from shapes, shardings and the mesh, without arrays; then one program that follows it:
-
-1. `reading`, `mesh_shardings`, `dcn_axes`, `zero1`: how the leaves are sharded.
-2. `blocks`, `assignment`, `planning`: which matrices there are and which devices work on which,
-   under a caller's `options`; a frozen `plan`.
-3. `run`, with the all-to-alls in `exchange`.
+1. `reading`, `mesh_shardings`: how the leaves are sharded.
+2. `blocks`, `planning`: which matrices there are and which devices work on which, under a caller's
+   `options`; from shapes, shardings and the mesh, without arrays.
+3. `run` follows the plan, with the all-to-alls in `exchange`.
 """
 
 from muonclip_jax.sharding.mesh_shardings import (
     MeshShardings as MeshShardings,
+    check_momentum as check_momentum,
     on_devices as on_devices,
     place as place,
+    zero1_shardings as zero1_shardings,
 )
 from muonclip_jax.sharding.options import Distribution as Distribution
 from muonclip_jax.sharding.reading import (
@@ -24,7 +24,3 @@ from muonclip_jax.sharding.reading import (
     read_shardings as read_shardings,
 )
 from muonclip_jax.sharding.run import orthogonalize_leaves as orthogonalize_leaves
-from muonclip_jax.sharding.zero1 import (
-    check_momentum as check_momentum,
-    zero1_shardings as zero1_shardings,
-)

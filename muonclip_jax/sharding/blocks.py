@@ -7,15 +7,15 @@ a `Block` keeps the dimensions that sharding separates.
 """
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 from jax import lax
 
 from muonclip_jax._devices import all_gather
-from muonclip_jax.matrices import LeafPlan, Part, join_leaf, plan_leaf, split_leaf
+from muonclip_jax.matrices import LeafPlan, from_matrices, plan_leaf, to_matrices
 from muonclip_jax.routing import MatrixSpec, Split, axes_tuple
 from muonclip_jax.sharding.mesh_shardings import Axes, LeafAxes, Sizes
 
@@ -35,28 +35,21 @@ class Block:
     transposed: bool
 
     @property
-    def dims(self) -> tuple[Dim, ...]:
-        """Rows, then columns."""
-        return self.rows + self.columns
-
-    @property
     def shape(self) -> tuple[int, ...]:
-        """The local lengths."""
-        return tuple(length for length, _ in self.dims)
+        """The local lengths, of rows and of columns."""
+        return tuple(length for length, _ in self.rows + self.columns)
 
     @property
     def axes(self) -> frozenset[str]:
         """All axes that shard the matrix."""
-        return frozenset(axis for _, axes in self.dims for axis in axes)
+        return frozenset(axis for _, axes in self.rows + self.columns for axis in axes)
 
-    def gathered_shape(self, axes: Container[str], sizes: Sizes) -> tuple[int, int]:
+    def gathered_shape(self, axes: Collection[str], sizes: Sizes) -> tuple[int, int]:
         """Rows and columns after gathering the matrix along some axes."""
-        rows, columns = (_length(dims, axes, sizes) for dims in (self.rows, self.columns))
-        return rows, columns
+        return _length(self.rows, axes, sizes), _length(self.columns, axes, sizes)
 
 
-@dataclass(frozen=True)
-class LocalLeaf:
+class LocalLeaf(NamedTuple):
     """A device's piece of a parameter: the matrices inside, and a block for every part of them."""
 
     plan: LeafPlan
@@ -64,42 +57,8 @@ class LocalLeaf:
     #: `(dimension, axes)` along which the piece is gathered first, and its result in the end.
     gathered: tuple[tuple[int, Axes], ...]
     out_gathered: tuple[tuple[int, Axes], ...]
-    #: The dimensions that count matrices, and those of a matrix.
-    batch: tuple[int, ...]
-    own: tuple[int, ...]
-    #: For every part, the order of the latter that makes blocks, after the number of the matrix.
-    permutations: tuple[tuple[int, ...], ...]
     #: The axes along which the matrices themselves differ.
     batch_axes: frozenset[str]
-
-
-def make_block(reduction: Sequence[Dim], output: Sequence[Dim], sizes: Sizes) -> Block:
-    """The block of a wide matrix, from the parameter's own dimensions."""
-    rows, columns = _merged(reduction), _merged(output)
-    if _length(reduction, sizes, sizes) > _length(output, sizes, sizes):
-        return Block(columns, rows, transposed=True)
-    return Block(rows, columns, transposed=False)
-
-
-def _length(dims: Sequence[Dim], gathered: Container[str], sizes: Sizes) -> int:
-    return math.prod(
-        length * math.prod(sizes[axis] for axis in axes if axis in gathered)
-        for length, axes in dims
-    )
-
-
-def _merged(dims: Sequence[Dim]) -> tuple[Dim, ...]:
-    """Dimensions merged where sharding allows it: `(2, tp), (16,)` are `(32, tp)`."""
-    merged: list[Dim] = []
-    for length, axes in dims:
-        if merged and not axes:
-            # An unsharded dimension is contiguous with the one before it.
-            merged[-1] = (merged[-1][0] * length, merged[-1][1])
-        elif merged and merged[-1][0] == 1:
-            merged[-1] = (length, merged[-1][1] + axes)
-        else:
-            merged.append((length, axes))
-    return tuple(merged) or ((1, ()),)
 
 
 def plan_local(
@@ -117,93 +76,91 @@ def plan_local(
     """
     reduction, output = (axes_tuple(dims) for dims in spec.dims)
     splits = {split.axis: split for split in spec.splits}
-    lengths, sharded, gathered = [], [], []
-    for axis, (length, names) in enumerate(zip(shape, in_axes, strict=True)):
-        names = tuple(name for name in names if sizes[name] > 1)
+    dims: list[Dim] = []
+    gathered = []
+    for axis, (length, mesh_axes) in enumerate(zip(shape, in_axes, strict=True)):
+        names = tuple(name for name in mesh_axes if sizes[name] > 1)
         ways = math.prod(sizes[name] for name in names)
         is_gathered = axis in reduction + output and not shared.issuperset(names)
         if axis in splits and ways > 1 and not is_gathered:
-            local_split = _local_split(splits[axis], ways)
-            is_gathered = local_split is None
-            splits[axis] = local_split or splits[axis]
+            split = splits[axis]
+            if split.view is None or split.along == 0 or split.view[0] % ways:
+                is_gathered = True
+            else:  # every shard is split alike
+                view = split.view[0] // ways, *split.view[1:]
+                splits[axis] = Split(axis, split.sizes, view, split.along)
         if is_gathered:
             gathered.append((axis, names))
             names, ways = (), 1
-        lengths.append(length // ways)
-        sharded.append(names)
-    local_spec = MatrixSpec(spec.dims, tuple(splits[split.axis] for split in spec.splits))
-    plan = plan_leaf(lengths, local_spec)
-    blocks = tuple(
-        make_block(
-            [(part.shape[axis], sharded[axis]) for axis in reduction],
-            [(part.shape[axis], sharded[axis]) for axis in output],
-            sizes,
-        )
-        for part in plan.parts
+        dims.append((length // ways, names))
+    plan = plan_leaf([length for length, _ in dims], MatrixSpec(spec.dims, tuple(splits.values())))
+    blocks = []
+    for part in plan.parts:
+        sides = [
+            [(part.shape[axis], dims[axis][1]) for axis in axes] for axes in (reduction, output)
+        ]
+        fan_in, fan_out = (_length(side, sizes, sizes) for side in sides)
+        rows, columns = map(_merged, sides[::-1] if fan_in > fan_out else sides)
+        blocks.append(Block(rows, columns, fan_in > fan_out))
+    batch = set(range(len(shape))).difference(reduction + output)
+    return LocalLeaf(
+        plan,
+        tuple(blocks),
+        tuple(gathered),
+        tuple(
+            (axis, names[len(kept) :])
+            for axis, (names, kept) in enumerate(zip(in_axes, out_axes, strict=True))
+            if len(names) > len(kept)
+        ),
+        frozenset(name for axis in batch for name in dims[axis][1]),
     )
-    batch = tuple(axis for axis in range(len(shape)) if axis not in reduction + output)
-    own = tuple(axis for axis in range(len(shape)) if axis not in batch)
-    permutations = tuple(
-        (0, *(1 + own.index(axis) for axis in dims))
-        for block in blocks
-        for dims in [output + reduction if block.transposed else reduction + output]
-    )
-    differ = frozenset(name for axis in batch for name in sharded[axis])
-    out_gathered = tuple(
-        (axis, names[len(kept) :])
-        for axis, (names, kept) in enumerate(zip(in_axes, out_axes, strict=True))
-        if len(names) > len(kept)
-    )
-    return LocalLeaf(plan, blocks, tuple(gathered), out_gathered, batch, own, permutations, differ)
 
 
-def _local_split(split: Split, ways: int) -> Split | None:
-    """The split of one shard, if it is the same for all shards; else None."""
-    if split.view is None or split.along == 0 or split.view[0] % ways:
-        return None
-    return Split(split.axis, split.sizes, (split.view[0] // ways, *split.view[1:]), split.along)
+def _length(dims: Sequence[Dim], gathered: Collection[str], sizes: Sizes) -> int:
+    ways = (sizes[axis] for _, axes in dims for axis in axes if axis in gathered)
+    return math.prod(length for length, _ in dims) * math.prod(ways)
+
+
+def _merged(dims: Sequence[Dim]) -> tuple[Dim, ...]:
+    """Dimensions merged where sharding allows it: `(2, tp), (16,)` are `(32, tp)`."""
+    merged: list[Dim] = []
+    for length, axes in dims:
+        if merged and not axes:
+            # An unsharded dimension is contiguous with the one before it.
+            merged[-1] = (merged[-1][0] * length, merged[-1][1])
+        elif merged and merged[-1][0] == 1:
+            merged[-1] = (length, merged[-1][1] + axes)
+        else:
+            merged.append((length, axes))
+    return tuple(merged) or ((1, ()),)
 
 
 def local_matrices(x: jax.Array, local: LocalLeaf) -> list[jax.Array]:
-    """The local shard as the matrices of its parts, each `(count, *dimensions)`.
+    """The local shard as the matrices of its parts, each `(count, fan_in, fan_out)`.
 
     `to_blocks` transposes only the selected ones: if the whole shard were transposed, compilers
     would choose that layout for the momentum and the gradient.
     """
     for axis, names in local.gathered:
         x = lax.all_gather(x, names, axis=axis, tiled=True)
-    return [
-        piece.transpose(local.batch + local.own).reshape(part.count, *_own_shape(part, local))
-        for piece, part in zip(split_leaf(x, local.plan.splits), local.plan.parts, strict=True)
-    ]
+    return to_matrices(x, local.plan)
 
 
-def to_blocks(x: jax.Array, local: LocalLeaf, part: int) -> jax.Array:
-    """Some matrices `(n, *dimensions)` of a part as blocks `(n, *block.shape)`."""
-    return x.transpose(local.permutations[part]).reshape(len(x), *local.blocks[part].shape)
+def to_blocks(x: jax.Array, block: Block) -> jax.Array:
+    """Some matrices `(n, fan_in, fan_out)` as blocks `(n, *block.shape)`."""
+    return (x.mT if block.transposed else x).reshape(len(x), *block.shape)
 
 
 def from_blocks(blocks: Sequence[jax.Array], local: LocalLeaf) -> jax.Array:
     """Undoes `local_matrices` and `to_blocks`."""
-    pieces, order = [], local.batch + local.own
-    for x, part, permutation in zip(blocks, local.plan.parts, local.permutations, strict=True):
-        shape = (part.count, *_own_shape(part, local))
-        x = x.reshape([shape[axis] for axis in permutation]).transpose(inverse_of(permutation))
-        x = x.reshape([part.shape[axis] for axis in order]).transpose(inverse_of(order))
-        pieces.append(x)
-    x = join_leaf(pieces, local.plan.splits)
+    parts = []
+    for x, block in zip(blocks, local.blocks, strict=True):
+        x = x.reshape(len(x), *block.gathered_shape((), {}))
+        parts.append(x.mT if block.transposed else x)
+    x = from_matrices(parts, local.plan)
     for axis, names in local.gathered:
         length = x.shape[axis] // lax.axis_size(names)
         x = lax.dynamic_slice_in_dim(x, lax.axis_index(names) * length, length, axis=axis)
     for axis, names in local.out_gathered:
         x = all_gather(x, names, axis)
     return x
-
-
-def _own_shape(part: Part, local: LocalLeaf) -> list[int]:
-    return [part.shape[axis] for axis in local.own]
-
-
-def inverse_of(permutation: Sequence[int]) -> list[int]:
-    """The permutation that undoes another."""
-    return [permutation.index(axis) for axis in range(len(permutation))]

@@ -16,7 +16,6 @@ are sent back the same way, and `(i, 0)` and `(i, 1)` all-gather theirs along `t
 If a matrix is split by columns, a second all-to-all exchanges rows for columns.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -26,9 +25,9 @@ import numpy as np
 from jax import lax
 
 from muonclip_jax._devices import all_gather
-from muonclip_jax.sharding.blocks import Block, inverse_of
-from muonclip_jax.sharding.mesh_shardings import Axes, Sizes
-from muonclip_jax.sharding.plan import Bucket, Exchange
+from muonclip_jax.sharding.blocks import Block
+from muonclip_jax.sharding.mesh_shardings import Axes
+from muonclip_jax.sharding.planning import Bucket, Exchange
 
 # Padding of this size is worth another collective.
 _PADDING_BYTES = 64 * 2**20
@@ -37,7 +36,7 @@ _PADDING_BYTES = 64 * 2**20
 _GATHERED_AT_ONCE = 2**30
 
 
-def gather_matrices(x: jax.Array, block: Block, exchange: Exchange, sizes: Sizes) -> jax.Array:
+def gather_matrices(x: jax.Array, block: Block, exchange: Exchange) -> jax.Array:
     """Gathers a few whole matrices, or columns of them, from blocks of many.
 
     From the blocks that this device sends (`members_sent`), `(slots * n, *block.shape)`, to
@@ -45,134 +44,104 @@ def gather_matrices(x: jax.Array, block: Block, exchange: Exchange, sizes: Sizes
     that shard the matrices. Split matrices have some of the columns, in an order that
     `scatter_results` undoes.
     """
-    sharded, _ = _matrix_axes(block, exchange)
-    x = x.reshape(-1, _size(sharded, sizes), *block.shape)
+    sharded, _, by_rows, replicated = _axes(block, exchange)
+    x = x.reshape(-1, exchange.size(sharded), *block.shape)
     if sharded:
         x = lax.all_to_all(x, sharded, split_axis=1, concat_axis=1, tiled=True)
-    slots = len(x)
-    x = x.reshape(slots, *(sizes[axis] for axis in sharded), *block.shape)
-    x = x.transpose(_interleaved(block, sharded))
-    x = x.reshape(slots, *block.gathered_shape(sharded, sizes))
-    by_rows, replicated = _column_axes(block, exchange)
-    padding = -x.shape[2] % _size(by_rows + replicated, sizes)
+    shape, order = _interleaved(block, sharded, exchange)
+    x = x.reshape(-1, *shape[1:]).transpose(order)
+    x = x.reshape(len(x), *block.gathered_shape(sharded, exchange.sizes))
+    padding = -x.shape[2] % exchange.size(by_rows + replicated)
     x = jnp.pad(x, ((0, 0), (0, 0), (0, padding)))
     if by_rows:
         x = lax.all_to_all(x, by_rows, split_axis=2, concat_axis=1, tiled=True)
     if replicated:
-        width = x.shape[2] // _size(replicated, sizes)
+        width = x.shape[2] // exchange.size(replicated)
         x = lax.dynamic_slice_in_dim(x, lax.axis_index(replicated) * width, width, axis=2)
     return x
 
 
-def scatter_results(
-    x: jax.Array, bucket: Bucket, exchange: Exchange, sizes: Sizes
-) -> list[jax.Array]:
+def scatter_results(x: jax.Array, bucket: Bucket, exchange: Exchange) -> Sequence[jax.Array]:
     """Scatters results to the devices with their blocks; returns the blocks of each run.
 
     Undoes `gather_matrices`.
     """
     block, slots = bucket.block, len(x)
-    sharded, unsharded = _matrix_axes(block, exchange)
-    by_rows, replicated = _column_axes(block, exchange)
+    sharded, unsharded, by_rows, replicated = _axes(block, exchange)
     if replicated:
         x = all_gather(x, replicated, 2)
     if by_rows:
         x = lax.all_to_all(x, by_rows, split_axis=1, concat_axis=2, tiled=True)
-    x = x[:, :, : block.gathered_shape(sharded, sizes)[1]]
-    order = _interleaved(block, sharded)
-    shape = (slots, *(sizes[axis] for axis in sharded), *block.shape)
-    x = x.reshape([shape[axis] for axis in order]).transpose(inverse_of(order))
-    x = x.reshape(slots, _size(sharded, sizes), *block.shape)
+    x = x[:, :, : block.gathered_shape(sharded, exchange.sizes)[1]]
+    shape, order = _interleaved(block, sharded, exchange)
+    x = x.reshape(slots, *(shape[axis] for axis in order[1:])).transpose(np.argsort(order))
+    x = x.reshape(slots, exchange.size(sharded), *block.shape)
     if sharded:
         x = lax.all_to_all(x, sharded, split_axis=1, concat_axis=1, tiled=True)
     lengths = [run.stop - run.start for run in bucket.runs]
-    if not unsharded:
-        return _split(_at_places(x.reshape(-1, *block.shape), bucket), lengths)
+    places = np.flatnonzero(bucket.real)
+
+    def in_order(x: jax.Array) -> jax.Array:
+        """The bucket's matrices, from `(slots, unsharded places, sharded places, ...)`."""
+        axes = unsharded + sharded
+        y = x.reshape(slots, *(exchange.sizes[axis] for axis in axes), *x.shape[3:])
+        order = [0, *(1 + axes.index(axis) for axis in exchange.matrix_axes)]
+        y = y.transpose(*order, *range(len(order), y.ndim)).reshape(-1, *x.shape[3:])
+        return y[: len(places)] if bucket.real.ravel()[: len(places)].all() else y[places]
+
     matrix = math.prod(block.shape) * x.dtype.itemsize
-    places = slots * exchange.groups(sizes)
-    padding = places - len(bucket.places)
-    if places * matrix <= _GATHERED_AT_ONCE and (
-        4 * padding <= places or padding * matrix < _PADDING_BYTES
+    padding = bucket.real.size - len(places)
+    if not unsharded:
+        return lax.split(in_order(x[:, None]), lengths)
+    if bucket.real.size * matrix <= _GATHERED_AT_ONCE and (
+        4 * padding <= bucket.real.size or padding * matrix < _PADDING_BYTES
     ):
-        x = all_gather(x, unsharded, 1, tiled=False)
-        x = _in_order(x, unsharded + sharded, exchange, sizes)
-        return _split(_at_places(x, bucket), lengths)
+        return lax.split(in_order(all_gather(x, unsharded, 1, tiled=False)), lengths)
     # One parameter's results after another, and no padding: each device first gets a piece of every
     # matrix, along a dimension that the devices divide or else the longest one, padded.
-    devices = _size(unsharded, sizes)
+    devices = exchange.size(unsharded)
     axis = max(range(x.ndim - 2), key=lambda i: (block.shape[i] % devices == 0, block.shape[i]))
     length = block.shape[axis]
     x = jnp.pad(x, [(0, -length % devices if i == 2 + axis else 0) for i in range(x.ndim)])
     x = lax.all_to_all(x[:, None], unsharded, split_axis=3 + axis, concat_axis=1, tiled=True)
-    x = _at_places(_in_order(x, unsharded + sharded, exchange, sizes), bucket)
-    pieces = [all_gather(piece, unsharded, 1 + axis) for piece in _split(x, lengths)]
+    pieces = [all_gather(piece, unsharded, 1 + axis) for piece in lax.split(in_order(x), lengths)]
     return [lax.slice_in_dim(piece, 0, length, axis=1 + axis) for piece in pieces]
 
 
-def members_sent(bucket: Bucket, exchange: Exchange, sizes: Sizes) -> tuple[np.ndarray, Axes]:
+def members_sent(bucket: Bucket, exchange: Exchange) -> tuple[np.ndarray, Axes]:
     """The matrices of a bucket that a device sends, by place along the axes that replicate them.
 
     Returns indices of matrices `(places along those axes, slots * places along the sharding axes)`,
     arbitrary for padding; and those axes.
     """
-    sharded, unsharded = _matrix_axes(bucket.block, exchange)
+    sharded, unsharded, *_ = _axes(bucket.block, exchange)
     axes = exchange.matrix_axes
-    place = np.arange(bucket.slots * exchange.groups(sizes))
-    member = np.searchsorted(bucket.places, place).clip(max=len(bucket.places) - 1)
-    member = member.reshape(bucket.slots, *(sizes[axis] for axis in axes))
-    order = [1 + axes.index(axis) for axis in unsharded], [1 + axes.index(axis) for axis in sharded]
-    member = member.transpose([*order[0], 0, *order[1]])
-    return member.reshape(_size(unsharded, sizes), -1), unsharded
+    member = np.maximum(np.cumsum(bucket.real) - 1, 0)
+    member = member.reshape(-1, *(exchange.sizes[axis] for axis in axes))
+    order = [[1 + axes.index(axis) for axis in some] for some in (unsharded, sharded)]
+    member = member.transpose(*order[0], 0, *order[1])
+    return member.reshape(exchange.size(unsharded), -1), unsharded
 
 
-def _at_places(x: jax.Array, bucket: Bucket) -> jax.Array:
-    """The matrices of a bucket, without padding."""
-    count = len(bucket.places)
-    is_first = bucket.places == tuple(range(count))
-    return lax.slice_in_dim(x, 0, count) if is_first else x[np.array(bucket.places)]
+def _axes(block: Block, exchange: Exchange) -> tuple[Axes, Axes, Axes, Axes]:
+    """Matrix axes that shard a matrix, and that replicate it; column axes on rows, and that do.
 
-
-def _split(x: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
-    bounds = itertools.accumulate(lengths, initial=0)
-    return [lax.slice_in_dim(x, *pair) for pair in itertools.pairwise(bounds)]
-
-
-def _in_order(x: jax.Array, axes: Axes, exchange: Exchange, sizes: Sizes) -> jax.Array:
-    """From `(slots, places along some axes, those along others, ...)` to `(places, ...)`."""
-    slots, rest = x.shape[0], x.shape[3:]
-    x = x.reshape(slots, *(sizes[axis] for axis in axes), *rest)
-    order = [1 + axes.index(axis) for axis in exchange.matrix_axes]
-    x = x.transpose([0, *order, *range(1 + len(order), x.ndim)])
-    return x.reshape(-1, *rest)
-
-
-def _matrix_axes(block: Block, exchange: Exchange) -> tuple[Axes, Axes]:
-    """The matrix axes that shard a matrix, and those that replicate it."""
-    sharded = tuple(axis for axis in exchange.matrix_axes if axis in block.axes)
-    return sharded, tuple(axis for axis in exchange.matrix_axes if axis not in block.axes)
-
-
-def _column_axes(block: Block, exchange: Exchange) -> tuple[Axes, Axes]:
-    """The column axes that shard rows now, and those that replicate the matrix.
-
-    Axes that already shard columns need no exchange. `X X^H X` does not depend on the order of
-    columns and rows, as long as it is the same on all devices of a group.
+    Column axes that already shard columns need no exchange. `X X^H X` does not depend on the order
+    of columns and rows, as long as it is the same on all devices of a group.
     """
-    by_rows = {axis for _, axes in block.rows for axis in axes}
+    on_rows = {axis for _, axes in block.rows for axis in axes}
     return (
-        tuple(axis for axis in exchange.column_axes if axis in by_rows),
+        tuple(axis for axis in exchange.matrix_axes if axis in block.axes),
+        tuple(axis for axis in exchange.matrix_axes if axis not in block.axes),
+        tuple(axis for axis in exchange.column_axes if axis in on_rows),
         tuple(axis for axis in exchange.column_axes if axis not in block.axes),
     )
 
 
-def _interleaved(block: Block, sharded: Axes) -> list[int]:
-    """The order of axes that puts every exchanged axis before the dimension that it shards."""
-    order = [0]
-    for number, (_, axes) in enumerate(block.dims):
+def _interleaved(block: Block, sharded: Axes, exchange: Exchange) -> tuple[list[int], list[int]]:
+    """The shape after the exchange, and the order that puts every axis before what it shards."""
+    shape, order = [0, *(exchange.sizes[axis] for axis in sharded), *block.shape], [0]
+    for number, (_, axes) in enumerate(block.rows + block.columns):
         order += [1 + sharded.index(axis) for axis in axes if axis in sharded]
         order.append(1 + len(sharded) + number)
-    return order
-
-
-def _size(axes: Axes, sizes: Sizes) -> int:
-    return math.prod(sizes[axis] for axis in axes)
+    return shape, order

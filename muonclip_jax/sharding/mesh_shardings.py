@@ -1,14 +1,30 @@
-"""`MeshShardings`: a mesh, and which of its axes shard each dimension of each leaf."""
+"""`MeshShardings`: a mesh, and which of its axes shard each dimension of each leaf.
+
+Devices of one slice (a TPU pod, the GPUs of one NVLink domain) communicate over its own network;
+slices communicate over the data-centre network (DCN), tens of times slower. JAX numbers the slices:
+`device.slice_index`. A mesh axis is a DCN axis if all devices along it are in different slices. An
+axis with several devices per slice is not: without it, work would be replicated inside of slices
+too. Process numbers do not help, since one slice has many hosts.
+
+Matrices that are replicated along a DCN axis are not distributed over it: every slice processes all
+of them without communication. Matrices that are sharded over a DCN axis must be sent over it
+anyway; they are distributed over it, which sends less than an all-gather.
+"""
 
 import dataclasses
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from muonclip_jax._devices import entry_axes
+from muonclip_jax._tree import Tree, flatten_with_paths
+from muonclip_jax.routing import MatrixSpec, axes_tuple
 
 #: Names of mesh axes, the slowest first.
 Axes: TypeAlias = tuple[str, ...]
@@ -29,44 +45,26 @@ class MeshShardings:
     #: Those of the axes that cross the network between slices.
     dcn: Axes = ()
 
-    def of(self, leaves: Sequence[int]) -> "MeshShardings":
-        """The shardings of some of the leaves."""
-        return dataclasses.replace(self, leaves=tuple(self.leaves[leaf] for leaf in leaves))
-
     @property
     def inside_manual(self) -> bool:
         """Whether this is inside a `shard_map` over other axes of the mesh."""
-        return AxisType.Manual in self.mesh.axis_types
+        return bool(self.mesh.manual_axes)
 
-    @property
-    def axis_types(self) -> dict[str, AxisType]:
-        """The type of each axis of the mesh."""
-        return dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
-
-    def shardings(self) -> tuple[NamedSharding, ...]:
+    def shardings(self) -> list[NamedSharding]:
         """The leaves' shardings."""
-        return tuple(NamedSharding(self.mesh, spec) for spec in self.specs())
-
-    def specs(self) -> tuple[PartitionSpec, ...]:
-        """The leaves' partition specs."""
-        return tuple(PartitionSpec(*(axes or None for axes in leaf)) for leaf in self.leaves)
+        specs = [PartitionSpec(*(axes or None for axes in leaf)) for leaf in self.leaves]
+        return [NamedSharding(self.mesh, spec) for spec in specs]
 
 
 def place(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     """Reshards `x`, traced or not, for all types of mesh axes."""
     if not isinstance(x, Tracer):
         return jax.device_put(x, on_devices(sharding))
-    kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
-    for kind, move in (
-        (AxisType.Explicit, jax.reshard),
-        (AxisType.Auto, jax.lax.with_sharding_constraint),
-    ):
-        if kind in kinds.values():
-            spec = [
-                tuple(axis for axis in axes if kinds[axis] == kind) or None
-                for axes in axes_of(sharding.spec, x.ndim)
-            ]
-            x = move(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+    mesh, constrain = sharding.mesh, jax.lax.with_sharding_constraint
+    for kind, move in ((mesh.explicit_axes, jax.reshard), (mesh.auto_axes, constrain)):
+        if kind:
+            spec = PartitionSpec(*(axes or None for axes in axes_of(sharding.spec, x.ndim, kind)))
+            x = move(x, NamedSharding(mesh, spec))
     return x
 
 
@@ -92,13 +90,97 @@ def sharding_of(x: object) -> NamedSharding | None:
     return sharding
 
 
-def axes_of(spec: PartitionSpec, rank: int) -> LeafAxes:
-    """The mesh axes that shard each of `rank` dimensions."""
-    entries = entries_of(spec)
-    return tuple(map(entry_axes, entries + (None,) * (rank - len(entries))))
-
-
 def entries_of(spec: PartitionSpec) -> tuple[Any, ...]:
     """The entries of a spec, which JAX does not unpack if it has unreduced axes."""
     # Older specs have no `partitions`.
     return tuple(getattr(spec, "partitions", spec))
+
+
+def axes_of(spec: PartitionSpec, rank: int, among: Axes) -> LeafAxes:
+    """The mesh axes, of those given, that shard each of `rank` dimensions."""
+    entries = entries_of(spec)
+    entries += (None,) * (rank - len(entries))
+    return tuple(tuple(axis for axis in entry_axes(x) if axis in among) for x in entries)
+
+
+def slice_of(device: object) -> int:
+    """The index of a device's slice; 0 if the platform has none."""
+    return getattr(device, "slice_index", None) or 0
+
+
+def dcn_axes(mesh: Mesh | AbstractMesh) -> Axes:
+    """Returns the axes of a mesh along which no two devices are in the same slice.
+
+    An abstract mesh does not know its devices: then no axis is a DCN axis, with a warning where
+    this program has devices of several slices.
+    """
+    if not isinstance(mesh, Mesh):
+        slices = len(set(map(slice_of, jax.devices())))
+        if slices > 1 and mesh.size > 1:
+            warnings.warn(
+                "Muon's matrices are on a mesh with Explicit axes, whose devices cannot be seen "
+                f"while tracing, and this machine's are of {slices} slices: the work may be shared "
+                "across the slow network between them. Pass "
+                "param_shardings=jax.tree.map(lambda x: x.sharding, params), or name the axes "
+                "inside of a slice: distribution=Distribution(axes=(...)).",
+                stacklevel=2,
+            )
+        return ()
+    numbers = np.vectorize(slice_of, otypes=[int])(mesh.devices)
+    return tuple(
+        name
+        for axis, name in enumerate(mesh.axis_names)
+        if numbers.shape[axis] > 1 and np.all(np.diff(np.sort(numbers, axis=axis), axis=axis))
+    )
+
+
+def zero1_shardings(
+    shardings: MeshShardings, shapes: Sequence[tuple[int, ...]], specs: Sequence[MatrixSpec]
+) -> MeshShardings:
+    """Shards the momentum also over mesh axes along which its parameter is replicated (ZeRO-1).
+
+    Only row and column axes that are not split are sharded further, and not over DCN axes. A leaf
+    without a divisible axis keeps the parameter's sharding.
+
+    References:
+        Rajbhandari et al. 2020, "ZeRO", arXiv 1910.02054; Liu et al. 2025, arXiv 2502.16982,
+        Algorithm 1.
+    """
+    sizes, auto = dict(shardings.sizes), set(shardings.mesh.auto_axes)
+    leaves = []
+    for shape, spec, axes in zip(shapes, specs, shardings.leaves, strict=True):
+        splits = {split.axis for split in spec.splits}
+        candidates = [axis for dims in spec.dims for axis in axes_tuple(dims) if axis not in splits]
+        leaf = list(axes)
+        # JAX lists the Explicit axes of a dimension before the Auto ones.
+        for name in sorted(sizes, key=auto.__contains__):
+            if sizes[name] == 1 or name in shardings.dcn or any(name in names for names in leaf):
+                continue
+            lengths = {
+                axis: shape[axis] // math.prod(sizes[other] for other in leaf[axis])
+                for axis in candidates
+                if name in auto or not auto.intersection(leaf[axis])
+            }
+            fitting = [axis for axis, length in lengths.items() if length % sizes[name] == 0]
+            if fitting:
+                longest = max(fitting, key=lengths.__getitem__)
+                leaf[longest] = (*leaf[longest], name)
+        leaves.append(tuple(leaf))
+    return dataclasses.replace(shardings, leaves=tuple(leaves))
+
+
+def check_momentum(momentum: Tree, shardings: MeshShardings) -> None:
+    """Raises a ValueError if Explicit axes shard a momentum differently from its gradient."""
+    explicit = shardings.mesh.explicit_axes
+    leaves = flatten_with_paths(momentum)[0]
+    for (path, leaf), to in zip(leaves, shardings.shardings(), strict=True):
+        known, wanted = sharding_of(leaf), axes_of(to.spec, leaf.ndim, explicit)
+        axes = () if known is None else axes_of(known.spec, leaf.ndim, explicit)
+        # An unsharded dimension takes over the sharding of the gradient's.
+        if any(mine and mine != other for mine, other in zip(axes, wanted, strict=False)):
+            raise ValueError(
+                f"{path}: the Explicit mesh axes shard the momentum's dimensions over {axes}, and "
+                f"with this gradient they must be {wanted}. Give gradients the shardings of the "
+                "parameters: jax.tree.map(lambda g, p: jax.reshard(g, jax.typeof(p).sharding), "
+                "grads, params)."
+            )

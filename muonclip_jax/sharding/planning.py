@@ -6,103 +6,141 @@ is assigned round-robin, in rounds of bounded size. The remaining matrices of al
 assigned longest-first, or split by columns over groups of devices, whichever is faster. Splitting
 costs two collectives of the small Gram matrix per Newton-Schulz step. Matrices that are too large
 for one device are always split.
+
+All devices run one program, so round-robin assignment pads 13 equal matrices on 8 devices to 16,
+and three devices process padding half of the time. With several shapes, the remainders of all are
+assigned together, longest-first, and each device runs the branch of the program for its counts.
 """
 
 import dataclasses
 import functools
+import heapq
 import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax.numpy as jnp
+import numpy as np
 
-from muonclip_jax.matrices import Run
+from muonclip_jax.matrices import Run, even_size, runs_of
 from muonclip_jax.newton_schulz import PolarPlan
 from muonclip_jax.routing import MatrixSpec, axes_tuple
-from muonclip_jax.sharding.assignment import (
-    Assignment,
-    assign_longest_first,
-    assign_round_robin,
-    branches_of,
-)
 from muonclip_jax.sharding.blocks import Block, LocalLeaf, plan_local
 from muonclip_jax.sharding.mesh_shardings import Axes, LeafAxes, Sizes
 from muonclip_jax.sharding.options import Distribution
-from muonclip_jax.sharding.plan import Bucket, Exchange, Job, MeshPlan, Round
+
+#: More branches than this make the program longer than the balance is worth.
+MAX_BRANCHES = 8
 
 #: Rows, columns and dtype of a matrix.
 Kind: TypeAlias = tuple[int, int, str]
-#: Matrices of one kind: what a device holds of each, and its leaf, part and number in the part.
-Members: TypeAlias = list[tuple[Block, int, int, int]]
-Matrices: TypeAlias = Mapping[Kind, Members]
-#: How to share which matrices.
-Rounds: TypeAlias = list[tuple[Exchange, Matrices, Assignment]]
-#: `(rows, columns, dtype, ways)` to the cost of a matrix that is split `ways` ways, in
-#: floating-point operations a device, collectives included.
-Cost: TypeAlias = Callable[[int, int, str, int], float]
+#: What a device holds of a matrix; its leaf, part and number in the part.
+Member: TypeAlias = tuple[Block, int, int, int]
+Matrices: TypeAlias = Mapping[Kind, Sequence[Member]]
+#: Numbers of matrices of every kind for each group of devices: `counts[group][kind]`.
+Counts: TypeAlias = Sequence[Sequence[int]]
 
 
-@functools.lru_cache(maxsize=64)
-def plan_for(
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """How devices share a stack: different matrices along some mesh axes, columns along others."""
+
+    matrix_axes: Axes
+    column_axes: Axes
+    sizes: Sizes
+
+    def size(self, axes: Axes) -> int:
+        """Number of devices along some axes."""
+        return math.prod(self.sizes[axis] for axis in axes)
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of devices; each group has its own matrices."""
+        return self.size(self.matrix_axes)
+
+    @property
+    def ways(self) -> int:
+        """Number of devices over which each matrix is split."""
+        return self.size(self.column_axes)
+
+
+class Bucket(NamedTuple):
+    """Matrices of one shape that are sharded in the same way and are sent together."""
+
+    block: Block
+    runs: tuple[Run, ...]
+    #: Whether `(slot, group of devices)` has a matrix: in this order, the others are padding.
+    real: np.ndarray
+
+
+#: Matrices of one shape that are worked on together, by how they are sharded.
+Job: TypeAlias = list[Bucket]
+Round: TypeAlias = tuple[Exchange, list[Job]]
+#: An exchange, matrices of some kinds, and who works on how many of them.
+_Share: TypeAlias = tuple[Exchange, Matrices, Counts]
+
+
+def plan_tree(
     polar: PolarPlan,
-    shapes: tuple[tuple[tuple[int, ...], str], ...],
-    specs: tuple[MatrixSpec, ...],
-    in_axes: tuple[LeafAxes, ...],
-    out_axes: tuple[LeafAxes, ...],
-    sizes: tuple[tuple[str, int], ...],
+    shapes: Sequence[tuple[tuple[int, ...], str]],
+    specs: Sequence[MatrixSpec],
+    in_axes: Sequence[LeafAxes],
+    out_axes: Sequence[LeafAxes],
+    sizes: Sizes,
     options: Distribution,
     dcn: Axes = (),
-) -> MeshPlan:
-    """Plans the distribution of the matrices of a tree over a mesh.
+) -> tuple[list[LocalLeaf], list[Round]]:
+    """Plans the distribution of the matrices of a tree over a mesh, in sequential rounds.
 
     `shapes` has the shape and dtype of each leaf; `in_axes` the mesh axes that shard its
     dimensions, `out_axes` those of its result, prefixes of them.
     """
-    lengths = dict(sizes)
     for axis in options.axes or ():
-        if axis not in lengths:
+        if axis not in sizes:
             raise ValueError(
                 f"Distribution's axes={options.axes} name {axis!r}, and the mesh has the axes "
-                f"{', '.join(map(repr, lengths))}. Name some of those, or pass None for all."
+                f"{', '.join(map(repr, sizes))}. Name some of those, or pass None for all."
             )
     leaves: list[LocalLeaf] = []
-    pools: dict[tuple[Axes, frozenset[str]], dict[Kind, Members]] = {}
+    pools: dict[tuple[Axes, frozenset[str]], dict[Kind, list[Member]]] = {}
     for leaf, ((shape, dtype), spec) in enumerate(zip(shapes, specs, strict=True)):
-        shared = _sharing_axes(lengths, dcn, options.axes, in_axes[leaf], spec)
-        local = plan_local(shape, spec, in_axes[leaf], out_axes[leaf], shared, lengths)
+        dims = [axis for side in spec.dims for axis in axes_tuple(side)]
+        sharded = {name for axis in dims for name in in_axes[leaf][axis]}
+        # Not along DCN axes that replicate its matrices.
+        useful = [name for name in sizes if name not in dcn or name in sharded]
+        shared = frozenset(useful if options.axes is None else options.axes)
+        local = plan_local(shape, spec, in_axes[leaf], out_axes[leaf], shared, sizes)
         leaves.append(local)
         apart = shared - local.batch_axes
-        axes = tuple(name for name, size in sizes if size > 1 and name in apart)
+        axes = tuple(name for name, size in sizes.items() if size > 1 and name in apart)
         pool = pools.setdefault((axes, local.batch_axes), {})
         for number, (part, block) in enumerate(zip(local.plan.parts, local.blocks, strict=True)):
-            rows, columns = block.gathered_shape(lengths, lengths)
+            rows, columns = block.gathered_shape(sizes, sizes)
             if rows * columns * part.count:
                 members = pool.setdefault((rows, columns, dtype), [])
                 members += [(block, leaf, number, index) for index in range(part.count)]
     cost = functools.partial(_cost, polar, options)
-    rounds = [
-        _make_round(*arguments)
-        for (axes, _), pool in pools.items()
-        for arguments in _plan_pool(pool, axes, lengths, options, cost)
+    rounds = []
+    for (axes, _), pool in pools.items():
+        rounds += _plan_pool(pool, _exchanges(axes, sizes), cost, options)
+    return leaves, rounds
+
+
+def _exchanges(axes: Axes, sizes: Sizes) -> list[Exchange]:
+    """All choices of axes to split columns: fewest devices first, then the last, fastest axes."""
+    exchanges = [
+        Exchange(tuple(axis for axis in axes if axis not in columns), columns, sizes)
+        for number in range(len(axes) + 1)
+        for columns in itertools.combinations(axes, number)
     ]
-    return MeshPlan(sizes, tuple(leaves), tuple(rounds))
+    return sorted(exchanges, key=lambda x: (x.ways, [-axes.index(a) for a in x.column_axes[::-1]]))
 
 
-def _sharing_axes(
-    sizes: Sizes, dcn: Axes, chosen: Axes | None, leaf: LeafAxes, spec: MatrixSpec
-) -> frozenset[str]:
-    """The mesh axes over which a leaf is distributed: not DCN axes that replicate its matrices."""
-    if chosen is not None:
-        return frozenset(chosen)
-    sharded = {name for dims in spec.dims for axis in axes_tuple(dims) for name in leaf[axis]}
-    return frozenset(name for name in sizes if name not in dcn or name in sharded)
-
-
-def _cost(
-    polar: PolarPlan, options: Distribution, rows: int, columns: int, dtype: str, ways: int
-) -> float:
+def _cost(polar: PolarPlan, options: Distribution, kind: Kind, ways: int) -> float:
+    """Cost of a matrix split `ways` ways, in FLOPs a device, collectives included."""
+    rows, columns, dtype = kind
     if polar.method == "svd":
         return math.inf if ways > 1 else float(rows * rows * columns)
     if ways == 1:
@@ -114,135 +152,132 @@ def _cost(
 
 
 def _plan_pool(
-    pool: Matrices, axes: Axes, sizes: Sizes, options: Distribution, cost: Cost
-) -> Rounds:
-    rounds: Rounds = []
-    even: dict[Kind, Members] = {}
-    left: dict[Kind, Members] = {}
-    limits: dict[Kind, int] = {}
-    exchanges = _exchanges(axes, sizes)
+    pool: Matrices,
+    exchanges: Sequence[Exchange],
+    cost: Callable[[Kind, int], float],
+    options: Distribution,
+) -> list[Round]:
+    """Plans the rounds of a pool; `cost` is that of a kind of matrix, split a number of ways."""
+
+    def stack_limit(kind: Kind, ways: int) -> tuple[int, int]:
+        size = kind[0] * kind[1] * jnp.dtype(kind[2]).itemsize
+        return size, max(1, options.max_stack_bytes * ways // size)
+
+    def round_robin(exchange: Exchange, matrices: Matrices) -> list[_Share]:
+        return [
+            (exchange, {kind: members}, assign_round_robin(len(members), exchange.groups))
+            for kind, members in matrices.items()
+            if members
+        ]
+
+    def longest_first(exchange: Exchange, matrices: Matrices) -> list[_Share]:
+        ways = exchange.ways
+        costs = [cost(kind, ways) for kind in matrices]
+        limits = [stack_limit(kind, 1)[1] * ways for kind in matrices]
+        numbers = list(map(len, matrices.values()))
+        return [(exchange, matrices, assign_longest_first(numbers, costs, exchange.groups, limits))]
+
+    def makespan(shares: Sequence[_Share]) -> float:
+        """Cost of the busiest group of devices, in all rounds."""
+        total = 0.0
+        for exchange, matrices, counts in shares:
+            if len(set(map(tuple, counts))) > MAX_BRANCHES:
+                return math.inf
+            costs = [cost(kind, exchange.ways) for kind in matrices]
+            total += max(sum(n * c for n, c in zip(row, costs, strict=True) if n) for row in counts)
+        return total
+
+    shares: list[_Share] = []
+    even: dict[Kind, Sequence[Member]] = {}
+    left: dict[Kind, Sequence[Member]] = {}
     for kind, members in pool.items():
         # Matrices that are sharded alike are neighbours, and so are sent together.
         members = sorted(members, key=lambda member: repr(member[0]))
-        rows, columns, dtype = kind
-        size = rows * columns * jnp.dtype(dtype).itemsize
-        exchange = min(
-            exchanges, key=lambda it: max(size / it.ways(sizes), options.max_matrix_bytes)
-        )
-        ways, groups = exchange.ways(sizes), exchange.groups(sizes)
-        limit = max(1, options.max_stack_bytes * ways // size)
+        size, _ = stack_limit(kind, 1)
+        exchange = min(exchanges, key=lambda x: max(size / x.ways, options.max_matrix_bytes))
+        groups, (_, limit) = exchange.groups, stack_limit(kind, exchange.ways)
         # Nearly equal rounds; a shorter one comes last, with the leftovers.
-        depth = math.ceil(len(members) / groups)
-        length = math.ceil(depth / math.ceil(depth / limit)) * groups
+        length = even_size(math.ceil(len(members) / groups), limit) * groups
         parts = [members[start : start + length] for start in range(0, len(members), length)]
-        if ways == 1:
+        if exchange.ways == 1:
             last = parts.pop()
             stop = len(last) // groups * groups
-            even[kind], left[kind], limits[kind] = last[:stop], last[stop:], limit
-        rounds += [
-            (exchange, {kind: part}, assign_round_robin(len(part), 1.0, groups)) for part in parts
-        ]
-    return rounds + _last_rounds(even, left, limits, exchanges, sizes, cost)
-
-
-def _last_rounds(
-    even: Matrices,
-    left: Matrices,
-    limits: Mapping[Kind, int],
-    exchanges: Sequence[Exchange],
-    sizes: Sizes,
-    cost: Cost,
-) -> Rounds:
-    """The fastest rounds for the last full round-robin round and the remaining matrices."""
-
-    def round_robin(exchange: Exchange, matrices: Matrices) -> tuple[float, Rounds]:
-        ways, groups = exchange.ways(sizes), exchange.groups(sizes)
-        rounds: Rounds = [
-            (exchange, {kind: x}, assign_round_robin(len(x), cost(*kind, ways), groups))
-            for kind, x in matrices.items()
-            if x
-        ]
-        return sum(assignment.makespan for *_, assignment in rounds), rounds
-
-    def longest_first(exchange: Exchange, matrices: Matrices) -> tuple[float, Rounds]:
-        ways, groups = exchange.ways(sizes), exchange.groups(sizes)
-        assigned = assign_longest_first(
-            list(map(len, matrices.values())),
-            [cost(*kind, ways) for kind in matrices],
-            groups,
-            [limits[kind] * ways for kind in matrices],
-        )
-        if assigned is None:
-            return math.inf, []
-        return assigned.makespan, [(exchange, matrices, assigned)]
-
-    whole = exchanges[0]
-    together = {kind: even[kind] + left[kind] for kind in even}
-    evenly, rounds = round_robin(whole, even)
-    left = {kind: members for kind, members in left.items() if members}
+            even[kind], left[kind] = last[:stop], last[stop:]
+        for part in parts:
+            shares += round_robin(exchange, {kind: part})
     # On a tie the first: it has no branches, and no collectives between the steps.
-    choices = [round_robin(whole, together), longest_first(whole, together)]
-    for exchange in exchanges:
-        for assign in (round_robin, longest_first):
-            makespan, last = assign(exchange, left)
-            choices.append((evenly + makespan, rounds + last))
-    return min(choices, key=lambda choice: choice[0])[1]
-
-
-def _exchanges(axes: Axes, sizes: Sizes) -> list[Exchange]:
-    """All choices of axes to split columns: fewest devices first, then the last, fastest axes."""
-    choices = [
-        Exchange(tuple(axis for axis in axes if axis not in columns), columns)
-        for number in range(len(axes) + 1)
-        for columns in itertools.combinations(axes, number)
+    together = {kind: [*even[kind], *left[kind]] for kind in even}
+    left = {kind: members for kind, members in left.items() if members}
+    choices = [assign(exchanges[0], together) for assign in (round_robin, longest_first)]
+    choices += [
+        round_robin(exchanges[0], even) + assign(exchange, left)
+        for exchange in exchanges
+        for assign in (round_robin, longest_first)
     ]
-    return sorted(
-        choices,
-        key=lambda it: (it.ways(sizes), [-axes.index(axis) for axis in it.column_axes[::-1]]),
-    )
+    return [
+        (exchange, [_fill(members, counts, k) for k, members in enumerate(matrices.values())])
+        for exchange, matrices, counts in shares + min(choices, key=makespan)
+    ]
 
 
-def _make_round(exchange: Exchange, matrices: Matrices, assignment: Assignment) -> Round:
-    """The round in which devices work on the given matrices."""
-    counts = assignment.counts
-    if len(matrices) == 1:
-        branches, branch = (max(counts),), (0,) * len(counts)
-    else:
-        branches, branch = branches_of(counts)
-    jobs = tuple(
-        _make_job(kind, members, [row[number] for row in counts])
-        for number, (kind, members) in enumerate(matrices.items())
-    )
-    return Round(exchange, jobs, branches, branch)
+def assign_round_robin(count: int, groups: int) -> Counts:
+    """Assigns equal matrices evenly: five on three groups are 2, 2 and 1."""
+    most, full = -(-count // groups), count % groups or groups
+    return [(most,)] * full + [(most - 1,)] * (groups - full)
 
 
-def _make_job(kind: Kind, members: Members, counts: Sequence[int]) -> Job:
-    """Assigns matrices one by one to the groups of devices, filling slots in order."""
-    groups = range(len(counts))
-    order = iter(group for slot in range(max(counts)) for group in groups if slot < counts[group])
-    buckets, slots, offset = [], [[] for _ in groups], 0
+def assign_longest_first(
+    numbers: Sequence[int], costs: Sequence[float], groups: int, limits: Sequence[int]
+) -> Counts:
+    """Assigns the costliest matrices first, each to the group with the least work so far.
+
+    `numbers`, `costs` and `limits` have an entry for each kind of matrix: their number, the cost of
+    one, and the maximum number per group.
+
+    Example:
+        >>> assign_longest_first([3, 2], [1.0, 2.0], 4, [3, 3])
+        [[2, 0], [1, 0], [0, 1], [0, 1]]
+
+    References:
+        Graham 1969, "Bounds on multiprocessing timing anomalies".
+    """
+    assigned = [[0] * len(numbers) for _ in range(groups)]
+    loads = [(0.0, group) for group in range(groups)]
+    for kind in sorted(range(len(numbers)), key=lambda kind: -costs[kind]):
+        full: list[tuple[float, int]] = []
+        for _ in range(numbers[kind]):
+            load, group = heapq.heappop(loads)
+            assigned[group][kind] += 1
+            is_full = assigned[group][kind] == limits[kind]
+            heapq.heappush(full if is_full else loads, (load + costs[kind], group))
+        loads += full
+        heapq.heapify(loads)
+    # Equal groups side by side keep consecutive matrices together.
+    return sorted(assigned, reverse=True)
+
+
+def _fill(members: Sequence[Member], counts: Counts, kind: int) -> Job:
+    """Assigns matrices of a kind one by one to the groups of devices, filling slots in order."""
+    shares = np.array([row[kind] for row in counts])
+    _, order = np.nonzero(np.arange(max(shares))[:, None] < shares)
+    buckets, start = [], 0
     for block, same in itertools.groupby(members, key=lambda member: member[0]):
-        runs = _runs(block, [where for _, *where in same])
-        shares = Counter(itertools.islice(order, sum(run.stop - run.start for run in runs)))
-        depth = max(shares.values())
-        places = tuple(
-            slot * len(groups) + group
-            for slot in range(depth)
-            for group in groups
-            if slot < shares[group]
-        )
-        buckets.append(Bucket(block, runs, depth, places))
-        for group in groups:
-            slots[group] += range(offset, offset + shares[group])
-        offset += depth
-    return Job(kind[:2], kind[2], tuple(buckets), tuple(map(tuple, slots)))
+        matrices = [member[1:] for member in same]
+        mine = np.bincount(order[start : start + len(matrices)], minlength=len(shares))
+        buckets.append(Bucket(block, runs_of(matrices), np.arange(max(mine))[:, None] < mine))
+        start += len(matrices)
+    return buckets
 
 
-def _runs(block: Block, matrices: Sequence[Sequence[int]]) -> tuple[Run, ...]:
-    runs: list[Run] = []
-    for leaf, part, index in matrices:
-        if runs and (runs[-1].leaf, runs[-1].part, runs[-1].stop) == (leaf, part, index):
-            runs[-1] = dataclasses.replace(runs[-1], stop=index + 1)
-        else:
-            runs.append(Run(leaf, part, index, index + 1, block.transposed))
-    return tuple(runs)
+def branches_of(jobs: Sequence[Job]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """The different numbers of matrices of each job that a group has, and the branch of each group.
+
+    Groups without matrices run the most frequent branch: waiting would not be faster, and one
+    branch alone needs no conditional. Of one job alone, all groups also process its padding.
+    """
+    counts = [sum(bucket.real.sum(0) for bucket in job) for job in jobs]
+    rows = [tuple(map(int, row)) for row in np.transpose(counts)]
+    if len(jobs) == 1:
+        rows = [max(rows)] * len(rows)
+    branches = [row for row, _ in Counter(row for row in rows if any(row)).most_common()]
+    return branches, [branches.index(row) if any(row) else 0 for row in rows]

@@ -11,16 +11,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import jax
-import numpy as np
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from muonclip_jax._tree import Tree, flatten_with_paths, tree_from
-from muonclip_jax.sharding.dcn_axes import dcn_axes
 from muonclip_jax.sharding.mesh_shardings import (
     Axes,
     MeshShardings,
     axes_of,
+    dcn_axes,
     entries_of,
     sharding_of,
 )
@@ -49,13 +48,13 @@ def read_shardings(
         ValueError: As in `align_shardings`; also if leaves are on different devices or meshes, or
             are unreduced over mesh axes, or required shardings are unknown.
     """
-    leaves = flatten_with_paths(tree)[0]
-    seen: list[PlacedLeaf] = [(path, leaf, sharding_of(leaf)) for path, leaf in leaves]
+    seen: list[PlacedLeaf] = [(at, x, sharding_of(x)) for at, x in flatten_with_paths(tree)[0]]
     _check_devices(seen)
     mesh = next((sharding.mesh for *_, sharding in seen if sharding), None)
     if param_shardings is None:
-        unseen = () if mesh is None else _unseen_axes(mesh, seen, warn, required_by)
-        shardings = None if mesh is None else _mesh_shardings(mesh, mesh, seen, unseen)
+        if mesh is None:
+            return None
+        shardings = _mesh_shardings(mesh, mesh, seen, _unseen_axes(mesh, seen, warn, required_by))
         if shardings is not None:
             _check_one_mesh(seen)
         return shardings
@@ -82,17 +81,16 @@ def _unseen_axes(
     mesh: Mesh | AbstractMesh, seen: Sequence[PlacedLeaf], warn: bool, required_by: str
 ) -> Axes:
     """The Auto axes of a mesh if leaves are traced, since their types do not contain them."""
-    if not any(isinstance(leaf, Tracer) for _, leaf, _ in seen):
+    auto = tuple(axis for axis in mesh.auto_axes if mesh.shape[axis] > 1)
+    if not auto or not any(isinstance(leaf, Tracer) for _, leaf, _ in seen):
         return ()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    auto = tuple(axis for axis, kind in kinds if kind == AxisType.Auto and mesh.shape[axis] > 1)
-    if auto and required_by:
+    if required_by:
         raise ValueError(
             f"{required_by} needs the shardings of the parameters, which are not known "
             f"while tracing on a mesh with Auto axes {auto}. Pass "
             "param_shardings=jax.tree.map(lambda x: x.sharding, params)."
         )
-    if auto and warn:
+    if warn:
         warnings.warn(
             f"Muon's matrices are on a mesh of {mesh.size} devices with Auto axes {auto}, where "
             "their shardings cannot be seen while tracing: every device may repeat all of the "
@@ -115,20 +113,14 @@ def _mesh_shardings(
     Explicit axes matter even if all have size one: they are in the types of the arrays, so the
     program of one device must run where they are manual.
     """
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    ours: Axes = tuple(
-        axis for axis, kind in kinds.items() if kind != AxisType.Manual and axis not in unseen
-    )
-    if all(kinds[axis] != AxisType.Explicit and mesh.shape[axis] == 1 for axis in ours):
+    ours = tuple(axis for axis in mesh.axis_names if axis not in (*mesh.manual_axes, *unseen))
+    if all(axis not in mesh.explicit_axes and mesh.shape[axis] == 1 for axis in ours):
         return None
     return MeshShardings(
         mesh,
         tuple((axis, mesh.shape[axis]) for axis in ours),
         tuple(
-            tuple(
-                tuple(axis for axis in axes if axis in ours)
-                for axes in axes_of(sharding.spec if sharding else PartitionSpec(), leaf.ndim)
-            )
+            axes_of(sharding.spec if sharding else PartitionSpec(), leaf.ndim, ours)
             for _, leaf, sharding in leaves
         ),
         tuple(axis for axis in dcn_axes(devices) if axis in ours),
@@ -157,7 +149,8 @@ def _check_one_mesh(leaves: Sequence[PlacedLeaf], prefix: str = "") -> None:
             meshes.setdefault(sharding.mesh, prefix + path)
     # Those that know their devices first, so that the others' are compared with them.
     ordered = sorted(meshes, key=lambda mesh: not isinstance(mesh, Mesh))
-    for first, other in zip(ordered[:1] * len(ordered), ordered, strict=True):
+    for other in ordered[1:]:
+        first = ordered[0]
         if other.axis_types != first.axis_types or _differ(other, first):
             raise ValueError(
                 f"{meshes[first]} is on the mesh {_describe(first)}, and {meshes[other]} on "
@@ -169,14 +162,13 @@ def _differ(mesh: Mesh | AbstractMesh, other: Mesh | AbstractMesh) -> bool:
     """Whether axes differ, or the order of devices if both meshes are concrete."""
     if tuple(mesh.shape.items()) != tuple(other.shape.items()):
         return True
-    if mesh is other or not (isinstance(mesh, Mesh) and isinstance(other, Mesh)):
-        return False
-    return np.asarray(mesh.devices).tolist() != np.asarray(other.devices).tolist()
+    if isinstance(mesh, Mesh) and isinstance(other, Mesh):
+        return mesh.devices.tolist() != other.devices.tolist()
+    return False
 
 
 def _describe(mesh: Mesh | AbstractMesh) -> str:
-    known = isinstance(mesh, Mesh)
-    return f"{mesh}, devices {_ids(np.asarray(mesh.devices).flat)}" if known else str(mesh)
+    return f"{mesh}, devices {_ids(mesh.devices.flat)}" if isinstance(mesh, Mesh) else str(mesh)
 
 
 def _ids(devices: Iterable[jax.Device]) -> str:
@@ -250,7 +242,7 @@ def _checked(path: str, shape: tuple[int, ...], entry: object) -> NamedSharding 
             f"dimensions, and the parameter has shape {shape}. Write a PartitionSpec with at most "
             f"{len(shape)} entries."
         )
-    for number, axes in enumerate(axes_of(entry.spec, len(shape))):
+    for number, axes in enumerate(axes_of(entry.spec, len(shape), entry.mesh.axis_names)):
         ways = math.prod(entry.mesh.shape[axis] for axis in axes)
         if shape[number] % ways:
             raise ValueError(

@@ -1,5 +1,6 @@
 """Matrices in stacks, or one after another: bounds, exact results, the memory of one chunk."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,8 +10,9 @@ import pytest
 
 from muonclip_jax.matrices import (
     Run,
+    from_matrices,
+    map_parts,
     map_sequentially,
-    map_stacks,
     plan_chunks,
     plan_leaf,
     plan_stacks,
@@ -37,20 +39,18 @@ def leaves_of() -> list[jax.Array]:
     return normal_tree([shape for shape, _ in SHAPES.values()], 0)
 
 
-def count(stack: tuple[Run, ...]) -> int:
-    return sum(run.stop - run.start for run in stack)
+def counts(stacks: Sequence[Sequence[Run]]) -> list[int]:
+    return [sum(run.stop - run.start for run in stack) for stack in stacks]
 
 
 def test_a_chunk_or_stack_keeps_its_bound_and_has_one_dtype_and_tall_and_wide_share_it():
-    chunks = plan_chunks(LEAVES, FLOATS, 3 * MATRIX)
-    assert [chunk.counts for chunk in chunks] == [(5,), (5,), (1, 1, 1), (1, 1), (1,)]
-    chunks = plan_chunks(LEAVES, ONE_BFLOAT16, MATRIX)
-    assert sorted(chunk.counts for chunk in chunks) == 6 * [(1,)] + 2 * [(5,)]
+    assert counts(plan_chunks(LEAVES, FLOATS, 3 * MATRIX)) == [5, 5, 3, 2, 1]
+    assert sorted(counts(plan_chunks(LEAVES, ONE_BFLOAT16, MATRIX))) == 6 * [1] + 2 * [5]
     stacks = plan_stacks(LEAVES, ONE_BFLOAT16, 10**9).stacks
-    assert [(runs[0].leaf, count(runs)) for runs in stacks] == [(0, 14), (2, 1), (6, 1)]
-    for most, counts in ((1, [1] * 15), (2, [2] * 7 + [1]), (8, [8, 7]), (15, [15])):
-        stacks = plan_stacks(LEAVES, FLOATS, most * MATRIX).stacks
-        assert list(map(count, stacks)) == [*counts, 1]
+    assert [runs[0].leaf for runs in stacks] == [0, 2, 6]
+    assert counts(stacks) == [14, 1, 1]
+    for most, expected in ((1, [1] * 15), (2, [2] * 7 + [1]), (8, [8, 7]), (15, [15])):
+        assert counts(plan_stacks(LEAVES, FLOATS, most * MATRIX).stacks) == [*expected, 1]
 
 
 def largest(x: jax.Array) -> jax.Array:
@@ -61,7 +61,9 @@ WAYS: dict[str, Any] = {
     "sequentially": lambda leaves, most: map_sequentially(
         largest, leaves, LEAVES, plan_chunks(LEAVES, FLOATS, most)
     ),
-    "stacks": lambda leaves, most: map_stacks(largest, leaves, plan_stacks(LEAVES, FLOATS, most)),
+    "stacks": lambda leaves, most: map(
+        from_matrices, map_parts(largest, leaves, plan_stacks(LEAVES, FLOATS, most)), LEAVES
+    ),
 }
 
 
@@ -69,7 +71,7 @@ WAYS: dict[str, Any] = {
 @pytest.mark.parametrize(("max_bytes", "jitted"), [(1, False), (300, True), (10**9, True)])
 def test_every_matrix_is_replaced_by_its_own_result(way: str, max_bytes: int, jitted: bool):
     def run(leaves: list[jax.Array]) -> list[jax.Array]:
-        return WAYS[way](leaves, max_bytes)
+        return list(WAYS[way](leaves, max_bytes))
 
     leaves = leaves_of()
     got = (jax.jit(run) if jitted else run)(leaves)

@@ -8,7 +8,7 @@ from jax.sharding import Mesh, PartitionSpec as P
 import muonclip_jax as mc
 from benchmarks.hlo import device_groups
 from muonclip_jax.routing import MatrixSpec
-from muonclip_jax.sharding.dcn_axes import dcn_axes
+from muonclip_jax.sharding.mesh_shardings import dcn_axes
 from tests.sharding.cases import EXPLICIT, Case, mesh_of
 
 AXES = ("slice", "fsdp")
@@ -17,7 +17,9 @@ AXES = ("slice", "fsdp")
 @pytest.fixture
 def two_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Devices 0 to 3 are one slice, 4 to 7 another."""
-    monkeypatch.setattr("muonclip_jax.sharding.dcn_axes.slice_of", lambda device: device.id // 4)
+    monkeypatch.setattr(
+        "muonclip_jax.sharding.mesh_shardings.slice_of", lambda device: device.id // 4
+    )
 
 
 def test_a_platform_without_slices_has_no_dcn_axis():

@@ -13,9 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from muonclip_jax.newton_schulz import plan_polar
 from muonclip_jax.routing import MatrixSpec, Split, axes_tuple
 from muonclip_jax.sharding import Distribution, orthogonalize_leaves, read_shardings
-from muonclip_jax.sharding.assignment import assign_longest_first, assign_round_robin
-from muonclip_jax.sharding.plan import MeshPlan
-from muonclip_jax.sharding.planning import plan_for
+from muonclip_jax.sharding.planning import assign_longest_first, branches_of, plan_tree
 from tests.helpers import TOLERANCE, polynomial_of_singular_values
 
 SIZES = (("fsdp", 4), ("tp", 2))
@@ -58,27 +56,32 @@ OPTIONS = {
 LARGE, SMALL = ((8, 32), MatrixSpec(), (FSDP, TP)), ((8, 8), MatrixSpec(), ((), FSDP))
 
 
-def plan_of(
-    leaves: list[tuple[Any, ...]], options: Distribution | None = None, sizes: Any = SIZES
-) -> MeshPlan:
+def plan_of(leaves: list[tuple[Any, ...]], options: Distribution | None = None, sizes: Any = SIZES):
+    """The local leaves; and the exchange, shapes, branches of each round."""
     shapes, specs, axes = zip(*leaves, strict=True)
-    shapes = tuple((shape, "float32") for shape in shapes)
-    return plan_for(POLAR, shapes, specs, axes, axes, sizes, options or Distribution())
+    shapes = [(shape, "float32") for shape in shapes]
+    options = options or Distribution()
+    local, rounds = plan_tree(POLAR, shapes, specs, axes, axes, dict(sizes), options)
+    return local, [
+        (
+            exchange,
+            [bucket.block.gathered_shape(dict(sizes), dict(sizes)) for bucket, *_ in jobs],
+            branches_of(jobs)[0],
+        )
+        for exchange, jobs in rounds
+    ]
 
 
 def flops(*shape: int) -> float:
     return POLAR.resolve(shape, "float32").flops
 
 
-def load(plan: MeshPlan) -> float:
+def load(rounds: Any) -> float:
     """FLOPs of the busiest device."""
     return sum(
-        max(
-            sum(n * flops(*job.shape) for n, job in zip(branch, round_.jobs, strict=True))
-            for branch in round_.branches
-        )
-        / round_.exchange.ways(dict(plan.sizes))
-        for round_ in plan.rounds
+        max(np.dot(branch, [flops(*shape) for shape in shapes]) for branch in branches)
+        / exchange.ways
+        for exchange, shapes, branches in rounds
     )
 
 
@@ -104,33 +107,31 @@ LLAMA = (
     ],
 )
 def test_the_busiest_device(leaves: list[Any], expected: float):
-    assert load(plan_of(leaves)) == expected
+    assert load(plan_of(leaves)[1]) == expected
 
 
 def test_few_large_matrices_are_split_over_the_fast_axis():
     """Llama 7B's shapes on 512 devices: 96 and 72 matrices, too few to give everyone one."""
     options = Distribution(flops_per_byte=1000.0)
-    plan = plan_of(LLAMA, options, (("fsdp", 128), ("tp", 4)))
-    (round_,) = plan.rounds
-    assert round_.exchange.column_axes == TP
-    assert load(plan) < 1.1 * (96 * flops(4096, 4096) + 72 * flops(4096, 11008)) / 512
+    _, rounds = plan_of(LLAMA, options, (("fsdp", 128), ("tp", 4)))
+    ((exchange, *_),) = rounds
+    assert exchange.column_axes == TP
+    assert load(rounds) < 1.1 * (96 * flops(4096, 4096) + 72 * flops(4096, 11008)) / 512
 
 
 def test_stacks_are_even_and_bounded():
     for count, depths in ((40, [2, 2, 1]), (35, [2, 2, 1]), (9, [2]), (100, [2] * 6 + [1])):
         options = Distribution(max_stack_bytes=2 * 8 * 16 * 4)
-        plan = plan_of([LEAVES["rows"]] * count, options)
-        assert [max(counts[0] for counts in round_.branches) for round_ in plan.rounds] == depths
+        _, rounds = plan_of([LEAVES["rows"]] * count, options)
+        assert [branches for *_, branches in rounds] == [[(depth,)] for depth in depths]
     # Devices without a large matrix would take up to twenty small ones, for their cost.
     large, small = ((16, 32), MatrixSpec(), ((), FSDP)), ((4, 32), MatrixSpec(), ((), FSDP))
     for flops_per_byte, count in ((0.0, 3), (2000.0, 13), (math.inf, 5)):
         options = Distribution(max_stack_bytes=2 * 16 * 32 * 4, flops_per_byte=flops_per_byte)
-        plan = plan_of([large] * count + [small] * 60, options)
-        for round_ in plan.rounds:
-            ways = round_.exchange.ways(dict(plan.sizes))
-            for number, job in enumerate(round_.jobs):
-                most = max(counts[number] for counts in round_.branches)
-                assert most * math.prod(job.shape) * 4 <= options.max_stack_bytes * ways
+        for exchange, shapes, branches in plan_of([large] * count + [small] * 60, options)[1]:
+            for shape, *counts in zip(shapes, *branches, strict=True):
+                size = max(counts) * math.prod(shape) * 4
+                assert size <= options.max_stack_bytes * exchange.ways
 
 
 @pytest.mark.parametrize(
@@ -154,10 +155,10 @@ def test_stacks_are_even_and_bounded():
 def test_axes_that_share_and_what_is_gathered_first(
     leaf: str, options: Distribution, matrix_axes: Any, column_axes: Any, gathered: Any
 ):
-    plan = plan_of([LEAVES[leaf]] * (8 if options.max_matrix_bytes > 512 else 1), options)
-    (round_,) = plan.rounds
-    assert (round_.exchange.matrix_axes, round_.exchange.column_axes) == (matrix_axes, column_axes)
-    assert plan.leaves[0].gathered == gathered
+    count = 8 if options.max_matrix_bytes > 512 else 1
+    local, ((exchange, *_),) = plan_of([LEAVES[leaf]] * count, options)
+    assert (exchange.matrix_axes, exchange.column_axes) == (matrix_axes, column_axes)
+    assert local[0].gathered == gathered
 
 
 @given(
@@ -165,21 +166,14 @@ def test_axes_that_share_and_what_is_gathered_first(
     st.integers(1, 9),
 )
 def test_assignments_have_every_matrix_and_are_balanced(kinds: list[Any], groups: int):
-    counts, costs = [count for count, _ in kinds], [float(cost) for _, cost in kinds]
+    counts, costs = np.transpose(kinds).tolist()
     limits = [max(1, math.ceil(count / groups)) for count in counts]
-    for most in (limits, counts):
-        assigned = assign_longest_first(counts, costs, groups, [max(1, n) for n in most])
-        if assigned is not None:
-            assert [sum(column) for column in zip(*assigned.counts, strict=True)] == counts
-            assert np.all(np.array(assigned.counts) <= [max(1, n) for n in most])
-            assert assigned.makespan == max(float(np.dot(row, costs)) for row in assigned.counts)
-            if most is counts:  # Graham's bound for list scheduling
-                assert assigned.makespan <= np.dot(counts, costs) / groups + max(costs)
-    even = assign_round_robin(counts[0], 2.0, groups)
-    assert sum(n for (n,) in even.counts) == counts[0]
-    assert (
-        even.makespan == 2.0 * max(n for (n,) in even.counts) == 2.0 * limits[0] * bool(counts[0])
-    )
+    for most in (limits, [max(1, count) for count in counts]):
+        assigned = np.array(assign_longest_first(counts, costs, groups, most))
+        np.testing.assert_array_equal(assigned.sum(0), counts)
+        assert np.all(assigned <= most)
+    # Graham's bound for list scheduling.
+    assert max(assigned @ costs) <= np.dot(counts, costs) / groups + max(costs)
 
 
 # Programs
