@@ -36,10 +36,9 @@ class Row:
     layouts: str = ""
     role: str | None = None  # the most telling name
     leaf: str | None = None  # the last name
-    scope: str | None = None  # some name before the role
-    without: str | None = None  # no name before the role
+    within: str | None = None  # the role or some name before it
+    without: str | None = None  # neither the role nor a name before it
     parent: str | None = None  # the name right before the role
-    stacked: bool = False  # whether the path must show stacked layers
     shape: Callable[[Shape], bool] | None = None  # what must hold of one layer's shape
     parts: int = 1  # into how many equal parts the last output axis falls
 
@@ -62,15 +61,12 @@ def word(words: str) -> str:
 DENSE = word("dense|linear|lin|fc|ff|ffn|ffw|mlp|proj|projection|project|mapping|projector")
 _EMBEDDING = word(
     "emb|embs|embed|embeds|embedding|embeddings|embedder|embedders|wte|wpe|wtt|posemb|posembed|"
-    "tokemb|codebook|codebooks|vocab|vocabulary|vocabularies"
+    "tokemb|codebook|codebooks|vocab|vocabulary|vocabularies|table"
 )
-_TOKENS = (
+_INPUT = (
     r"(?:.*_)?(?:cls|class|mask|register|prompt|query|latent|learned|dist|sep|memory|soft)s?"
-    r"_(?:tokens?|queries|prompts?)|cls|probe|latents|queries|prompts?|tokens?|memory_tokens"
-)
-_RELATIVE = (
-    r".*(?:rel_?pos|relative_(?:position|attention)|position_bias|pos_bias|pos_enc|rel_embedding|"
-    r"freqs_ci?s|alibi).*"
+    r"_(?:tokens?|queries|prompts?)|cls|probe|latents|queries|prompts?|tokens?|"
+    r".*(?:rel_?pos|relative_(?:position|attention)|pos_enc|rel_embedding|freqs_ci?s|alibi).*"
 )
 MOE = r"(?!.*(?:layers|blocks)$)" + word("moe|experts?|mixture|mixtral|switch|sparse")
 _ONE_EXPERT = r"one_expert|.*shared.*"
@@ -96,16 +92,16 @@ _OUT = "|".join(name for name in OUT_NAMES if name not in ("out", "dense", "attn
 _CLEAR_OUT = r"o_proj|(?:attn|attention)_(?:out|output|o|proj|projection)"
 _QKV = r"qkv|qkv_proj|wqkv|w_qkv|to_qkv|c_attn|qkv_(?:dense|linear|projection)"
 _KV = "kv|kv_proj|to_kv"
-_FUSED = rf"{_QKV}|{_KV}|query_key_value|in_proj_\w+|wkv(?:_[ab])?|kv_[ab]_proj(?:_.*)?"
 _GATE_UP = r"(?:gate_up|up_gate)(?:_proj)?|gate_and_up(?:_proj)?|fused_gate_up(?:_proj)?"
 _MLP = (
-    r"wi|wo|w[1-3]|wi_?\d|w_(?:in|out|up|down|gate|\d)|(?:up|down|gate)(?:_proj|_dense|_linear)?|"
+    rf"{_GATE_UP}|wi|wo|w[1-3]|wi_?\d|w_(?:in|out|up|down|gate|\d)|"
+    r"(?:up|down|gate)(?:_proj|_dense|_linear)?|"
     r"(?:fc|ff|ffn|ffw|linear|dense|mlp)\d*(?:_(?!general).*)?|c_fc|c_proj|intermediate"
 )
 # Matrices on hidden states in every library that uses the name: two axes, and layers before them.
 _MATRIX = (
     rf"{_MLP}|{_GATE}|w(?:q|k|v|kv)_a|(?:q|k|v|kv)_a_proj(?:_.*)?|query_key_value|{_QKV}|"
-    rf"{_GATE_UP}|{_KV}|wkv|in_proj(?:_.*)?|[ih][fgornz]|[ih]i|if_?|in|i|h"
+    rf"{_KV}|wkv|in_proj(?:_.*)?|[ih][fgornz]|[ih]i|if_?|in|i|h"
 )
 _CONV = (
     r"(?:.*_)?(?:dw|pw|causal|short|depth)?conv(?:s|olution|\d+d?|nd|transpose|net)?\d*(?:_.*)?|"
@@ -116,9 +112,9 @@ _PATCH = r"patch_?(?:embed|emb|ify)\w*|patchify\w*|(?:conv_)?stem\w*"
 _STATE_SPACE = word("mamba|mamba2|ssm|s4|s4d|s5|s6|lru|mixer|delta|gdn|kda|mlstm|rwkv")
 _LORA = word("lora|lokr|loha|dora")
 _LORA_BASE = r"base(?:_(?:module|layer))?"
-_ROUTING = word("router|routers|routing")
-_ROUTER = rf"{_ROUTING}|.*experts?_gat(?:e|ing)|gating_network|gate_(?:logits?|network|fn)"
-_NOT_TRAINED = "batch_stats|cache|intermediates|running_stats|buffers|rngs|non_trainable"
+_ROUTER = word("router|routers|routing") + (
+    r"|.*experts?_gat(?:e|ing)|gating_network|gate_(?:logits?|network|fn)"
+)
 _BIAS = word("bias|biases|offset") + r"|b\d+|b_(?:in|out|up|down|gate|[qkvo]|[ih][a-z]?)|b[qkvo]"
 _GAIN = r"(?:.*_)?(?:scales?|gains?|gamma|beta|temperature|slope|multiplier|sinks?)|ls\d*"
 # What reads the hidden state of a block, and what writes it.
@@ -131,106 +127,79 @@ _WRITES = (
     rf"(?!proj$)(?:out|{_OUT}|{_CLEAR_OUT}|attn_vec_einsum|w2|w_(?:out|down)|"
     r"down(?:_proj|_dense|_linear)?|fc2)"
 )
-
-
 EXPERT_STACK = "expert stack"
 EMBEDDING_TABLE = "embedding table"
 OUTPUT_HEAD = "output head"
 _LORA_FACTOR = "LoRA factor: only the product acts"
 _NO_CHANNELS = "depthwise filters: no channels are mixed"
 _KERNEL = "kernel|w|weight"
-_MOE: Any = {"scope": MOE, "without": _ONE_EXPERT}
+_MOE: Any = {"within": MOE, "without": _ONE_EXPERT}
 
 #: Vectors, which heads and stacked layers give more axes. Weight decay does not apply.
 VECTORS = (
-    Row("no trained parameter", scope=_NOT_TRAINED),
     Row("bias", leaf=_BIAS),
-    Row("bias", leaf="b", parent=rf"{DENSE}|{_CONV}|{_LINEN_QKV}|{_ATTENTION}"),
-    Row("bias or gain", leaf="b|g", stacked=True),
     Row("gain or scale", leaf=_GAIN),
-    Row("running statistic", leaf="mean|var|variance|running_.*|moving_.*|sigma|ema_.*|count"),
     Row("norm", role=rf"(?!ada|.*modulation){_NORM}", leaf="(?!kernel$).*"),
-    Row("norm", role=rf"(?!ada|.*modulation|{DENSE}$){_NORM}"),
+    Row("bias or gain", leaf="b|g|mean|var", parent=rf"{_NORM}|{DENSE}|{_CONV}|{_LINEN_QKV}"),
     Row("state-space vector", role=_STATE_VECTOR),
-    Row("state-space vector", "", "d|a|lambda|nu|theta|nu_log|theta_log", scope=_STATE_SPACE),
+    Row("state-space vector", role="d|a|lambda|nu|theta", within=_STATE_SPACE),
 )
 ROWS = (
     Row(_LORA_FACTOR, role=_LORA),
-    Row(_LORA_FACTOR, role=rf"(?!{_LORA_BASE}$).*", scope=_LORA, without=_LORA_BASE),
+    Row(_LORA_FACTOR, within=_LORA, without=_LORA_BASE),
     *VECTORS,
+    # S5 and LRU keep complex matrices as halves or as pairs.
     Row("half of a complex matrix", role=r"[bc]\d?_(?:re|im|real|imag)"),
     Row("a complex matrix as pairs", "---", r"[bc]\d?", shape=lambda s: s[-1] == 2),
     # Tables that are looked up, and learned inputs.
-    Row("relative position table", role=_RELATIVE, leaf="(?!kernel$).*"),
-    Row("relative position table", leaf="embedding|embeddings", parent=_RELATIVE),
-    Row("learned input", role=_TOKENS, leaf="(?!kernel$).*"),
-    Row(EMBEDDING_TABLE, leaf="embeddings?|embedding_table|table|.*_embeddings?"),
+    Row("learned input or table of positions", role=_INPUT, leaf="(?!kernel$).*"),
     Row("patches as a convolution", "iiio iiiio", rf"{_PATCH}|{_EMBEDDING}", _KERNEL),
-    Row("patches as a convolution", "iiio iiiio", None, _KERNEL, rf".*{_PATCH}"),
-    Row("dense layer on embeddings", "io", rf"(?={_EMBEDDING}$)(?={DENSE}$).*", _KERNEL),
-    Row("dense layer on patches", "io", _PATCH, _KERNEL),
+    Row("dense layer on embeddings", "io", rf"{_PATCH}|(?={DENSE}$){_EMBEDDING}", _KERNEL),
     Row(EMBEDDING_TABLE, role=_EMBEDDING),
     # Routers. A gate is one where mixture-of-experts modules say so; gate_proj never is.
-    Row("router", "", _ROUTER),
-    Row("router", scope=_ROUTING),
-    Row("gate of one expert", "io", _GATE, parent=_ONE_EXPERT),
-    Row(EXPERT_STACK, "bio", _GATE, parent="experts"),
+    Row("router", within=_ROUTER),
     Row("router", "", _GATE, _KERNEL, **_MOE),
     Row("router", "--", _GATE, **_MOE),
-    Row(EXPERT_STACK, "bio", _GATE, **_MOE),
-    Row("narrow gate: a router", "--", "gate|gating|wg", shape=lambda s: 2 * s[-1] <= s[-2]),
-    # Attention projections.
-    Row("attention, fused", "iboo", _QKV, shape=lambda s: s[1] == 3),
+    Row(
+        *("narrow gate: a router", "--", "gate|gating|wg"),
+        without=_ONE_EXPERT,
+        shape=lambda s: 2 * s[-1] <= s[-2],
+    ),
+    # Attention projections. Levanter has a fused kernel on five axes, in either order.
+    Row("attention, fused", "iboo", rf"{_QKV}|{_KV}", shape=lambda s: s[1] in (2, 3)),
     Row("attention, fused", "booi", _QKV, shape=lambda s: s[0] == 3),
-    Row("attention, fused", "iboo", _KV, shape=lambda s: s[1] == 2),
     Row("attention, heads first", "oio", "[qkv]_einsum"),
     Row("attention, fused, heads first", "boio", "qkv_einsum|kv_einsum"),
-    Row("attention output", "iio", "attn_vec_einsum"),
-    Row("attention, heads merged", "ioo", "gating", scope=_ATTENTION),
-    Row("attention output, width first", "oii", "post", scope=_ATTENTION),
+    Row("attention, heads merged", "ioo", "gating", within=_ATTENTION),
+    Row("attention output, width first", "oii", "post", within=_ATTENTION),
     Row("attention, fused", "bioo", "combined_qkv"),
     # haliax counts query heads on two axes, and keeps kernels as "weight".
     Row("attention, heads merged", "iooo", _ALL_QKV, "weight"),
-    Row("attention, heads merged", "ioo", _ALL_QKV),
-    Row("attention projection", "io", _ALL_QKV),
+    Row("attention, heads merged", "ioo io", _ALL_QKV),
+    Row("attention output, heads merged", "iio io", rf"out|{_OUT}", within=_ATTENTION),
+    Row("attention output, heads merged", "iio io", rf"{_CLEAR_OUT}|attn_vec_einsum"),
     Row("attention output, heads merged", "iio", "out"),
-    Row("attention output, heads merged", "iio", _OUT, scope=_ATTENTION),
-    Row("attention output, heads merged", "iio", _CLEAR_OUT),
-    Row("attention output", "io", rf"out|{_OUT}", scope=_ATTENTION),
-    Row("attention output", "io", _CLEAR_OUT),
     # Convolutions.
-    Row(_NO_CHANNELS, "", _DEPTHWISE, shape=lambda s: s[-2] == 1),
-    Row(_NO_CHANNELS, "", _CONV, scope=_DEPTHWISE, shape=lambda s: s[-2] == 1),
+    Row(_NO_CHANNELS, "", _CONV, within=_DEPTHWISE, shape=lambda s: s[-2] == 1),
     Row(_NO_CHANNELS, "--", _DEPTHWISE),
     Row("convolution, one kernel a position", "bio bbio bbbio", r"(?:.*_)?conv_?local.*"),
     Row("convolution", "iio iiio iiiio", _CONV, rf"{_KERNEL}|{_CONV}"),
-    Row("convolution", "iio iiio iiiio", "[ih]h", "kernel", ".*conv.*"),
     # Fused kernels whose parts can be told.
     Row("fused query, key, value", "io", _QKV, shape=lambda s: s[-1] == 3 * s[-2], parts=3),
     Row("fused query, key, value", "oi", _QKV, shape=lambda s: s[-2] == 3 * s[-1], parts=3),
-    Row("fused query, key, value", "ibo", _QKV, shape=lambda s: s[1] == 3),
-    Row("fused query, key, value", "bio", _QKV, shape=lambda s: s[0] == 3),
     # Gemma keeps it as (2, in, out) or (2, out, in): the hidden layer is the wider one.
     Row("gate and up on one axis", "bio bbio", "gating_einsum", shape=lambda s: s[-1] >= s[-2]),
     Row("gate and up on one axis", "boi bboi", "gating_einsum"),
-    # Stacks of experts.
-    Row("expert stack, gate and up fused", "bio", _GATE_UP, parts=2, **_MOE),
-    Row(EXPERT_STACK, "bio", _MLP, **_MOE),
-    Row(EXPERT_STACK, "bio", scope=r"(?:.*_)?experts", without=_ONE_EXPERT),
-    Row(EXPERT_STACK, "bio", r"(?:.*_)?experts"),
-    Row("fused gate and up", "io", _GATE_UP, parts=2),
     Row("gate and up on axis 1", "ibo", "wi", shape=lambda s: s[1] == 2),
-    # Output heads.
+    # Stacks of experts.
+    Row(EXPERT_STACK, "bio", _MLP, **_MOE),
+    Row(EXPERT_STACK, "bio", within=r"(?:.*_)?experts", without=_ONE_EXPERT),
+    # Output heads; BERT's is "cls/predictions/decoder".
     Row(OUTPUT_HEAD, role=_HEAD),
-    Row(OUTPUT_HEAD, role="decoder", scope=rf"cls|predictions|{_HEAD}"),
+    Row(OUTPUT_HEAD, role="decoder", within="predictions"),
     Row("inside an output head", role=rf"{_MATRIX}|{_OUT}|layers|out|output", parent=_HEADS),
-    # GPT-2 in Hugging Face Flax keeps kernels as (out, in): the longer axis tells.
-    Row("dense layer", "oi", "c_fc", shape=lambda s: s[-1] < s[-2]),
-    Row("dense layer", "oi", "c_proj", scope="mlp", shape=lambda s: s[-1] >= s[-2]),
     # Plain matrices.
-    Row("fused projection, kept whole: a rule may split it", "io", _FUSED),
     Row("matrix", "io", _MATRIX),
-    Row("matrix", "io", DENSE, stacked=True),
     Row("matrix", "io"),
 )
 
@@ -245,16 +214,15 @@ def fits(pattern: str | None, *names: str) -> bool:
 @lru_cache(maxsize=8192)
 def _rows_of(name: LeafName) -> tuple[Row, ...]:
     """The rows whose names fit, in their order."""
-    scope = name.scope
+    names = (*name.scope, name.role)
     return tuple(
         row
         for row in ROWS
         if fits(row.role, name.role)
         and fits(row.leaf, name.leaf)
-        and fits(row.scope, *scope)
-        and fits(row.parent, *scope[-1:])
-        and not (row.without is not None and fits(row.without, *scope))
-        and (name.stacked or not row.stacked)
+        and fits(row.within, *names)
+        and fits(row.parent, *name.scope[-1:])
+        and not (row.without is not None and fits(row.without, *names))
     )
 
 
@@ -264,8 +232,9 @@ def look_up(name: LeafName, shape: Shape) -> Entry:
     for row in _rows_of(name) if len(shape) > 1 else ():
         for layout in row.layouts.split() or [""]:
             if len(layout) in (0, len(shape)) and (row.shape is None or row.shape(shape)):
+                parts = 2 if fits(_GATE_UP, name.role) else row.parts
                 layout = layout.replace("-", "")
-                return Entry(row.why, layout, row.parts, row not in VECTORS, row is not ROWS[-1])
+                return Entry(row.why, layout, parts, row not in VECTORS, row is not ROWS[-1])
     return Entry()
 
 

@@ -39,7 +39,6 @@ CASES: list[Any] = [
     ("w1", (6, 10, 10), (1, 2)),
     ("b1", (6, 10), None),
     ("layers/w", (8, 8), IO),
-    ("layers/b", (6, 8), None),
     ("", (3, 4), IO),
     ("q", (8, 2, 4), QKV),
     ("unembed", (8, 50), None),
