@@ -7,7 +7,7 @@ import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import jax
@@ -39,39 +39,29 @@ def names_known(function: Callable[P, R]) -> Callable[P, R]:
         ...
         TypeError: scale has no argument 'lr'. Did you mean learning_rate?
     """
+    names = [name for name in inspect.signature(function).parameters if name != "self"]
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        code = inspect.unwrap(function).__code__
-        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         for name in kwargs:
             if name not in names:
+                from difflib import get_close_matches  # Only needed for the message.
+
+                meant = [own for own in (_ELSEWHERE.get(name),) if own in names]
+                meant = meant or [own for own in names if own.endswith(f"_{name}")]
+                meant = meant or get_close_matches(name, names, n=2)
+                known = f"Its arguments are {', '.join(names)}."
+                if meant:
+                    known = f"Did you mean {' or '.join(meant)}?"
                 what = function.__qualname__.removesuffix(".__init__")
-                raise TypeError(f"{what} has no argument {name!r}. {_meant(name, names)}")
+                raise TypeError(f"{what} has no argument {name!r}. {known}")
         return function(*args, **kwargs)
 
     return checked
 
 
-def _meant(name: str, names: Collection[str]) -> str:
-    from difflib import get_close_matches  # Only needed for the message.
-
-    names = [own for own in names if own != "self"]
-    meant = [own for own in (_ELSEWHERE.get(name),) if own in names]
-    meant = meant or [own for own in names if own.endswith(f"_{name}")]
-    meant = meant or get_close_matches(name, names, n=2)
-    if meant:
-        return f"Did you mean {' or '.join(meant)}?"
-    return f"Its arguments are {', '.join(names)}."
-
-
 def is_concrete(value: object) -> TypeGuard[float]:
-    """Whether `value` is a plain number: no schedule, no tracer, no device array.
-
-    Example:
-        >>> is_concrete(0.1), is_concrete(lambda count: 0.1)
-        (True, False)
-    """
+    """Whether `value` is a plain number: no schedule, no tracer, no device array."""
     return isinstance(value, int | float | np.number) or (
         isinstance(value, np.ndarray) and value.ndim == 0
     )
@@ -94,44 +84,32 @@ def check_number(
 ) -> None:
     """Raises unless an argument is a number in a range, a traced scalar or an allowed schedule.
 
-    Args:
-        name: The argument, as the caller wrote it.
-        value: What was given.
-        within: The range, a key of `_RANGES`.
-        hint: Sentences for the message about a number outside of the range.
-        schedule: Whether a function of the number of updates is allowed.
-
-    Raises:
-        TypeError: With what was given and what to write.
-        ValueError: For a number outside of the range.
+    `within` is a key of `_RANGES`, `hint` a sentence for a number outside of it. With `schedule`, a
+    function of the number of updates is allowed.
     """
-    kinds = within if within.startswith("an integer") else "a number"
     if is_concrete(value) and not isinstance(value, bool):
         if not _RANGES[within](value):
-            raise ValueError(f"{name} must be {within}, got {value}.{' ' * bool(hint)}{hint}")
+            raise ValueError(f"{name} must be {within}, got {value}. {hint}".rstrip())
+        return
+    is_function = callable(value) and not isinstance(value, type)
+    if is_function and schedule:
         return
     if isinstance(value, jax.Array | np.ndarray) and any(
         jax.numpy.issubdtype(value.dtype, kind) for kind in (np.integer, np.floating)
     ):
         return
-    is_function = callable(value) and not isinstance(value, type)
-    if is_function and schedule:
-        return
+    got = f"{value!r} of type {type(value).__name__}."
     if is_function:
-        raise TypeError(
-            f"{name} must be {kinds} or a traced scalar, got the function "
-            f"{getattr(value, '__name__', value)!r}: it cannot be a schedule. To change it between "
-            f"steps, write optax.inject_hyperparams(...)(..., {name}=schedule)."
+        got = (
+            f"the function {getattr(value, '__name__', value)!r}: it cannot be a schedule. To "
+            f"change it between steps, write optax.inject_hyperparams(...)(..., {name}=schedule)."
         )
-    allowed = (
-        f"{kinds}, a traced scalar or a schedule" if schedule else f"{kinds} or a traced scalar"
-    )
-    cure = ""
-    with contextlib.suppress(TypeError, ValueError):
-        cure = f" Write {name}={float(value)}." if isinstance(value, str) else ""
-    raise TypeError(
-        f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}.{cure}"
-    )
+    elif isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            got += f" Write {name}={float(value)}."
+    kind = within if within.startswith("an integer") else "a number"
+    others = ", a traced scalar or a schedule" if schedule else " or a traced scalar"
+    raise TypeError(f"{name} must be {kind}{others}, got {got}")
 
 
 def check_type(name: str, value: object, kind: Any, example: str) -> None:

@@ -1,7 +1,6 @@
 """The settings of `muonclip` as a value, derived from its signature."""
 
 import dataclasses
-import functools
 import inspect
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -51,8 +50,8 @@ class MuonClipConfig:
 
     def __post_init__(self) -> None:
         """Converts lists, as from a YAML or JSON file, to tuples, and checks every setting."""
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _as_tuples(getattr(self, field.name)))
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, _as_tuples(value))
         try:
             hash(self)
         except TypeError as error:
@@ -60,7 +59,7 @@ class MuonClipConfig:
                 f"MuonClipConfig takes only hashable Python values ({error}). Pass arrays and "
                 "traced values to muonclip(...) directly."
             ) from error
-        _built(self)
+        self.build()
 
     def build(self, param_shardings: Tree = None) -> optax.GradientTransformationExtraArgs:
         """Builds the transformation.
@@ -71,14 +70,7 @@ class MuonClipConfig:
         Returns:
             The transformation.
         """
-        if param_shardings is None:
-            return _built(self)
         return muonclip(**vars(self), param_shardings=param_shardings)
-
-
-@functools.lru_cache(maxsize=8)
-def _built(config: MuonClipConfig) -> optax.GradientTransformationExtraArgs:
-    return muonclip(**vars(config))
 
 
 def _as_tuples(value: Any) -> Any:

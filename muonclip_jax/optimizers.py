@@ -32,7 +32,7 @@ from muonclip_jax.transforms._checks import (
     check_rates,
     transformation,
 )
-from muonclip_jax.transforms._orthogonalize_updates import WeightDimNumOrFn
+from muonclip_jax.transforms._matrix_axes import WeightDimNumOrFn
 from muonclip_jax.transforms._placing import on_mesh
 
 
@@ -142,7 +142,7 @@ def muonclip(
         block_rules(qk_clip_blocks, "qk_clip_blocks")
     adam_decay = weight_decay if adam_weight_decay is None else adam_weight_decay
     adam_rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-    check_rates(learning_rate, adam_learning_rate, weight_decay, adam_decay, weight_decay_mask)
+    check_rates(learning_rate, adam_rate, weight_decay, adam_decay, weight_decay_mask)
     adam = _adam(adam_b1, adam_b2, adam_eps, 0.0, mu_dtype, False, param_shardings)
 
     def build(decided: MatrixRules) -> optax.GradientTransformationExtraArgs:
@@ -180,7 +180,9 @@ def muonclip(
         clip = qk_clip(
             qk_clip_threshold, qk_clip_alpha, shared_keys=qk_clip_shared_keys, blocks=qk_clip_blocks
         )
-        tx = on_mesh(optax.chain(tx, clip), param_shardings, moments=False)
+        tx = optax.chain(tx, clip)
+        if param_shardings is not None:
+            tx = on_mesh(tx, param_shardings, moments=False)
     return transformation("muonclip", tx.init, tx.update, one_tree=True)
 
 
@@ -271,9 +273,8 @@ def muon(
     References:
         Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982.
     """
-    check_rates(
-        learning_rate, adam_learning_rate, weight_decay, adam_weight_decay, weight_decay_mask
-    )
+    adam_rate = learning_rate if adam_learning_rate is None else adam_learning_rate
+    check_rates(learning_rate, adam_rate, weight_decay, adam_weight_decay, weight_decay_mask)
     check_number("adam_eps_root", adam_eps_root, "finite and not negative")
     adam = _adam(adam_b1, adam_b2, eps, adam_eps_root, mu_dtype, nesterov, param_shardings)
     if rules is not None and muon_weight_dimension_numbers is not None:
@@ -311,7 +312,6 @@ def muon(
             platform=platform,
         )
         scale = scale_by_shape(dimension_numbers, consistent_rms)
-        adam_rate = learning_rate if adam_learning_rate is None else adam_learning_rate
         step = _step(weight_decay, weight_decay_mask, learning_rate)
         matrices = optax.chain(orthogonalize, scale, *step)
         others = optax.chain(adam, *_step(adam_weight_decay, None, adam_rate))
@@ -335,26 +335,25 @@ def _adam(
     mu_dtype: DTypeLike | None,
     nesterov: bool,
     param_shardings: Tree,
-) -> optax.GradientTransformationExtraArgs:
+) -> optax.GradientTransformation:
     """Adam's direction, with checked settings and its state sharded on a mesh."""
     check_fraction("adam_b1", b1, "the decay of Adam's first moment, such as 0.9")
     check_fraction("adam_b2", b2, "the decay of Adam's second moment, such as 0.95")
     check_number("adam_eps", eps, "finite and not negative")
     check_moment_dtype(mu_dtype, "adam_b1", b1)
     adam = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
-    placed = on_mesh(adam, param_shardings)
+    if param_shardings is not None:
+        adam = on_mesh(adam, param_shardings)
 
-    def init_fn(params: optax.Params) -> optax.OptState:
+    def init(params: Tree) -> optax.OptState:
         if mu_dtype is not None:
             check_moments(params, mu_dtype)
-        return placed.init(params)
+        return adam.init(params)
 
-    return optax.GradientTransformationExtraArgs(init_fn, placed.update)
+    return optax.GradientTransformation(init, adam.update)
 
 
-def _step(
-    weight_decay: ScalarOrSchedule, mask: Tree, learning_rate: ScalarOrSchedule
-) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+def _step(weight_decay: ScalarOrSchedule, mask: Tree, learning_rate: ScalarOrSchedule) -> Any:
     """Decoupled decay and the learning rate, the end of a group's chain."""
     decay = optax.add_decayed_weights(weight_decay, mask)
     return decay, optax.scale_by_learning_rate(learning_rate)

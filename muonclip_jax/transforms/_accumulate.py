@@ -6,6 +6,7 @@ previous mean, so a reset costs no memory traffic, and the state still has the m
 step.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from muonclip_jax._tree import (
 )
 from muonclip_jax.attention.maxima import merge_max_logits
 from muonclip_jax.transforms._checks import differences, transformation, value_at
-from muonclip_jax.transforms._placing import mesh_shardings, place_tree, replicate
+from muonclip_jax.transforms._placing import mesh_shardings, place_tree, replicate, zeros
 
 #: As in `optax.MultiSteps`: maps gradients, step count and parameters to whether to skip this
 #: micro-batch, and a pytree for the state.
@@ -126,42 +127,32 @@ def accumulate(
     hint = "It is the number of micro-batches of a step, or a schedule."
     check_number("every", every, "an integer from 1", hint, schedule=True)
     inner = optax.with_extra_args_support(tx)
-    if max_logits is not None and not callable(max_logits):
+    if not callable(max_logits):
         _forms(max_logits)  # refuses a bad example now
 
-    def init_fn(params: optax.Params) -> AccumulateState:
+    def init(params: Tree) -> AccumulateState:
         forms = _forms(tree_from(max_logits, params, lambda x: isinstance(x, Shaped)))
         count, skip_forms = jax.ShapeDtypeStruct((), jnp.int32), ()
         if should_skip_update_fn is not None:
             _, skip_forms = jax.eval_shape(should_skip_update_fn, params, count, params)
-        # Zeros for each: a state whose leaves share memory cannot be donated.
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), (count, count, forms, skip_forms)
-        )
         mean = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_wide(p)), params)
         shardings = mesh_shardings(params, param_shardings)
-        mini_step, gradient_step, maxima, skip_state = replicate(zeros, shardings)
-        mean, inner_state = place_tree(mean, shardings), inner.init(params)
-        return AccumulateState(mini_step, gradient_step, mean, maxima, inner_state, skip_state)
+        small = replicate(zeros((count, count, forms, skip_forms)), shardings)
+        mean, (mini_step, step, maxima, skip_state) = place_tree(mean, shardings), small
+        return AccumulateState(mini_step, step, mean, maxima, inner.init(params), skip_state)
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Tree,
-        params: optax.Params | None = None,
-        *,
-        max_logits: Tree = None,
-        **extra: object,
-    ) -> tuple[optax.Updates, AccumulateState]:
+    def update(
+        updates: Tree, state: Tree, params: Tree = None, *, max_logits: Tree = None, **extra: object
+    ) -> tuple[Tree, AccumulateState]:
         skip, skip_state = None, state.skip_state
         if should_skip_update_fn is not None:
             skip, skip_state = should_skip_update_fn(updates, state.gradient_step, params)
             skip_state = _like(skip_state, state.skip_state)
         shardings = mesh_shardings(updates, param_shardings)
         recorded = replicate(_recorded(max_logits, state.max_logits), shardings)
-        recorded = _like(recorded, state.max_logits)
         mean, maxima, mini_step = _averages(updates, recorded, skip, state)
-        mean, maxima = place_tree(mean, shardings), replicate(maxima, shardings)
-        mini_step = replicate(mini_step, shardings)
+        mean = place_tree(mean, shardings)
+        maxima, mini_step = replicate((maxima, mini_step), shardings)
         complete = mini_step >= value_at(every, state.gradient_step)
 
         def act(inner_state: Tree, mean: Tree, maxima: Tree, params: Tree) -> tuple[Tree, Tree]:
@@ -170,40 +161,33 @@ def accumulate(
             new, after = inner.update(gradients, inner_state, params, **given, **extra)
             return new, _like(after, inner_state)
 
-        updates, inner_state = _act_if(complete, act, state.inner_state, mean, maxima, params)
+        # Both branches must look alike, down to the sharding, and what the inner transformation
+        # returns is only known by tracing it; jit keeps the trace for the branch.
+        traced = jax.jit(act)
+
+        def wait(inner_state: Tree, *others: Tree) -> tuple[Tree, Tree]:
+            new, _ = jax.eval_shape(traced, inner_state, *others)
+            return optax.tree.zeros_like(new), inner_state
+
+        if isinstance(complete, Tracer):
+            branch = functools.partial(jax.lax.cond, complete, traced, wait)
+        else:  # Here a cond would be compiled anew on every call.
+            branch = act if complete else wait
+        updates, inner_state = branch(state.inner_state, mean, maxima, params)
         mini_step = jnp.where(complete, 0, mini_step)
-        step = optax.safe_increment(state.gradient_step)
-        step = jnp.where(complete, step, state.gradient_step)
+        step = jnp.where(complete, optax.safe_increment(state.gradient_step), state.gradient_step)
         return updates, AccumulateState(mini_step, step, mean, maxima, inner_state, skip_state)
 
-    return transformation("accumulate", init_fn, update_fn, one_tree=True)
-
-
-def _act_if(
-    complete: jax.Array, act: Callable[..., tuple[Tree, Tree]], inner_state: Tree, *operands: Tree
-) -> tuple[Tree, Tree]:
-    """Updates and inner state of a step, or zeros and the same state if it is not complete."""
-    # Both must look alike, down to the sharding, and what the inner transformation returns is only
-    # known by tracing it; jit keeps the trace for the branch.
-    traced = jax.jit(act)
-
-    def wait(inner_state: Tree, *operands: Tree) -> tuple[Tree, Tree]:
-        new, _ = jax.eval_shape(traced, inner_state, *operands)
-        return jax.tree.map(jnp.zeros_like, new), inner_state
-
-    if isinstance(complete, Tracer):
-        return jax.lax.cond(complete, traced, wait, inner_state, *operands)
-    # Here a cond would be compiled anew on every call.
-    return (act if complete else wait)(inner_state, *operands)
-
-
-def _wide(x: jax.Array) -> jax.typing.DTypeLike:
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return transformation("accumulate", init, update, one_tree=True)
 
 
 def _like(new: Tree, old: Tree) -> Tree:
     """`new` in the dtypes of `old`."""
     return jax.tree.map(lambda x, y: jnp.asarray(x).astype(jnp.asarray(y).dtype), new, old)
+
+
+def _wide(x: jax.Array) -> jax.typing.DTypeLike:
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _averages(
@@ -268,4 +252,4 @@ def _recorded(max_logits: Tree, known: dict[str, jax.Array]) -> dict[str, jax.Ar
             "shapes, for example from jax.eval_shape of the forward pass: "
             f"{{{', '.join(forms)}}}; without maxima, leave max_logits out of it."
         )
-    return recorded
+    return _like(recorded, known)

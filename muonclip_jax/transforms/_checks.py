@@ -22,37 +22,31 @@ _FOREIGN = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 def value_at(value: Any, count: Any) -> Any:
-    """Returns a schedule's value after `count` updates, and anything else as it is.
-
-    Example:
-        >>> value_at(0.1, 5), value_at(lambda count: 0.1 * count, 5)
-        (0.1, 0.5)
-    """
+    """Returns a schedule's value after `count` updates, and anything else as it is."""
     return value(count) if callable(value) else value
 
 
 def check_rates(
     learning_rate: ScalarOrSchedule,
-    adam_learning_rate: ScalarOrSchedule | None,
+    adam_rate: ScalarOrSchedule,
     weight_decay: ScalarOrSchedule,
-    adam_weight_decay: ScalarOrSchedule,
+    adam_decay: ScalarOrSchedule,
     mask: Tree,
 ) -> None:
     """Checks rates and decays of both groups; warns if Adam's rate alone is constant."""
-    check_number("learning_rate", learning_rate, "positive and finite", schedule=True)
-    if adam_learning_rate is not None:
-        check_number("adam_learning_rate", adam_learning_rate, "positive and finite", schedule=True)
-        if callable(learning_rate) and not callable(adam_learning_rate):
-            warnings.warn(
-                f"learning_rate is a schedule and adam_learning_rate={adam_learning_rate} is not: "
-                "Adam's rate stays the same while the other one warms up and decays. Write "
-                "adam_learning_rate=lambda count: ratio * schedule(count), or "
-                "optax.constant_schedule(...) if a constant is meant.",
-                stacklevel=4,
-            )
-    for name, decay in (("weight_decay", weight_decay), ("adam_weight_decay", adam_weight_decay)):
+    for name, rate in (("learning_rate", learning_rate), ("adam_learning_rate", adam_rate)):
+        check_number(name, rate, "positive and finite", schedule=True)
+    for name, decay in (("weight_decay", weight_decay), ("adam_weight_decay", adam_decay)):
         check_number(name, decay, "finite and not negative", schedule=True)
     check_mask("weight_decay_mask", mask)
+    if callable(learning_rate) and not callable(adam_rate):
+        warnings.warn(
+            f"learning_rate is a schedule and adam_learning_rate={adam_rate} is not: Adam's rate "
+            "stays the same while the other one warms up and decays. Write "
+            "adam_learning_rate=lambda count: ratio * schedule(count), or "
+            "optax.constant_schedule(...) if a constant is meant.",
+            stacklevel=4,
+        )
 
 
 def check_fraction(
@@ -64,17 +58,17 @@ def check_fraction(
     number between 0.996 and 1: a decay rate of 0.999 becomes 1, and Adam divides by zero. A
     concrete value raises an error; a traced 16-bit one, whose value is unknown, gives a warning.
     """
-    dtype, cure = getattr(value, "dtype", np.dtype(float)), ""
+    dtype, hint = getattr(value, "dtype", np.dtype(float)), f"is {meaning}."
     if dtype.itemsize < 4:
-        cure = (
+        hint += (
             f" {name} is held in {dtype}, where 0.999 is {float(np.asarray(0.999, dtype)):.4g}; "
             "keep it in float32: optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32)."
         )
         if isinstance(value, Tracer):
-            warnings.warn(f"{name} is {meaning}.{cure}", stacklevel=4)
+            warnings.warn(f"{name} {hint}", stacklevel=4)
         else:
             value = float(np.asarray(value))
-    check_number(name, value, "in [0, 1)", f"It is {meaning}.{cure}", schedule=schedule)
+    check_number(name, value, "in [0, 1)", f"It {hint}", schedule=schedule)
 
 
 def check_mask(name: str, mask: Tree) -> None:
@@ -114,6 +108,7 @@ def check_moment_dtype(mu_dtype: DTypeLike | None, name: str, decay: ScalarOrSch
 
 def check_moments(params: optax.Params, mu_dtype: DTypeLike | None) -> None:
     """Raises for leaves whose moment cannot be stored as `mu_dtype`, at `init`."""
+    given = mu_dtype not in (None, float, complex)
     for path, leaf in array_leaves(params):
         dtype, where = jnp.dtype(leaf.dtype), path or "The leaf"
         if dtype.name not in _MOMENTS:
@@ -129,20 +124,17 @@ def check_moments(params: optax.Params, mu_dtype: DTypeLike | None) -> None:
                 f"{'complex' if stored.kind == 'c' else 'real'}. Pass mu_dtype=None, which keeps "
                 "each leaf's own dtype."
             )
-        if (
-            mu_dtype not in (None, float, complex)
-            and jax.dtypes.canonicalize_dtype(stored) != stored
-        ):
+        if given and jax.dtypes.canonicalize_dtype(stored) != stored:
             raise ValueError(
                 f"mu_dtype={stored.name!r} needs 64-bit types, which are disabled in JAX. Set "
                 "jax.config.update('jax_enable_x64', True), or pass mu_dtype='float32'."
             )
 
 
-def check_params(name: str, params: Tree) -> None:
+def check_params(name: str, params: Tree, extra: str = "") -> None:
     """Raises if `update` of the transformation `name` was called without the parameters."""
     if params is None:
-        raise ValueError(f"{name} needs the parameters: tx.update(grads, state, params).")
+        raise ValueError(f"{name} needs the parameters: tx.update(grads, state, params{extra}).")
 
 
 def differences(
@@ -159,32 +151,16 @@ def differences(
         [f"{path!r} is only in {there}" for path in expected if path not in given],
     ]
     for name in what:
-        pairs = [(path, given[path], leaf) for path, leaf in expected.items() if path in given]
-        pairs = [(path, getattr(x, name, ()), getattr(y, name, ())) for path, x, y in pairs]
-        kinds.append(
-            [f"{p!r} has {name} {x} in {here}, {y} in {there}" for p, x, y in pairs if x != y]
+        x, y = (
+            {path: getattr(leaf, name, ()) for path, leaf in tree.items()}
+            for tree in (given, expected)
         )
-    found = []
+        differ = [path for path in y if path in x and x[path] != y[path]]
+        kinds.append([f"{p!r} has {name} {x[p]} in {here}, {y[p]} in {there}" for p in differ])
+    found: list[str] = []
     for kind in kinds:
         found += kind[:limit] + [f"{len(kind) - limit} more of this kind"] * (len(kind) > limit)
     return found
-
-
-def check_gradients(updates: Tree, params: Tree) -> None:
-    """Raises if gradients and parameters differ in structure or shapes, with the path."""
-    forms = [
-        (jax.tree.structure(tree), [getattr(x, "shape", None) for x in jax.tree.leaves(tree)])
-        for tree in (updates, params)
-    ]
-    if params is None or forms[0] == forms[1]:
-        return
-    names = ("the gradients", "the parameters")
-    if found := differences(dict(array_leaves(updates)), dict(array_leaves(params)), names):
-        raise ValueError(
-            f"The gradients do not match the parameters: {'; '.join(found)}. Differentiate with "
-            "respect to the parameters passed to update, with zeros for leaves without a gradient; "
-            "reduce a remaining mapped axis first, by jax.lax.pmean or a mean."
-        )
 
 
 def transformation(
@@ -193,14 +169,21 @@ def transformation(
     """Builds a transformation whose errors identify a state of another transformation.
 
     States are compared only after an error, so this does not slow down a step. With `one_tree`,
-    gradients and parameters must have the same structure.
+    gradients and parameters must have the same paths and shapes.
     """
 
     def update_fn(
         updates: optax.Updates, state: Tree, params: optax.Params | None = None, **extra: object
     ) -> tuple[optax.Updates, Tree]:
-        if one_tree:
-            check_gradients(updates, params)
+        if one_tree and params is not None:
+            trees = dict(array_leaves(updates)), dict(array_leaves(params))
+            if found := differences(*trees, ("the gradients", "the parameters")):
+                raise ValueError(
+                    f"The gradients do not match the parameters: {'; '.join(found)}. Differentiate "
+                    "with respect to the parameters passed to update, with zeros for leaves "
+                    "without a gradient; reduce a remaining mapped axis first, by jax.lax.pmean or "
+                    "a mean."
+                )
         try:
             return update(updates, state, params, **extra)
         except _FOREIGN as error:

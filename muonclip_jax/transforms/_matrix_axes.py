@@ -7,7 +7,7 @@ result broadcasts against the leaf.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ import optax
 from muonclip_jax._arguments import check_number, names_known
 from muonclip_jax._tree import ScalarLike, Tree
 from muonclip_jax.routing import MatrixRules, Split, axes_tuple, resolve_muon_specs
-from muonclip_jax.sharding import MeshShardings
-from muonclip_jax.transforms._placing import mesh_shardings, zeros_on_mesh
 
+#: One spec for all leaves, a tree of them (full, prefix or masked), or a function of the tree.
+WeightDimNumOrFn: TypeAlias = Any
 #: What to reduce along: the axes of the inputs, those of the outputs, or both.
 Over = Literal["inputs", "outputs", "matrix"]
 
@@ -52,14 +52,9 @@ class MatrixAxes:
 
     def over(self, over: Over) -> tuple[int, ...]:
         """Returns the axes that are reduced."""
-        axes = {
-            "inputs": self.inputs,
-            "outputs": self.outputs,
-            "matrix": self.inputs + self.outputs,
-        }
-        if over not in axes:
+        if over not in ("inputs", "outputs", "matrix"):
             raise ValueError(f"over={over!r} is unknown. Write 'inputs', 'outputs' or 'matrix'.")
-        return axes[over]
+        return self.inputs + self.outputs if over == "matrix" else getattr(self, over)
 
     def sum(self, x: jax.Array, over: Over) -> jax.Array:
         """Sums along axes of the matrices, in float32 or wider.
@@ -73,15 +68,15 @@ class MatrixAxes:
             The sums, broadcastable against `x`: reduced axes have length one, except that a split
             axis keeps its length, each entry with the sum over its own part.
         """
-        axes = self.over(over)
-        splits = [split for split in self.splits if split.axis in axes]
-        whole = tuple(axis for axis in axes if axis not in [split.axis for split in splits])
-        x = jnp.sum(x.astype(jnp.promote_types(x.dtype, jnp.float32)), whole, keepdims=True)
-        for split in splits:
-            numbers, sums = _part_numbers(split, x.ndim), jnp.zeros((), x.dtype)
-            for part in range(len(split.sizes)):
-                total = jnp.sum(jnp.where(numbers == part, x, 0), split.axis, keepdims=True)
-                sums = jnp.where(numbers == part, total, sums)
+        axes, splits = self.over(over), {split.axis: split for split in self.splits}
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = jnp.sum(x, tuple(axis for axis in axes if axis not in splits), keepdims=True)
+        for axis in splits.keys() & axes:
+            # Zeros that Explicit mesh axes shard as `x`.
+            numbers, sums = _part_numbers(splits[axis], x.ndim), jnp.zeros_like(x)
+            for part in range(len(splits[axis].sizes)):
+                total = jnp.sum(jnp.where(numbers == part, x, 0), axis, keepdims=True)
+                sums = sums + jnp.where(numbers == part, total, 0)
             x = sums
         return x
 
@@ -99,11 +94,11 @@ class MatrixAxes:
         splits = {split.axis: split for split in self.splits}
         size = np.ones((1,) * len(shape))
         for axis in self.over(over):
-            size = size * (
-                np.array(splits[axis].part_lengths)[_part_numbers(splits[axis], len(shape))]
-                if axis in splits
-                else shape[axis]
-            )
+            length: int | np.ndarray = shape[axis]
+            if axis in splits:
+                parts = np.array(splits[axis].part_lengths)
+                length = parts[_part_numbers(splits[axis], len(shape))]
+            size = size * length
         return size
 
 
@@ -142,31 +137,6 @@ def matrix_axes(
         batch = tuple(axis for axis in range(len(leaf.shape)) if axis not in inputs + outputs)
         found.append(MatrixAxes(batch, inputs, outputs, spec.splits))
     return jax.tree.unflatten(jax.tree.structure(tree), found)
-
-
-def zeros_reduced(params: Tree, axes: Tree, over: Over, param_shardings: Tree) -> Tree:
-    """Zeros of the shapes of reductions of the leaves, float32 or wider."""
-
-    def form(p: jax.Array, a: MatrixAxes) -> jax.ShapeDtypeStruct:
-        real = jnp.finfo(jnp.promote_types(p.dtype, jnp.float32)).dtype
-        return jax.eval_shape(lambda: a.sum(jnp.zeros(p.shape, real), over))
-
-    forms = jax.tree.map(form, params, axes)
-    return zeros_on_mesh(forms, None, reduced_shardings(params, axes, over, param_shardings))
-
-
-def reduced_shardings(
-    tree: Tree, axes: Tree, over: Over, param_shardings: Tree
-) -> MeshShardings | None:
-    """The shardings of reductions of the leaves, which are replicated along the reduced axes."""
-    shardings = mesh_shardings(tree, param_shardings)
-    if shardings is None:
-        return None
-    leaves = tuple(
-        tuple(() if axis in a.over(over) else names for axis, names in enumerate(leaf))
-        for leaf, a in zip(shardings.leaves, jax.tree.leaves(axes), strict=True)
-    )
-    return dataclasses.replace(shardings, leaves=leaves)
 
 
 def _part_numbers(split: Split, rank: int) -> np.ndarray:
@@ -245,11 +215,8 @@ def scale_by_shape(
         wide = jnp.promote_types(x.dtype, jnp.float32)
         return (jnp.asarray(scale, wide) * x.astype(wide)).astype(x.dtype)
 
-    def update_fn(
-        updates: optax.Updates, state: Tree, params: optax.Params | None = None, **extra: object
-    ) -> tuple[optax.Updates, Tree]:
-        del params, extra
+    def update(updates: Tree, state: Tree, params: Tree = None, **_: object) -> tuple[Tree, Tree]:
         axes = matrix_axes(updates, rules, weight_dimension_numbers=weight_dimension_numbers)
         return jax.tree.map(scale_leaf, updates, axes), state
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

@@ -1,12 +1,13 @@
-"""`metrics` measures the updates of the transformation that it wraps."""
+"""`metrics` measures the updates of the transformation that it wraps; `read_metrics` reads them."""
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -14,24 +15,20 @@ from muonclip_jax._arguments import check_number, is_concrete, names_known
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree, flatten_with_paths
 from muonclip_jax.attention.maxima import finite_max
 from muonclip_jax.clipping.gamma import check_clip_settings, clip_gamma
-from muonclip_jax.clipping.matching import (
-    find_in,
-    match_maxima,
-    merge_recordings,
-    trailing_shape,
-)
+from muonclip_jax.clipping.matching import find_in, match_maxima, merge_recordings, trailing_shape
 from muonclip_jax.heads.clips import read_block
 from muonclip_jax.heads.finding import Blocks, Rule, block_rules
 from muonclip_jax.routing import MatrixRules
-from muonclip_jax.sharding import read_shardings
 from muonclip_jax.transforms._checks import transformation, value_at
 from muonclip_jax.transforms._figures import (
     OF_MATRICES,
     Matrices,
+    MetricsState,
+    MuonMetrics,
     matrices_of,
     matrix_figures,
 )
-from muonclip_jax.transforms._placing import replicate
+from muonclip_jax.transforms._placing import mesh_shardings, replicate
 
 #: Maxima up to this multiple of the threshold do not count as clipped without effect. An effective
 #: clip leaves a maximum at the threshold, and one update raises it again by some percent.
@@ -39,23 +36,8 @@ _NOTICEABLE = 1.1
 #: A maximum falls where it is below this multiple of the lowest one since the block was clipped.
 _FALL = 0.99
 
-
-class MetricsState(NamedTuple):
-    """State of `metrics`.
-
-    Attributes:
-        count: Updates so far, int32, `()`.
-        sample: Attribute of `MuonMetrics` -> its latest value, one array over all matrices or
-            attention blocks of the model. `read_metrics` returns them by path.
-        lowest: The lowest maximum of each attention block in its current run of clipped updates,
-            float32, `(blocks,)`; 0 if the latest update did not clip it.
-        inner_state: State of the inner transformation.
-    """
-
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    sample: dict[str, jax.Array]
-    lowest: jax.Array
-    inner_state: Tree
+#: Path and shape `(*stack, heads)` of each selected attention block.
+_Blocks: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 @names_known
@@ -127,11 +109,9 @@ def metrics(
     attention = block_rules(qk_clip_blocks, "qk_clip_blocks")
     measured = optax.with_extra_args_support(inner)
 
-    def init_fn(params: optax.Params) -> MetricsState:
-        blocks = 0
-        if qk_clip_threshold is not None:
-            blocks = sum(block.selected for block in find_in(params, attention, whole=False)[0])
-        matrices = sum(matrices_of(params, rules).counts.values())
+    def init(params: Tree) -> MetricsState:
+        blocks = 0 if qk_clip_threshold is None else len(_selected(params, attention))
+        matrices = sum(matrices_of(params, rules)[0].counts)
         # Every array is made by itself: a state whose leaves share memory cannot be donated.
         sample = {
             "step": jnp.full([], -1, jnp.int32),
@@ -142,43 +122,40 @@ def metrics(
             "clips_without_effect": jnp.zeros(blocks, jnp.int32),
         }
         small = (jnp.zeros([], jnp.int32), sample, jnp.zeros(blocks, jnp.float32))
-        shardings = read_shardings(params, param_shardings, warn=False)
+        shardings = mesh_shardings(params, param_shardings)
         return MetricsState(*replicate(small, shardings), measured.init(params))
 
-    def update_fn(
-        updates: optax.Updates, state: Tree, params: optax.Params | None = None, **extra: object
-    ) -> tuple[optax.Updates, MetricsState]:
+    def update(updates: Tree, state: Tree, params: Tree = None, **extra: Any) -> tuple[Tree, Tree]:
         updates, inner_state = measured.update(updates, state.inner_state, params, **extra)
-        matrices, leaves = matrices_of(updates, rules), jax.tree.leaves(updates)
+        matrices, leaves = matrices_of(updates, rules)
         blocks, maxima = (), []
         if qk_clip_threshold is not None:
             blocks, maxima = _recordings(updates, extra.get("max_logits"), attention, clips)
-        program: Callable[..., Any] = functools.partial(_next_sample, matrices, blocks)
-        shardings = read_shardings(updates, param_shardings, warn=False)
-        if shardings is not None and not shardings.inside_manual:
-            # On Explicit mesh axes JAX asks how every product is sharded; here the partitioner
-            # decides.
+        program: Any = functools.partial(_next_sample, matrices, blocks)
+        shardings = mesh_shardings(updates, param_shardings)
+        if shardings is not None:
+            # On Explicit mesh axes JAX would ask how every product is sharded.
             everywhere = NamedSharding(shardings.mesh, PartitionSpec())
             program = jax.sharding.auto_axes(program, out_sharding=everywhere)
         sample, lowest = program(
             state.count % every == 0,
             (state.count, dict(state.sample), state.lowest),
-            [leaves[position] for _, position in matrices.leaves],
-            _momentum(inner_state, matrices.counts),
+            leaves,
+            _momentum(inner_state, matrices.paths),
             maxima,
             value_at(threshold, state.count),
         )
         count = jnp.asarray(optax.safe_increment(jnp.asarray(state.count)))
         return updates, MetricsState(*replicate((count, sample, lowest), shardings), inner_state)
 
-    return transformation("metrics", init_fn, update_fn)
+    return transformation("metrics", init, update)
 
 
 # Outside of jit, a bare `cond` would be compiled anew on every call.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _next_sample(
     matrices: Matrices,
-    blocks: tuple[tuple[str, tuple[int, ...]], ...],
+    blocks: _Blocks,
     now: jax.Array,
     state: tuple[jax.Array, dict[str, jax.Array], jax.Array],
     updates: Sequence[jax.Array],
@@ -205,22 +182,24 @@ def _next_sample(
         fell = (lowest == 0) | (largest < _FALL * lowest)
         lowest = jnp.where(clipped, jnp.where(fell, largest, lowest), 0)
         without_effect = jnp.where(clipped & ~fell, without_effect + 1, 0)
-    sample = {name: jnp.where(now, x, old[name]) for name, x in sample.items()}
     sample |= jax.lax.cond(
         now,
         lambda: matrix_figures(matrices, updates, momentum),
         lambda: {name: old[name] for name in OF_MATRICES},
     )
+    sample = {name: jnp.where(now, x, old[name]) for name, x in sample.items()}
     return sample | {"clips_without_effect": without_effect}, lowest
+
+
+def _selected(tree: Tree, rules: tuple[Rule, ...] | None) -> list[str]:
+    """Paths of the selected attention blocks."""
+    return [block.path for block in find_in(tree, rules, whole=False)[0] if block.selected]
 
 
 def _recordings(
     tree: Tree, max_logits: Tree, rules: tuple[Rule, ...] | None, clips: bool
-) -> tuple[tuple[tuple[str, tuple[int, ...]], ...], list[list[jax.Array]]]:
-    """Path and shape `(*stack, heads)` of every selected block, and its recorded maxima.
-
-    If the blocks are clipped, their kernels give the shape; otherwise they need not be readable.
-    """
+) -> tuple[_Blocks, list[list[jax.Array]]]:
+    """The selected blocks, of readable kernels if the blocks are clipped, and their maxima."""
     found, masked = find_in(tree, rules, whole=False)
     selected = [block for block in found if block.selected]
     if not selected:
@@ -232,21 +211,82 @@ def _recordings(
             "metrics(...)."
         )
     matched = match_maxima(found, max_logits, masked, rules)
-    maxima = [matched[block.path] for block in selected]
-    shapes = [trailing_shape(recorded) for recorded in maxima]
+    shapes = {path: trailing_shape(recorded) for path, recorded in matched.items()}
     if clips:
-        blocks = zip(selected, shapes, strict=True)
-        shapes = [read_block(block, shape).maxima_shape for block, shape in blocks]
-    return tuple((x.path, shape) for x, shape in zip(selected, shapes, strict=True)), maxima
+        shapes = {x.path: read_block(x, shapes[x.path]).maxima_shape for x in selected}
+    return tuple(shapes.items()), list(matched.values())
 
 
-def _momentum(state: Tree, paths: Iterable[str]) -> dict[str, jax.Array]:
+def _momentum(state: Tree, paths: Sequence[str]) -> dict[str, jax.Array]:
     """The momentum of the leaves at these paths, wherever in the state it is."""
-
-    def has_momentum(node: object) -> bool:
-        # Optax's word for it, in the states of its own Muon and of Adam too.
-        return isinstance(node, tuple) and "mu" in getattr(node, "_fields", ())
-
-    nodes = filter(has_momentum, jax.tree.leaves(state, is_leaf=has_momentum))
-    found = [dict(flatten_with_paths(node.mu)[0]) for node in nodes]
+    # Optax's word for it, in the states of its own Muon and of Adam too.
+    fields = optax.tree.get_all_with_path(
+        state, "mu", lambda path, _: isinstance(path[-1], optax.tree_utils.NamedTupleKey)
+    )
+    found = [dict(flatten_with_paths(mu)[0]) for _, mu in fields]
     return {path: mu[path] for path in paths for mu in reversed(found) if path in mu}
+
+
+def read_metrics(
+    state: Tree,
+    params: Tree,
+    *,
+    rules: MatrixRules | None = None,
+    qk_clip_blocks: Blocks = None,
+) -> MuonMetrics:
+    """Finds the latest sample of `metrics` in an optimizer state and returns it by path.
+
+    Works inside and outside of `jit`.
+
+    Args:
+        state: The state of any chain that contains `metrics` once.
+        params: The parameters; only paths and shapes are used.
+        rules: As given to `metrics`.
+        qk_clip_blocks: As given to `metrics`.
+
+    Returns:
+        The metrics by path.
+
+    Raises:
+        ValueError: If the state does not contain `metrics` exactly once, or its sample does not
+            match the matrices and blocks of `params`.
+
+    Example:
+        >>> import optax
+        >>> params = {"dense": {"kernel": jnp.eye(4, 16)}, "bias": jnp.ones(16)}
+        >>> from muonclip_jax.transforms import metrics
+        >>> tx = metrics(optax.sgd(0.1), every=1)
+        >>> _, state = tx.update(params, tx.init(params), params)
+        >>> float(read_metrics(state, params).spectral_norm["dense/kernel"][0])
+        0.10000000149011612
+    """
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, MetricsState))
+    found = [node for node in nodes if isinstance(node, MetricsState)]
+    if len(found) != 1:
+        raise ValueError(
+            f"The optimizer state has {len(found)} states of metrics, expected one. Write "
+            "tx = muonclip_jax.metrics(muonclip_jax.muonclip(...)); if there are several, give the "
+            "state of one of them."
+        )
+    # As arrays, where a library has boxed them.
+    sample = {name: jnp.asarray(x) for name, x in found[0].sample.items()}
+    matrices, _ = matrices_of(params, rules)
+    blocks: list[str] = []
+    if sample["max_logit"].size:
+        blocks = _selected(params, block_rules(qk_clip_blocks, "qk_clip_blocks"))
+    have = (sample["update_rms"].size, sample["max_logit"].size)
+    if have != (sum(matrices.counts), len(blocks)):
+        raise ValueError(
+            f"The state has metrics of {have[0]} matrices and {have[1]} attention blocks, and "
+            f"params have {sum(matrices.counts)} and {len(blocks)} by these rules. Give "
+            "read_metrics the parameters of this optimizer, and the same rules= and "
+            "qk_clip_blocks= as metrics has."
+        )
+    step, bounds = sample.pop("step"), np.cumsum(matrices.counts)[:-1]
+    figures = {
+        name: dict(zip(matrices.paths, jnp.split(x, bounds), strict=False))
+        if name in OF_MATRICES
+        else dict(zip(blocks, x, strict=True))
+        for name, x in sample.items()
+    }
+    return MuonMetrics(step, **figures)

@@ -1,7 +1,7 @@
 """`orthogonalize_updates`: the polar factor of every matrix, without momentum."""
 
 import dataclasses
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,7 @@ from jax.typing import DTypeLike
 from muonclip_jax._arguments import check_flags, check_number, check_type, names_known
 from muonclip_jax._devices import varying_axes
 from muonclip_jax._tree import ScalarLike, Tree
-from muonclip_jax.newton_schulz import (
-    DEFAULT_DTYPE,
-    DEFAULT_EPS,
-    DEFAULT_METHOD,
-    DEFAULT_SET,
-    Coefficients,
-    PolarPlan,
-    plan_polar,
-)
+from muonclip_jax.newton_schulz import PolarPlan, coefficients, plan_polar
 from muonclip_jax.routing import MatrixRules, MatrixSpec, as_rules, resolve_muon_specs
 from muonclip_jax.sharding import (
     Distribution,
@@ -28,13 +20,8 @@ from muonclip_jax.sharding import (
     read_shardings,
     zero1_shardings,
 )
+from muonclip_jax.transforms._matrix_axes import WeightDimNumOrFn
 from muonclip_jax.transforms._placing import place_tree
-
-#: One spec for all leaves, a tree of them (full, prefix or masked), or a function of the tree.
-WeightDimNumOrFn: TypeAlias = Any
-
-#: The distribution that None stands for.
-DEFAULT_DISTRIBUTION = Distribution()
 
 
 @names_known
@@ -42,13 +29,13 @@ def orthogonalize_updates(
     rules: MatrixRules | None = None,
     *,
     weight_dimension_numbers: WeightDimNumOrFn | None = None,
-    ns_coeffs: Coefficients = DEFAULT_SET,
+    ns_coeffs: coefficients.Coefficients = coefficients.DEFAULT_SET,
     ns_steps: int | None = None,
-    ns_method: str = DEFAULT_METHOD,
-    ns_dtype: DTypeLike | None = DEFAULT_DTYPE,
+    ns_method: str = coefficients.DEFAULT_METHOD,
+    ns_dtype: DTypeLike | None = coefficients.DEFAULT_DTYPE,
     ns_implementation: str = "xla",
     preconditioning: str | None = None,
-    eps: ScalarLike = DEFAULT_EPS,
+    eps: ScalarLike = coefficients.DEFAULT_EPS,
     relative_eps: bool = True,
     adaptive: bool = False,
     param_shardings: Tree = None,
@@ -98,46 +85,37 @@ def orthogonalize_updates(
         Jordan et al. 2024, kellerjordan.github.io/posts/muon; Bernstein and Newhouse 2024,
         arXiv 2409.20325.
     """
-    polar_settings = ns_coeffs, ns_steps, ns_method, ns_dtype, preconditioning, relative_eps
-    orthogonalizer = Orthogonalizer(
-        plan_polar(*polar_settings, ns_implementation, platform),
-        eps,
-        adaptive,
-        rules,
-        weight_dimension_numbers,
-        param_shardings,
-        axis_name,
-        distribution or DEFAULT_DISTRIBUTION,
-    )
+    polar = ns_coeffs, ns_steps, ns_method, ns_dtype, preconditioning, relative_eps
+    plan = plan_polar(*polar, ns_implementation, platform)
+    leaves = rules, weight_dimension_numbers, param_shardings, axis_name, distribution
+    orthogonalizer = Orthogonalizer(plan, eps, adaptive, *leaves)
 
-    def init_fn(params: optax.Params) -> optax.EmptyState:
+    def init(params: Tree) -> optax.EmptyState:
         orthogonalizer.read(params, init=True)
         return optax.EmptyState()
 
-    def update_fn(
-        updates: optax.Updates, state: Tree, params: optax.Params | None = None, **extra: object
-    ) -> tuple[optax.Updates, Tree]:
-        del params, extra
+    def update(updates: Tree, state: Tree, params: Tree = None, **_: object) -> tuple[Tree, Tree]:
         leaves = orthogonalizer.read(updates)
-        if orthogonalizer.places:
-            updates = place_tree(updates, leaves.sharded)
-        return orthogonalizer.polar_factors(updates, leaves), state
+        return orthogonalizer.polar_factors(place_tree(updates, leaves.placed), leaves), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 class Leaves(NamedTuple):
     """Decisions about the leaves of a tree, made once per update.
 
     Attributes:
-        specs: Path, leaf and normalised spec of each.
+        specs: The normalised spec of each.
         shardings: Shardings of parameters and results, on a mesh.
         sharded: Shardings of momentum and directions: like the parameters, or further (ZeRO-1).
+        placed: The same where momentum and directions are placed on the mesh, and None where they
+            are left as JAX shards them.
     """
 
-    specs: list[tuple[str, Any, MatrixSpec]]
+    specs: list[MatrixSpec]
     shardings: MeshShardings | None
     sharded: MeshShardings | None
+    placed: MeshShardings | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,57 +129,56 @@ class Orthogonalizer:
     weight_dimension_numbers: WeightDimNumOrFn | None
     param_shardings: Tree
     axis_name: str | tuple[str, ...] | None
-    distribution: Distribution
+    distribution: Distribution | None
 
     def __post_init__(self) -> None:
         check_number("eps", self.eps, "finite and not negative")
         check_flags(adaptive=self.adaptive)
         as_rules(self.rules)
-        check_type("distribution", self.distribution, Distribution, "Distribution(...) or None")
+        check_type("distribution", self.distribution, Distribution | None, "Distribution(...)")
         check_type("axis_name", self.axis_name, str | tuple | None, "'data' or ('data', 'fsdp')")
 
-    @property
-    def places(self) -> bool:
-        """Whether momentum and directions are placed on the mesh, or left as JAX shards them."""
-        return self.param_shardings is not None or self.distribution.shard_momentum
-
-    def read(self, tree: optax.Updates, init: bool = False) -> Leaves:
-        """Decides what the matrices are and how they are sharded; at `init` checks dtypes too."""
-        specs = resolve_muon_specs(tree, self.weight_dimension_numbers, self.rules)
-        for path, leaf, _ in specs if init else ():
-            try:
-                self.polar.check_input(leaf.dtype)
-            except ValueError as error:
-                raise ValueError(f"{path or 'The leaf'}: {error}") from None
-        zero1 = self.distribution.shard_momentum
-        required_by = "Distribution(shard_momentum=True)" * (zero1 and not init)
-        shardings = read_shardings(tree, self.param_shardings, not init, required_by)
-        if shardings is None or not zero1:
-            return Leaves(specs, shardings, shardings)
-        shapes = [tuple(leaf.shape) for _, leaf, _ in specs]
-        sharded = zero1_shardings(shardings, shapes, [spec for _, _, spec in specs])
-        return Leaves(specs, shardings, sharded)
-
-    def polar_factors(self, directions: optax.Updates, leaves: Leaves) -> optax.Updates:
-        """Replaces each matrix of the directions, sharded as `leaves.sharded`."""
-        name = self.axis_name
-        mapped_axes = (name,) if isinstance(name, str) else name or ()
-        for path, leaf, _ in leaves.specs if mapped_axes else ():
-            if differing := tuple(sorted(varying_axes(leaf).intersection(mapped_axes))):
+    def read(self, tree: Tree, init: bool = False) -> Leaves:
+        """Decides what the matrices are and how they are sharded, and checks the leaves."""
+        found = resolve_muon_specs(tree, self.weight_dimension_numbers, self.rules)
+        for path, leaf, _ in found:
+            where = path or "The leaf"
+            if init:
+                try:
+                    self.polar.check_input(leaf.dtype)
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from None
+            elif differing := tuple(sorted(varying_axes(leaf).intersection(self.mapped_axes))):
                 raise ValueError(
-                    f"{path or 'The leaf'} varies over the mapped axes {differing}, but axis_name "
-                    f"requires it to be equal along them. Average it first: jax.lax.pmean(grads, "
+                    f"{where} varies over the mapped axes {differing}, but axis_name requires it "
+                    "to be equal along them. Average it first: jax.lax.pmean(grads, "
                     f"{differing}); or leave an axis that shards the parameters out of axis_name."
                 )
+        specs = [spec for _, _, spec in found]
+        zero1 = self.distribution is not None and self.distribution.shard_momentum
+        required_by = "Distribution(shard_momentum=True)" * (zero1 and not init)
+        sharded = shardings = read_shardings(tree, self.param_shardings, not init, required_by)
+        if shardings is not None and zero1:
+            sharded = zero1_shardings(shardings, [tuple(x.shape) for _, x, _ in found], specs)
+        places = zero1 or self.param_shardings is not None
+        return Leaves(specs, shardings, sharded, sharded if places else None)
+
+    @property
+    def mapped_axes(self) -> tuple[str, ...]:
+        """The axis names as a tuple."""
+        return (self.axis_name,) if isinstance(self.axis_name, str) else self.axis_name or ()
+
+    def polar_factors(self, directions: Tree, leaves: Leaves) -> Tree:
+        """Replaces each matrix of the directions, sharded as `leaves.sharded`."""
         xs, treedef = jax.tree.flatten(directions)
         polars = orthogonalize_leaves(
             self.polar,
             self.eps,
             xs,
-            [spec for _, _, spec in leaves.specs],
+            leaves.specs,
             leaves.sharded,
             leaves.shardings,
-            mapped_axes,
+            self.mapped_axes,
             self.distribution,
         )
         if self.adaptive:

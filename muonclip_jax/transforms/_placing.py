@@ -15,19 +15,17 @@ from muonclip_jax.sharding import MeshShardings, on_devices, place, read_shardin
 T = TypeVar("T")
 
 
-def place_tree(tree: T, shardings: MeshShardings | None) -> T:
-    if shardings is None:
-        return tree
-    leaves, treedef = jax.tree.flatten(tree)
-    return jax.tree.unflatten(
-        treedef, [place(x, to) for x, to in zip(leaves, shardings.shardings(), strict=True)]
-    )
-
-
 def mesh_shardings(tree: Tree, param_shardings: Tree) -> MeshShardings | None:
     """The shardings of a tree; None inside of `shard_map`, where arrays are local."""
     shardings = read_shardings(tree, param_shardings, warn=False)
     return None if shardings is None or shardings.inside_manual else shardings
+
+
+def place_tree(tree: T, shardings: MeshShardings | None) -> T:
+    if shardings is None:
+        return tree
+    leaves, treedef = jax.tree.flatten(tree)
+    return jax.tree.unflatten(treedef, map(place, leaves, shardings.shardings()))
 
 
 def replicate(tree: T, shardings: MeshShardings | None) -> T:
@@ -38,53 +36,63 @@ def replicate(tree: T, shardings: MeshShardings | None) -> T:
     return jax.tree.map(lambda x: place(x, everywhere), tree)
 
 
+def zeros(forms: Tree) -> Tree:
+    """Zeros of shapes and dtypes, on no mesh; each is an array of its own, so it can be donated."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), forms)
+
+
 def zeros_on_mesh(
     params: optax.Params, dtype: DTypeLike | None, shardings: MeshShardings | None
 ) -> optax.Updates:
-    """Zeros that depend only on shapes, so a traced `init` does not use its arguments.
-
-    Outside of a trace every device creates its own shard.
-    """
+    """Zeros like the parameters; outside of a trace every device creates its own shard."""
     if shardings is None or isinstance(jnp.zeros(()), Tracer):
-        return place_tree(
-            jax.tree.map(lambda x: jnp.zeros(x.shape, dtype or x.dtype), params), shardings
-        )
+        return place_tree(optax.tree.zeros_like(params, dtype=dtype), shardings)
     leaves, treedef = jax.tree.flatten(params)
-    zeros = [
+    shards = [
         jnp.zeros(x.shape, dtype or x.dtype, device=on_devices(sharding))
         for x, sharding in zip(leaves, shardings.shardings(), strict=True)
     ]
-    return jax.tree.unflatten(treedef, zeros)
+    return jax.tree.unflatten(treedef, shards)
 
 
 def on_mesh(
     tx: optax.GradientTransformation, param_shardings: Tree, *, moments: bool = True
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns `tx` with updates, and with `moments` its state, sharded as `param_shardings` says.
+    """Returns `tx` with updates and, with `moments`, its state sharded like the parameters.
 
-    On a mesh with Auto axes, Optax's zeros have no sharding under jit: `init` replicates them, and
-    the compiler chooses the sharding after an update. Counts are replicated.
+    Under jit, zeros that `init` makes have no sharding: JAX replicates them, and the compiler
+    chooses the sharding after an update. A moment is replicated along dimensions of length one,
+    which may be reduced, and so is everything that is no tree like the parameters.
     """
     tx = optax.with_extra_args_support(tx)
-    if param_shardings is None:
-        return tx
 
-    def placed(state: Any, like: Tree, shardings: MeshShardings | None) -> Any:
+    def placed(state: Tree, like: Tree, shardings: MeshShardings | None) -> Tree:
         if shardings is None or not moments:
             return state
-        by_leaf = jax.tree.unflatten(jax.tree.structure(like), shardings.shardings())
-        return optax.tree.map_params(
-            tx, place, state, by_leaf, transform_non_params=lambda x: replicate(x, shardings)
-        )
+        structure = jax.tree.structure(like)
+        by_leaf = jax.tree.unflatten(structure, shardings.shardings())
 
-    def init_fn(params: optax.Params) -> Any:
+        def place_moment(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+            axes = zip(sharding.spec, x.shape, strict=False)
+            spec = [names if length > 1 else None for names, length in axes]
+            return place(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+
+        def is_moments(node: Tree) -> bool:
+            return jax.tree.structure(node) == structure
+
+        def place_part(node: Tree) -> Tree:
+            if is_moments(node):
+                return jax.tree.map(place_moment, node, by_leaf)
+            return replicate(node, shardings)
+
+        return jax.tree.map(place_part, state, is_leaf=is_moments)
+
+    def init(params: Tree) -> Tree:
         return placed(tx.init(params), params, mesh_shardings(params, param_shardings))
 
-    def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, Any]:
-        new, after = tx.update(updates, state, params, **extra_args)
+    def update(updates: Tree, state: Tree, params: Tree = None, **extra: Any) -> tuple[Tree, Tree]:
+        new, after = tx.update(updates, state, params, **extra)
         shardings = mesh_shardings(updates, param_shardings)
         return place_tree(new, shardings), placed(after, updates, shardings)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -13,7 +13,7 @@ from muonclip_jax.clipping.clip import clip_tree
 from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.clipping.matching import find_in
 from muonclip_jax.heads.finding import Blocks, block_rules
-from muonclip_jax.transforms._checks import transformation, value_at
+from muonclip_jax.transforms._checks import check_params, transformation, value_at
 
 
 class QKClipState(NamedTuple):
@@ -114,25 +114,15 @@ def qk_clip(
     rules = block_rules(blocks)
     counts = callable(threshold) or callable(alpha)
 
-    def init(params: optax.Params) -> optax.OptState:
+    def init(params: Tree) -> optax.OptState:
         if rules is not None:
             find_in(params, rules)
         return QKClipState(count=jnp.zeros((), jnp.int32)) if counts else optax.EmptyState()
 
     def update(
-        updates: optax.Updates,
-        state: Tree,
-        params: optax.Params | None = None,
-        *,
-        max_logits: Tree = None,
-        **extra: object,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del extra
-        if params is None:
-            raise ValueError(
-                "qk_clip needs the parameters: call tx.update(grads, state, params, "
-                "max_logits=max_logits)."
-            )
+        updates: Tree, state: Tree, params: Tree = None, *, max_logits: Tree = None, **_: object
+    ) -> tuple[Tree, Tree]:
+        check_params("qk_clip", params, ", max_logits=max_logits")
         if max_logits is None and jax.tree.leaves(params):
             raise ValueError(
                 "qk_clip needs the largest attention logits of the forward pass: call "
@@ -144,14 +134,9 @@ def qk_clip(
                 "leave qk_clip out (muonclip: qk_clip_threshold=None)."
             )
         count = state.count if counts else None
-        clipped, _ = clip_tree(
-            params,
-            updates,
-            max_logits,
-            value_at(threshold, count),
-            value_at(alpha, count),
-            shared_keys=shared_keys,
-            rules=rules,
+        settings = value_at(threshold, count), value_at(alpha, count)
+        clipped, _info = clip_tree(
+            params, updates, max_logits, *settings, shared_keys=shared_keys, rules=rules
         )
         if counts:
             state = QKClipState(jnp.asarray(optax.safe_increment(jnp.asarray(state.count))))

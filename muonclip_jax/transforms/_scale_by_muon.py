@@ -1,7 +1,7 @@
 """`scale_by_muon`: momentum, then the polar factor of every matrix."""
 
 import functools
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,7 @@ from jax.typing import DTypeLike
 
 from muonclip_jax._arguments import check_flags, names_known
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree
-from muonclip_jax.newton_schulz import (
-    DEFAULT_DTYPE,
-    DEFAULT_EPS,
-    DEFAULT_METHOD,
-    DEFAULT_SET,
-    Coefficients,
-    plan_polar,
-)
+from muonclip_jax.newton_schulz import coefficients, plan_polar
 from muonclip_jax.routing import MatrixRules
 from muonclip_jax.sharding import Distribution, check_momentum
 from muonclip_jax.transforms._checks import (
@@ -27,15 +20,9 @@ from muonclip_jax.transforms._checks import (
     transformation,
     value_at,
 )
-from muonclip_jax.transforms._orthogonalize_updates import (
-    DEFAULT_DISTRIBUTION,
-    Orthogonalizer,
-    WeightDimNumOrFn,
-)
+from muonclip_jax.transforms._matrix_axes import WeightDimNumOrFn
+from muonclip_jax.transforms._orthogonalize_updates import Orthogonalizer
 from muonclip_jax.transforms._placing import place_tree, replicate, zeros_on_mesh
-
-#: Weights of momentum and gradient; of momentum alone without Nesterov.
-_Weights: TypeAlias = tuple[ScalarLike, ...]
 
 
 class MuonState(NamedTuple):
@@ -52,10 +39,10 @@ class MuonState(NamedTuple):
 
 @names_known
 def scale_by_muon(
-    ns_coeffs: Coefficients = DEFAULT_SET,
+    ns_coeffs: coefficients.Coefficients = coefficients.DEFAULT_SET,
     ns_steps: int | None = None,
     beta: ScalarOrSchedule = 0.95,
-    eps: ScalarLike = DEFAULT_EPS,
+    eps: ScalarLike = coefficients.DEFAULT_EPS,
     mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = True,
@@ -63,8 +50,8 @@ def scale_by_muon(
     preconditioning: str | None = None,
     weight_dimension_numbers: WeightDimNumOrFn | None = None,
     bias_correction: bool = False,
-    ns_method: str = DEFAULT_METHOD,
-    ns_dtype: DTypeLike | None = DEFAULT_DTYPE,
+    ns_method: str = coefficients.DEFAULT_METHOD,
+    ns_dtype: DTypeLike | None = coefficients.DEFAULT_DTYPE,
     ns_implementation: str = "xla",
     relative_eps: bool = True,
     rules: MatrixRules | None = None,
@@ -151,76 +138,48 @@ def scale_by_muon(
     check_fraction("beta", beta, "the momentum's decay, such as 0.95", schedule=True)
     check_flags(nesterov=nesterov, bias_correction=bias_correction)
     check_moment_dtype(mu_dtype, "beta", beta)
-    polar_settings = ns_coeffs, ns_steps, ns_method, ns_dtype, preconditioning, relative_eps
-    orthogonalizer = Orthogonalizer(
-        plan_polar(*polar_settings, ns_implementation, platform),
-        eps,
-        adaptive,
-        rules,
-        weight_dimension_numbers,
-        param_shardings,
-        axis_name,
-        distribution or DEFAULT_DISTRIBUTION,
-    )
+    polar = ns_coeffs, ns_steps, ns_method, ns_dtype, preconditioning, relative_eps
+    plan = plan_polar(*polar, ns_implementation, platform)
+    leaves = rules, weight_dimension_numbers, param_shardings, axis_name, distribution
+    orthogonalizer = Orthogonalizer(plan, eps, adaptive, *leaves)
 
-    def init_fn(params: optax.Params) -> MuonState:
+    def init(params: Tree) -> MuonState:
         check_moments(params, mu_dtype)
         leaves = orthogonalizer.read(params, init=True)
-        if orthogonalizer.places:
-            mu = zeros_on_mesh(params, mu_dtype, leaves.sharded)
-        else:
-            mu = optax.tree.zeros_like(params, dtype=mu_dtype)
         # Where an update leaves it, so that the second step has the types of the first.
-        return MuonState(count=replicate(jnp.zeros([], jnp.int32), leaves.shardings), mu=mu)
+        count = replicate(jnp.zeros([], jnp.int32), leaves.shardings)
+        return MuonState(count, zeros_on_mesh(params, mu_dtype, leaves.placed))
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, MuonState]:
-        del params, extra_args
-        before, leaves = state.mu, orthogonalizer.read(updates)
-        if param_shardings is not None:
-            before = place_tree(before, leaves.sharded)
-        elif leaves.sharded is not None:
-            check_momentum(before, leaves.sharded)
-        if orthogonalizer.places:
-            updates = place_tree(updates, leaves.sharded)
+    def update(updates: Tree, state: Tree, params: Tree = None, **_: object) -> tuple[Tree, Tree]:
+        leaves = orthogonalizer.read(updates)
+        if param_shardings is None and leaves.sharded is not None:
+            check_momentum(state.mu, leaves.sharded)
+        before, updates = (place_tree(tree, leaves.placed) for tree in (state.mu, updates))
         count = jnp.asarray(optax.safe_increment(jnp.asarray(state.count)))
         decay = value_at(beta, state.count)
-        averaging = (decay, 1 - decay)
+        weights = (decay, 1 - decay)
         # M <- beta M + (1 - beta) G
-        mu = jax.tree.map(functools.partial(_average, weights=averaging), before, updates)
+        mu = jax.tree.map(functools.partial(_average, weights), before, updates)
         # U <- beta M + (1 - beta) G  (Nesterov), or M
-        weights = averaging if nesterov else (1.0,)
+        weights = weights if nesterov else (1.0,)
         if bias_correction:
-            weights = _corrected(weights, decay, count)
-        directions = jax.tree.map(functools.partial(_direction, weights), mu, updates)
+            # Divided by 1 - beta^t; with Nesterov, the t of M is that of the next step.
+            power = functools.partial(jax.lax.pow, jnp.asarray(decay, jnp.result_type(float)))
+            counts = (jnp.asarray(optax.safe_increment(count)), count)[-len(weights) :]
+            weights = tuple(w / (1 - power(t)) for w, t in zip(weights, counts, strict=True))
+        average = functools.partial(_average, weights)
+        directions = jax.tree.map(lambda m, g: average(m, g).astype(g.dtype), mu, updates)
         polars = orthogonalizer.polar_factors(directions, leaves)
         mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
-        if orthogonalizer.distribution.shard_momentum:
-            mu = place_tree(mu, leaves.sharded)
-        return polars, MuonState(count=count, mu=mu)
+        return polars, MuonState(count, place_tree(mu, leaves.placed))
 
-    return transformation("scale_by_muon", init_fn, update_fn)
+    return transformation("scale_by_muon", init, update)
 
 
-def _average(m: jax.Array, g: jax.Array, weights: _Weights) -> jax.Array:
-    """The weighted sum of `m` and `g`, accumulated in float32 or wider."""
+def _average(weights: tuple[ScalarLike, ...], m: jax.Array, g: jax.Array) -> jax.Array:
+    """The weighted sum of `m` and `g`, or `m` with its weight alone, in float32 or wider."""
     dtype = jnp.promote_types(jnp.promote_types(m.dtype, g.dtype), jnp.float32)
-    return jnp.asarray(weights[0] * m.astype(dtype) + weights[1] * g.astype(dtype), dtype)
-
-
-def _direction(weights: _Weights, m: jax.Array, g: jax.Array) -> jax.Array:
-    """The input of the polar factor: the momentum, or Nesterov's look-ahead of it."""
-    if len(weights) == 1:
-        return (weights[0] * m).astype(g.dtype)
-    return _average(m, g, weights).astype(g.dtype)
-
-
-def _corrected(weights: _Weights, beta: ScalarLike, count: jax.Array) -> _Weights:
-    """Divides by `1 - beta^t`; with Nesterov, the momentum's `t` is that of the next step."""
-    beta = jnp.asarray(beta, jax.dtypes.canonicalize_dtype(jnp.float64))
-    counts = (jnp.asarray(optax.safe_increment(count)), count)[-len(weights) :]
-    return tuple(w / (1 - jax.lax.pow(beta, t)) for w, t in zip(weights, counts, strict=True))
+    average = weights[0] * m.astype(dtype)
+    if len(weights) > 1:
+        average = average + weights[1] * g.astype(dtype)
+    return jnp.asarray(average, dtype)

@@ -1,6 +1,5 @@
 """Variants of Muon built on `matrix_axes`: NorMuon, Hyperball, and weight decay with options."""
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,14 +11,8 @@ from muonclip_jax._arguments import check_flags, check_number, names_known
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree
 from muonclip_jax.routing import MatrixRules
 from muonclip_jax.transforms._checks import check_fraction, check_mask, check_params, value_at
-from muonclip_jax.transforms._matrix_axes import (
-    MatrixAxes,
-    matrix_axes,
-    reduced_shardings,
-    zeros_reduced,
-)
-from muonclip_jax.transforms._orthogonalize_updates import WeightDimNumOrFn
-from muonclip_jax.transforms._placing import mesh_shardings, place_tree, replicate
+from muonclip_jax.transforms._matrix_axes import MatrixAxes, WeightDimNumOrFn, matrix_axes
+from muonclip_jax.transforms._placing import on_mesh, zeros
 
 
 class NeuronRmsState(NamedTuple):
@@ -81,33 +74,28 @@ def scale_by_neuron_rms(
     check_fraction("b2", b2, "the decay of the second moment, such as 0.95")
     check_number("eps", eps, "finite and not negative")
 
-    axes_of = functools.partial(
-        matrix_axes, rules=rules, weight_dimension_numbers=weight_dimension_numbers
-    )
+    def square(u: jax.Array, a: MatrixAxes) -> jax.Array:
+        return a.mean(jnp.square(jnp.abs(u)), "inputs")
 
-    def init_fn(params: optax.Params) -> NeuronRmsState:
-        return NeuronRmsState(zeros_reduced(params, axes_of(params), "inputs", param_shardings))
+    def init(params: Tree) -> NeuronRmsState:
+        axes = matrix_axes(params, rules, weight_dimension_numbers=weight_dimension_numbers)
+        nu = jax.eval_shape(lambda tree: jax.tree.map(square, tree, axes), params)
+        return NeuronRmsState(zeros(nu))
 
-    def update_fn(
-        updates: optax.Updates, state: Tree, params: optax.Params | None = None, **extra: object
-    ) -> tuple[optax.Updates, NeuronRmsState]:
-        del params, extra
-        axes = axes_of(updates)
+    def update(updates: Tree, state: Tree, params: Tree = None, **_: object) -> tuple[Tree, Tree]:
+        axes = matrix_axes(updates, rules, weight_dimension_numbers=weight_dimension_numbers)
 
         def average(u: jax.Array, v: jax.Array, a: MatrixAxes) -> jax.Array:
-            square = a.mean(jnp.square(jnp.abs(u)), "inputs")
-            return (b2 * v + (1 - b2) * square).astype(v.dtype)
-
-        nu = jax.tree.map(average, updates, state.nu, axes)
-        nu = place_tree(nu, reduced_shardings(updates, axes, "inputs", param_shardings))
+            return (b2 * v + (1 - b2) * square(u, a)).astype(v.dtype)
 
         def scale(u: jax.Array, v: jax.Array, a: MatrixAxes) -> jax.Array:
             scaled = u / (jnp.sqrt(v) + eps)
             return (scaled * _ratio(a.norm(u, "matrix"), a.norm(scaled, "matrix"))).astype(u.dtype)
 
+        nu = jax.tree.map(average, updates, state.nu, axes)
         return jax.tree.map(scale, updates, nu, axes), NeuronRmsState(nu)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return on_mesh(optax.GradientTransformationExtraArgs(init, update), param_shardings)
 
 
 class HyperballState(NamedTuple):
@@ -176,43 +164,37 @@ def hyperball(
     """
     check_number("learning_rate", learning_rate, "positive and finite", schedule=True)
 
-    axes_of = functools.partial(
-        matrix_axes, rules=rules, weight_dimension_numbers=weight_dimension_numbers
-    )
+    def norms(params: optax.Params, axes: Tree) -> Tree:
+        return jax.tree.map(lambda p, a: a.norm(p, "matrix"), params, axes)
 
-    def init_fn(params: optax.Params) -> HyperballState:
-        count = jnp.zeros([], jnp.int32)
-        norm = zeros_reduced(params, axes_of(params), "matrix", param_shardings)
-        return HyperballState(replicate(count, mesh_shardings(params, param_shardings)), norm)
+    def init(params: Tree) -> HyperballState:
+        axes = matrix_axes(params, rules, weight_dimension_numbers=weight_dimension_numbers)
+        norm = jax.eval_shape(lambda tree: norms(tree, axes), params)
+        return HyperballState(jnp.zeros([], jnp.int32), zeros(norm))
 
-    def update_fn(
-        updates: optax.Updates, state: Tree, params: optax.Params | None = None, **extra: object
-    ) -> tuple[optax.Updates, HyperballState]:
-        del extra
+    def update(updates: Tree, state: Tree, params: Tree = None, **_: object) -> tuple[Tree, Tree]:
         check_params("hyperball", params)
-        axes = axes_of(updates)
+        axes = matrix_axes(updates, rules, weight_dimension_numbers=weight_dimension_numbers)
         rate = value_at(learning_rate, state.count)
 
-        def first(p: jax.Array, n: jax.Array, a: MatrixAxes) -> jax.Array:
-            return jnp.where(state.count == 0, a.norm(p, "matrix").astype(n.dtype), n)
-
-        norm = jax.tree.map(first, params, state.norm, axes)
-        norm = place_tree(norm, reduced_shardings(updates, axes, "matrix", param_shardings))
+        def first(n: jax.Array, now: jax.Array) -> jax.Array:
+            return jnp.where(state.count == 0, now.astype(n.dtype), n)
 
         def step(u: jax.Array, p: jax.Array, n: jax.Array, a: MatrixAxes) -> jax.Array:
             wide = jnp.promote_types(jnp.promote_types(u.dtype, p.dtype), jnp.float32)
             u_wide, p_wide = u.astype(wide), p.astype(wide)
-            fan_out = a.size(u.shape, "outputs").astype(n.dtype)
-            radius = jnp.where(n == 0, jnp.sqrt(fan_out), jnp.minimum(n, a.norm(p_wide, "matrix")))
+            bound = jnp.sqrt(a.size(u.shape, "outputs").astype(n.dtype)) + jnp.zeros_like(n)
+            radius = jnp.where(n == 0, bound, jnp.minimum(n, a.norm(p_wide, "matrix")))
             moved = p_wide - rate * _ratio(radius, a.norm(u, "matrix")) * u_wide
             length = a.norm(moved, "matrix")
             kept = jnp.where(n == 0, jnp.minimum(length, radius), radius)
             return (_ratio(kept, length) * moved - p_wide).astype(u.dtype)
 
+        norm = jax.tree.map(first, state.norm, norms(params, axes))
         count = jnp.asarray(optax.safe_increment(jnp.asarray(state.count)))
         return jax.tree.map(step, updates, params, norm, axes), HyperballState(count, norm)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return on_mesh(optax.GradientTransformationExtraArgs(init, update), param_shardings)
 
 
 @names_known
@@ -271,10 +253,7 @@ def add_weight_decay(
         check_number("base_width", base_width, "positive and finite", hint)
     decay = optax.add_decayed_weights(weight_decay, mask)
 
-    def update_fn(
-        updates: optax.Updates, state: Tree, params: optax.Params | None = None, **extra: object
-    ) -> tuple[optax.Updates, Tree]:
-        del extra
+    def update(updates: Tree, state: Tree, params: Tree = None, **_: object) -> tuple[Tree, Tree]:
         check_params("add_weight_decay", params)
         decayed = params
         if base_width is not None:
@@ -292,7 +271,7 @@ def add_weight_decay(
             )
         return decay.update(updates, state, decayed)
 
-    return optax.GradientTransformationExtraArgs(decay.init, update_fn)
+    return optax.GradientTransformationExtraArgs(decay.init, update)
 
 
 def _ratio(x: jax.Array, y: jax.Array) -> jax.Array:
