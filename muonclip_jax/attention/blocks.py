@@ -10,6 +10,7 @@ Maxima alone: blocks of queries and keys. The last block of an axis is shifted s
 Blocks without unmasked pairs are skipped.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -23,14 +24,7 @@ from jaxtyping import Array, Float
 
 from muonclip_jax._devices import entry_axes
 from muonclip_jax._tree import ScalarLike
-from muonclip_jax.attention.inputs import (
-    Block,
-    Geometry,
-    Inputs,
-    allowed_pairs,
-    bias_permits,
-    permitted_max,
-)
+from muonclip_jax.attention.inputs import Index, Inputs, allowed_pairs, permitted_max
 
 #: Output `[B, T, K, G, D]`, or None where only maxima are asked for, and maxima `[K, G]`.
 Result: TypeAlias = tuple[jax.Array | None, jax.Array]
@@ -88,23 +82,20 @@ class Segment(NamedTuple):
     keys: int
 
 
-def plan_segments(inputs: Inputs, geometry: Geometry) -> list[Segment]:
+def plan_segments(inputs: Inputs) -> list[Segment]:
     """Divides the queries of attention into blocks. Symbolic lengths give one block."""
     queries, keys = inputs.query.shape[1], inputs.key.shape[1]
-    rows, sizes = _rows(inputs.query), SIZES.get(geometry.platform, _ACCELERATOR)
+    rows, sizes = _rows(inputs.query), SIZES.get(inputs.platform, _ACCELERATOR)
     symbolic = not (isinstance(queries, int) and isinstance(keys, int))
     if symbolic or rows * queries * keys <= sizes.dense:
         return [Segment(0, queries, (0,), keys)]
     length = min(queries, max(sizes.queries, sizes.block // (rows * keys) // 32 * 32))
     starts = range(0, queries, length)
-    # With a bias every pair is computed: a hidden pair may then outweigh a forbidden one, and
-    # which of the two a row of such pairs falls back to is known only from all of its keys.
-    ranges = [
-        (0, keys)
-        if inputs.bias is not None
-        else geometry.key_range(start, min(start + length, queries), keys)
-        for start in starts
-    ]
+    ranges = [inputs.key_range(start, min(start + length, queries)) for start in starts]
+    if inputs.bias is not None:
+        # Every pair is computed: a hidden pair may then outweigh a forbidden one, and which of the
+        # two a row of such pairs falls back to is known only from all of its keys.
+        ranges = [(0, keys)] * len(starts)
     whole = queries // length
     count = 1 if len({high - low for low, high in ranges[:whole]}) == 1 else _CAUSAL_RANGES
     each = -(-whole // count)
@@ -120,39 +111,36 @@ def plan_segments(inputs: Inputs, geometry: Geometry) -> list[Segment]:
 
 
 def _attend_block(
-    inputs: Inputs, geometry: Geometry, fallback: Float[Array, "B 1 K 1 D"] | None, block: Block
+    block: Inputs, start: Index, key_start: Index, fallback: Float[Array, "B 1 K 1 D"] | None
 ) -> tuple[Float[Array, "B t K G D"], Float[Array, "K G"]]:
-    """Attention of one block of queries to one range of keys; `inputs` contains only these."""
-    assert inputs.value is not None
-    unbiased = logits = block_logits(inputs.query, inputs.key, inputs.scale)
-    if inputs.bias is not None:
-        logits = (logits + block.cut(inputs.bias)).astype(logits.dtype)
-    allowed = allowed_pairs(inputs, geometry, block)
+    """Attention of one block of queries to one range of keys."""
+    assert block.value is not None
+    unbiased = logits = block_logits(block.query, block.key, block.scale)
+    if block.bias is not None:
+        logits = (logits + block.bias).astype(logits.dtype)
+    allowed = allowed_pairs(block, start, key_start)
     if allowed is not None:
         logits = jnp.where(allowed, logits, _HIDDEN)
     logits = logits.astype(jnp.float32)
     # XLA computes this maximum and the one inside softmax once.
     maximum = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf))
-    weights = jax.nn.softmax(logits, axis=-1).astype(inputs.key.dtype)
-    out = jnp.einsum("bkgts,bskd->btkgd", weights, inputs.value)
+    weights = jax.nn.softmax(logits, axis=-1).astype(block.key.dtype)
+    out = jnp.einsum("bkgts,bskd->btkgd", weights, block.value)
     if fallback is not None:
         out = jnp.where(jnp.moveaxis(maximum <= _HIDDEN / 2, 3, 1), fallback, out)
-    if inputs.bias is None:
+    if block.bias is None:
         recorded, permitted = maximum, ~(maximum <= _HIDDEN / 2)  # A NaN stays.
     else:
-        recorded, permitted = lax.stop_gradient(unbiased), bias_permits(block.cut(inputs.bias))
-        permitted = permitted if allowed is None else permitted & allowed
+        recorded = lax.stop_gradient(unbiased)
+        permitted = allowed_pairs(block, start, key_start, bias=True)
     return out, permitted_max(recorded, permitted, axes=(0, 3, 4))
 
 
-def attend(
-    inputs: Inputs, geometry: Geometry
-) -> tuple[Float[Array, "B T K G D"], Float[Array, "K G"]]:
+def attend(inputs: Inputs) -> tuple[Float[Array, "B T K G D"], Float[Array, "K G"]]:
     """Returns exact attention, and the exact maxima of its heads."""
     assert inputs.value is not None
-    segments, keys = plan_segments(inputs, geometry), inputs.key.shape[1]
-    fallback = None
-    if any(segment.keys < keys for segment in segments):
+    segments, fallback = plan_segments(inputs), None
+    if any(segment.keys < inputs.key.shape[1] for segment in segments):
         # A row with nothing to attend to falls back to the mean over all values.
         fallback = jnp.mean(inputs.value, axis=1, keepdims=True, dtype=jnp.float32)
         fallback = fallback[:, :, :, None].astype(inputs.value.dtype)
@@ -162,17 +150,14 @@ def attend(
         def attend_at(
             inputs: Inputs,
             fallback: jax.Array | None,
-            piece: tuple[jax.Array, int | jax.Array, int | jax.Array],
+            piece: tuple[jax.Array, Index, Index],
             span: int = span,
         ) -> tuple[jax.Array, jax.Array]:
             query, start, key_start = piece
-            key, value = both = inputs.key, inputs.value
-            if span < keys:
-                cut = functools.partial(lax.dynamic_slice_in_dim, axis=1)
-                key, value = jax.tree.map(lambda x: cut(x, key_start, span), both)
-            inputs = inputs._replace(query=query, key=key, value=value)
-            block = Block(start, query.shape[1], key_start, span)
-            return _attend_block(inputs, geometry, fallback, block)
+            block = inputs.block(start, query.shape[1], key_start, span)
+            return _attend_block(
+                dataclasses.replace(block, query=query), start, key_start, fallback
+            )
 
         blocks = len(key_starts)
         query = inputs.query[:, first : first + blocks * length]
@@ -197,52 +182,41 @@ def attend(
     return out, maxima
 
 
-def max_logits(inputs: Inputs, geometry: Geometry) -> Float[Array, "K G"]:
+def max_logits(inputs: Inputs) -> Float[Array, "K G"]:
     """Returns the largest `scale q . k` of every head over its pairs, -inf for a head without any.
 
-    The bias is not added; it only masks pairs.
+    The bias is not added; it only masks pairs. Equal blocks contain every allowed pair.
     """
-    starts, queries, keys = _plan_blocks(inputs, geometry)
+    queries, keys = inputs.query.shape[1], inputs.key.shape[1]
+    rows, least = _rows(inputs.query), SIZES.get(inputs.platform, _ACCELERATOR).queries
+    starts: list[tuple[int, int]] = [(0, 0)]
+    if 0 in inputs.query.shape or 0 in inputs.key.shape:
+        starts = []
+    elif isinstance(queries, int) and isinstance(keys, int):
+
+        def size(length: int, other: int) -> int:
+            wanted = _MAXIMA_BLOCK // max(rows * other, 1) // 32 * 32
+            return min(length, max(least, min(512, wanted)))
+
+        whole, keys = keys, size(keys, 256)
+        last, queries = queries, size(queries, keys)
+        starts = [
+            (min(start, last - queries), min(key, whole - keys))
+            for start in range(0, last, queries)
+            for key in range(*inputs.key_range(min(start, last - queries), start + queries), keys)
+        ]
     if not starts:
         return jnp.full(inputs.query.shape[2:4], -jnp.inf, jnp.float32)
 
-    def maximum(start: tuple[int | jax.Array, int | jax.Array]) -> Float[Array, "K G"]:
-        block = Block(start[0], queries, start[1], keys)
-        query = lax.dynamic_slice_in_dim(inputs.query, block.query_start, queries, axis=1)
-        key = lax.dynamic_slice_in_dim(inputs.key, block.key_start, keys, axis=1)
-        allowed = allowed_pairs(inputs, geometry, block)
-        if inputs.bias is not None:
-            permitted = bias_permits(block.cut(inputs.bias))
-            allowed = permitted if allowed is None else allowed & permitted
-        return permitted_max(block_logits(query, key, inputs.scale), allowed, axes=(0, 3, 4))
+    def maximum(at: tuple[Index, Index]) -> Float[Array, "K G"]:
+        block = inputs.block(at[0], queries, at[1], keys)
+        logits = block_logits(block.query, block.key, inputs.scale)
+        return permitted_max(logits, allowed_pairs(block, *at, bias=True), axes=(0, 3, 4))
 
     if len(starts) == 1:
         return maximum(starts[0])
     first, key_first = (jnp.asarray(each) for each in zip(*starts, strict=True))
     return jnp.max(lax.map(maximum, (first, key_first)), axis=0)
-
-
-def _plan_blocks(inputs: Inputs, geometry: Geometry) -> tuple[list[tuple[int, int]], int, int]:
-    """Returns the starts of equal blocks that contain every allowed pair, and their size."""
-    queries, keys = inputs.query.shape[1], inputs.key.shape[1]
-    if 0 in inputs.query.shape or 0 in inputs.key.shape:
-        return [], 0, 0
-    if not (isinstance(queries, int) and isinstance(keys, int)):
-        return [(0, 0)], queries, keys
-    rows, least = _rows(inputs.query), SIZES.get(geometry.platform, _ACCELERATOR).queries
-
-    def size(length: int, other: int) -> int:
-        wanted = _MAXIMA_BLOCK // max(rows * other, 1) // 32 * 32
-        return min(length, max(least, min(512, wanted)))
-
-    key_block = size(keys, 256)
-    query_block = size(queries, key_block)
-    starts: list[tuple[int, int]] = []
-    for start in range(0, queries, query_block):
-        start = min(start, queries - query_block)
-        low, high = geometry.key_range(start, start + query_block, keys)
-        starts += [(start, min(key, keys - key_block)) for key in range(low, high, key_block)]
-    return starts, query_block, key_block
 
 
 def on_each_device(
@@ -253,7 +227,7 @@ def on_each_device(
     Queries or keys whose positions are sharded are gathered first, and the output is sharded again.
     Under Auto axes the partitioner decides.
     """
-    inputs = inputs._replace(scale=jnp.asarray(inputs.scale))
+    inputs = dataclasses.replace(inputs, scale=jnp.asarray(inputs.scale))
     sharding = jax.typeof(inputs.query).sharding
     mesh = sharding.mesh
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
@@ -264,17 +238,16 @@ def on_each_device(
     keys, pairs = (batch, None, key_heads), (batch, key_heads, groups)
     # Mesh axes of the leading axes of every array, in the order of `Inputs`.
     entries = ((*keys, groups), keys, keys, (), pairs, pairs, (batch,), (batch,))
-    arrays = {name: x for name, x in inputs._asdict().items() if x is not None}
-    specs = {
-        name: P(
-            *(axes if n > 1 else None for axes, n in zip(entry, arrays[name].shape, strict=False))
-        )
-        for name, entry in zip(inputs._fields, entries, strict=True)
-        if name in arrays
-    }
+    arrays: dict[str, jax.Array] = {}
+    specs: dict[str, P] = {}
+    for field, entry in zip(dataclasses.fields(inputs), entries, strict=False):
+        if (x := getattr(inputs, field.name)) is not None:
+            sharded = zip(entry, x.shape, strict=False)
+            specs[field.name] = P(*(axes if n > 1 else None for axes, n in sharded))
+            arrays[field.name] = x
 
     def local(share: dict[str, jax.Array]) -> Result:
-        out, maxima = function(inputs._replace(**share))
+        out, maxima = function(dataclasses.replace(inputs, **share))
         if axes := entry_axes(batch):
             maxima = lax.pmax(lax.stop_gradient(maxima), axes)
         return out, maxima

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from muonclip_jax._tree import ScalarLike
 from muonclip_jax.attention import blocks
-from muonclip_jax.attention.inputs import AnyArray, Geometry, Inputs, bias_permits, read_inputs
+from muonclip_jax.attention.inputs import AnyArray, Inputs, bias_permits, read_inputs
 from muonclip_jax.kernels import MAX_LOGITS, load_kernel
 
 #: Implementations of `dot_product_attention`; "xla", the default, is exact and supports every call.
@@ -88,17 +88,15 @@ def dot_product_attention(
             f"implementation={implementation!r} is unknown; choose one of "
             f"{', '.join(map(repr, IMPLEMENTATIONS))}, or None for 'xla'."
         )
-    inputs, geometry = read_inputs(
+    inputs = read_inputs(
         *(query, key, value, bias, mask, scale, is_causal, query_seq_lengths),
         *(key_value_seq_lengths, local_window_size),
     )
     with jax.named_scope("dot_product_attention"):
         if implementation == "cudnn":
-            out, maxima = _attend_cudnn(inputs, geometry)
+            out, maxima = _attend_cudnn(inputs)
         else:
-            out, maxima = blocks.on_each_device(
-                lambda share: blocks.attend(share, geometry), inputs
-            )
+            out, maxima = blocks.on_each_device(blocks.attend, inputs)
     out = jnp.asarray(out).reshape(*jnp.shape(query)[:-1], jnp.shape(value)[-1])
     return out, lax.stop_gradient(maxima).reshape(-1)
 
@@ -168,7 +166,7 @@ def attention_max_logits(
             f"implementation={implementation!r} is unknown; choose one of "
             f"{', '.join(map(repr, ('xla', *MAX_LOGITS)))}, or None for 'xla'."
         )
-    inputs, geometry = read_inputs(
+    inputs = read_inputs(
         *(query, key, None, bias, mask, scale, is_causal, query_seq_lengths),
         *(key_value_seq_lengths, local_window_size),
     )
@@ -177,16 +175,16 @@ def attention_max_logits(
         compute = functools.partial(_by_kernel, implementation)
     with jax.named_scope("max_logits"):
         _, maxima = blocks.on_each_device(
-            lambda share: (None, compute(share, geometry)),
-            lax.stop_gradient(inputs._replace(scale=jnp.asarray(inputs.scale))),
+            lambda share: (None, compute(share)),
+            lax.stop_gradient(inputs),
             # What varies between devices is lost where Pallas interprets a kernel.
             check_vma=implementation not in MAX_LOGITS,
         )
     return maxima.reshape(-1)
 
 
-def _by_kernel(name: str, inputs: Inputs, geometry: Geometry) -> Float[Array, "K G"]:
-    kernel = load_kernel("max_logits", name, geometry.platform)
+def _by_kernel(name: str, inputs: Inputs) -> Float[Array, "K G"]:
+    kernel = load_kernel("max_logits", name, inputs.platform)
     query, key, scale = inputs.query, inputs.key, jnp.asarray(inputs.scale)
     batch, queries, key_heads, groups, head_dim = query.shape
     if query.dtype.name not in kernel.DTYPES or head_dim > kernel.LONGEST_HEAD:
@@ -210,8 +208,8 @@ def _by_kernel(name: str, inputs: Inputs, geometry: Geometry) -> Float[Array, "K
         key,
         [mask.reshape(mask.shape[0], -1, *mask.shape[3:]) for mask in masks if mask is not None],
         jnp.stack(ends, axis=1).astype(jnp.int32),
-        is_causal=geometry.is_causal,
-        window=geometry.window,
+        is_causal=inputs.is_causal,
+        window=inputs.window,
     )
     # Those of no pair stay -inf, also where the scale is zero.
     scaled = maxima * jnp.abs(scale).astype(jnp.float32)
@@ -219,9 +217,7 @@ def _by_kernel(name: str, inputs: Inputs, geometry: Geometry) -> Float[Array, "K
     return jnp.max(maxima, axis=0).reshape(key_heads, groups)
 
 
-def _attend_cudnn(
-    inputs: Inputs, geometry: Geometry
-) -> tuple[Float[Array, "B T N D"], Float[Array, " N"]]:
+def _attend_cudnn(inputs: Inputs) -> tuple[Float[Array, "B T N D"], Float[Array, " N"]]:
     """Returns cuDNN's attention and an upper bound of its maxima, or raises with the reason."""
     assert inputs.value is not None
     reason, batch, queries = None, *inputs.query.shape[:2]
@@ -231,10 +227,10 @@ def _attend_cudnn(
         jax.nn.dot_product_attention,
         mask=None if mask is None else mask.reshape(mask.shape[0], -1, *mask.shape[3:]),
         scale=cast(float, inputs.scale),
-        is_causal=geometry.is_causal,
+        is_causal=inputs.is_causal,
         query_seq_lengths=inputs.query_seq_lengths,
         key_value_seq_lengths=inputs.key_value_seq_lengths,
-        local_window_size=geometry.window,
+        local_window_size=inputs.window,
         implementation="cudnn",
         return_residual=True,
     )
@@ -245,8 +241,8 @@ def _attend_cudnn(
         )
     elif query.dtype not in (jnp.bfloat16, jnp.float16):
         reason = f"it takes bfloat16 and float16, not {query.dtype}; use 'xla'"
-    elif geometry.platform != "gpu":
-        reason = f"it runs on NVIDIA GPUs, not on {geometry.platform!r}; use 'xla'"
+    elif inputs.platform != "gpu":
+        reason = f"it runs on NVIDIA GPUs, not on {inputs.platform!r}; use 'xla'"
     else:
         try:
             jax.eval_shape(attend, query, inputs.key, inputs.value)

@@ -5,11 +5,11 @@ window, the keys of a range of queries follow from shapes; masks and biases are 
 no array of size queries times keys is created.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,20 @@ from muonclip_jax._tree import ScalarLike
 
 #: What a caller may pass as an array.
 AnyArray: TypeAlias = jax.Array | np.ndarray
+#: A position, which may be traced.
+Index: TypeAlias = int | jax.Array
+
+_STATIC = {"static": True}
 
 # A bias at or below this hides the pair. float32 spaces its numbers by 64 here: what the logit was,
 # down to differences that matter to a softmax, can no longer be told.
 _FORBIDDING_BIAS = -1e9
 
 
-class Inputs(NamedTuple):
-    """The arrays of one attention call. Axes of mask and bias may have length one."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The arguments of one attention call. Axes of mask and bias may have length one."""
 
     query: jax.Array  # [B, T, K, G, H]
     key: jax.Array  # [B, S, K, H]
@@ -38,65 +44,63 @@ class Inputs(NamedTuple):
     bias: jax.Array | None = None  # [B, K, G, T, S]; added to the logits
     query_seq_lengths: jax.Array | None = None  # [B]; queries from here on are padding
     key_value_seq_lengths: jax.Array | None = None  # [B]; keys from here on are padding
+    # Query t attends to keys up to and including t, and to keys from t - left to t + right.
+    is_causal: bool = dataclasses.field(default=False, metadata=_STATIC)
+    window: tuple[int, int] | None = dataclasses.field(default=None, metadata=_STATIC)
+    platform: str = dataclasses.field(default="cpu", metadata=_STATIC)
 
-
-@dataclass(frozen=True)
-class Geometry:
-    """Static properties of a call."""
-
-    is_causal: bool = False  # query t attends to keys up to and including t
-    window: tuple[int, int] | None = None  # query t attends to keys from t - left to t + right
-    platform: str = "cpu"
-
-    def key_range(self, start: int, stop: int, keys: int) -> tuple[int, int]:
-        """Returns the range of keys to which queries `start..stop` may attend.
-
-        Example:
-            >>> Geometry(is_causal=True, window=(3, 0)).key_range(8, 12, 64)
-            (5, 12)
-        """
+    def key_range(self, start: int, stop: int) -> tuple[int, int]:
+        """Returns the range of keys to which queries `start..stop` may attend."""
+        keys = self.key.shape[1]
         low, high = 0, min(keys, stop) if self.is_causal else keys
         if self.window is not None:
             low, high = max(low, start - self.window[0]), min(high, stop + self.window[1])
         return (low, high) if low < high else (0, 0)
 
+    def block(self, start: Index, queries: int, key_start: Index, keys: int) -> "Inputs":
+        """Returns the inputs of a range of queries and one of keys; starts may be traced."""
 
-class Block(NamedTuple):
-    """A range of queries and one of keys; starts may be traced."""
+        def cut(x: jax.Array, at: Index, size: int, axis: int) -> jax.Array:
+            whole = x.shape[axis] in (1, size)
+            return x if whole else lax.dynamic_slice_in_dim(x, at, size, axis)
 
-    query_start: int | jax.Array
-    queries: int
-    key_start: int | jax.Array
-    keys: int
+        def cut_keys(x: jax.Array) -> jax.Array:
+            return cut(x, key_start, keys, 1)
 
-    def cut(self, x: jax.Array) -> jax.Array:
-        """Slices the last two axes of a mask or bias; axes of length one are kept."""
-        if x.shape[-2] != 1:
-            x = lax.dynamic_slice_in_dim(x, self.query_start, self.queries, axis=-2)
-        if x.shape[-1] != 1:
-            x = lax.dynamic_slice_in_dim(x, self.key_start, self.keys, axis=-1)
-        return x
+        def cut_both(x: jax.Array) -> jax.Array:
+            return cut(cut(x, start, queries, -2), key_start, keys, -1)
+
+        key, value = jax.tree.map(cut_keys, (self.key, self.value))
+        mask, bias = jax.tree.map(cut_both, (self.mask, self.bias))
+        query = cut(self.query, start, queries, 1)
+        return dataclasses.replace(self, query=query, key=key, value=value, mask=mask, bias=bias)
 
 
-def allowed_pairs(inputs: Inputs, geometry: Geometry, block: Block) -> jax.Array | None:
-    """Returns the unmasked pairs of a block, without the bias; None if all are.
+def allowed_pairs(
+    block: Inputs, start: Index, key_start: Index, *, bias: bool = False
+) -> jax.Array | None:
+    """Returns the unmasked pairs of a block, by its bias too if asked; None if all are.
 
     The result broadcasts to `[B, K, G, t, s]`.
     """
-    queries = block.query_start + jnp.arange(block.queries)[:, None]
-    keys = block.key_start + jnp.arange(block.keys)[None, :]
+    queries = start + jnp.arange(block.query.shape[1])[:, None]
+    keys = key_start + jnp.arange(block.key.shape[1])[None, :]
     conditions = []
-    if geometry.is_causal:
+    if block.is_causal:
         conditions.append(queries >= keys)
-    if geometry.window is not None:
-        left, right = geometry.window
+    if block.window is not None:
+        left, right = block.window
         conditions += [queries <= keys + left, queries >= keys - right]
-    if inputs.mask is not None:
-        conditions.append(block.cut(inputs.mask))
-    if (ends := inputs.query_seq_lengths) is not None:
-        conditions.append(queries < ends[:, None, None, None, None])
-    if (ends := inputs.key_value_seq_lengths) is not None:
-        conditions.append(keys < ends[:, None, None, None, None])
+    if block.mask is not None:
+        conditions.append(block.mask)
+    if bias and block.bias is not None:
+        conditions.append(bias_permits(block.bias))
+    for positions, ends in (
+        (queries, block.query_seq_lengths),
+        (keys, block.key_value_seq_lengths),
+    ):
+        if ends is not None:
+            conditions.append(positions < ends[:, None, None, None, None])
     return functools.reduce(jnp.logical_and, conditions) if conditions else None
 
 
@@ -201,7 +205,7 @@ def read_inputs(
     query_seq_lengths: AnyArray | None = None,
     key_value_seq_lengths: AnyArray | None = None,
     local_window_size: int | tuple[int, int] | None = None,
-) -> tuple[Inputs, Geometry]:
+) -> Inputs:
     """Checks the arguments of `jax.nn.dot_product_attention` and converts them to one form.
 
     Raises:
@@ -228,7 +232,7 @@ def read_inputs(
     full = (*batch, heads, queries, keys)
     if isinstance(local_window_size, int):
         local_window_size = (local_window_size, local_window_size)
-    inputs = Inputs(
+    return Inputs(
         query=q.reshape(*q.shape[:2], key_heads, heads // key_heads, head_dim),
         key=k,
         value=v,
@@ -237,6 +241,7 @@ def read_inputs(
         bias=_grouped("bias", bias, full, key_heads),
         query_seq_lengths=_lengths("query_seq_lengths", query_seq_lengths, batch),
         key_value_seq_lengths=_lengths("key_value_seq_lengths", key_value_seq_lengths, batch),
+        is_causal=is_causal,
+        window=local_window_size,
+        platform=plan_platform(None, sharding.mesh, (q,)),
     )
-    platform = plan_platform(None, sharding.mesh, (q,))
-    return inputs, Geometry(is_causal, local_window_size, platform)

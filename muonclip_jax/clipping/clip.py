@@ -1,19 +1,92 @@
 """QK-Clip as a pure function of parameters and maxima."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jaxtyping import Array, Float, Int
 
 from muonclip_jax._arguments import names_known
 from muonclip_jax._tree import ScalarLike, Tree
+from muonclip_jax.attention.maxima import finite_max
 from muonclip_jax.clipping.gamma import check_clip_settings, clip_gamma, role_factors
-from muonclip_jax.clipping.info import QKClipInfo
 from muonclip_jax.clipping.matching import Recorded, merge_recordings, named_leaves, plan_clip
 from muonclip_jax.clipping.scaling import clip_leaf, leaf_factor
 from muonclip_jax.heads.finding import Blocks, Rule, block_rules
 from muonclip_jax.heads.plan import BlockPlan
+
+
+class QKClipInfo(NamedTuple):
+    """The maxima and factors of a clip. A pytree whose structure depends only on shapes.
+
+    Attributes:
+        max_logits: Block -> largest logit of each head, `(*stack, heads)`, float32 or
+            wider.
+        gamma: Block -> factor of each head's logits, 1 for heads that were not clipped.
+        clipped_heads: Block -> number of heads with a factor below 1, over all its layers.
+    """
+
+    max_logits: dict[str, Float[Array, "..."]]
+    gamma: dict[str, Float[Array, "..."]]
+    clipped_heads: dict[str, Int[Array, ""]]
+
+    @property
+    def largest(self) -> Float[Array, ""]:
+        """The largest finite logit of all heads; -inf for a model without attention.
+
+        NaN and infinite maxima are ignored unless there are no others.
+        """
+        parts = [finite_max(x, range(x.ndim)) for x in self.max_logits.values()]
+        return finite_max(jnp.stack(parts), (0,)) if parts else jnp.asarray(-jnp.inf, jnp.float32)
+
+    @property
+    def total_clipped(self) -> Int[Array, ""]:
+        """Number of clipped heads in all blocks."""
+        return sum(self.clipped_heads.values(), start=jnp.zeros((), jnp.int32))
+
+    @property
+    def total_heads(self) -> int:
+        """Number of heads, clipped or not."""
+        return sum(gamma.size for gamma in self.gamma.values())
+
+    def scalars(self, prefix: str = "qk_clip", *, blocks: bool = True) -> dict[str, jax.Array]:
+        """Returns flat scalars for TensorBoard, Weights & Biases or a JSON line, as arrays.
+
+        Args:
+            prefix: First part of every name.
+            blocks: Whether to add the values of each block.
+
+        Returns:
+            "prefix/max_logit", "prefix/min_gamma", "prefix/clipped_heads",
+            "prefix/clipped_fraction", and with `blocks` the first three for
+            "prefix/path/of/block/...".
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> info = QKClipInfo(
+            ...     max_logits={"attn": jnp.asarray([150.0, 90.0])},
+            ...     gamma={"attn": jnp.asarray([2 / 3, 1.0])},
+            ...     clipped_heads={"attn": jnp.asarray(1)},
+            ... )
+            >>> sorted(info.scalars(blocks=False))[:2]
+            ['qk_clip/clipped_fraction', 'qk_clip/clipped_heads']
+        """
+        clipped, smallest = self.total_clipped, [gamma.min() for gamma in self.gamma.values()]
+        flat = {
+            f"{prefix}/max_logit": self.largest,
+            f"{prefix}/min_gamma": jnp.stack(smallest).min() if smallest else jnp.ones(()),
+            f"{prefix}/clipped_heads": clipped,
+            f"{prefix}/clipped_fraction": clipped / max(self.total_heads, 1),
+        }
+        for path in self.gamma if blocks else ():
+            name = f"{prefix}/{path}" if path else prefix + "/block"
+            largest = self.max_logits[path]
+            flat[f"{name}/max_logit"] = finite_max(largest, range(largest.ndim))
+            flat[f"{name}/min_gamma"] = self.gamma[path].min()
+            flat[f"{name}/clipped_heads"] = self.clipped_heads[path]
+        return flat
 
 
 @functools.partial(jax.jit, static_argnames=("plans",))
@@ -64,22 +137,19 @@ def clip_tree(
 ) -> tuple[Tree, QKClipInfo]:
     """Returns the clipped parameters; given updates `u`, the tree of `clip(p + u) - p` instead."""
     plans, recorded = plan_clip(params, max_logits, rules)
+    changed = params if updates is None else updates
+    leaves = named_leaves(changed)
+    weights, old = dict(named_leaves(params)), dict(leaves)
     paths = [leaf.path for plan in plans for leaf in plan.leaves]
-    weights = dict(named_leaves(params))
-    leaves = named_leaves(params if updates is None else updates)
-    old = dict(leaves)
-    for path in paths:
-        if path not in old:
-            raise ValueError(
-                f"qk_clip must change {path!r}, but the updates have no entry for it. Give "
-                "it an update, such as zeros, or exclude its block with blocks=."
-            )
+    if missing := [path for path in paths if path not in old]:
+        raise ValueError(
+            f"qk_clip must change {missing[0]!r}, but the updates have no entry for it. Give it an "
+            "update, such as zeros, or exclude its block with blocks=."
+        )
     new, info = _clip_leaves(
         {path: weights[path] for path in paths},
         {} if updates is None else {path: old[path] for path in paths},
-        recorded,
-        threshold,
-        alpha,
+        *(recorded, threshold, alpha),
         plans=plans,
         shared_keys=shared_keys,
     )
@@ -88,8 +158,8 @@ def clip_tree(
         concrete = isinstance(old[path], jax.Array) and not isinstance(x, Tracer)
         if concrete and not x.sharding.is_equivalent_to(old[path].sharding, x.ndim):
             new[path] = jax.device_put(x, old[path].sharding)
-    structure = jax.tree.structure(params if updates is None else updates)
-    return jax.tree.unflatten(structure, [new.get(path, leaf) for path, leaf in leaves]), info
+    clipped = [new.get(path, leaf) for path, leaf in leaves]
+    return jax.tree.unflatten(jax.tree.structure(changed), clipped), info
 
 
 @names_known

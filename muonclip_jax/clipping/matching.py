@@ -5,6 +5,7 @@ boxed tuples, a tree of modules, or a flat dict by path such as "decoder/block_0
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -22,14 +23,13 @@ from muonclip_jax._tree import (
 )
 from muonclip_jax.attention.maxima import finite_max
 from muonclip_jax.heads.clips import read_block
-from muonclip_jax.heads.finding import FoundBlock, Rule, Shape, find_blocks
+from muonclip_jax.heads.finding import FoundBlock, Rule, Shape, find_blocks, strip_outer
 from muonclip_jax.heads.layouts import NORM_NAMES
 from muonclip_jax.heads.plan import BlockPlan
 
 #: Module path -> the arrays that were recorded there.
 Recorded: TypeAlias = dict[str, list[jax.Array]]
 
-_NORMS = tuple(name for pair in NORM_NAMES for name in pair)
 _MASKED = (
     " Parts of the tree are masked here: under optax.multi_transform or optax.masked QK-Clip "
     "gets only one group of parameters. Put it at the end of the outer chain, or call "
@@ -45,7 +45,7 @@ _ADAPTERS = (
 
 def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
     """Returns the leaves of a tree in flatten order, by path without an outer "params" level."""
-    return [(path.removeprefix("params/"), leaf) for path, leaf in array_leaves(tree)]
+    return [(strip_outer(path), leaf) for path, leaf in array_leaves(tree)]
 
 
 def find_in(
@@ -57,7 +57,7 @@ def find_in(
     """
     shapes = tuple((path, tuple(leaf.shape)) for path, leaf in named_leaves(tree))
     nodes = flatten_with_paths(tree, is_leaf=is_masked)[0]
-    masked = tuple(path.removeprefix("params/") for path, node in nodes if is_masked(node))
+    masked = tuple(strip_outer(path) for path, node in nodes if is_masked(node))
     return (_find(shapes, masked, rules, whole) if shapes else []), masked
 
 
@@ -70,26 +70,24 @@ def _find(
 ) -> list[FoundBlock]:
     leaves = {path: jax.ShapeDtypeStruct(shape, "f4") for path, shape in shapes}
     found = find_blocks(leaves, rules, strict=whole or not masked)
-    if not whole:
-        return found
-    for block in found:
-        prefix = block.path + "/" if block.path else ""
-        parts = [prefix + name for name in (*block.layout.paths, *_NORMS)]
+    for block in found if masked and whole else ():
+        names = (*block.layout.paths, *itertools.chain(*NORM_NAMES))
+        parts = [f"{block.path}/{name}".removeprefix("/") for name in names]
         hidden = [path for path in masked if any(_inside(path, part) for part in parts)]
         if hidden and block.selected:
             raise ValueError(
                 f"Attention block {block.path!r} is only partly visible: {listed(hidden)} "
                 f"{'is' if len(hidden) == 1 else 'are'} hidden.{_MASKED}"
             )
-    if not any(block.selected for block in found):
-        adapters = any("lora_" in path.lower() for path in leaves)
+    if whole and not any(block.selected for block in found):
+        adapters = _ADAPTERS if any("lora_" in path.lower() for path in leaves) else ""
         raise ValueError(
             f"No attention block was found in parameters {listed(leaves)}. Expected a query "
             "and a key projection side by side, such as 'attention/query/kernel' and "
             "'attention/key/kernel'. If they have other names, give a layout: "
             "blocks=[(pattern, AttentionLayout(...))] (muonclip: qk_clip_blocks=). To train "
             "without the clip, leave it out (muonclip: qk_clip_threshold=None)."
-            f"{_ADAPTERS if adapters else ''}{_MASKED if masked else ''}"
+            f"{adapters}{_MASKED if masked else ''}"
         )
     return found
 
@@ -113,10 +111,10 @@ def read_maxima(max_logits: Tree) -> tuple[Recorded, bool]:
         while names and names[0] in ("params", "intermediates"):
             names = names[1:]
         if sown and MAX_LOGITS in names:
-            last = len(names) - 1 - names[::-1].index(MAX_LOGITS)
-            found.setdefault("/".join(names[:last]), []).append(leaf)
-        elif not sown:
-            found["/".join(names)] = [leaf]
+            names = names[: len(names) - 1 - names[::-1].index(MAX_LOGITS)]
+        elif sown:
+            continue
+        found.setdefault("/".join(names), []).append(leaf)
     if not found:
         raise ValueError(
             f"max_logits contains no maxima. Expected leaves named {MAX_LOGITS!r}, as in what Flax "
@@ -159,17 +157,17 @@ def match_maxima(
                 f"Blocks are: {listed(paths)}. Where its projections have other names, write "
                 f"blocks=[(pattern, AttentionLayout(...))].{_MASKED if masked else ''}"
             )
-        owner = max(owners, key=len)
-        if owner not in recorded:
+        if (owner := max(owners, key=len)) not in recorded:
             matched.setdefault(owner, []).extend(recorded[module])
-    for block in found:
-        if block.selected and block.path not in matched:
+    selected = [block for block in found if block.selected]
+    for block in selected:
+        if block.path not in matched:
             raise ValueError(
                 f"Attention block {block.path!r} ({block.layout.name}) has no maximum. Maxima were "
                 f"recorded for: {listed(recorded)}. Record one for it, or select the blocks to "
                 "clip with blocks=, as in blocks='decoder/.*attention$'."
             )
-    return {block.path: matched[block.path] for block in found if block.selected}
+    return {block.path: matched[block.path] for block in selected}
 
 
 def trailing_shape(arrays: Sequence[jax.Array]) -> Shape:
@@ -182,16 +180,15 @@ def merge_recordings(arrays: Sequence[jax.Array], shape: Shape, path: str) -> ja
     reduced: list[jax.Array] = []
     for x in arrays:
         leading = len(x.shape) - len(shape)
+        wrong = None
         if leading < 0 or tuple(x.shape[leading:]) != shape:
+            wrong = f"for its kernels they must end in {shape}: stacked layers, then query heads"
+        elif leading >= 2 and x.shape[-3] == shape[-1]:
+            wrong = "which may be whole logits (..., query heads, queries, keys) too. Expected "
+            wrong += f"{shape}: take the maximum over all other axes first"
+        if wrong is not None:
             raise ValueError(
-                f"The maxima of attention block {path!r} have shape {tuple(x.shape)}; for its "
-                f"kernels they must end in {shape}: stacked layers, then query heads."
-            )
-        if leading >= 2 and x.shape[-3] == shape[-1]:
-            raise ValueError(
-                f"The maxima of attention block {path!r} have shape {tuple(x.shape)}, which may be "
-                f"whole logits (..., query heads, queries, keys) too. Expected {shape}: take the "
-                "maximum over all other axes first."
+                f"The maxima of attention block {path!r} have shape {tuple(x.shape)}, {wrong}."
             )
         wide = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
         reduced.append(finite_max(wide, range(leading)))

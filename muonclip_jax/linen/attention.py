@@ -29,20 +29,20 @@ class _Probe(nn.Module):
     """An empty module, whose parent is the module that is being called."""
 
 
-def calling_module() -> nn.Module | None:
-    """Returns the module whose method is running, or None outside of any."""
-    try:
-        parent = _Probe().parent
-    except errors.AssignSubModuleError as error:
-        raise ValueError(
-            "The module that computes this attention is unknown in a method that is not "
-            "@nn.compact. Pass it: dot_product_attention(..., record_in=self)."
-        ) from error
-    return parent if isinstance(parent, nn.Module) else None
+def record(max_logits: Float[Array, " N"], module: nn.Module | None = None) -> None:
+    """Sows maxima at the path of a module, if `intermediates` are collected.
 
-
-def record_in_module(module: nn.Module | None, max_logits: Float[Array, " N"]) -> None:
-    """Sows maxima at the module's own path, if `intermediates` are collected."""
+    By default it is the module whose method is running; outside of any, nothing is recorded.
+    """
+    if module is None:
+        try:
+            parent = _Probe().parent
+        except errors.AssignSubModuleError as error:
+            raise ValueError(
+                "The module that computes this attention is unknown in a method that is not "
+                "@nn.compact. Pass it: dot_product_attention(..., record_in=self)."
+            ) from error
+        module = parent if isinstance(parent, nn.Module) else None
     if module is None or module.scope is None or module.is_initializing():
         return
     if not module.sow(COLLECTION, MAX_LOGITS, max_logits) and capturing.get():
@@ -163,7 +163,6 @@ def dot_product_attention(
         >>> state["intermediates"]["max_logits"][0].shape
         (2,)
     """
-    target = record_in or module or calling_module()
     drops = dropout_rate > 0.0 and not deterministic
     products = (precision, einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum)
     query, key, value = promote_dtype(query, key, value, dtype=dtype)
@@ -185,5 +184,5 @@ def dot_product_attention(
             qk_attn_weights_einsum=qk_attn_weights_einsum,
             attn_weights_value_einsum=attn_weights_value_einsum,
         )
-    record_in_module(target, max_logits)
+    record(max_logits, record_in or module)
     return out

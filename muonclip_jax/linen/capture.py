@@ -14,11 +14,10 @@ from muonclip_jax._tree import MAX_LOGITS, Tree
 from muonclip_jax.attention import RecordingBeside, only_max_logits, records
 from muonclip_jax.linen.attention import (
     COLLECTION,
-    calling_module,
     capturing,
     dot_product_attention,
     flax_attention,
-    record_in_module,
+    record,
 )
 
 
@@ -27,12 +26,8 @@ def _flax_recording(*arguments: Any, **keywords: Any) -> jax.Array:
     """Flax's default attention, bit for bit, and the maxima of its own logits."""
     call = inspect.signature(nn.dot_product_attention).bind(*arguments, **keywords)
     out, max_logits = flax_attention(**call.arguments)
-    _record(max_logits)
+    record(max_logits)
     return out
-
-
-def _record(max_logits: jax.Array) -> None:
-    record_in_module(calling_module(), max_logits)
 
 
 def _record_flax_attention(
@@ -49,7 +44,7 @@ def _record_flax_attention(
     if attention_fn is nn.dot_product_attention:
         recording = _flax_recording
     elif not records(attention_fn, dot_product_attention):
-        recording = RecordingBeside(attention_fn, promote_dtype, _record)
+        recording = RecordingBeside(attention_fn, promote_dtype, record)
     # A bound module is this call's own copy; its field is put back all the same.
     object.__setattr__(module, "attention_fn", recording)
     try:

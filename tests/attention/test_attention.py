@@ -159,7 +159,7 @@ def test_blocks_that_geometry_rules_out_are_never_computed():
     def visited(**keywords):
         x = jax.ShapeDtypeStruct((1, 4096, 8, 64), jnp.float32)
         plans: list[blocks.Segment] = []
-        plan = lambda x: plans.extend(blocks.plan_segments(*read_inputs(x, x, x, **keywords)))  # noqa: E731
+        plan = lambda x: plans.extend(blocks.plan_segments(read_inputs(x, x, x, **keywords)))  # noqa: E731
         jax.eval_shape(plan, x)
         return sum(len(s.key_starts) * s.length * s.keys for s in plans) / 4096**2
 

@@ -312,17 +312,17 @@ CASES = (
     Case(
         "gemma",
         _leaves("q_einsum/w n d h, kv_einsum/w 2 m d h"),
-        lambda w, x, _: [
+        lambda w, x, _: tuple(
             np.einsum("td,hdk->thk", x, y) for y in (w["q_einsum/w"], w["kv_einsum/w"][0])
-        ],
+        ),
         own_keys=False,
     ),
     Case(
         "praxis",
         _leaves("combined_qkv/w 3 d n h, combined_qkv/b 3 n h, post/w d n h"),
-        lambda w, x, _: [
+        lambda w, x, _: tuple(
             np.tensordot(x, w["combined_qkv/w"][i], 1) + w["combined_qkv/b"][i] for i in (0, 1)
-        ],
+        ),
     ),
     Case("maxtext latent", *_latent("wq_b", "wkv_a", "wkv_b", False, "wq_a")),
     Case("deepseek", *_latent("q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", True, "q_a_proj")),
