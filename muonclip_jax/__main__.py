@@ -26,17 +26,10 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("describe", help=text, description=f"Prints {text}.")
     add = command.add_argument
     add("checkpoint", help="a folder of Orbax (an item, a step or all), .npz or .safetensors")
-    add(
-        "--params",
-        metavar="PATH",
-        help="where in it the parameters are, '' for all of it; by default the subtree 'params'",
-    )
+    where = "where in it the parameters are, '' for all of it; by default the subtree 'params'"
+    add("--params", metavar="PATH", help=where)
     add("--rules", metavar="MODULE:NAME", help="a MatrixRules to import, if the model needs one")
-    add(
-        "--platform",
-        choices=tuple(PLATFORMS),
-        help="what to count for; by default what JAX runs on",
-    )
+    add("--platform", choices=tuple(PLATFORMS), help="by default what JAX runs on")
     add("--ns-coeffs", choices=tuple(COEFFICIENT_SETS), default=DEFAULT_SET)
     add("--ns-steps", type=int)
     add("--ns-method", choices=NS_METHODS, default=DEFAULT_METHOD)

@@ -20,8 +20,13 @@ from jaxtyping import Array, Shaped
 PLATFORMS = {"cpu": ("cpu",), "gpu": ("cuda", "rocm"), "tpu": ("tpu",)}
 
 
-def check_platform(platform: object) -> str | None:
-    """Returns a caller's `platform=` in the words of `PLATFORMS`.
+def _name_of(platform: str) -> str:
+    """A platform of JAX's by its name in `PLATFORMS`, such as "gpu" for "cuda"."""
+    return next((name for name, lowered in PLATFORMS.items() if platform in lowered), platform)
+
+
+def check_platform(platform: str | None) -> str | None:
+    """Returns a caller's `platform=` by its name in `PLATFORMS`.
 
     Raises:
         ValueError: If there is no such platform.
@@ -30,11 +35,8 @@ def check_platform(platform: object) -> str | None:
         >>> check_platform("cuda")
         'gpu'
     """
-    if platform is None:
-        return None
-    for name, lowered in PLATFORMS.items():
-        if isinstance(platform, str) and platform in (name, *lowered):
-            return name
+    if platform is None or _name_of(str(platform)) in PLATFORMS:
+        return platform and _name_of(platform)
     raise ValueError(
         f"platform={platform!r} is not known. Pass one of {', '.join(map(repr, PLATFORMS))}, or "
         "None for that of the mesh's devices or of JAX's default one."
@@ -57,28 +59,25 @@ def plan_platform(
     """
     if given is not None:
         return given
+    known = [x for x in arrays if isinstance(x, jax.Array) and not isinstance(x, Tracer)]
+    abstract = getattr(getattr(mesh, "abstract_device", None), "platform", None)
+    default = getattr(jax.config, "jax_default_device", None)
     if isinstance(mesh, Mesh):
-        return _platform_of(mesh.devices.flat[0])
-    described = getattr(getattr(mesh, "abstract_device", None), "platform", None)
-    if described is not None:
-        return _in_our_words(described)
-    for array in arrays:
-        if isinstance(array, jax.Array) and not isinstance(array, Tracer):
-            return _platform_of(next(iter(array.devices())))
-    device = getattr(jax.config, "jax_default_device", None)
-    if device is None:
-        return _in_our_words(jax.default_backend())
-    return _in_our_words(device) if isinstance(device, str) else _platform_of(device)
+        device = mesh.devices.flat[0]
+    elif abstract is not None:
+        device = abstract
+    elif known:
+        device = next(iter(known[0].devices()))
+    else:
+        device = jax.default_backend() if default is None else default
+    return _name_of(str(getattr(device, "platform", device)))
 
 
 def check_lowering(platform: str) -> jax.Array:
-    """Returns a zero that can only be lowered for this platform.
+    """Returns a zero, and raises a NotImplementedError when lowered for another platform.
 
     It is added to a number of a program that was planned for `platform` without the caller giving
     it, so that exporting the program for another platform is an error.
-
-    Raises:
-        NotImplementedError: When the program is lowered for another platform.
     """
     zero = jnp.asarray(0.0)  # weak: what it is added to keeps its dtype
     if platform not in PLATFORMS:
@@ -102,17 +101,10 @@ _refused_p = _Primitive("refused")
 
 
 def refused(x: Shaped[Array, "..."], reason: str) -> Shaped[Array, "..."]:
-    """Returns `x` while tracing, and raises when the program is lowered or computed.
+    """Returns `x` while tracing; raises a NotImplementedError when lowered or computed.
 
     In a branch of `lax.platform_dependent` it raises for that platform, which is known only when
     the program is lowered.
-
-    Raises:
-        NotImplementedError: With the reason, once the platform is known.
-
-    Example:
-        >>> jax.eval_shape(lambda x: refused(x, "not here"), jax.ShapeDtypeStruct((2,), "f4")).shape
-        (2,)
     """
     return _refused_p.bind(x, reason=reason)
 
@@ -128,25 +120,12 @@ mlir.register_lowering(_refused_p, _raise)
 batching.defvectorized(_refused_p)
 
 
-def _platform_of(device: jax.Device) -> str:
-    return _in_our_words(device.platform)
-
-
-def _in_our_words(platform: str) -> str:
-    return next((name for name, lowered in PLATFORMS.items() if platform in lowered), platform)
-
-
-def _default_device() -> jax.Device:
-    device = getattr(jax.config, "jax_default_device", None)
-    if device is None or isinstance(device, str):
-        return jax.local_devices(backend=device)[0]
-    return device
-
-
 def device_memory(platform: str) -> int | None:
     """Returns the bytes of memory of a device of a platform, or None where it is not known."""
-    device = _default_device()
-    if platform == "cpu" or _platform_of(device) != platform:
+    device = getattr(jax.config, "jax_default_device", None)
+    if device is None or isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    if platform == "cpu" or _name_of(device.platform) != platform:
         return None
     return (device.memory_stats() or {}).get("bytes_limit")
 

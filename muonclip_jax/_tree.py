@@ -7,7 +7,7 @@ and nothing else, because attention modules also have a submodule called "value"
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
@@ -41,36 +41,21 @@ class Shaped(Protocol):
         ...
 
 
-def path_names(key_path: Sequence[Any]) -> tuple[str, ...]:
-    """Returns the names along a JAX key path, without the `.value` of a box.
-
-    Example:
-        >>> from jax.tree_util import DictKey, GetAttrKey
-        >>> path_names((DictKey("value"), DictKey("kernel"), GetAttrKey("value")))
-        ('value', 'kernel')
-    """
-    keys = list(key_path)
-    if len(keys) > 1 and isinstance(keys[-1], GetAttrKey) and keys[-1].name == "value":
-        keys.pop()
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
-
-
-def join(names: Iterable[str]) -> str:
-    """Joins names into the path that messages and rules show."""
-    return SEPARATOR.join(names)
-
-
 def flatten_with_paths(
     tree: Tree, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[list[tuple[str, Any]], PyTreeDef]:
-    """Flattens `tree` into `(path, leaf)` pairs and its structure.
+    """Flattens `tree` into `(path, leaf)` pairs and its structure, without the `.value` of boxes.
 
     Example:
         >>> flatten_with_paths({"dense": {"kernel": 1}})[0]
         [('dense/kernel', 1)]
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    return [(join(path_names(key_path)), leaf) for key_path, leaf in leaves], treedef
+    found = []
+    for keys, leaf in leaves:
+        keys = keys[:-1] if len(keys) > 1 and keys[-1] == GetAttrKey("value") else keys
+        found.append((jax.tree_util.keystr(keys, simple=True, separator=SEPARATOR), leaf))
+    return found, treedef
 
 
 def array_leaves(tree: Tree) -> list[tuple[str, Any]]:
@@ -99,12 +84,7 @@ def array_leaves(tree: Tree) -> list[tuple[str, Any]]:
 
 
 def is_masked(x: object) -> bool:
-    """Whether `x` is the node that Optax leaves in place of a masked leaf.
-
-    Example:
-        >>> is_masked(optax.MaskedNode()), is_masked(None)
-        (True, False)
-    """
+    """Whether `x` is the node that Optax leaves in place of a masked leaf."""
     return isinstance(x, optax.MaskedNode)
 
 
@@ -113,11 +93,6 @@ def tree_from(given: Tree, params: Tree, is_entry: Callable[[Any], bool]) -> Tre
 
     A tree may be callable too: an Equinox module that defines `__call__` is a pytree, and so is a
     tree of its shardings. What has the type of the parameters or holds entries is the tree.
-
-    Args:
-        given: The tree, or a function.
-        params: What to call the function with.
-        is_entry: Whether something may be a leaf of the tree.
 
     Example:
         >>> tree_from(lambda params: {"w": True}, {"w": 1.0}, lambda x: isinstance(x, bool))
@@ -133,12 +108,7 @@ def tree_from(given: Tree, params: Tree, is_entry: Callable[[Any], bool]) -> Tre
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """Compiles a path pattern.
-
-    Raises:
-        TypeError: If the pattern is not a string.
-        ValueError: If it is not a regular expression.
-    """
+    """Compiles a path pattern; raises for what is no string or no regular expression."""
     if not isinstance(pattern, str):
         raise TypeError(
             f"A rule's pattern must be a string such as 'attention/query/kernel$', got {pattern!r}."
@@ -166,13 +136,7 @@ def listed(paths: Iterable[str], limit: int = 8) -> str:
 
 
 def nothing_matched(what: str, asked: str, paths: Iterable[str]) -> ValueError:
-    """Builds the error for something that was asked for and matched no path.
-
-    Args:
-        what: What was asked for, as the sentence's subject, e.g. "The rule".
-        asked: The pattern or path that matched nothing.
-        paths: The paths that exist.
-    """
+    """Builds the error for what was asked for, such as "The rule" `asked`, and is in no path."""
     return ValueError(
         f"{what} {asked!r} matches no path of the tree. Paths are: {listed(paths, 12)}. "
         "Correct it, or remove it."

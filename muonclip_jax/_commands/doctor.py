@@ -25,11 +25,8 @@ OPTIONAL = {
     "flax": "muonclip_jax.linen and muonclip_jax.nnx",
     "orbax-checkpoint": "`python -m muonclip_jax describe` on folders of Orbax",
 }
-# Device files on Linux, whose they are, and what lets JAX use them.
-_ACCELERATORS = {
-    "/dev/nvidia0": ("an NVIDIA GPU", "jax[cuda13]"),
-    "/dev/accel0": ("a TPU", "jax[tpu]"),
-}
+# Device files on Linux, and what lets JAX use the device.
+_ACCELERATORS = {"/dev/nvidia0": "jax[cuda13]", "/dev/accel0": "jax[tpu]"}
 #: Matrices of GPT-2 small and of Llama 2 7B, as (rows, columns).
 SHAPES = ((768, 768), (768, 3072), (4096, 4096), (4096, 11008))
 # Bounds on well-conditioned matrices: the default's five steps end in 0.68 to 1.2, and 16-bit
@@ -43,8 +40,7 @@ def doctor() -> tuple[str, bool]:
         "Packages": packages,
         "Devices": devices,
         "Newton-Schulz": newton_schulz,
-        "Attention maxima": attention,
-        "Pallas kernels": kernels,
+        "Attention and kernels": implementations,
         "A small run of each": small_runs,
     }
     marks = {True: "ok  ", False: "FAIL", None: "    "}
@@ -81,9 +77,9 @@ def packages() -> Iterator[Finding]:
             yield None if name in OPTIONAL else False, f"{name} is not installed{cure}"
             continue
         wanted = least.get(name, "")
-        public = version.split("+")[0]
-        have, need = ([int(n) for n in re.findall(r"\d+", v)] for v in (public, wanted))
-        if have < need:  # as numbers: 1.10 is newer than 1.9
+        # As numbers: 1.10 is newer than 1.9.
+        have, need = (list(map(int, re.findall(r"\d+", v))) for v in (version, wanted))
+        if have < need:
             yield False, f"{name} {version} is too old: pip install '{name}>={wanted}'"
         else:
             yield True, f"{name} {version}" + (f" ({wanted} or newer)" if wanted else "")
@@ -94,14 +90,10 @@ def devices() -> Iterator[Finding]:
     found = jax.devices()
     kinds = ", ".join(dict.fromkeys(device.device_kind for device in found))
     platform = plan_platform(None)
-    capability = f", compute capability {getattr(found[0], 'compute_capability', None)}"
-    yield True, f"{len(found)} x {platform} ({kinds}){capability * (platform == 'gpu')}"
-    if jax.process_count() > 1:
-        yield None, f"process {jax.process_index()} of {jax.process_count()}"
-    for path, (name, package) in _ACCELERATORS.items():
+    yield True, f"{len(found)} x {platform} ({kinds}), {jax.process_count()} process(es)"
+    for path, package in _ACCELERATORS.items():
         if platform == "cpu" and Path(path).exists():
-            text = f"the machine has {name} ({path}), and JAX computes on the CPU"
-            yield None, f"{text}: pip install '{package}'"
+            yield None, f"there is {path}, and JAX uses the CPU: pip install '{package}'"
     wide = "on" if jax.dtypes.canonicalize_dtype("float64") == jnp.float64 else "off"
     yield None, f"64-bit types are {wide}"
 
@@ -116,35 +108,29 @@ def newton_schulz() -> Iterator[Finding]:
         yield None, f"  ({rows}, {columns}): {choice}, {resolved.flops / 1e9:,.0f} GFLOP"
 
 
-def attention() -> Iterator[Finding]:
-    """Implementations of attention with maxima that work here, and the default."""
+def implementations() -> Iterator[Finding]:
+    """Attention with maxima and Pallas kernels: which of them work here, and the defaults."""
     x = jax.ShapeDtypeStruct((1, 2048, 16, 128), jnp.bfloat16)
-    for name in IMPLEMENTATIONS:
-        attend = functools.partial(dot_product_attention, is_causal=True, implementation=name)
-        status = "is available" + " and is the default" * (name == IMPLEMENTATIONS[0])
-        try:
-            jax.jit(attend).lower(x, x, x)
-        except NotImplementedError as error:
-            reason = str(error).rpartition("cannot be used: ")[2]
-            reason = re.split(r"[;,] (?:or )?(?:use|not on) |\. Pass ", reason)[0]
-            status = f"is not available: {reason}"
-        yield None, f"dot_product_attention: {name!r} {status.rstrip('.')}"
 
+    def attend(name: str) -> None:
+        attention = functools.partial(dot_product_attention, is_causal=True, implementation=name)
+        jax.jit(attention).lower(x, x, x)
 
-def kernels() -> Iterator[Finding]:
-    """Opt-in Pallas kernels that work here."""
-    for argument, operation, names in (
-        ("ns_implementation", "symmetric", SYMMETRIC),
-        ("attention_max_logits", "max_logits", MAX_LOGITS),
+    def load(operation: str, name: str) -> None:
+        load_kernel(operation, name, plan_platform(None))
+
+    for argument, names, try_out in (
+        ("dot_product_attention", IMPLEMENTATIONS[1:], attend),
+        ("ns_implementation", SYMMETRIC, functools.partial(load, "symmetric")),
+        ("attention_max_logits", MAX_LOGITS, functools.partial(load, "max_logits")),
     ):
         yield None, f"{argument}: 'xla' is the default"
         for name in names:
             try:
-                load_kernel(operation, name, plan_platform(None))
-                status = "is available"
+                try_out(name)
+                yield None, f"  {name!r} is available"
             except NotImplementedError as error:
-                status = f"is not available: {re.split(', and this|. Pass ', str(error))[0]}"
-            yield None, f"  {name!r} {status.replace(f'The kernel {name!r}', 'it')}"
+                yield None, f"  {str(error).partition('. ')[0].rstrip('.')}"
 
 
 def small_runs() -> Iterator[Finding]:
@@ -153,7 +139,7 @@ def small_runs() -> Iterator[Finding]:
     # Sixty-four directions of size one to two among 256: every one has to come out near one.
     x = np.linalg.qr(rng.standard_normal((256, 64)))[0] * np.linspace(1, 2, 64)
     y = np.asarray(orthogonalize(jnp.asarray(x, jnp.float32)), np.float64)
-    smallest, *_, largest = np.linalg.svd(y, compute_uv=False)[::-1]
+    largest, *_, smallest = np.linalg.svd(y, compute_uv=False)
     low, high = _SINGULAR_VALUES
     text = f"singular values from {smallest:.2f} to {largest:.2f}, bounds {low} and {high}"
     yield bool(low <= smallest and largest <= high), f"orthogonalize: {text}"

@@ -2,15 +2,12 @@
 
 Muon's momentum and Adam's two moments are exponential averages of the gradient and of its square,
 stored without bias correction, in every chain, so they can be copied from one state to another by
-name. Adam's first moment can be used as Muon's momentum. In the other direction Adam's second
-moment is missing; zero with a large count would make the first update up to `1 / sqrt(1 - b2)`
-times too large. If the gradient is mostly noise of variance `v`, an average with decay `beta` has
-variance `v (1 - beta) / (1 + beta)`, so, with the mean over the whole leaf,
-
-    nu = (1 + beta) / (1 - beta) mean(mu^2)
-
-For counts below `1 / (1 - b2)` and `1 / (1 - beta)`, or gradients with little noise, it is too
-large, and the first updates are too small until Adam's own average replaces it.
+name. From Muon to Adam the second moment is missing; zero with a large count would make the first
+update up to `1 / sqrt(1 - b2)` times too large. If the gradient is mostly noise of variance `v`, an
+average with decay `beta` has variance `v (1 - beta) / (1 + beta)`, so, with the mean over the whole
+leaf, `nu = (1 + beta) / (1 - beta) mean(mu^2)`. For counts below `1 / (1 - b2)` and
+`1 / (1 - beta)`, or gradients with little noise, it is too large, and the first updates are too
+small until Adam's own average replaces it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,6 +45,10 @@ class _Read(NamedTuple):
     counts: list[str]  # paths of numbers of updates
     rest: list[str]
 
+    def trainer(self, parameter: str) -> str:
+        """Adam has a second moment."""
+        return "Adam" if (SECOND, parameter) in self.moments else "Muon"
+
 
 def from_optax_state(
     optax_state: Tree,
@@ -66,10 +67,9 @@ def from_optax_state(
     correction, which is a negligible difference after about `1 / (1 - beta)` steps.
 
     A leaf that changes between Adam and Muon is an error that names it, unless
-    `rerouted="estimate"`: then Adam's first moment becomes Muon's momentum; in the other direction
-    the momentum becomes Adam's first moment, with second moment
-    `(1 + beta) / (1 - beta) mean(mu^2)`, which is accurate for counts far above `1 / (1 - b2)` and
-    too large before, so that the first updates are smaller.
+    `rerouted="estimate"`: then Adam's first moment and Muon's momentum become each other, and
+    Adam's second moment is `(1 + beta) / (1 - beta) mean(mu^2)`, which is accurate for counts far
+    above `1 / (1 - b2)` and too large before, so that the first updates are smaller.
 
     Other parts of the state of `tx` (accumulated gradients, hyperparameters) are as `tx.init`
     creates them. A leaf of `optax_state` without counterpart is an error, except settings
@@ -108,14 +108,12 @@ def from_optax_state(
     if rerouted not in ("error", "estimate"):
         raise ValueError(f"rerouted must be one of 'error', 'estimate', got {rerouted!r}.")
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten_with_paths(params)[0]}
-    source = _read(optax_state, shapes, ignore)
     form = abstract_state(tx, params)
-    target = _read(form, shapes)
+    source, target = _read(optax_state, shapes, ignore), _read(form, shapes)
     values: dict[str, jax.Array] = {}
     changed: dict[str, list[str]] = {"Adam": [], "Muon": []}
     for (which, owner), path in target.moments.items():
-        # Adam has a second moment.
-        now, before = ("Adam" if (SECOND, owner) in x.moments else "Muon" for x in (target, source))
+        now, before = target.trainer(owner), source.trainer(owner)
         if (FIRST, owner) not in source.moments:
             raise ValueError(
                 f"optax_state has no {FIRST} for {owner!r}, which tx trains by {now}. Give the "
@@ -130,8 +128,11 @@ def from_optax_state(
             )
         if now != before:
             changed[before].append(owner)
-        estimated = which == SECOND and now != before
-        values[path] = _mean_square(value, beta) if estimated else value
+            if which == SECOND:
+                wide = jnp.asarray(value).astype(jnp.promote_types(value.dtype, "f4"))
+                mean_square = jnp.mean(jnp.square(jnp.abs(wide)))
+                value = jnp.full(value.shape, (1 + beta) / (1 - beta) * mean_square)
+        values[path] = value
     if rerouted == "error":
         _check_same_trainers(changed)
     owners = {owner for _, owner in target.moments}
@@ -144,7 +145,11 @@ def from_optax_state(
     if target.counts:
         values |= dict.fromkeys(target.counts, _common_count(source))
     values |= _initial(tx, params, [path for path in target.leaves if path not in values])
-    leaves = [_like(values[path], leaf) for path, leaf in target.leaves.items()]
+    leaves = []
+    for path, like in target.leaves.items():
+        # A new array for every count: a state whose leaves share memory cannot be donated.
+        x = (jnp.asarray if like.ndim else jnp.array)(values[path], like.dtype)
+        leaves.append(x if like.sharding is None else jax.device_put(x, like.sharding))
     return jax.tree.unflatten(jax.tree.structure(form), leaves)
 
 
@@ -177,16 +182,14 @@ def _read(state: Tree, shapes: Mapping[str, tuple[int, ...]], ignore: Sequence[s
     return read
 
 
-def _check_same_trainers(changed: dict[str, list[str]]) -> None:
+def _check_same_trainers(changed: Mapping[str, Sequence[str]]) -> None:
     """Raises for parameters that the other optimizer trained before."""
+    rules = {"Adam": ("Muon", "(path, None)"), "Muon": ("Adam", "(path, MatrixSpec())")}
     sentences = [
-        f"{listed(dict.fromkeys(changed[before]))} trained by {before}, which tx trains by "
-        f"{now} (to keep one there: the rule {rule})."
-        for before, now, rule in (
-            ("Adam", "Muon", "(path, None)"),
-            ("Muon", "Adam", "(path, MatrixSpec())"),
-        )
-        if changed[before]
+        f"{listed(dict.fromkeys(paths))} trained by {before}, which tx trains by "
+        f"{rules[before][0]} (to keep one there: the rule {rules[before][1]})."
+        for before, paths in changed.items()
+        if paths
     ]
     if sentences:
         raise ValueError(
@@ -196,16 +199,9 @@ def _check_same_trainers(changed: dict[str, list[str]]) -> None:
         )
 
 
-def _mean_square(mu: jax.Array, beta: ScalarLike) -> jax.Array:
-    mean = jnp.mean(jnp.square(jnp.abs(jnp.asarray(mu).astype(jnp.promote_types(mu.dtype, "f4")))))
-    return jnp.full(mu.shape, (1 + beta) / (1 - beta) * mean)
-
-
 def _common_count(source: _Read) -> jax.Array:
     counts = {path: np.asarray(source.leaves[path]) for path in source.counts}
-    if {count.shape for count in counts.values()} != {()} or len(
-        set(map(int, counts.values()))
-    ) > 1:
+    if {x.shape for x in counts.values()} != {()} or len(set(map(int, counts.values()))) > 1:
         shown = ", ".join(f"{path!r}: {count}" for path, count in counts.items()) or "none"
         raise ValueError(
             f"optax_state must have one number of updates, and its counts are {shown}. Name those "
@@ -218,9 +214,8 @@ def _initial(
     tx: optax.GradientTransformation, params: Tree, paths: Sequence[str]
 ) -> dict[str, jax.Array]:
     """Returns the leaves at `paths` as `tx.init` creates them."""
-    if not paths:
-        return {}
-    if not all(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(params)):
+    arrays = jax.tree.leaves(params)
+    if paths and not all(isinstance(leaf, jax.Array | np.ndarray) for leaf in arrays):
         raise TypeError(
             f"The state of tx has {paths[0]!r}, which tx.init computes from the parameters, so "
             "params must be arrays here."
@@ -230,10 +225,5 @@ def _initial(
         leaves = dict(flatten_with_paths(tx.init(params))[0])
         return {path: leaves[path] for path in paths}
 
-    return jax.jit(initial)(params)  # compiled, so that the moments are never made
-
-
-def _like(value: jax.Array, form: jax.ShapeDtypeStruct) -> jax.Array:
-    # A new array for every count: a state whose leaves share memory cannot be donated.
-    value = jnp.array(value, form.dtype) if value.ndim == 0 else jnp.asarray(value, form.dtype)
-    return value if form.sharding is None else jax.device_put(value, form.sharding)
+    # Compiled, so that the moments are never made.
+    return jax.jit(initial)(params) if paths else {}

@@ -43,9 +43,13 @@ def abstract_params(params: Tree, param_shardings: Tree = None, mesh: Mesh | Non
                 "abstract_params got a mesh and no param_shardings. Write "
                 "param_shardings=PartitionSpec() to replicate all parameters on it."
             )
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_own_sharding(x)), params
-        )
+
+        def form_of(x: Shaped) -> jax.ShapeDtypeStruct:
+            sharding = getattr(x, "sharding", None)
+            known = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding if known else None)
+
+        return jax.tree.map(form_of, params)
     param_shardings = tree_from(param_shardings, params, is_entry)
     entries, structure = flatten_with_paths(param_shardings, is_leaf=is_entry)
     placed = [_on_mesh(path, entry, mesh) for path, entry in entries]
@@ -119,12 +123,6 @@ def abstract_state(
             sharding = NamedSharding(on, asked.spec)
         targets.append(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding))
     return jax.tree.unflatten(structure, targets)
-
-
-def _own_sharding(x: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding | None:
-    sharding = getattr(x, "sharding", None)
-    known = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
-    return sharding if known else None
 
 
 def _on_mesh(

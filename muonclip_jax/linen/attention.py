@@ -15,7 +15,7 @@ from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from muonclip_jax._tree import MAX_LOGITS, join
+from muonclip_jax._tree import MAX_LOGITS, SEPARATOR
 from muonclip_jax.attention import as_bool, dot_product_attention as attend
 from muonclip_jax.attention.inputs import bias_permits, permitted_max
 
@@ -47,8 +47,8 @@ def record(max_logits: Float[Array, " N"], module: nn.Module | None = None) -> N
         return
     if not module.sow(COLLECTION, MAX_LOGITS, max_logits) and capturing.get():
         raise ValueError(
-            f"The maxima of {join(module.path)!r} are lost, because a transformation around it "
-            f"does not return the collection {COLLECTION!r}. Add it, for example "
+            f"The maxima of {SEPARATOR.join(module.path)!r} are lost, because a transformation "
+            f"around it does not return the collection {COLLECTION!r}. Add it, for example "
             "nn.scan(..., variable_axes={'params': 0, 'intermediates': 0})."
         )
 
