@@ -43,7 +43,10 @@ def read_block(block: FoundBlock, maxima_shape: Shape) -> BlockPlan:
     """Returns the plan of one block, given the shape of its maxima `(..., stack, query heads)`."""
     plans, misfits = _plans(block.layout, tuple(block.leaves.items()), maxima_shape)
     if len(plans) == 1:
-        return _in_tree(plans[0], block)
+        # With full paths instead of names inside the block.
+        plan, paths = plans[0], block.paths
+        leaves = tuple(dataclasses.replace(leaf, path=paths[leaf.path]) for leaf in plan.leaves)
+        return dataclasses.replace(plan, path=block.path, leaves=leaves)
     name = kernel_name(block.leaves, block.layout.projections[0].path)
     shape, path = ((), block.path) if name is None else (block.leaves[name], block.paths[name])
     kernel = f"The attention kernel {path!r} of shape {shape}"
@@ -77,7 +80,8 @@ def guess_block(block: FoundBlock) -> BlockPlan | None:
     plans, misfits = _plans(block.layout, tuple(block.leaves.items()), None)
     if not plans and (refusal := _refusal(misfits, block)):
         raise ValueError(refusal)
-    return _in_tree(plans[0], block) if len(plans) == 1 and plans[0].agrees else None
+    alone = len(plans) == 1 and plans[0].agrees
+    return read_block(block, plans[0].maxima_shape) if alone else None
 
 
 def _refusal(misfits: list[MisfitError], block: FoundBlock) -> str | None:
@@ -88,43 +92,23 @@ def _refusal(misfits: list[MisfitError], block: FoundBlock) -> str | None:
     return re.sub("^'(.*?)'", whole, str(misfits[0]))
 
 
-def _in_tree(plan: BlockPlan, block: FoundBlock) -> BlockPlan:
-    """Returns a plan with full paths instead of names inside the block."""
-    leaves = (dataclasses.replace(leaf, path=block.paths[leaf.path]) for leaf in plan.leaves)
-    return dataclasses.replace(plan, path=block.path, leaves=tuple(leaves))
-
-
 @functools.lru_cache(maxsize=1024)
 def _plans(
     layout: AttentionLayout, shapes: tuple[tuple[str, Shape], ...], maxima_shape: Shape | None
 ) -> tuple[list[BlockPlan], list[MisfitError]]:
     """Returns the plans that fit best, and reasons against the others; cached for equal blocks."""
-
-    def penalty(plan: BlockPlan) -> tuple[int, ...]:
-        # With maxima, layers are on the first axes if several axes fit.
-        later = any(x.stack_axes != tuple(range(len(x.stack_axes))) for x in plan.leaves)
-        return not plan.agrees, maxima_shape is not None and later
-
-    found, misfits = solve(layout, dict(shapes), _clipped, penalty, maxima_shape=maxima_shape)
-    return list(found), misfits
+    found, misfits = solve(layout, dict(shapes), _clipped, maxima_shape=maxima_shape)
+    plans, first = list(found), []
+    if maxima_shape is not None:  # then layers are on the first axes if several axes fit
+        in_order = lambda leaf: leaf.stack_axes == tuple(range(len(leaf.stack_axes)))  # noqa: E731
+        first = [plan for plan in plans if all(map(in_order, plan.leaves))]
+    return first or plans, misfits
 
 
-def _clipped(reading: Reading, plan: BlockPlan) -> BlockPlan:
+def _clipped(reading: Reading, plan: BlockPlan) -> tuple[tuple[int, ...], BlockPlan]:
     """Returns the plan with the leaves that a clip multiplies; paths are names in the block."""
-    _refuse_others(reading, plan)
-    pairs = zip(reading.layout.projections, plan.leaves, strict=True)
-    leaves = [leaf for p, kernel in pairs for leaf in _leaf_plans(reading, p.path, kernel)]
-    roles, gains, note = _normalised(reading, plan)
-    for i, leaf in enumerate(leaves):
-        segments = (dataclasses.replace(s, role=roles.get(s.role, s.role)) for s in leaf.segments)
-        leaves[i] = dataclasses.replace(leaf, segments=tuple(segments))
-    scaled = [leaf for leaf in leaves + gains if any(s.role in SCALED for s in leaf.segments)]
-    return dataclasses.replace(plan, leaves=tuple(scaled), note=note)
-
-
-def _refuse_others(reading: Reading, plan: BlockPlan) -> None:
-    """Raises if a built-in layout leaves out a leaf that may be in the logits too."""
-    known = {*reading.layout.paths, *(name for names in NORM_NAMES for name in names)}
+    # A leaf that a built-in layout leaves out may be in the logits too.
+    known = {*reading.layout.paths, *itertools.chain(*NORM_NAMES)}
     features = {kernel.features for kernel in plan.leaves}
     features |= {(plan.heads, plan.head_dim), (plan.kv_heads, plan.head_dim)}
     for name, shape in reading.shapes.items() if reading.layout in BUILTIN_LAYOUTS else ():
@@ -137,6 +121,14 @@ def _refuse_others(reading: Reading, plan: BlockPlan) -> None:
                 "does not scale. Give all projections of these logits by blocks=[(pattern, "
                 "AttentionLayout(...))], or exclude the block"
             )
+    pairs = zip(reading.layout.projections, plan.leaves, strict=True)
+    leaves = [leaf for p, kernel in pairs for leaf in _leaf_plans(reading, p.path, kernel)]
+    roles, gains, note = _normalised(reading, plan)
+    for i, leaf in enumerate(leaves):
+        segments = (dataclasses.replace(s, role=roles.get(s.role, s.role)) for s in leaf.segments)
+        leaves[i] = dataclasses.replace(leaf, segments=tuple(segments))
+    scaled = tuple(leaf for leaf in leaves + gains if any(s.role in SCALED for s in leaf.segments))
+    return (not plan.agrees,), dataclasses.replace(plan, leaves=scaled, note=note)
 
 
 def _leaf_plans(reading: Reading, projection: str, kernel: LeafPlan) -> Iterator[LeafPlan]:

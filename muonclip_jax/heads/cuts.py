@@ -29,6 +29,8 @@ from muonclip_jax.heads.reading import Reading, solve
 ATTENTION = ("merged", "split", "per_head")
 #: A kernel's spec, and what its matrices are, for `describe_labels`.
 Cut: TypeAlias = tuple[MatrixSpec, str]
+#: Those of a block's kernels, by name in the block.
+Cuts: TypeAlias = tuple[tuple[str, Cut], ...]
 
 _SOME_MATRIX = np.broadcast_to(0.0, (1, 1))  # in the place of a masked leaf
 
@@ -94,26 +96,21 @@ def _block_cuts(
     scan_axis: int,
     stacked: bool,
     head_dim: int | None,
-) -> tuple[tuple[str, Cut], ...]:
+) -> Cuts:
     """Returns the splits of one block's kernels by name; results are cached for equal blocks."""
     leaves, specs = dict(shapes), dict(table)
     stackings: list[tuple[int, ...]] = [(), (scan_axis,)]
     if scan_axis == 0:
         stackings = [tuple(range(n)) for n in range(max(map(len, leaves.values()), default=0))]
 
-    def penalty(plan: BlockPlan) -> tuple[int, ...]:
+    def finish(reading: Reading, plan: BlockPlan) -> tuple[tuple[int, ...], Cuts]:
         segments = [s for kernel in plan.leaves for s in kernel.segments]
         sizes = {s.role: s.size for s in segments if s.role in ("query", "query_alone")}
         misses = head_dim not in (None, sum(sizes.values()))
-        return not plan.agrees, bool(plan.stack) != stacked, len(plan.stack), misses
+        cuts = tuple(_cuts_of(reading, plan, specs, attention == "per_head"))
+        return (not plan.agrees, bool(plan.stack) != stacked, len(plan.stack), misses), cuts
 
-    found, misfits = solve(
-        layout,
-        leaves,
-        lambda reading, plan: tuple(_cuts_of(reading, plan, specs, attention == "per_head")),
-        penalty,
-        stacked=stackings,
-    )
+    found, misfits = solve(layout, leaves, finish, stacked=stackings)
     if len(found) == 1:
         return next(iter(found))
     if found:

@@ -213,23 +213,23 @@ def _readings(
 def solve(
     layout: AttentionLayout,
     shapes: Shapes,
-    finish: Callable[[Reading, BlockPlan], _Result],
-    penalty: Callable[[BlockPlan], tuple[int, ...]],
+    finish: Callable[[Reading, BlockPlan], tuple[tuple[int, ...], _Result]],
     *,
     maxima_shape: Shape | None = None,
     stacked: Iterable[tuple[int, ...]] | None = None,
 ) -> tuple[dict[_Result, list[BlockPlan]], list[MisfitError]]:
     """Returns the results of the readings with the least penalty, and reasons against others.
 
-    The first reason is why the block cannot be clipped, if a consistent reading has one.
+    `finish` gives a reading's penalty and result. The first reason is why the block cannot be
+    clipped, if a consistent reading has one.
     """
     found: dict[tuple[int, ...], dict[_Result, list[BlockPlan]]] = {}
     misfits: list[MisfitError] = []
     for reading in _readings(layout, shapes, maxima_shape, stacked):
         try:
             plan = reading.read()
-            result = finish(reading, plan)
-            found.setdefault(penalty(plan), {}).setdefault(result, []).append(plan)
+            penalty, result = finish(reading, plan)
+            found.setdefault(penalty, {}).setdefault(result, []).append(plan)
         except MisfitError as misfit:
             # A traceback would keep the callers' arrays alive as long as the reason is kept.
             misfits.append(misfit.with_traceback(None))
