@@ -29,25 +29,36 @@ from muonclip_jax.routing import (
     label_params as label_params,
 )
 from muonclip_jax.sharding import Distribution as Distribution
-from muonclip_jax.transforms import (
+from muonclip_jax.transforms._accumulate import (
     AccumulateState as AccumulateState,
-    HyperballState as HyperballState,
-    MatrixAxes as MatrixAxes,
+    accumulate as accumulate,
+)
+from muonclip_jax.transforms._figures import (
     MetricsState as MetricsState,
     MuonMetrics as MuonMetrics,
-    MuonState as MuonState,
-    NeuronRmsState as NeuronRmsState,
-    QKClipState as QKClipState,
-    accumulate as accumulate,
-    add_weight_decay as add_weight_decay,
-    clip_until as clip_until,
-    hyperball as hyperball,
+)
+from muonclip_jax.transforms._matrix_axes import (
+    MatrixAxes as MatrixAxes,
     matrix_axes as matrix_axes,
-    metrics as metrics,
-    orthogonalize_updates as orthogonalize_updates,
-    qk_clip as qk_clip,
-    read_metrics as read_metrics,
-    scale_by_muon as scale_by_muon,
-    scale_by_neuron_rms as scale_by_neuron_rms,
     scale_by_shape as scale_by_shape,
+)
+from muonclip_jax.transforms._metrics import metrics as metrics, read_metrics as read_metrics
+from muonclip_jax.transforms._orthogonalize_updates import (
+    orthogonalize_updates as orthogonalize_updates,
+)
+from muonclip_jax.transforms._qk_clip import (
+    QKClipState as QKClipState,
+    clip_until as clip_until,
+    qk_clip as qk_clip,
+)
+from muonclip_jax.transforms._scale_by_muon import (
+    MuonState as MuonState,
+    scale_by_muon as scale_by_muon,
+)
+from muonclip_jax.transforms._variants import (
+    HyperballState as HyperballState,
+    NeuronRmsState as NeuronRmsState,
+    add_weight_decay as add_weight_decay,
+    hyperball as hyperball,
+    scale_by_neuron_rms as scale_by_neuron_rms,
 )

@@ -24,16 +24,16 @@ from muonclip_jax.routing import (
     spec_tree,
 )
 from muonclip_jax.sharding import Distribution
-from muonclip_jax.transforms import qk_clip, scale_by_muon, scale_by_shape
 from muonclip_jax.transforms._checks import (
-    check_fraction,
-    check_moment_dtype,
+    check_decay,
     check_moments,
     check_rates,
     transformation,
 )
-from muonclip_jax.transforms._matrix_axes import WeightDimNumOrFn
+from muonclip_jax.transforms._matrix_axes import WeightDimNumOrFn, scale_by_shape
 from muonclip_jax.transforms._placing import on_mesh
+from muonclip_jax.transforms._qk_clip import qk_clip
+from muonclip_jax.transforms._scale_by_muon import scale_by_muon
 
 
 @names_known
@@ -337,10 +337,9 @@ def _adam(
     param_shardings: Tree,
 ) -> optax.GradientTransformation:
     """Adam's direction, with checked settings and its state sharded on a mesh."""
-    check_fraction("adam_b1", b1, "the decay of Adam's first moment, such as 0.9")
-    check_fraction("adam_b2", b2, "the decay of Adam's second moment, such as 0.95")
+    check_decay("adam_b1", b1, 0.9, mu_dtype)
+    check_decay("adam_b2", b2, 0.95)
     check_number("adam_eps", eps, "finite and not negative")
-    check_moment_dtype(mu_dtype, "adam_b1", b1)
     adam = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
     if param_shardings is not None:
         adam = on_mesh(adam, param_shardings)

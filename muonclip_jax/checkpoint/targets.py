@@ -89,7 +89,7 @@ def abstract_state(
         ValueError: As in `abstract_params`, or if the parameters are on several meshes.
 
     Example:
-        >>> from muonclip_jax.transforms import scale_by_muon
+        >>> from muonclip_jax import scale_by_muon
         >>> mesh = jax.make_mesh((jax.device_count(),), ("fsdp",))
         >>> params = {"w": jax.ShapeDtypeStruct((16, 4), "float32")}
         >>> target = abstract_state(scale_by_muon(), params, PartitionSpec("fsdp"), mesh)

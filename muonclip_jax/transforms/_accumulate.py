@@ -25,7 +25,12 @@ from muonclip_jax._tree import (
     tree_from,
 )
 from muonclip_jax.attention.maxima import merge_max_logits
-from muonclip_jax.transforms._checks import differences, transformation, value_at
+from muonclip_jax.transforms._checks import (
+    differences,
+    inner_transformation,
+    transformation,
+    value_at,
+)
 from muonclip_jax.transforms._placing import mesh_shardings, place_tree, replicate, zeros
 
 #: As in `optax.MultiSteps`: maps gradients, step count and parameters to whether to skip this
@@ -106,7 +111,7 @@ def accumulate(
         >>> import jax.numpy as jnp, optax
         >>> params = {"attn": {n: {"kernel": jnp.ones((6, 2, 4))} for n in ("query", "key")}}
         >>> maxima = [{"attn": jnp.asarray([400.0, 9.0])}, {"attn": jnp.asarray([50.0, 20.0])}]
-        >>> from muonclip_jax.transforms import qk_clip
+        >>> from muonclip_jax import qk_clip
         >>> tx = accumulate(optax.chain(optax.sgd(1.0), qk_clip()), 2, max_logits=maxima[0])
         >>> state = tx.init(params)
         >>> for scale, max_logits in zip([-2.0, -4.0], maxima):
@@ -119,14 +124,9 @@ def accumulate(
     References:
         Kimi Team, Kimi K2, arXiv 2507.20534, Algorithm 1: a head's maximum is over the batch.
     """
-    if not isinstance(tx, optax.GradientTransformation):
-        raise TypeError(
-            f"accumulate takes a gradient transformation such as muonclip_jax.muonclip(1e-3), got "
-            f"{type(tx).__name__}. For optax.MultiSteps, give the transformation inside it."
-        )
+    inner = inner_transformation("accumulate", tx)
     hint = "It is the number of micro-batches of a step, or a schedule."
     check_number("every", every, "an integer from 1", hint, schedule=True)
-    inner = optax.with_extra_args_support(tx)
     if not callable(max_logits):
         _forms(max_logits)  # refuses a bad example now
 
@@ -156,9 +156,12 @@ def accumulate(
         complete = mini_step >= value_at(every, state.gradient_step)
 
         def act(inner_state: Tree, mean: Tree, maxima: Tree, params: Tree) -> tuple[Tree, Tree]:
-            given = {} if max_logits is None else {"max_logits": _replaced(max_logits, maxima)}
-            gradients = _like(mean, updates)
-            new, after = inner.update(gradients, inner_state, params, **given, **extra)
+            given = dict(extra)
+            if max_logits is not None:
+                leaves, structure = flatten_with_paths(max_logits)
+                leaves = [maxima.get(path, leaf) for path, leaf in leaves]
+                given["max_logits"] = jax.tree.unflatten(structure, leaves)
+            new, after = inner.update(_like(mean, updates), inner_state, params, **given)
             return new, _like(after, inner_state)
 
         # Both branches must look alike, down to the sharding, and what the inner transformation
@@ -219,12 +222,6 @@ def _maxima_in(tree: Tree) -> dict[str, Tree]:
     leaves = dict(flatten_with_paths(tree)[0])
     named = {path: x for path, x in leaves.items() if MAX_LOGITS in path.split("/")}
     return named or leaves
-
-
-def _replaced(tree: Tree, maxima: dict[str, jax.Array]) -> Tree:
-    """A tree with other maxima at their paths."""
-    leaves, structure = flatten_with_paths(tree)
-    return jax.tree.unflatten(structure, [maxima.get(path, leaf) for path, leaf in leaves])
 
 
 def _forms(example: Tree) -> dict[str, jax.ShapeDtypeStruct]:

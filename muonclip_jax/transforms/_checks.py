@@ -49,28 +49,6 @@ def check_rates(
         )
 
 
-def check_fraction(
-    name: str, value: ScalarOrSchedule, meaning: str, *, schedule: bool = False
-) -> None:
-    """Raises if a decay rate is not a scalar, or a number outside [0, 1).
-
-    `optax.inject_hyperparams` casts numbers to the dtype of the parameters, and bfloat16 has no
-    number between 0.996 and 1: a decay rate of 0.999 becomes 1, and Adam divides by zero. A
-    concrete value raises an error; a traced 16-bit one, whose value is unknown, gives a warning.
-    """
-    dtype, hint = getattr(value, "dtype", np.dtype(float)), f"is {meaning}."
-    if dtype.itemsize < 4:
-        hint += (
-            f" {name} is held in {dtype}, where 0.999 is {float(np.asarray(0.999, dtype)):.4g}; "
-            "keep it in float32: optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32)."
-        )
-        if isinstance(value, Tracer):
-            warnings.warn(f"{name} {hint}", stacklevel=4)
-        else:
-            value = float(np.asarray(value))
-    check_number(name, value, "in [0, 1)", f"It {hint}", schedule=schedule)
-
-
 def check_mask(name: str, mask: Tree) -> None:
     """Raises if a mask is a single value and not a tree or a function."""
     if isinstance(mask, str | bool | int | float | np.generic | np.ndarray | jax.Array):
@@ -81,12 +59,29 @@ def check_mask(name: str, mask: Tree) -> None:
         )
 
 
-def check_moment_dtype(mu_dtype: DTypeLike | None, name: str, decay: ScalarOrSchedule) -> None:
-    """Raises for a dtype too coarse to update a first moment with this decay.
+def check_decay(
+    name: str, decay: ScalarOrSchedule, usual: float, mu_dtype: Tree = None, schedule: bool = False
+) -> None:
+    """Raises for a decay rate outside [0, 1), or a `mu_dtype` too coarse for a moment with it.
 
-    A step changes the moment by `1 - decay` of its distance to the gradient, which is rounded to
+    A step changes a moment by `1 - decay` of its distance to the gradient, which is rounded to
     zero in integers, mostly in 8-bit floats, and in any float with a larger spacing.
+
+    `optax.inject_hyperparams` casts numbers to the dtype of the parameters, and bfloat16 has no
+    number between 0.996 and 1: a decay rate of 0.999 becomes 1, and Adam divides by zero. A
+    concrete value raises an error; a traced 16-bit one, whose value is unknown, gives a warning.
     """
+    held, hint = getattr(decay, "dtype", np.dtype(float)), f"A usual value is {usual}."
+    if held.itemsize < 4:
+        hint = (
+            f"{name} is held in {held}, where 0.999 is {float(np.asarray(0.999, held)):.4g}; "
+            "keep it in float32: optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32)."
+        )
+        if isinstance(decay, Tracer):
+            warnings.warn(hint, stacklevel=4)
+        else:
+            decay = float(np.asarray(decay))
+    check_number(name, decay, "in [0, 1)", hint, schedule=schedule)
     if mu_dtype is None:
         return
     dtype = None
@@ -129,6 +124,16 @@ def check_moments(params: optax.Params, mu_dtype: DTypeLike | None) -> None:
                 f"mu_dtype={stored.name!r} needs 64-bit types, which are disabled in JAX. Set "
                 "jax.config.update('jax_enable_x64', True), or pass mu_dtype='float32'."
             )
+
+
+def inner_transformation(name: str, tx: object) -> optax.GradientTransformationExtraArgs:
+    """Returns what the transformation `name` wraps, which must be a transformation too."""
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(
+            f"{name} takes a gradient transformation such as muonclip_jax.muonclip(1e-3), got "
+            f"{type(tx).__name__}. Of optax.MultiSteps, give the transformation inside it."
+        )
+    return optax.with_extra_args_support(tx)
 
 
 def check_params(name: str, params: Tree, extra: str = "") -> None:

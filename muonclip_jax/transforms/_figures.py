@@ -106,9 +106,9 @@ class MuonMetrics(NamedTuple):
 'muon/spectral_norm': 1.0, 'muon/spectral_norm/w': 1.0}
         """
         flat: dict[str, jax.Array] = {}
-        for name, reduce in _REDUCTIONS.items():
-            by_path: dict[str, jax.Array] = getattr(self, name)
-            arrays = {path: jnp.ravel(x) for path, x in by_path.items() if x.size}
+        for name in self._fields[1:]:
+            reduce = _REDUCTIONS.get(name, jnp.max)
+            arrays = {path: jnp.ravel(x) for path, x in getattr(self, name).items() if x.size}
             if not arrays:
                 continue
             flat[f"{prefix}/{name}"] = reduce(jnp.concatenate(list(arrays.values())))
@@ -117,19 +117,13 @@ class MuonMetrics(NamedTuple):
         return flat
 
 
-#: What stands for several matrices or blocks.
+#: What stands for several matrices or blocks, unless it is the maximum.
 _REDUCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "update_rms": lambda x: jnp.sqrt(jnp.mean(x**2)),
-    "spectral_norm": jnp.max,
-    "orthogonality_error": jnp.max,
     "effective_rank": jnp.mean,
-    "max_logit": jnp.max,
     "min_gamma": jnp.min,
     "clipped_heads": jnp.sum,
-    "clips_without_effect": jnp.max,
 }
-
-
 #: Figures of matrices; the others are of attention blocks.
 OF_MATRICES = MuonMetrics._fields[1:5]
 

@@ -19,7 +19,7 @@ from muonclip_jax.clipping.matching import find_in, match_maxima, merge_recordin
 from muonclip_jax.heads.clips import read_block
 from muonclip_jax.heads.finding import Blocks, Rule, block_rules
 from muonclip_jax.routing import MatrixRules
-from muonclip_jax.transforms._checks import transformation, value_at
+from muonclip_jax.transforms._checks import inner_transformation, transformation, value_at
 from muonclip_jax.transforms._figures import (
     OF_MATRICES,
     Matrices,
@@ -85,7 +85,7 @@ def metrics(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from muonclip_jax.transforms import read_metrics, scale_by_muon
+        >>> from muonclip_jax import read_metrics, scale_by_muon
         >>> params = {"dense": {"kernel": jnp.eye(4, 16)}}
         >>> tx = metrics(optax.chain(scale_by_muon(ns_method="svd"), optax.scale(-0.02)), every=10)
         >>> updates, state = tx.update(params, tx.init(params), params)
@@ -96,18 +96,13 @@ def metrics(
         muon/orthogonality_error 0.0
         muon/effective_rank 4.0
     """
-    if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(
-            f"metrics takes a gradient transformation such as muonclip_jax.muonclip(1e-3), got "
-            f"{type(inner).__name__}."
-        )
+    measured = inner_transformation("metrics", inner)
     hint = "It is the number of updates from one sample to the next."
     check_number("every", every, "an integer from 1", hint)
     threshold = math.inf if qk_clip_threshold is None else qk_clip_threshold
     check_clip_settings(threshold, 0.5, "query", prefix="qk_clip_", schedules=True)
     clips = not (is_concrete(threshold) and threshold == math.inf)
     attention = block_rules(qk_clip_blocks, "qk_clip_blocks")
-    measured = optax.with_extra_args_support(inner)
 
     def init(params: Tree) -> MetricsState:
         blocks = 0 if qk_clip_threshold is None else len(_selected(params, attention))
@@ -254,7 +249,7 @@ def read_metrics(
     Example:
         >>> import optax
         >>> params = {"dense": {"kernel": jnp.eye(4, 16)}, "bias": jnp.ones(16)}
-        >>> from muonclip_jax.transforms import metrics
+        >>> from muonclip_jax import metrics
         >>> tx = metrics(optax.sgd(0.1), every=1)
         >>> _, state = tx.update(params, tx.init(params), params)
         >>> float(read_metrics(state, params).spectral_norm["dense/kernel"][0])

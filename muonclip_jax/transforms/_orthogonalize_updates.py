@@ -106,6 +106,7 @@ class Leaves(NamedTuple):
 
     Attributes:
         specs: The normalised spec of each.
+        mapped_axes: Those of `axis_name`.
         shardings: Shardings of parameters and results, on a mesh.
         sharded: Shardings of momentum and directions: like the parameters, or further (ZeRO-1).
         placed: The same where momentum and directions are placed on the mesh, and None where they
@@ -113,6 +114,7 @@ class Leaves(NamedTuple):
     """
 
     specs: list[MatrixSpec]
+    mapped_axes: tuple[str, ...]
     shardings: MeshShardings | None
     sharded: MeshShardings | None
     placed: MeshShardings | None
@@ -141,6 +143,7 @@ class Orthogonalizer:
     def read(self, tree: Tree, init: bool = False) -> Leaves:
         """Decides what the matrices are and how they are sharded, and checks the leaves."""
         found = resolve_muon_specs(tree, self.weight_dimension_numbers, self.rules)
+        mapped_axes = (self.axis_name,) if isinstance(self.axis_name, str) else self.axis_name or ()
         for path, leaf, _ in found:
             where = path or "The leaf"
             if init:
@@ -148,7 +151,7 @@ class Orthogonalizer:
                     self.polar.check_input(leaf.dtype)
                 except ValueError as error:
                     raise ValueError(f"{where}: {error}") from None
-            elif differing := tuple(sorted(varying_axes(leaf).intersection(self.mapped_axes))):
+            elif differing := tuple(sorted(varying_axes(leaf).intersection(mapped_axes))):
                 raise ValueError(
                     f"{where} varies over the mapped axes {differing}, but axis_name requires it "
                     "to be equal along them. Average it first: jax.lax.pmean(grads, "
@@ -161,12 +164,7 @@ class Orthogonalizer:
         if shardings is not None and zero1:
             sharded = zero1_shardings(shardings, [tuple(x.shape) for _, x, _ in found], specs)
         places = zero1 or self.param_shardings is not None
-        return Leaves(specs, shardings, sharded, sharded if places else None)
-
-    @property
-    def mapped_axes(self) -> tuple[str, ...]:
-        """The axis names as a tuple."""
-        return (self.axis_name,) if isinstance(self.axis_name, str) else self.axis_name or ()
+        return Leaves(specs, mapped_axes, shardings, sharded, sharded if places else None)
 
     def polar_factors(self, directions: Tree, leaves: Leaves) -> Tree:
         """Replaces each matrix of the directions, sharded as `leaves.sharded`."""
@@ -178,7 +176,7 @@ class Orthogonalizer:
             leaves.specs,
             leaves.sharded,
             leaves.shardings,
-            self.mapped_axes,
+            leaves.mapped_axes,
             self.distribution,
         )
         if self.adaptive:

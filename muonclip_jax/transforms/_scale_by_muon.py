@@ -14,8 +14,7 @@ from muonclip_jax.newton_schulz import coefficients, plan_polar
 from muonclip_jax.routing import MatrixRules
 from muonclip_jax.sharding import Distribution, check_momentum
 from muonclip_jax.transforms._checks import (
-    check_fraction,
-    check_moment_dtype,
+    check_decay,
     check_moments,
     transformation,
     value_at,
@@ -135,9 +134,8 @@ def scale_by_muon(
         Jordan et al. 2024, kellerjordan.github.io/posts/muon; Bernstein and Newhouse 2024,
         arXiv 2409.20325; Liu et al. 2025, arXiv 2502.16982.
     """
-    check_fraction("beta", beta, "the momentum's decay, such as 0.95", schedule=True)
+    check_decay("beta", beta, 0.95, mu_dtype, schedule=True)
     check_flags(nesterov=nesterov, bias_correction=bias_correction)
-    check_moment_dtype(mu_dtype, "beta", beta)
     polar = ns_coeffs, ns_steps, ns_method, ns_dtype, preconditioning, relative_eps
     plan = plan_polar(*polar, ns_implementation, platform)
     leaves = rules, weight_dimension_numbers, param_shardings, axis_name, distribution

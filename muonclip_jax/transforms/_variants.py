@@ -10,7 +10,7 @@ import optax
 from muonclip_jax._arguments import check_flags, check_number, names_known
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree
 from muonclip_jax.routing import MatrixRules
-from muonclip_jax.transforms._checks import check_fraction, check_mask, check_params, value_at
+from muonclip_jax.transforms._checks import check_decay, check_mask, check_params, value_at
 from muonclip_jax.transforms._matrix_axes import MatrixAxes, WeightDimNumOrFn, matrix_axes
 from muonclip_jax.transforms._placing import on_mesh, zeros
 
@@ -71,7 +71,7 @@ def scale_by_neuron_rms(
     References:
         Li et al. 2025, NorMuon, arXiv 2510.05491, Algorithm 1.
     """
-    check_fraction("b2", b2, "the decay of the second moment, such as 0.95")
+    check_decay("b2", b2, 0.95)
     check_number("eps", eps, "finite and not negative")
 
     def square(u: jax.Array, a: MatrixAxes) -> jax.Array:
@@ -151,7 +151,7 @@ def hyperball(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from muonclip_jax.transforms import orthogonalize_updates
+        >>> from muonclip_jax import orthogonalize_updates
         >>> params = {"w": 5 * jnp.eye(2, 3)}
         >>> tx = optax.chain(optax.trace(0.95), orthogonalize_updates(), hyperball(0.02))
         >>> gradients = {"w": jnp.ones((2, 3))}
