@@ -142,7 +142,7 @@ def muonclip(
         block_rules(qk_clip_blocks, "qk_clip_blocks")
     adam_decay = weight_decay if adam_weight_decay is None else adam_weight_decay
     adam_rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-    check_rates(learning_rate, adam_rate, weight_decay, adam_decay, weight_decay_mask)
+    check_rates((learning_rate, adam_rate), (weight_decay, adam_decay), weight_decay_mask)
     adam = _adam(adam_b1, adam_b2, adam_eps, 0.0, mu_dtype, False, param_shardings)
 
     def build(decided: MatrixRules) -> optax.GradientTransformationExtraArgs:
@@ -274,7 +274,7 @@ def muon(
         Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982.
     """
     adam_rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-    check_rates(learning_rate, adam_rate, weight_decay, adam_weight_decay, weight_decay_mask)
+    check_rates((learning_rate, adam_rate), (weight_decay, adam_weight_decay), weight_decay_mask)
     check_number("adam_eps_root", adam_eps_root, "finite and not negative")
     adam = _adam(adam_b1, adam_b2, eps, adam_eps_root, mu_dtype, nesterov, param_shardings)
     if rules is not None and muon_weight_dimension_numbers is not None:

@@ -177,7 +177,7 @@ the checkpoint as it is and convert it (muonclip_jax.checkpoint.from_optax_state
             "manager that has not saved yet needs item_handlers=StandardCheckpointHandler()."
         )
     there, wanted = _forms(saved, "checkpoint"), _forms(target, "target")
-    findings = differences(there, wanted, ("the checkpoint", "the target"), ("shape", "dtype"), 8)
+    findings = differences(there, wanted, ("the checkpoint", "the target"), "shape dtype")
     if findings:
         listing = "".join(f"- {finding}.\n" for finding in findings)
         raise ValueError(

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,21 +27,16 @@ def value_at(value: Any, count: Any) -> Any:
 
 
 def check_rates(
-    learning_rate: ScalarOrSchedule,
-    adam_rate: ScalarOrSchedule,
-    weight_decay: ScalarOrSchedule,
-    adam_decay: ScalarOrSchedule,
-    mask: Tree,
+    rates: Sequence[ScalarOrSchedule], decays: Sequence[ScalarOrSchedule], mask: Tree
 ) -> None:
-    """Checks rates and decays of both groups; warns if Adam's rate alone is constant."""
-    for name, rate in (("learning_rate", learning_rate), ("adam_learning_rate", adam_rate)):
-        check_number(name, rate, "positive and finite", schedule=True)
-    for name, decay in (("weight_decay", weight_decay), ("adam_weight_decay", adam_decay)):
-        check_number(name, decay, "finite and not negative", schedule=True)
+    """Checks rates and decays of Muon and Adam; warns if Adam's rate alone is constant."""
+    for prefix, rate, decay in zip(("", "adam_"), rates, decays, strict=True):
+        check_number(f"{prefix}learning_rate", rate, "positive and finite", schedule=True)
+        check_number(f"{prefix}weight_decay", decay, "finite and not negative", schedule=True)
     check_mask("weight_decay_mask", mask)
-    if callable(learning_rate) and not callable(adam_rate):
+    if callable(rates[0]) and not callable(rates[1]):
         warnings.warn(
-            f"learning_rate is a schedule and adam_learning_rate={adam_rate} is not: Adam's rate "
+            f"learning_rate is a schedule and adam_learning_rate={rates[1]} is not: Adam's rate "
             "stays the same while the other one warms up and decays. Write "
             "adam_learning_rate=lambda count: ratio * schedule(count), or "
             "optax.constant_schedule(...) if a constant is meant.",
@@ -143,19 +138,15 @@ def check_params(name: str, params: Tree, extra: str = "") -> None:
 
 
 def differences(
-    given: Mapping[str, Tree],
-    expected: Mapping[str, Tree],
-    names: tuple[str, str],
-    what: Sequence[str] = ("shape",),
-    limit: int = 4,
+    given: dict[str, Any], expected: dict[str, Any], names: tuple[str, str], what: str = "shape"
 ) -> list[str]:
-    """How two trees differ in paths and in `what` of their leaves, at most `limit` of a kind."""
+    """How two trees differ in paths and in `what` of their leaves, at most eight of a kind."""
     here, there = names
     kinds = [
         [f"{path!r} is only in {here}" for path in given if path not in expected],
         [f"{path!r} is only in {there}" for path in expected if path not in given],
     ]
-    for name in what:
+    for name in what.split():
         x, y = (
             {path: getattr(leaf, name, ()) for path, leaf in tree.items()}
             for tree in (given, expected)
@@ -164,7 +155,7 @@ def differences(
         kinds.append([f"{p!r} has {name} {x[p]} in {here}, {y[p]} in {there}" for p in differ])
     found: list[str] = []
     for kind in kinds:
-        found += kind[:limit] + [f"{len(kind) - limit} more of this kind"] * (len(kind) > limit)
+        found += kind[:8] + [f"{len(kind) - 8} more of this kind"] * (len(kind) > 8)
     return found
 
 

@@ -152,26 +152,21 @@ def matrix_figures(
     matrices: Matrices, updates: Sequence[jax.Array], momentum: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """Figure -> its value for every matrix, float32; of updates, and of their momentum by path."""
-    figures = _measure(_update_figures, 3, updates, matrices.stacks)
+
+    def measure(function: Callable[..., jax.Array], xs: Sequence[jax.Array], n: int) -> jax.Array:
+        leaves = map_parts(lambda x: function(x)[:, None], xs, matrices.stacks)
+        parts = [x for leaf in leaves for x in leaf]
+        # A part without entries comes back as it was.
+        found = [x.reshape(-1, n) if x.size else jnp.zeros((len(x), n)) for x in parts]
+        return jnp.concatenate(found or [jnp.zeros((0, n))]).astype(jnp.float32).T
+
+    figures = measure(_update_figures, updates, 3)
     ranks = jnp.zeros_like(figures[:1])
     if momentum:
         pairs = zip(matrices.paths, updates, strict=True)
         known = [momentum.get(path, jnp.zeros_like(x)) for path, x in pairs]
-        ranks = _measure(_effective_rank, 1, known, matrices.stacks)
+        ranks = measure(_effective_rank, known, 1)
     return dict(zip(OF_MATRICES, (*figures, *ranks), strict=True))
-
-
-def _measure(
-    function: Callable[[jax.Array], jax.Array],
-    number: int,
-    leaves: Sequence[jax.Array],
-    plan: StackPlan,
-) -> jax.Array:
-    """`(number, matrices)`: the figures that `function` computes of every stack."""
-    parts = [x for leaf in map_parts(lambda x: function(x)[:, None], leaves, plan) for x in leaf]
-    # A part without entries comes back as it was.
-    found = [x.reshape(-1, number) if x.size else jnp.zeros((len(x), number)) for x in parts]
-    return jnp.concatenate(found or [jnp.zeros((0, number))]).astype(jnp.float32).T
 
 
 def _update_figures(x: Inexact[Array, "count m n"]) -> Float[Array, "count 3"]:

@@ -106,17 +106,17 @@ class Leaves(NamedTuple):
 
     Attributes:
         specs: The normalised spec of each.
-        mapped_axes: Those of `axis_name`.
-        shardings: Shardings of parameters and results, on a mesh.
         sharded: Shardings of momentum and directions: like the parameters, or further (ZeRO-1).
-        placed: The same where momentum and directions are placed on the mesh, and None where they
+        shardings: Shardings of parameters and results, on a mesh.
+        mapped_axes: Those of `axis_name`.
+        placed: `sharded` where momentum and directions are placed on the mesh, and None where they
             are left as JAX shards them.
     """
 
     specs: list[MatrixSpec]
-    mapped_axes: tuple[str, ...]
-    shardings: MeshShardings | None
     sharded: MeshShardings | None
+    shardings: MeshShardings | None
+    mapped_axes: tuple[str, ...]
     placed: MeshShardings | None
 
 
@@ -164,21 +164,12 @@ class Orthogonalizer:
         if shardings is not None and zero1:
             sharded = zero1_shardings(shardings, [tuple(x.shape) for _, x, _ in found], specs)
         places = zero1 or self.param_shardings is not None
-        return Leaves(specs, mapped_axes, shardings, sharded, sharded if places else None)
+        return Leaves(specs, sharded, shardings, mapped_axes, sharded if places else None)
 
     def polar_factors(self, directions: Tree, leaves: Leaves) -> Tree:
         """Replaces each matrix of the directions, sharded as `leaves.sharded`."""
         xs, treedef = jax.tree.flatten(directions)
-        polars = orthogonalize_leaves(
-            self.polar,
-            self.eps,
-            xs,
-            leaves.specs,
-            leaves.sharded,
-            leaves.shardings,
-            leaves.mapped_axes,
-            self.distribution,
-        )
+        polars = orthogonalize_leaves(self.polar, self.eps, xs, *leaves[:4], self.distribution)
         if self.adaptive:
             beside = polars
             if leaves.sharded is not leaves.shardings:

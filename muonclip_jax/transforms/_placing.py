@@ -22,10 +22,11 @@ def mesh_shardings(tree: Tree, param_shardings: Tree) -> MeshShardings | None:
 
 
 def place_tree(tree: T, shardings: MeshShardings | None) -> T:
-    if shardings is None:
-        return tree
-    leaves, treedef = jax.tree.flatten(tree)
-    return jax.tree.unflatten(treedef, map(place, leaves, shardings.shardings()))
+    return tree if shardings is None else jax.tree.map(place, tree, _by_leaf(tree, shardings))
+
+
+def _by_leaf(tree: Tree, shardings: MeshShardings) -> Tree:
+    return jax.tree.unflatten(jax.tree.structure(tree), shardings.shardings())
 
 
 def replicate(tree: T, shardings: MeshShardings | None) -> T:
@@ -47,12 +48,11 @@ def zeros_on_mesh(
     """Zeros like the parameters; outside of a trace every device creates its own shard."""
     if shardings is None or isinstance(jnp.zeros(()), Tracer):
         return place_tree(optax.tree.zeros_like(params, dtype=dtype), shardings)
-    leaves, treedef = jax.tree.flatten(params)
-    shards = [
-        jnp.zeros(x.shape, dtype or x.dtype, device=on_devices(sharding))
-        for x, sharding in zip(leaves, shardings.shardings(), strict=True)
-    ]
-    return jax.tree.unflatten(treedef, shards)
+    return jax.tree.map(
+        lambda x, sharding: jnp.zeros(x.shape, dtype or x.dtype, device=on_devices(sharding)),
+        params,
+        _by_leaf(params, shardings),
+    )
 
 
 def on_mesh(
@@ -69,8 +69,7 @@ def on_mesh(
     def placed(state: Tree, like: Tree, shardings: MeshShardings | None) -> Tree:
         if shardings is None or not moments:
             return state
-        structure = jax.tree.structure(like)
-        by_leaf = jax.tree.unflatten(structure, shardings.shardings())
+        by_leaf = _by_leaf(like, shardings)
 
         def place_moment(x: jax.Array, sharding: NamedSharding) -> jax.Array:
             axes = zip(sharding.spec, x.shape, strict=False)
@@ -78,7 +77,7 @@ def on_mesh(
             return place(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
         def is_moments(node: Tree) -> bool:
-            return jax.tree.structure(node) == structure
+            return jax.tree.structure(node) == jax.tree.structure(like)
 
         def place_part(node: Tree) -> Tree:
             if is_moments(node):
