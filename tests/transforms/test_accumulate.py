@@ -13,14 +13,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import muonclip_jax as mc
 from tests.helpers import assert_close, assert_equal, normal_tree, update
 
-HEADS = 2
 SHAPES = {
     "attn": {"query": {"kernel": (4, 2, 3)}, "key": {"kernel": (4, 2, 3)}},
     "dense": {"kernel": (4, 6), "bias": (6,)},
 }
-FORM = {"attn": jax.ShapeDtypeStruct((HEADS,), jnp.float32)}
+FORM = {"attn": jax.ShapeDtypeStruct((2,), jnp.float32)}
 #: One head over the threshold in the first micro-batch, the other in the second, none in the last.
-MAXIMA = [{"attn": jnp.array(x)} for x in ([400.0, 30.0], [20.0, 250.0], [10.0, 40.0])]
+MAXIMA = [{"attn": jnp.array(x)} for x in ([400.0, 30.0], [np.nan, 250.0], [10.0, 40.0])]
+LARGEST = jnp.array([400.0, 250.0])
 PARAMS, *GRADIENTS = (normal_tree(SHAPES, seed) for seed in range(4))
 
 
@@ -28,17 +28,14 @@ def is_zero(updates: Any) -> bool:
     return not any(np.asarray(x).any() for x in jax.tree.leaves(updates))
 
 
-def keeps_what_it_gets(heads: int = HEADS) -> optax.GradientTransformationExtraArgs:
-    """SGD whose state is what its last update got."""
+def keeping(seen: list[Any]) -> optax.GradientTransformationExtraArgs:
+    """SGD that appends what its update got."""
 
-    def init(params):
-        return {"updates": optax.tree.zeros_like(params), "max_logits": {"attn": jnp.zeros(heads)}}
+    def keep(updates, state, params=None, **extra):
+        seen.append(extra)
+        return updates, state
 
-    def keep(updates, state, params=None, *, max_logits=None, **extra_args):
-        del state, params, extra_args
-        return updates, {"updates": updates, "max_logits": max_logits}
-
-    return optax.GradientTransformationExtraArgs(init, keep)
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), keep)
 
 
 def run(tx: Any, gradients: list[Any], maxima: Any = None, params: Any = PARAMS) -> Any:
@@ -50,11 +47,12 @@ def run(tx: Any, gradients: list[Any], maxima: Any = None, params: Any = PARAMS)
     return all_updates, state
 
 
-# -- the mean --
+# -- the mean and the maxima --
 
 
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
 def test_it_equals_the_update_of_one_large_batch(jit: bool):
+    """Finite maxima come first, and those of the step before do not count."""
     inner = mc.muonclip(0.1, weight_decay=0.1)
     tx = mc.accumulate(inner, 3, max_logits=FORM)
     mean = jax.tree.map(
@@ -64,22 +62,23 @@ def test_it_equals_the_update_of_one_large_batch(jit: bool):
     state: Any = tx.init(PARAMS)
     updates: Any = None
     expected_state = inner.init(PARAMS)
-    for _ in range(2):
+    for factor in (3.0, 1.0):
         for number, (g, s) in enumerate(zip(GRADIENTS, MAXIMA, strict=True)):
+            s = optax.tree.scale(factor, s)
             updates, state = step(g, state, PARAMS, max_logits=s)
             assert is_zero(updates) == (number < 2)
         expected, expected_state = jax.jit(inner.update)(
-            mean, expected_state, PARAMS, max_logits={"attn": jnp.array([400.0, 250.0])}
+            mean, expected_state, PARAMS, max_logits={"attn": factor * LARGEST}
         )
         assert_close((updates, state.inner_state), (expected, expected_state), 1e-6)
+        np.testing.assert_array_equal(state.max_logits["attn"], factor * LARGEST)
     assert (int(state.mini_step), int(state.gradient_step)) == (0, 2)
 
 
 def test_bfloat16_gradients_are_added_in_float32():
     # Fifteen ones after 256: a bfloat16 accumulator would not move.
     gradients = [{"w": jnp.full((2,), x, jnp.bfloat16)} for x in [256.0] + [1.0] * 15]
-    tx = mc.accumulate(optax.identity(), 16)
-    updates, state = run(tx, gradients, params=gradients[0])
+    updates, state = run(mc.accumulate(optax.identity(), 16), gradients, params=gradients[0])
     assert state.gradients["w"].dtype == jnp.float32
     np.testing.assert_allclose(state.gradients["w"], (256 + 15) / 16, rtol=1e-6)
     assert_equal(updates[-1], {"w": np.full(2, 16.9375, jnp.bfloat16)})
@@ -99,64 +98,28 @@ def test_the_number_of_micro_batches_may_change_between_steps(traced: bool):
     assert steps == [1, 1, 2, 2, 2, 3]
 
 
-# -- Newton-Schulz once --
-
-
 def test_the_inner_update_is_traced_once_and_runs_once_a_step():
     traces, runs = [], []
 
-    def count(updates, state, params=None, **extra_args):
+    def count(updates, state, params=None, **extra):
         traces.append(1)
         jax.debug.callback(lambda: runs.append(1))
-        return jax.tree.map(lambda u: u * extra_args["value"], updates), state
+        return jax.tree.map(lambda u: u * extra["value"], updates), state
 
     inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), count)
     tx = mc.accumulate(inner, 3)
 
-    @jax.jit
-    def all_steps(state):
-        def micro_step(state, scale):
-            updates, state = update(tx, {"w": scale}, state, {"w": scale}, value=2.0)
-            return state, updates["w"]
+    def micro_step(state, scale):
+        updates, state = update(tx, scale, state, scale, value=2.0)
+        return state, updates
 
-        return jax.lax.scan(micro_step, state, jnp.arange(6.0))
-
-    _, updates = jax.block_until_ready(all_steps(tx.init({"w": jnp.zeros(())})))
+    state = tx.init(jnp.zeros(()))
+    jax.make_jaxpr(micro_step)(state, jnp.ones(()))
+    assert len(traces) == 1
+    _, updates = jax.jit(lambda s: jax.lax.scan(micro_step, s, jnp.arange(6.0)))(state)
     jax.effects_barrier()
     np.testing.assert_array_equal(updates, [0, 0, 2, 0, 0, 8])
     assert len(runs) == 2
-    del traces[:]
-    jax.make_jaxpr(lambda g, s: tx.update(g, s, value=2.0))(
-        {"w": jnp.ones(())}, tx.init({"w": jnp.zeros(())})
-    )
-    assert len(traces) == 1
-
-
-# -- the maxima --
-
-NAN, INF = np.nan, np.inf
-#: The maxima of three micro-batches for each head, and the merged one.
-MERGED = np.array(
-    [
-        (3.0, 7.0, 5.0, 7.0),
-        (-3.0, -7.0, -5.0, -3.0),
-        (NAN, 7.0, 5.0, 7.0),
-        (7.0, NAN, INF, 7.0),
-        (INF, NAN, -INF, NAN),
-        (-INF, INF, -INF, INF),
-        (-INF, -INF, -INF, -INF),
-    ],
-    np.float32,
-)
-
-
-def test_the_maxima_of_all_micro_batches_arrive_finite_ones_first():
-    tx = mc.accumulate(keeps_what_it_gets(len(MERGED)), 3, max_logits={"attn": MERGED[:, 0]})
-    # The step before leaves larger ones.
-    maxima = [{"attn": jnp.asarray(x)} for x in [*(MERGED.T[:3] + 1000), *MERGED.T[:3]]]
-    _, state = run(tx, [GRADIENTS[0]] * 6, maxima)
-    np.testing.assert_array_equal(state.inner_state["max_logits"]["attn"], MERGED[:, 3])
-    np.testing.assert_array_equal(state.max_logits["attn"], MERGED[:, 3])
 
 
 def test_what_is_no_maximum_and_other_extra_arguments_come_from_the_last_micro_batch():
@@ -165,25 +128,19 @@ def test_what_is_no_maximum_and_other_extra_arguments_come_from_the_last_micro_b
         return {"intermediates": {"attn": layer}}
 
     seen: list[Any] = []
-
-    def keep(updates, state, params=None, **extra_args):
-        seen.append(extra_args)
-        return updates, state
-
-    inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), keep)
-    tx = mc.accumulate(inner, 3, max_logits=jax.eval_shape(lambda: sown(0)))
+    tx = mc.accumulate(keeping(seen), 3, max_logits=jax.eval_shape(lambda: sown(0)))
     state: Any = tx.init(PARAMS)
-    assert list(state.max_logits) == ["intermediates/attn/max_logits/0"]
     for number, gradients in enumerate(GRADIENTS):
         extra = {"max_logits": sown(number), "value": number, "text": "any"}
         _, state = update(tx, gradients, state, PARAMS, **extra)
-    expected = {"max_logits": (jnp.array([400.0, 250.0]),), "other": (jnp.full(3, 2),)}
     assert (seen[-1]["value"], seen[-1]["text"]) == (2, "any")
+    expected = {"max_logits": (LARGEST,), "other": (jnp.full(3, 2),)}
     assert_equal(seen[-1]["max_logits"], {"intermediates": {"attn": expected}})
     # And the clip takes what the state shows.
+    assert_equal(state.max_logits, {"intermediates/attn/max_logits/0": LARGEST})
     assert_equal(
         mc.apply_qk_clip(PARAMS, state.max_logits)[0],
-        mc.apply_qk_clip(PARAMS, {"attn": jnp.array([400.0, 250.0])})[0],
+        mc.apply_qk_clip(PARAMS, {"attn": LARGEST})[0],
     )
 
 
@@ -193,7 +150,7 @@ def test_what_is_no_maximum_and_other_extra_arguments_come_from_the_last_micro_b
 @pytest.mark.parametrize("place", [0, 1, 3])
 def test_a_skipped_micro_batch_leaves_no_trace(place: int):
     skip = optax.skip_not_finite
-    tx = mc.accumulate(keeps_what_it_gets(), 3, max_logits=FORM, should_skip_update_fn=skip)
+    tx = mc.accumulate(optax.trace(0.9), 3, max_logits=FORM, should_skip_update_fn=skip)
     nans = jax.tree.map(lambda g: g.at[0].set(jnp.nan), GRADIENTS[0])
     expected, expected_state = run(tx, GRADIENTS * 2, MAXIMA * 2)
     (gradients, maxima), at = (GRADIENTS * 2, MAXIMA * 2), 3 + place
@@ -225,22 +182,24 @@ def test_skipping_means_what_it_means_to_multi_steps():
 def test_a_state_as_init_made_it_can_be_donated():
     """No two of its leaves share memory."""
     tx = mc.accumulate(mc.muonclip(0.1), 3, max_logits=FORM)
-    step = jax.jit(lambda s, x: tx.update(GRADIENTS[0], s, PARAMS, max_logits=x), donate_argnums=0)
     given = tx.init(PARAMS)
-    step(given, MAXIMA[0])
+    run_once = lambda s: tx.update(GRADIENTS[0], s, PARAMS, max_logits=MAXIMA[0])  # noqa: E731
+    jax.jit(run_once, donate_argnums=0)(given)
     assert all(x.is_deleted() for x in jax.tree.leaves(given))
 
 
-def test_vmap_over_states_is_right():
+def test_vmap_over_states_and_states_that_hold_keys():
     tx = mc.accumulate(optax.trace(0.9), 2)
     gradients = {"w": jnp.arange(6.0).reshape(3, 2)}
     state: Any = jax.vmap(tx.init)(gradients)
     vmapped: Any = jax.vmap(tx.update)
     # Of three states, one is a micro-batch behind.
-    state = state._replace(mini_step=jnp.array([1, 0, 1]))
-    updates, after = vmapped(gradients, state)
+    updates, after = vmapped(gradients, state._replace(mini_step=jnp.array([1, 0, 1])))
     np.testing.assert_array_equal(updates["w"], gradients["w"] * np.array([[0.5], [0], [0.5]]))
     np.testing.assert_array_equal(after.mini_step, [0, 1, 0])
+    noise = optax.add_noise(0.1, 0.55, jax.random.key(0))
+    updates, _ = run(mc.accumulate(noise, 2), GRADIENTS[:2])
+    assert [is_zero(u) for u in updates] == [True, False]
 
 
 def test_shard_map_over_the_batch():
@@ -272,53 +231,36 @@ def test_a_traced_init_places_the_mean_and_the_maxima():
     shardings = jax.tree.map(lambda x: x.sharding, params)
     tx = mc.accumulate(optax.identity(), 2, max_logits=FORM, param_shardings=shardings)
     state: Any = jax.jit(tx.init)(params)
-    everywhere = NamedSharding(mesh, P())
     assert state.gradients["w"].sharding.is_equivalent_to(params["w"].sharding, 2)
-    assert state.max_logits["attn"].sharding.is_equivalent_to(everywhere, 1)
-
-
-def test_states_that_hold_keys():
-    tx = mc.accumulate(optax.add_noise(0.1, 0.55, jax.random.key(0)), 2)
-    updates, _ = run(tx, GRADIENTS[:2])
-    assert [is_zero(u) for u in updates] == [True, False]
+    assert state.max_logits["attn"].sharding.is_equivalent_to(NamedSharding(mesh, P()), 1)
 
 
 # -- refusals --
 
-FROM_PARAMS = {"max_logits": lambda p: {"attn": p["attn"]["key"]["kernel"][0, :, 0]}}
-NOT_ONE_BOOLEAN = {"should_skip_update_fn": lambda *_: (jnp.ones(2), ())}
+IS_NEW = r"'attn' is only in this update.*'attn': jax.ShapeDtypeStruct\(\(2,\), jnp"
+OTHERS = "'other' is only in this update; 'attn' is only in the"
+#: Settings, maxima of an update, and what the error says.
+REFUSED: list[tuple[dict[str, Any], Any, str]] = [
+    *(({"every": x}, None, "every must be an integer from 1") for x in (0, 1.5, np.nan)),
+    ({"tx": optax.MultiSteps(optax.sgd(1.0), 2)}, None, "accumulate|GradientTransformation"),
+    ({"max_logits": {"attn": (2,)}}, None, "at 'attn/0' it has 2"),
+    (
+        {"should_skip_update_fn": lambda *_: (jnp.ones(2), ())},
+        None,
+        r"returned float32 of shape \(2,\).*boolean",
+    ),
+    ({}, MAXIMA[0], IS_NEW),
+    ({"max_logits": FORM}, None, "'attn' is only in the example"),
+    ({"max_logits": FORM}, {"other": jnp.ones(2)}, OTHERS),
+    (  # An example may be a function of the parameters.
+        {"max_logits": lambda p: {"attn": p["attn"]["key"]["kernel"][0, :, 0]}},
+        {"attn": jnp.ones(3)},
+        r"'attn' has shape \(3,\) in this update, \(2,\) in the",
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("settings", "maxima", "message"),
-    [
-        *(({"every": x}, None, "every must be an integer from 1") for x in (0, 1.5, NAN)),
-        ({"tx": optax.MultiSteps(optax.sgd(1.0), 2)}, None, "accumulate|GradientTransformation"),
-        ({"max_logits": {"attn": (2,)}}, None, "at 'attn/0' it has 2"),
-        (NOT_ONE_BOOLEAN, None, r"returned float32 of shape \(2,\).*boolean"),
-        (
-            {},
-            MAXIMA[0],
-            r"'attn' is only in this update.*'attn': jax.ShapeDtypeStruct\(\(2,\), jnp",
-        ),
-        ({"max_logits": FORM}, None, "'attn' is only in the example"),
-        (
-            {"max_logits": FORM},
-            {"other": jnp.ones(2)},
-            "'other' is only in this update; 'attn' is only in the",
-        ),
-        # An example may be a function of the parameters.
-        (
-            FROM_PARAMS,
-            {"attn": jnp.ones(3)},
-            r"'attn' has shape \(3,\) in this update, \(2,\) in the",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("settings", "maxima", "message"), REFUSED)
 def test_what_is_refused(settings: dict[str, Any], maxima: Any, message: str):
-    def one_update() -> None:
-        tx = mc.accumulate(**{"tx": mc.qk_clip(), "every": 2, **settings})
-        update(tx, GRADIENTS[0], tx.init(PARAMS), PARAMS, max_logits=maxima)
-
     with pytest.raises((TypeError, ValueError), match=message):
-        one_update()
+        run(mc.accumulate(**{"tx": mc.qk_clip(), "every": 2, **settings}), GRADIENTS[:1], [maxima])

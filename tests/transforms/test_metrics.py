@@ -93,19 +93,16 @@ def figures() -> mc.MuonMetrics:
 
 @pytest.mark.parametrize("number", range(4), ids=NAMES)
 def test_figures_are_those_of_the_singular_values_of_every_matrix(figures: Any, number: int):
-    found = getattr(figures, NAMES[number])
+    found, name = getattr(figures, NAMES[number]), NAMES[number]
     assert list(found) == list(EXPECTED)
-    for path, expected in EXPECTED.items():
-        tolerance = 1e-3 if path.startswith("bfloat16") else TOLERANCE["float32"]
-        if (
-            NAMES[number] == "spectral_norm"
-        ):  # the power iteration's own error; all else is rounding
-            assert (np.float64(found[path]) <= expected[number] * (1 + tolerance)).all()
-            tolerance = 5e-3
-        atol = 1e-6 if NAMES[number] == "orthogonality_error" else 0
-        np.testing.assert_allclose(
-            np.float64(found[path]), expected[number], rtol=tolerance, atol=atol, err_msg=path
-        )
+    for path, figures_of in EXPECTED.items():
+        got, expected = np.float64(found[path]), figures_of[number]
+        rtol = 1e-3 if path.startswith("bfloat16") else TOLERANCE["float32"]
+        if name == "spectral_norm":  # the power iteration's own error; all else is rounding
+            assert (got <= expected * (1 + rtol)).all()
+            rtol = 5e-3
+        atol = 1e-6 if name == "orthogonality_error" else 0
+        np.testing.assert_allclose(got, expected, rtol=rtol, atol=atol, err_msg=path)
 
 
 def test_scalars_reduce_the_matrices_of_a_leaf_and_of_the_model(figures: Any):
@@ -153,44 +150,47 @@ def test_between_samples_no_matrix_is_looked_at():
 
 # -- QK-Clip --
 
-ATTENTION = {"attn": {name: {"kernel": jnp.ones((6, 4, 2))} for name in ("query", "key")}}
-STACKED = {"attn": {name: {"kernel": jnp.ones((3, 6, 4, 2))} for name in ("query", "key")}}
+
+def attention(*stack: int) -> Any:
+    return {"attn": {name: {"kernel": jnp.ones((*stack, 6, 4, 2))} for name in ("query", "key")}}
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_maxima_and_gammas_are_those_of_qk_clip(stacked: bool):
-    params = STACKED if stacked else ATTENTION
-    shape = (2, 3, 4) if stacked else (4,)
+ATTENTION, LARGE = attention(), {"attn": jnp.full(4, 200.0)}
+
+
+def measured(tx: Any, params: Any, max_logits: Any, updates: int = 1, **how: Any) -> mc.MuonMetrics:
+    """The figures after some updates."""
+    state, step = tx.init(params), jax.jit(tx.update)
+    for _ in range(updates):
+        _, state = step(params, state, params, max_logits=max_logits)
+    return mc.read_metrics(state, params, **how)
+
+
+def watched(every: float = 1, **settings: Any) -> Any:
+    return mc.metrics(optax.sgd(0.1), every, **settings)
+
+
+@pytest.mark.parametrize("stack", [(), (3,)])
+def test_maxima_and_gammas_are_those_of_qk_clip(stack: tuple[int, ...]):
+    params, shape = attention(*stack), (2, 3, 4) if stack else (4,)
     max_logits = {"attn": {"max_logits": (jnp.asarray(RNG.uniform(50, 250, shape)),)}}
     rules = mc.MatrixRules(scan_axis=0)  # two kernels of one shape do not show it
     tx = mc.metrics(mc.muonclip(0.02, rules=rules), rules=rules, qk_clip_threshold=100.0)
-    _, state = jax.jit(tx.update)(params, tx.init(params), params, max_logits=max_logits)
-    figures = mc.read_metrics(state, params, rules=rules)
+    figures = measured(tx, params, max_logits, rules=rules)
     info = mc.qk_clip_info(params, max_logits, threshold=100.0)
     assert float(figures.max_logit["attn"]) == float(info.largest) > 100
     assert float(figures.min_gamma["attn"]) == float(info.gamma["attn"].min()) < 1
     assert int(figures.clipped_heads["attn"]) == int(info.total_clipped) > 0
 
 
-def watched(**settings: Any) -> Any:
-    return mc.metrics(optax.sgd(0.1), **settings)
-
-
-LARGE = {"attn": jnp.full(4, 200.0)}
-
-
 def test_a_threshold_may_be_a_schedule():
-    tx = watched(every=1, qk_clip_threshold=mc.clip_until(1, 100.0))
-    state, clipped = tx.init(ATTENTION), []
-    for _ in range(2):
-        _, state = update(tx, ATTENTION, state, max_logits=LARGE)
-        clipped.append(int(mc.read_metrics(state, ATTENTION).clipped_heads["attn"]))
-    assert clipped == [4, 0]
+    tx = watched(qk_clip_threshold=mc.clip_until(1, 100.0))
+    counts = [measured(tx, ATTENTION, LARGE, n).clipped_heads["attn"] for n in (1, 2)]
+    assert [int(count) for count in counts] == [4, 0]
 
 
 def test_without_threshold_or_momentum_there_are_no_figures_of_them():
-    _, state = update(watched(), ATTENTION, watched().init(ATTENTION), max_logits=LARGE)
-    figures = mc.read_metrics(state, ATTENTION)
+    figures = measured(watched(), ATTENTION, LARGE)
     assert figures.max_logit == figures.min_gamma == figures.clipped_heads == {}
     assert not any("max_logit" in name for name in figures.scalars())
     assert not figures.effective_rank["attn/key/kernel"].any()
@@ -200,12 +200,10 @@ def test_an_infinite_threshold_shows_the_maxima_of_a_model_that_cannot_be_clippe
     # Gains that heads share: no kernel's scale reaches the logits.
     gains = {f"{name}_norm": {"scale": jnp.ones(2)} for name in ("query", "key")}
     params = {"attn": {**ATTENTION["attn"], **gains}}
-    tx, clipping = watched(qk_clip_threshold=jnp.inf), watched(qk_clip_threshold=100.0)
-    _, state = update(tx, params, tx.init(params), max_logits=LARGE)
-    figures = mc.read_metrics(state, params)
+    figures = measured(watched(qk_clip_threshold=jnp.inf), params, LARGE)
     assert (figures.max_logit["attn"], figures.min_gamma["attn"]) == (200.0, 1.0)
     with pytest.raises(ValueError, match="attn"):
-        clipping.update(params, clipping.init(params), max_logits=LARGE)
+        measured(watched(qk_clip_threshold=100.0), params, LARGE)
 
 
 @pytest.mark.parametrize(
@@ -237,11 +235,10 @@ def test_blocks_that_are_not_selected_have_no_figures():
     params = {"encoder": ATTENTION, "decoder": ATTENTION}
     tx = watched(qk_clip_threshold=100.0, qk_clip_blocks="decoder")
     maxima = {"decoder/attn": LARGE["attn"]}
-    _, state = update(tx, params, tx.init(params), max_logits=maxima)
-    figures = mc.read_metrics(state, params, qk_clip_blocks="decoder")
+    figures = measured(tx, params, maxima, qk_clip_blocks="decoder")
     assert list(figures.max_logit) == ["decoder/attn"]
     with pytest.raises(ValueError, match=r"and 1 attention blocks, and params have 4 and 2"):
-        mc.read_metrics(state, params)
+        measured(tx, params, maxima)
 
 
 def test_inside_of_multi_transform_and_accumulate():
@@ -292,11 +289,6 @@ def test_vmapped_states_have_their_own_samples():
 
 # -- what is refused --
 
-
-def one_update(tx: Any, **extra: Any) -> Any:
-    return tx.update(ATTENTION, tx.init(ATTENTION), **extra)
-
-
 NUMBER: Any = 0.02
 STATE = watched().init(ATTENTION)
 KEYS = mc.MatrixRules([("key/kernel$", None)])
@@ -309,8 +301,8 @@ CLIPPED, OTHER = watched(qk_clip_threshold=1.0), {"other": jnp.ones(4)}
         (lambda: watched(every=2.5), r"every must be an integer from 1, got 2\.5"),
         (lambda: watched(qk_clip_threshold=-1.0), "qk_clip_threshold must be positive, got -1"),
         (lambda: mc.metrics(NUMBER), "metrics|takes a gradient transformation"),
-        (lambda: one_update(CLIPPED, max_logits=OTHER), "recorded for 'other'"),
-        (lambda: one_update(CLIPPED), "update got no maxima"),
+        (lambda: measured(CLIPPED, ATTENTION, OTHER), "recorded for 'other'"),
+        (lambda: measured(CLIPPED, ATTENTION, None), "update got no maxima"),
         (lambda: mc.read_metrics((), ATTENTION), "has 0 states of metrics"),
         (lambda: mc.read_metrics((STATE, STATE), ATTENTION), "has 2 states of metrics"),
         (lambda: mc.read_metrics(STATE, ATTENTION, rules=KEYS), "of 2 matrices .* params have 1"),
