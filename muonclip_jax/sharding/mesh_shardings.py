@@ -52,8 +52,7 @@ class MeshShardings:
 
     def shardings(self) -> list[NamedSharding]:
         """The leaves' shardings."""
-        specs = [PartitionSpec(*(axes or None for axes in leaf)) for leaf in self.leaves]
-        return [NamedSharding(self.mesh, spec) for spec in specs]
+        return [NamedSharding(self.mesh, spec_of(leaf)) for leaf in self.leaves]
 
 
 def place(x: jax.Array, sharding: NamedSharding) -> jax.Array:
@@ -63,7 +62,7 @@ def place(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     mesh, constrain = sharding.mesh, jax.lax.with_sharding_constraint
     for kind, move in ((mesh.explicit_axes, jax.reshard), (mesh.auto_axes, constrain)):
         if kind:
-            spec = PartitionSpec(*(axes or None for axes in axes_of(sharding.spec, x.ndim, kind)))
+            spec = spec_of(axes_of(sharding.spec, x.ndim, kind))
             x = move(x, NamedSharding(mesh, spec))
     return x
 
@@ -101,6 +100,11 @@ def axes_of(spec: PartitionSpec, rank: int, among: Axes) -> LeafAxes:
     entries = entries_of(spec)
     entries += (None,) * (rank - len(entries))
     return tuple(tuple(axis for axis in entry_axes(x) if axis in among) for x in entries)
+
+
+def spec_of(leaf: LeafAxes) -> PartitionSpec:
+    """The spec of a leaf whose dimensions are sharded by these axes."""
+    return PartitionSpec(*(axes or None for axes in leaf))
 
 
 def slice_of(device: object) -> int:

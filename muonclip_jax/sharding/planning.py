@@ -33,6 +33,8 @@ from muonclip_jax.sharding.options import Distribution
 
 #: More branches than this make the program longer than the balance is worth.
 MAX_BRANCHES = 8
+#: The cost of what is not done, finite so that no matrix of it costs nothing.
+_NEVER = 1e200
 
 #: Rows, columns and dtype of a matrix.
 Kind: TypeAlias = tuple[int, int, str]
@@ -43,27 +45,20 @@ Matrices: TypeAlias = Mapping[Kind, Sequence[Member]]
 Counts: TypeAlias = Sequence[Sequence[int]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Exchange:
+class Exchange(NamedTuple):
     """How devices share a stack: different matrices along some mesh axes, columns along others."""
 
     matrix_axes: Axes
     column_axes: Axes
     sizes: Sizes
+    #: Number of groups of devices, each with its own matrices.
+    groups: int
+    #: Number of devices over which each matrix is split.
+    ways: int
 
     def size(self, axes: Axes) -> int:
         """Number of devices along some axes."""
         return math.prod(self.sizes[axis] for axis in axes)
-
-    @property
-    def groups(self) -> int:
-        """Number of groups of devices; each group has its own matrices."""
-        return self.size(self.matrix_axes)
-
-    @property
-    def ways(self) -> int:
-        """Number of devices over which each matrix is split."""
-        return self.size(self.column_axes)
 
 
 class Bucket(NamedTuple):
@@ -130,11 +125,13 @@ def plan_tree(
 
 def _exchanges(axes: Axes, sizes: Sizes) -> list[Exchange]:
     """All choices of axes to split columns: fewest devices first, then the last, fastest axes."""
-    exchanges = [
-        Exchange(tuple(axis for axis in axes if axis not in columns), columns, sizes)
-        for number in range(len(axes) + 1)
-        for columns in itertools.combinations(axes, number)
-    ]
+    exchanges = []
+    devices = math.prod(sizes[axis] for axis in axes)
+    for number in range(len(axes) + 1):
+        for columns in itertools.combinations(axes, number):
+            ways = math.prod(sizes[axis] for axis in columns)
+            rest = tuple(axis for axis in axes if axis not in columns)
+            exchanges.append(Exchange(rest, columns, sizes, devices // ways, ways))
     return sorted(exchanges, key=lambda x: (x.ways, [-axes.index(a) for a in x.column_axes[::-1]]))
 
 
@@ -142,13 +139,13 @@ def _cost(polar: PolarPlan, options: Distribution, kind: Kind, ways: int) -> flo
     """Cost of a matrix split `ways` ways, in FLOPs a device, collectives included."""
     rows, columns, dtype = kind
     if polar.method == "svd":
-        return math.inf if ways > 1 else float(rows * rows * columns)
+        return _NEVER if ways > 1 else float(rows * rows * columns)
     if ways == 1:
         return float(polar.resolve((rows, columns), dtype).flops)
     plan = dataclasses.replace(polar, method="standard").resolve((rows, columns), dtype)
     # A ring all-reduce sends everything twice, an all-gather once.
     sent = 3 * (ways - 1) / ways * rows * rows * jnp.dtype(plan.dtype).itemsize
-    return plan.flops / ways + options.flops_per_byte * sent * len(plan.rows)
+    return min(_NEVER, plan.flops / ways + options.flops_per_byte * sent * len(plan.rows))
 
 
 def _plan_pool(
@@ -159,23 +156,19 @@ def _plan_pool(
 ) -> list[Round]:
     """Plans the rounds of a pool; `cost` is that of a kind of matrix, split a number of ways."""
 
-    def stack_limit(kind: Kind, ways: int) -> tuple[int, int]:
+    def limit(kind: Kind, ways: int) -> int:
+        """How many matrices a group of devices has at most: one of them fits on every device."""
         size = kind[0] * kind[1] * jnp.dtype(kind[2]).itemsize
-        return size, max(1, options.max_stack_bytes * ways // size)
-
-    def round_robin(exchange: Exchange, matrices: Matrices) -> list[_Share]:
-        return [
-            (exchange, {kind: members}, assign_round_robin(len(members), exchange.groups))
-            for kind, members in matrices.items()
-            if members
-        ]
+        return max(ways, options.max_stack_bytes * ways // size)
 
     def longest_first(exchange: Exchange, matrices: Matrices) -> list[_Share]:
-        ways = exchange.ways
-        costs = [cost(kind, ways) for kind in matrices]
-        limits = [stack_limit(kind, 1)[1] * ways for kind in matrices]
+        kinds = [(cost(kind, exchange.ways), limit(kind, exchange.ways)) for kind in matrices]
         numbers = list(map(len, matrices.values()))
-        return [(exchange, matrices, assign_longest_first(numbers, costs, exchange.groups, limits))]
+        return [(exchange, matrices, assign_longest_first(numbers, kinds, exchange.groups))]
+
+    def round_robin(exchange: Exchange, matrices: Matrices) -> list[_Share]:
+        alone = [{kind: members} for kind, members in matrices.items() if members]
+        return [share for one in alone for share in longest_first(exchange, one)]
 
     def makespan(shares: Sequence[_Share]) -> float:
         """Cost of the busiest group of devices, in all rounds."""
@@ -183,8 +176,7 @@ def _plan_pool(
         for exchange, matrices, counts in shares:
             if len(set(map(tuple, counts))) > MAX_BRANCHES:
                 return math.inf
-            costs = [cost(kind, exchange.ways) for kind in matrices]
-            total += max(sum(n * c for n, c in zip(row, costs, strict=True) if n) for row in counts)
+            total += max(np.dot(counts, [cost(kind, exchange.ways) for kind in matrices]))
         return total
 
     shares: list[_Share] = []
@@ -193,11 +185,11 @@ def _plan_pool(
     for kind, members in pool.items():
         # Matrices that are sharded alike are neighbours, and so are sent together.
         members = sorted(members, key=lambda member: repr(member[0]))
-        size, _ = stack_limit(kind, 1)
-        exchange = min(exchanges, key=lambda x: max(size / x.ways, options.max_matrix_bytes))
-        groups, (_, limit) = exchange.groups, stack_limit(kind, exchange.ways)
+        size, bound = kind[0] * kind[1] * jnp.dtype(kind[2]).itemsize, options.max_matrix_bytes
+        exchange = min(exchanges, key=lambda x, size=size: max(size / x.ways, bound))
+        groups = exchange.groups
         # Nearly equal rounds; a shorter one comes last, with the leftovers.
-        length = even_size(math.ceil(len(members) / groups), limit) * groups
+        length = even_size(math.ceil(len(members) / groups), limit(kind, exchange.ways)) * groups
         parts = [members[start : start + length] for start in range(0, len(members), length)]
         if exchange.ways == 1:
             last = parts.pop()
@@ -220,22 +212,16 @@ def _plan_pool(
     ]
 
 
-def assign_round_robin(count: int, groups: int) -> Counts:
-    """Assigns equal matrices evenly: five on three groups are 2, 2 and 1."""
-    most, full = -(-count // groups), count % groups or groups
-    return [(most,)] * full + [(most - 1,)] * (groups - full)
-
-
 def assign_longest_first(
-    numbers: Sequence[int], costs: Sequence[float], groups: int, limits: Sequence[int]
+    numbers: Sequence[int], kinds: Sequence[tuple[float, int]], groups: int
 ) -> Counts:
     """Assigns the costliest matrices first, each to the group with the least work so far.
 
-    `numbers`, `costs` and `limits` have an entry for each kind of matrix: their number, the cost of
-    one, and the maximum number per group.
+    Of one kind that is round-robin. `numbers` has the number of matrices of each kind, `kinds` the
+    cost of one and the maximum number per group.
 
     Example:
-        >>> assign_longest_first([3, 2], [1.0, 2.0], 4, [3, 3])
+        >>> assign_longest_first([3, 2], [(1.0, 3), (2.0, 3)], 4)
         [[2, 0], [1, 0], [0, 1], [0, 1]]
 
     References:
@@ -243,13 +229,14 @@ def assign_longest_first(
     """
     assigned = [[0] * len(numbers) for _ in range(groups)]
     loads = [(0.0, group) for group in range(groups)]
-    for kind in sorted(range(len(numbers)), key=lambda kind: -costs[kind]):
+    for kind in sorted(range(len(numbers)), key=lambda kind: -kinds[kind][0]):
+        cost, limit = kinds[kind]
         full: list[tuple[float, int]] = []
         for _ in range(numbers[kind]):
             load, group = heapq.heappop(loads)
             assigned[group][kind] += 1
-            is_full = assigned[group][kind] == limits[kind]
-            heapq.heappush(full if is_full else loads, (load + costs[kind], group))
+            is_full = assigned[group][kind] == limit
+            heapq.heappush(full if is_full else loads, (load + cost, group))
         loads += full
         heapq.heapify(loads)
     # Equal groups side by side keep consecutive matrices together.

@@ -51,30 +51,37 @@ def read_shardings(
     seen: list[PlacedLeaf] = [(at, x, sharding_of(x)) for at, x in flatten_with_paths(tree)[0]]
     _check_devices(seen)
     mesh = next((sharding.mesh for *_, sharding in seen if sharding), None)
-    if param_shardings is None:
-        if mesh is None:
-            return None
-        shardings = _mesh_shardings(mesh, mesh, seen, _unseen_axes(mesh, seen, warn, required_by))
-        if shardings is not None:
-            _check_one_mesh(seen)
-        return shardings
-    _check_one_mesh(seen)
-    aligned = align_shardings(tree, param_shardings)
-    _check_one_mesh(aligned, "param_shardings at ")
-    given = next((sharding.mesh for *_, sharding in aligned if sharding), None)
-    if given is None:
+    placed, devices, unseen = seen, mesh, ()  # a mesh may know its devices where it is given alone
+    if param_shardings is not None:
+        placed = align_shardings(tree, param_shardings)
+        _check_one_mesh(placed, "param_shardings at ")
+        devices = next((sharding.mesh for *_, sharding in placed if sharding), None)
+        mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    elif mesh is not None:
+        unseen = _unseen_axes(mesh, seen, warn, required_by)
+    if mesh is None or devices is None:
         return None
-    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    if not mesh.empty and _differ(mesh, given):
+    if not mesh.empty and _differ(mesh, devices):
         raise ValueError(
-            f"param_shardings is for the mesh {_describe(given)}, and the parameters are on "
+            f"param_shardings is for the mesh {_describe(devices)}, and the parameters are on "
             f"{_describe(mesh)}. Use the current shardings of the parameters: "
             "jax.tree.map(lambda x: x.sharding, params)."
         )
-    if mesh.empty or mesh.axis_types == given.axis_types:
-        # The same mesh, and this one knows its devices.
-        mesh = given
-    return _mesh_shardings(mesh, given, aligned)
+    if mesh.empty or mesh.axis_types == devices.axis_types:
+        mesh = devices
+    ours = tuple(axis for axis in mesh.axis_names if axis not in (*mesh.manual_axes, *unseen))
+    # Explicit axes matter even if all have size one: they are in the types of the arrays, so the
+    # program of one device must run where they are manual.
+    if all(axis not in mesh.explicit_axes and mesh.shape[axis] == 1 for axis in ours):
+        return None
+    _check_one_mesh(seen)
+    specs = [(leaf.ndim, to.spec if to else PartitionSpec()) for _, leaf, to in placed]
+    return MeshShardings(
+        mesh,
+        tuple((axis, mesh.shape[axis]) for axis in ours),
+        tuple(axes_of(spec, rank, ours) for rank, spec in specs),
+        tuple(axis for axis in dcn_axes(devices) if axis in ours),
+    )
 
 
 def _unseen_axes(
@@ -100,31 +107,6 @@ def _unseen_axes(
             stacklevel=3,
         )
     return auto
-
-
-def _mesh_shardings(
-    mesh: Mesh | AbstractMesh,
-    devices: Mesh | AbstractMesh,
-    leaves: Sequence[PlacedLeaf],
-    unseen: Axes = (),
-) -> MeshShardings | None:
-    """What the axes of a mesh shard; `devices` is the same mesh, possibly with devices.
-
-    Explicit axes matter even if all have size one: they are in the types of the arrays, so the
-    program of one device must run where they are manual.
-    """
-    ours = tuple(axis for axis in mesh.axis_names if axis not in (*mesh.manual_axes, *unseen))
-    if all(axis not in mesh.explicit_axes and mesh.shape[axis] == 1 for axis in ours):
-        return None
-    return MeshShardings(
-        mesh,
-        tuple((axis, mesh.shape[axis]) for axis in ours),
-        tuple(
-            axes_of(sharding.spec if sharding else PartitionSpec(), leaf.ndim, ours)
-            for _, leaf, sharding in leaves
-        ),
-        tuple(axis for axis in dcn_axes(devices) if axis in ours),
-    )
 
 
 def _check_devices(leaves: Sequence[PlacedLeaf]) -> None:

@@ -23,7 +23,7 @@ from muonclip_jax.newton_schulz import (
 from muonclip_jax.routing import MatrixSpec
 from muonclip_jax.sharding.blocks import LocalLeaf, from_blocks, local_matrices, to_blocks
 from muonclip_jax.sharding.exchange import gather_matrices, members_sent, scatter_results
-from muonclip_jax.sharding.mesh_shardings import Axes, MeshShardings
+from muonclip_jax.sharding.mesh_shardings import Axes, LeafAxes, MeshShardings, spec_of
 from muonclip_jax.sharding.options import Distribution
 from muonclip_jax.sharding.planning import Bucket, Exchange, Job, Round, branches_of, plan_tree
 
@@ -57,28 +57,17 @@ def orthogonalize_leaves(
     # In a checked `shard_map`, a stack of two leaves varies along the mesh axes of both, and so
     # would the results of both: leaves that vary along different axes share no stack.
     kinds = [getattr(jax.typeof(leaf), "manual_axis_type", None) for leaf in directions]
+    in_axes = in_shardings.leaves if in_shardings else [((),) * x.ndim for x in directions]
+    out_axes = out_shardings.leaves if out_shardings else in_axes
+    settings = list(zip(specs, in_axes, out_axes, strict=True))
     results = list(directions)
     for kind in dict.fromkeys(kinds):
         alike = [leaf for leaf, other in enumerate(kinds) if other == kind]
-        polars = _orthogonalize(
-            polar,
-            options,
-            mapped,
-            tuple(specs[leaf] for leaf in alike),
-            _some(in_shardings, alike),
-            _some(out_shardings or in_shardings, alike),
-            eps,
-            [directions[leaf] for leaf in alike],
-        )
+        some, xs = tuple(settings[leaf] for leaf in alike), [directions[leaf] for leaf in alike]
+        polars = _orthogonalize(polar, options, mapped, in_shardings, some, eps, xs)
         for leaf, result in zip(alike, polars, strict=True):
             results[leaf] = result
     return results
-
-
-def _some(shardings: MeshShardings | None, leaves: Sequence[int]) -> MeshShardings | None:
-    if shardings is None:
-        return None
-    return dataclasses.replace(shardings, leaves=tuple(shardings.leaves[leaf] for leaf in leaves))
 
 
 def _mapped_size(name: str) -> int:
@@ -92,37 +81,34 @@ def _mapped_size(name: str) -> int:
 
 
 # A call outside of jit compiles as a whole, and once.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _orthogonalize(
     polar: PolarPlan,
     options: Distribution,
     mapped: tuple[tuple[str, int], ...],
-    specs: tuple[MatrixSpec, ...],
-    in_shardings: MeshShardings | None,
-    out_shardings: MeshShardings | None,
+    on: MeshShardings | None,
+    settings: Sequence[tuple[MatrixSpec, LeafAxes, LeafAxes]],
     eps: jax.typing.ArrayLike,
     leaves: list[jax.Array],
 ) -> list[jax.Array]:
-    sizes = dict(mapped + (in_shardings.sizes if in_shardings else ()))
+    specs, in_axes, out_axes = zip(*settings, strict=True)
+    sizes, dcn = dict(mapped + (on.sizes if on else ())), on.dcn if on else ()
     if math.prod(sizes.values()) == 1:
         run = functools.partial(orthogonalize_on_one_device, polar, specs, options.max_stack_bytes)
     else:
-        in_axes = in_shardings.leaves if in_shardings else [((),) * x.ndim for x in leaves]
-        out_axes = out_shardings.leaves if out_shardings else in_axes
         shapes = [(x.shape, x.dtype.name) for x in leaves]
-        dcn = in_shardings.dcn if in_shardings else ()
         plan = plan_tree(polar, shapes, specs, in_axes, out_axes, sizes, options, dcn)
         run = functools.partial(_run_plan, polar, *plan)
-    if in_shardings is None or out_shardings is None:
+    if on is None:
         return run(eps, leaves)
     # Results are equal along the axes that replicate them, since all of their devices gather the
     # same matrices; JAX cannot see that (check_vma).
     return jax.shard_map(
         run,
-        mesh=in_shardings.mesh,
-        in_specs=(PartitionSpec(), [x.spec for x in in_shardings.shardings()]),
-        out_specs=[x.spec for x in out_shardings.shardings()],
-        axis_names={name for name, _ in in_shardings.sizes},
+        mesh=on.mesh,
+        in_specs=(PartitionSpec(), list(map(spec_of, in_axes))),
+        out_specs=list(map(spec_of, out_axes)),
+        axis_names={name for name, _ in on.sizes},
         check_vma=False,
     )(eps, leaves)
 

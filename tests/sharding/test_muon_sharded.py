@@ -270,7 +270,7 @@ def by_config(learning_rate: float, param_shardings: Any) -> Any:
 @pytest.mark.parametrize(("make", "shapes_alone"), [(by_config, True), (mc.muon, False)])
 def test_moments_of_adam_follow_the_shardings_that_are_given(make: Any, shapes_alone: bool):
     at = NamedSharding(mesh_of(fsdp=8), P("fsdp"))
-    shapes = {"embedding": (16, 8, 1), "bias": (8,), "mlp": {"kernel": (8, 16)}}
+    shapes = {"embedding": (16, 8), "bias": (8,), "mlp": {"kernel": (8, 16)}}
     params = jax.device_put(normal_tree(shapes, 0), at)
     tx = make(1e-3, param_shardings=jax.tree.map(lambda x: x.sharding, params))
     state = tx.init(jax.eval_shape(lambda: params)) if shapes_alone else jax.jit(tx.init)(params)

@@ -169,7 +169,9 @@ def test_assignments_have_every_matrix_and_are_balanced(kinds: list[Any], groups
     counts, costs = np.transpose(kinds).tolist()
     limits = [max(1, math.ceil(count / groups)) for count in counts]
     for most in (limits, [max(1, count) for count in counts]):
-        assigned = np.array(assign_longest_first(counts, costs, groups, most))
+        assigned = np.array(
+            assign_longest_first(counts, list(zip(costs, most, strict=True)), groups)
+        )
         np.testing.assert_array_equal(assigned.sum(0), counts)
         assert np.all(assigned <= most)
     # Graham's bound for list scheduling.
