@@ -146,25 +146,19 @@ def test_specs_with_a_mesh_are_the_same_as_shardings():
     assert all(leaf.sharding is None for leaf in jax.tree.leaves(target))
 
 
-#: What the error says of shardings for a leaf "w" of (8, 6).
-REFUSED: dict[str, Any] = {
-    "at 'w', which does not fit a mesh of {'fsdp': 4, 'tp': 2}": {"w": P("data")},
-    "dimension 1 of 'w'": {"w": P(None, "fsdp")},
-    "for 3 dimensions": {"w": P("fsdp", None, "tp")},
-    "at 'w', which does not fit a mesh": {"w": P("tp", "tp")},
-    "w of shape .8, 6. has no entry": {"v": P()},
-}
-
-
-@pytest.mark.parametrize("message", REFUSED)
-def test_shardings_that_do_not_fit_are_refused(message: str):
-    params = {"w": jax.ShapeDtypeStruct((8, 6), jnp.float32)}
-    with pytest.raises(ValueError, match=message):
-        checkpoint.abstract_state(mc.muon(0.1), params, REFUSED[message], make_mesh(4, 2))
-    with pytest.raises(ValueError, match="'w', which needs a mesh"):
-        checkpoint.abstract_params(params, {"w": P("fsdp")})
-    with pytest.raises(ValueError, match="no param_shardings"):
-        checkpoint.abstract_params(params, mesh=make_mesh(4, 2))
+def test_shardings_that_do_not_fit_are_refused():
+    params, mesh = {"w": jax.ShapeDtypeStruct((8, 6), jnp.float32)}, make_mesh(4, 2)
+    for shardings, on, message in (
+        ({"w": P("data")}, mesh, "at 'w', which does not fit a mesh of {'fsdp': 4, 'tp': 2}"),
+        ({"w": P("tp", "tp")}, mesh, "at 'w', which does not fit a mesh"),
+        ({"w": P(None, "fsdp")}, mesh, "dimension 1 of 'w'"),
+        ({"w": P("fsdp", None, "tp")}, mesh, "for 3 dimensions"),
+        ({"v": P()}, mesh, "w of shape .8, 6. has no entry"),
+        ({"w": P("fsdp")}, None, "'w', which needs a mesh"),
+        (None, mesh, "no param_shardings"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.abstract_state(mc.muon(0.1), params, shardings, on)
 
 
 def test_a_checkpoint_of_another_tree_is_refused_by_path(tmp_path: Path):

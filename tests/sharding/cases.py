@@ -18,17 +18,31 @@ AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 #: Name -> shape, spec, sharding.
 Leaves = dict[str, tuple[tuple[int, ...], MatrixSpec, P]]
 
+THIRDS = Split(1, (8, 8, 8))
 #: Every kind of leaf, sharded in every way.
 TREE: Leaves = {
-    "query": ((8, 4, 4), MatrixSpec((0, (1, 2))), P("fsdp", "tp")),
-    "key": ((8, 4, 4), MatrixSpec((0, (1, 2))), P("tp", None, "fsdp")),
-    "out": ((4, 4, 8), MatrixSpec(((0, 1), 2)), P("fsdp", None, "tp")),
-    "layers": ((5, 8, 16), MatrixSpec((1, 2)), P(None, "fsdp", "tp")),
-    "stages": ((4, 8, 16), MatrixSpec((1, 2)), P("fsdp", "tp", None)),
-    "experts": ((4, 2, 8, 16), MatrixSpec((2, 3)), P("fsdp", "tp")),
-    "fused": ((8, 24), MatrixSpec((0, 1), Split(1, (8, 8, 8))), P("fsdp", "tp")),
-    "tall": ((16, 8), MatrixSpec(), P("fsdp")),
     "replicated": ((8, 16), MatrixSpec(), P()),
+    "rows": ((8, 16), MatrixSpec(), P("fsdp")),
+    "columns": ((8, 16), MatrixSpec(), P(None, "fsdp")),
+    "rows and columns": ((8, 16), MatrixSpec(), P("tp", "fsdp")),
+    "both on rows": ((8, 16), MatrixSpec(), P(("tp", "fsdp"))),
+    "both on columns": ((8, 16), MatrixSpec(), P(None, ("fsdp", "tp"))),
+    "tall": ((16, 8), MatrixSpec(), P("fsdp", "tp")),
+    "square": ((8, 8), MatrixSpec(), P("tp", "fsdp")),
+    "one row": ((1, 8), MatrixSpec(), P(None, "fsdp")),
+    "query": ((8, 4, 4), MatrixSpec((0, (1, 2))), P("tp", "fsdp")),
+    "inside of heads": ((8, 4, 4), MatrixSpec((0, (1, 2))), P("tp", None, "fsdp")),
+    "out": ((4, 4, 8), MatrixSpec(((0, 1), 2)), P("tp", None, "fsdp")),
+    "layers": ((5, 8, 12), MatrixSpec((1, 2)), P(None, "tp", "fsdp")),
+    "stages": ((8, 8, 12), MatrixSpec((1, 2)), P("fsdp", "tp")),
+    "experts": ((4, 4, 8, 12), MatrixSpec((2, 3)), P("fsdp", "tp")),
+    "fused": ((8, 24), MatrixSpec((0, 1), THIRDS), P("fsdp", "tp")),
+    "fused, other axis": ((8, 24), MatrixSpec((0, 1), THIRDS), P("fsdp")),
+    "interleaved": (
+        (8, 24),
+        MatrixSpec((0, 1), Split(1, (1, 1, 1), view=(4, 3, 2), along=1)),
+        P("tp", "fsdp"),
+    ),
 }
 
 

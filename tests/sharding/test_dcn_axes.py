@@ -22,27 +22,19 @@ def two_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_a_platform_without_slices_has_no_dcn_axis():
-    assert dcn_axes(mesh_of(slice=2, fsdp=4)) == ()
-
-
-@pytest.mark.parametrize(
-    ("sizes", "expected"),
-    [
+def test_a_dcn_axis_leads_to_another_slice_at_every_step(request: pytest.FixtureRequest):
+    assert dcn_axes(mesh_of(slice=2, fsdp=4)) == ()  # a platform without slices
+    request.getfixturevalue("two_slices")
+    for sizes, expected in (
         ({"slice": 2, "fsdp": 4}, ("slice",)),
         ({"slice": 2, "fsdp": 2, "tp": 2}, ("slice",)),
         # Four devices of each slice lie along it: left out, they would all repeat the work.
         ({"data": 8}, ()),
         ({"slice": 1, "fsdp": 8}, ()),
-    ],
-)
-@pytest.mark.usefixtures("two_slices")
-def test_a_dcn_axis_leads_to_another_slice_at_every_step(
-    sizes: dict[str, int], expected: tuple[str, ...]
-):
-    devices, names = np.array(jax.devices()).reshape(*sizes.values()), tuple(sizes)
-    assert dcn_axes(Mesh(devices, names)) == expected
-    assert dcn_axes(Mesh(devices.T, names[::-1])) == expected
+    ):
+        devices, names = np.array(jax.devices()).reshape(*sizes.values()), tuple(sizes)
+        assert dcn_axes(Mesh(devices, names)) == expected
+        assert dcn_axes(Mesh(devices.T, names[::-1])) == expected
 
 
 def on_slices(at: P, mesh: Mesh | None = None) -> Case:

@@ -1,57 +1,27 @@
-"""Who works on which matrix: plans, assignments, and every matrix of every sharding in float64."""
+"""Who works on which matrix: plans, assignments, and options that are refused."""
 
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from muonclip_jax.newton_schulz import plan_polar
-from muonclip_jax.routing import MatrixSpec, Split, axes_tuple
-from muonclip_jax.sharding import Distribution, orthogonalize_leaves, read_shardings
+from muonclip_jax.routing import MatrixSpec
+from muonclip_jax.sharding import Distribution, orthogonalize_leaves
+from muonclip_jax.sharding.mesh_shardings import axes_of
 from muonclip_jax.sharding.planning import assign_longest_first, branches_of, plan_tree
-from tests.helpers import TOLERANCE, polynomial_of_singular_values
+from tests.sharding.cases import TREE
 
 SIZES = (("fsdp", 4), ("tp", 2))
-FSDP, TP, BOTH, SWAPPED = ("fsdp",), ("tp",), ("fsdp", "tp"), ("tp", "fsdp")
-ROWS = [(3.4445, -4.7750, 2.0315)] * 2
-POLAR = plan_polar(ROWS, ns_method="standard", ns_dtype="float32", platform="cpu")
+FSDP, TP, BOTH = ("fsdp",), ("tp",), ("fsdp", "tp")
+POLAR = plan_polar(ns_steps=2, ns_method="standard", ns_dtype="float32", platform="cpu")
 
-# name -> (shape, spec, axes that shard each dimension)
-LEAVES: dict[str, tuple[Any, ...]] = {
-    "replicated": ((8, 16), MatrixSpec(), ((), ())),
-    "rows": ((8, 16), MatrixSpec(), (FSDP, ())),
-    "columns": ((8, 16), MatrixSpec(), ((), FSDP)),
-    "rows and columns": ((8, 16), MatrixSpec(), (TP, FSDP)),
-    "both on rows": ((8, 16), MatrixSpec(), (SWAPPED, ())),
-    "both on columns": ((8, 16), MatrixSpec(), ((), BOTH)),
-    "tall": ((16, 8), MatrixSpec(), (FSDP, TP)),
-    "square": ((8, 8), MatrixSpec(), (TP, FSDP)),
-    "heads": ((8, 4, 4), MatrixSpec((0, (1, 2))), (TP, FSDP, ())),
-    "inside of heads": ((8, 4, 4), MatrixSpec((0, (1, 2))), ((), TP, FSDP)),
-    "attention out": ((4, 4, 8), MatrixSpec(((0, 1), 2)), (TP, (), FSDP)),
-    "layers": ((5, 8, 12), MatrixSpec((1, 2)), ((), TP, FSDP)),
-    "pipeline stages": ((8, 8, 12), MatrixSpec((1, 2)), (FSDP, TP, ())),
-    "experts": ((4, 4, 8, 12), MatrixSpec((2, 3)), (FSDP, TP, (), ())),
-    "fused": ((8, 24), MatrixSpec((0, 1), Split(1, (8, 8, 8))), (FSDP, TP)),
-    "fused, other axis": ((8, 24), MatrixSpec((0, 1), Split(1, (8, 8, 8))), (FSDP, ())),
-    "interleaved": (
-        (8, 24),
-        MatrixSpec((0, 1), Split(1, (1, 1, 1), view=(4, 3, 2), along=1)),
-        (TP, FSDP),
-    ),
-    "one row": ((1, 8), MatrixSpec(), ((), FSDP)),
-}
-OPTIONS = {
-    "all axes": Distribution(),
-    "fast axis": Distribution(axes=TP),
-    "split": Distribution(flops_per_byte=0.0),
-    "too large": Distribution(max_matrix_bytes=64),
-    "short stacks": Distribution(max_stack_bytes=64),
+#: Name -> shape, spec, axes that shard each dimension.
+LEAVES = {
+    name: (shape, spec, axes_of(at, len(shape), BOTH)) for name, (shape, spec, at) in TREE.items()
 }
 LARGE, SMALL = ((8, 32), MatrixSpec(), (FSDP, TP)), ((8, 8), MatrixSpec(), ((), FSDP))
 
@@ -139,7 +109,7 @@ def test_stacks_are_even_and_bounded():
     [
         ("rows", Distribution(), BOTH, (), ()),
         # Those of another pipeline stage or expert group stay there.
-        ("pipeline stages", Distribution(), TP, (), ()),
+        ("stages", Distribution(), TP, (), ()),
         ("experts", Distribution(), (), (), ()),
         ("columns", Distribution(axes=TP), TP, (), ((1, FSDP),)),
         # A matrix that is too large is split as far as it must be, over the fastest axis first.
@@ -178,80 +148,22 @@ def test_assignments_have_every_matrix_and_are_balanced(kinds: list[Any], groups
     assert max(assigned @ costs) <= np.dot(counts, costs) / groups + max(costs)
 
 
-# Programs
-
-
-def by_matrices(x: np.ndarray, spec: MatrixSpec) -> np.ndarray:
-    """Two steps on every matrix of a parameter, in float64."""
-    if spec.splits:
-        (split,) = spec.splits
-        grid = np.moveaxis(x.reshape(8, *(split.view or (3, 8))), 1 + split.along, 0)
-        done = two_steps(grid.reshape(3, 8, 8)).reshape(grid.shape)
-        return np.moveaxis(done, 0, 1 + split.along).reshape(x.shape)
-    reduction, output = map(axes_tuple, spec.dims)
-    batch = tuple(axis for axis in range(x.ndim) if axis not in reduction + output)
-    order = (*batch, *reduction, *output)
-    y = x.transpose(order)
-    rows = math.prod(x.shape[axis] for axis in reduction)
-    done = two_steps(y.reshape(math.prod(x.shape[axis] for axis in batch), rows, -1))
-    return done.reshape(y.shape).transpose(np.argsort(order))
-
-
-def two_steps(x: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(x, axis=(-2, -1), keepdims=True)
-    return polynomial_of_singular_values(x / norms, ROWS)
-
-
-@pytest.mark.parametrize(
-    ("options", "kind"),
-    [
-        pytest.param("all axes", AxisType.Auto),
-        pytest.param("split", AxisType.Explicit),
-        pytest.param("fast axis", AxisType.Explicit, marks=pytest.mark.slow),
-        pytest.param("too large", AxisType.Auto, marks=pytest.mark.slow),
-        pytest.param("short stacks", AxisType.Auto, marks=pytest.mark.slow),
-    ],
-)
-def test_every_matrix_of_every_sharding(options: str, kind: AxisType):
-    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(kind,) * 2)
-    rng = np.random.default_rng(0)
-    xs = [rng.standard_normal(shape) for shape, *_ in LEAVES.values()]
-    at = [
-        NamedSharding(mesh, P(*(names or None for names in axes))) for *_, axes in LEAVES.values()
-    ]
-    specs = [spec for _, spec, _ in LEAVES.values()]
-
-    @jax.jit
-    def run(*xs: jax.Array) -> list[jax.Array]:
-        shardings = read_shardings(list(xs), at)
-        return orthogonalize_leaves(
-            POLAR, 1e-7, xs, specs, shardings, distribution=OPTIONS[options]
-        )
-
-    placed = jax.device_put([np.float32(x) for x in xs], at)
-    for name, x, spec, y in zip(LEAVES, xs, specs, run(*placed), strict=True):
-        expected = by_matrices(x.astype(np.float32).astype(np.float64), spec)
-        error = np.linalg.norm(np.asarray(y) - expected) / np.linalg.norm(expected)
-        assert error < TOLERANCE["float32"], name
-
-
 # Errors
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"axes": "fsdp"}, TypeError, "tuple of names"),
-        ({"axes": ("fsdp", "fsdp")}, ValueError, "different names"),
-        ({"max_matrix_bytes": 0}, ValueError, "max_matrix_bytes must be a positive"),
-        ({"max_stack_bytes": -1}, ValueError, "max_stack_bytes must be a positive"),
-        ({"flops_per_byte": -1.0}, ValueError, "flops_per_byte must not be negative"),
-        ({"flops_per_byte": math.nan}, ValueError, "flops_per_byte must not be negative"),
-    ],
-)
-def test_bad_options_are_errors(arguments: Any, error: type[Exception], message: str):
-    with pytest.raises(error, match=message):
-        Distribution(**arguments)
+def test_bad_options_are_errors():
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"axes": "fsdp"}, "tuple of names"),
+        ({"axes": ("fsdp", "fsdp")}, "different names"),
+        ({"max_matrix_bytes": 0}, "max_matrix_bytes must be a positive"),
+        ({"max_stack_bytes": -1}, "max_stack_bytes must be a positive"),
+        ({"flops_per_byte": -1.0}, "flops_per_byte must not be negative"),
+        ({"flops_per_byte": math.nan}, "flops_per_byte must not be negative"),
+    ]
+    for arguments, message in refused:
+        error = TypeError if arguments == {"axes": "fsdp"} else ValueError
+        with pytest.raises(error, match=message):
+            Distribution(**arguments)
 
 
 def test_axes_that_do_not_exist_are_errors():
