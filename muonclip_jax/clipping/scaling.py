@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from muonclip_jax._devices import varying_axes
@@ -33,7 +33,7 @@ def leaf_factor(leaf: LeafPlan, factors: Mapping[str, jax.Array]) -> Float[Array
             heads, shape = (*stack, leaf.repeat, segment.heads), (*stack, leaf.repeat, -1)
             factor = factors.get(segment.role, jnp.ones(heads, dtype))
             if not (one_role and len(features) == 1):  # a sharded axis cannot be split
-                factor = _reshard(factor, PartitionSpec())
+                factor = _reshard(factor, jax.typeof(factor).sharding.mesh, PartitionSpec())
             factor = jnp.expand_dims(factor.reshape(heads), -1)
             rows.append(jnp.broadcast_to(factor, (*heads, segment.size)).reshape(shape))
         row = jnp.concatenate(rows, axis=-1).reshape(*stack, *features)
@@ -43,9 +43,8 @@ def leaf_factor(leaf: LeafPlan, factors: Mapping[str, jax.Array]) -> Float[Array
     return jnp.expand_dims(row, tuple(i for i in range(len(leaf.shape)) if i not in axes))
 
 
-def _reshard(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Reshards an array on a mesh with Explicit axes."""
-    mesh = jax.typeof(x).sharding.mesh
+def _reshard(x: jax.Array, mesh: AbstractMesh, spec: PartitionSpec) -> jax.Array:
+    """Reshards an array if the mesh has Explicit axes."""
     explicit = AxisType.Explicit in mesh.axis_types
     return jax.reshard(x, NamedSharding(mesh, spec)) if explicit else x
 
@@ -61,7 +60,8 @@ def clip_leaf(
 
     Most steps clip no head of most blocks; the weights are then neither read nor written.
     """
-    old = p if u is None else u
+    sharding = jax.typeof(p).sharding  # an eager `jnp.zeros_like` of JAX 0.12 has none
+    old = p if u is None else _reshard(u, sharding.mesh, sharding.spec)
     # Inside a checked `jax.shard_map` the types show over which mesh axes arrays vary. A factor
     # that varies where weights are replicated would make the replicas different.
     if axes := tuple(sorted(varying_axes(factor) - varying_axes(p))):
@@ -84,18 +84,18 @@ def _clipped(
     p: Float[Array, "..."], u: Float[Array, "..."] | None, factor: Float[Array, "..."]
 ) -> Float[Array, "..."]:
     """Returns `factor p`, or with an update `factor (p + u) - p`, rounded once."""
-    spec = jax.typeof(p).sharding.spec
-    pairs = zip(spec, factor.shape, strict=False)
-    factor = _reshard(factor, PartitionSpec(*(axes if n > 1 else None for axes, n in pairs)))
+    sharding = jax.typeof(p).sharding
+    pairs = zip(sharding.spec, factor.shape, strict=False)
+    spec = PartitionSpec(*(axes if n > 1 else None for axes, n in pairs))
+    factor = _reshard(factor, sharding.mesh, spec)
     old = p if u is None else u
     wide = jnp.promote_types(jnp.promote_types(p.dtype, old.dtype), jnp.float32)
     moved = p.astype(wide) if u is None else p.astype(wide) + u.astype(wide)
     new = moved * factor.astype(wide)
     new = (new if u is None else new - p.astype(wide)).astype(old.dtype)
 
-    # Where the factor is 1 every bit of `old` stays. A select wants its condition sharded as its
-    # cases are; a product takes over their sharding.
-    one = factor * jnp.ones_like(old, dtype=factor.dtype) == 1.0
+    # Where the factor is 1 every bit of `old` stays.
+    one = _reshard(jnp.broadcast_to(factor == 1.0, p.shape), sharding.mesh, sharding.spec)
     if old.dtype.itemsize != 2:
         return jnp.where(one, old, new)
     # A CPU computes on 16-bit floats in float32, selections too, and rounds once more after each.

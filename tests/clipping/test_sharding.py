@@ -99,6 +99,22 @@ def test_weights_stay_and_maxima_travel_once(case):
         assert counted["all-reduce"]["bytes"] < 1000
 
 
+@pytest.mark.parametrize("at", [None, P(), P(None, "y")])
+def test_an_update_sharded_unlike_its_parameter(at):
+    """Under jit it takes the parameter's sharding; eager `zeros_like` of JAX 0.12 has none."""
+    on, plain = mesh(EXPLICIT, EXPLICIT), {"attn": block((16, 8, 8))}
+    where, maxima = NamedSharding(on, P("x", "y")), {"attn": jnp.arange(1.0, 301.0, 40.0)}
+    ones = jax.tree.map(lambda p: jnp.ones(p.shape), plain)
+    updates = ones if at is None else jax.device_put(ones, NamedSharding(on, at))
+    clip = functools.partial(mc.qk_clip().update, state=optax.EmptyState(), max_logits=maxima)
+    expected, params = clip(ones, params=plain)[0], jax.device_put(plain, where)
+    own = updates["attn"]["key"]["kernel"].sharding
+    for update, sharding in ((clip, own), (jax.jit(clip), where)):
+        new = update(updates, params=params)[0]
+        jax.tree.map(np.testing.assert_array_equal, new, expected)
+        assert all(x.sharding.is_equivalent_to(sharding, 3) for x in jax.tree.leaves(new))
+
+
 def test_muonclip_without_set_mesh():
     """The whole optimizer and its metrics, jitted, on Explicit axes."""
     on = mesh(EXPLICIT, EXPLICIT)
