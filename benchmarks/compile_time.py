@@ -13,33 +13,15 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 
 from benchmarks.harness import in_a_process, parser, ratio, store, summary
 from benchmarks.models import layers_of_256
-from benchmarks.optimizers import OPTAX, OPTIMIZERS, OURS, jitted_step
+from benchmarks.optimizers import OPTAX, OPTIMIZERS, OURS, jitted_step, training_memory
 
 ADAMW = "optax.adamw"
 #: Contenders and the depths at which they are measured.
 DEPTHS = {OURS: (12, 48, 96), OPTAX: (48,), ADAMW: (12, 48, 96)}
 PHASES = ("trace", "lower", "compile")
-
-
-def training_memory(tx: Any, params: Any, state: Any) -> int:
-    """Returns the temporary bytes of a donated step that also computes the gradients."""
-
-    def loss(params: Any) -> jax.Array:
-        outputs = [jnp.tanh(jnp.ones((8, len(x))) @ x) for x in jax.tree.leaves(params)]
-        return sum((jnp.sum(y * y) for y in outputs), jnp.zeros(()))
-
-    def step(params: Any, state: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
-
-    program = jax.jit(step, donate_argnums=(0, 1)).lower(params, state).compile()
-    memory: Any = program.memory_analysis()
-    return memory.temp_size_in_bytes
 
 
 def measure(contender: str, layers: int) -> dict[str, Any]:

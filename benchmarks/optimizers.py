@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import muonclip_jax as mc
@@ -73,3 +74,19 @@ def jitted_step(tx: Any) -> Any:
         return optax.apply_updates(params, updates), state
 
     return jax.jit(step, donate_argnums=(0, 1))
+
+
+def training_memory(tx: Any, params: Any, state: Any) -> int:
+    """Returns the temporary bytes of a donated step that also computes the gradients."""
+
+    def loss(params: Any) -> jax.Array:
+        outputs = [jnp.tanh(jnp.ones((8, len(x))) @ x) for x in jax.tree.leaves(params)]
+        return sum((jnp.sum(y * y) for y in outputs), jnp.zeros(()))
+
+    def step(params: Any, state: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    program = jax.jit(step, donate_argnums=(0, 1)).lower(params, state).compile()
+    memory: Any = program.memory_analysis()
+    return memory.temp_size_in_bytes

@@ -114,16 +114,18 @@ def measure(row: Row) -> dict[str, Any]:
     start = time.perf_counter()
     program = compile_step(row)
     seconds = time.perf_counter() - start
-    counted = hlo.tally(program.as_text())
     memory, costs = program.memory_analysis(), program.cost_analysis() or {}
-    return {
-        "flops": counted.flops,
+    found = {
         "optimal_seconds": costs.get("optimal_seconds"),
-        "collectives": counted.by_kind(),
-        "bytes_sent": counted.bytes_sent,
         "temp_bytes": memory.temp_size_in_bytes,
         "compile_seconds": round(seconds, 1),
     }
+    try:
+        counted = hlo.tally(program.as_text())
+    except jax.errors.JaxRuntimeError as error:  # a program that jaxlib cannot print
+        return found | {"no_text": str(error)[:600]}
+    sent = {"collectives": counted.by_kind(), "bytes_sent": counted.bytes_sent}
+    return found | {"flops": counted.flops} | sent
 
 
 def in_its_process(row: Row) -> dict[str, Any]:
@@ -157,15 +159,13 @@ def _cells(result: Mapping[str, Any]) -> list[str]:
     if "refusal" in result:
         said = re.sub(r"^([\w.]+: )*", "", result["refusal"])
         return ["", "", "", "", f"refused: {said[:150]}"]
-    seconds = result["optimal_seconds"]
+    seconds, temporary = result["optimal_seconds"], f"{result['temp_bytes'] / 1e9:.2f}"
+    estimate = "" if seconds is None else f"{seconds:.4f}"
+    if "no_text" in result:
+        return ["", estimate, temporary, "", "not known: jaxlib cannot print this program"]
     kinds = ", ".join(f"{row['count']} {kind}" for kind, row in result["collectives"].items())
-    return [
-        f"{result['flops'] / 1e12:.3g}",
-        "" if seconds is None else f"{seconds:.4f}",
-        f"{result['temp_bytes'] / 1e9:.2f}",
-        f"{result['bytes_sent'] / 1e9:.3g}",
-        kinds or "none",
-    ]
+    sent = f"{result['bytes_sent'] / 1e9:.3g}"
+    return [f"{result['flops'] / 1e12:.3g}", estimate, temporary, sent, kinds or "none"]
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ from benchmarks.optimizers import (
     OURS,
     jitted_step,
     optax_at,
+    training_memory,
 )
 
 torch_muon: Any = (
@@ -61,7 +62,7 @@ class JaxStep:
     """A compiled step that keeps its parameters and state between calls, from zeros."""
 
     def __init__(self, tx: Any, grads: Any):
-        self.grads = grads
+        self.tx, self.grads = tx, grads
         self.params = jax.tree.map(jnp.zeros_like, grads)
         self.state = jax.jit(tx.init)(self.params)
         self.compiled = jitted_step(tx).lower(self.params, self.state, grads).compile()
@@ -192,6 +193,9 @@ def main() -> None:
     rows = measure(steps, model, grads, 1 if options.smoke else options.rounds)
     for row in rows:
         print(f"{row['contender']}: {row['seconds']['median']:.3f} s", flush=True)
+        step = steps[row["contender"]]
+        if isinstance(step, JaxStep):
+            row["temporary_bytes"] = training_memory(step.tx, step.params, step.state)
     content = {
         "model": name,
         "layers": model.layers,
