@@ -36,6 +36,7 @@ RECORDED = {
     "easydel_qwen2_moe": "easydel",
     "equinox_zoo": "equinox",
     "haiku_transformer": "haiku",
+    "hf_gpt2": "huggingface",
     "levanter_llama": "levanter",
     "maxtext_deepseek3": "maxtext",
     "nnx_zoo": "nnx",

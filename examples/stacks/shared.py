@@ -29,7 +29,7 @@ WORDS = 17
 #: Packages whose versions are recorded, where they are installed.
 PACKAGES = (
     *("jax", "optax", "flax", "orbax-checkpoint", "equinox", "dm-haiku"),
-    *("marin-levanter", "marin-haliax", "google-tunix", "maxtext", "easydel"),
+    *("marin-levanter", "marin-haliax", "google-tunix", "maxtext", "easydel", "transformers"),
 )
 RESULT: dict[str, Any] = {}
 
