@@ -25,10 +25,10 @@ SUBPACKAGES = {
     "clipping": 790,  # (800)
     "attention": 1008,  # (900)
     "heads": 1243,  # (1,200)
-    "routing": 1745,  # (1,300)
-    "kernels": 651,
+    "routing": 1714,  # (1,300)
+    "kernels": 647,
 }
-FILE, FUNCTION, ANY = 300, 60, 144  # Any: (150)
+FILE, FUNCTION, ANY = 300, 60, 138  # Any: (150)
 LONGER_FILES = {"optimizers.py": 383}
 LONGER_FUNCTIONS = {
     "_kernel": 115,
@@ -36,8 +36,8 @@ LONGER_FUNCTIONS = {
 }
 TOTAL = {
     "muonclip_jax": 13_097,  # (11,000)
-    "tests": 13_980,  # (12,000)
-    "benchmarks": 3_981,  # (4,000)
+    "tests": 13_996,  # (12,000)
+    "benchmarks": 3_984,  # (4,000)
 }
 
 
