@@ -71,6 +71,7 @@ def is_concrete(value: object) -> TypeGuard[float]:
 _RANGES: dict[str, Callable[[float], bool]] = {
     "a number": lambda x: True,
     "positive": lambda x: x > 0,
+    "not negative": lambda x: x >= 0,
     "positive and finite": lambda x: 0 < x < math.inf,
     "finite and not negative": lambda x: 0 <= x < math.inf,
     "in [0, 1)": lambda x: 0 <= x < 1,

@@ -136,7 +136,13 @@ def split_leaf(x: jax.Array, splits: Sequence[Split]) -> list[jax.Array]:
     """Applies the splits to `x`, one after another; the first split varies slowest."""
     pieces = [x]
     for split in splits:
-        pieces = [part for piece in pieces for part in _cut(piece, split)]
+        whole, pieces = pieces, []
+        for x in whole:
+            before, after = x.shape[: split.axis], x.shape[split.axis + 1 :]
+            x = x.reshape(*before, *_grid(split), *after)
+            cut = jax.lax.split(x, split.sizes, split.axis + split.along)
+            lengths = zip(cut, split.part_lengths, strict=True)
+            pieces += [piece.reshape(*before, length, *after) for piece, length in lengths]
     return pieces
 
 
@@ -144,40 +150,19 @@ def join_leaf(pieces: Sequence[jax.Array], splits: Sequence[Split]) -> jax.Array
     """Undoes `split_leaf`."""
     joined = list(pieces)
     for split in reversed(splits):
-        number = len(split.sizes)
-        joined = [
-            _join(joined[start : start + number], split) for start in range(0, len(joined), number)
-        ]
+        parts, joined = joined, []
+        for start in range(0, len(parts), len(split.sizes)):
+            shape = parts[start].shape
+            before, after = shape[: split.axis], shape[split.axis + 1 :]
+            grid, gridded = list(_grid(split)), []
+            for part, size in zip(parts[start:], split.sizes, strict=False):
+                view = (*grid[: split.along], size, *grid[split.along + 1 :])
+                gridded.append(part.reshape(*before, *view, *after))
+            whole = jnp.concatenate(gridded, axis=split.axis + split.along)
+            joined.append(whole.reshape(*before, math.prod(grid), *after))
     (whole,) = joined
     return whole
 
 
 def _grid(split: Split) -> tuple[int, ...]:
     return (sum(split.sizes),) if split.view is None else split.view
-
-
-def _cut(x: jax.Array, split: Split) -> list[jax.Array]:
-    grid = _grid(split)
-    before, after = x.shape[: split.axis], x.shape[split.axis + 1 :]
-    gridded = x.reshape(*before, *grid, *after)
-    along = len(before) + split.along
-    bounds = list(itertools.accumulate(split.sizes, initial=0))
-    return [
-        jax.lax.slice_in_dim(gridded, start, stop, axis=along).reshape(*before, length, *after)
-        for (start, stop), length in zip(
-            itertools.pairwise(bounds), split.part_lengths, strict=True
-        )
-    ]
-
-
-def _join(pieces: Sequence[jax.Array], split: Split) -> jax.Array:
-    grid = list(_grid(split))
-    gridded = []
-    for piece, size in zip(pieces, split.sizes, strict=True):
-        before, after = piece.shape[: split.axis], piece.shape[split.axis + 1 :]
-        view = (*grid[: split.along], size, *grid[split.along + 1 :])
-        gridded.append(piece.reshape(*before, *view, *after))
-    first = pieces[0]
-    before, after = first.shape[: split.axis], first.shape[split.axis + 1 :]
-    whole = jnp.concatenate(gridded, axis=len(before) + split.along)
-    return whole.reshape(*before, math.prod(grid), *after)

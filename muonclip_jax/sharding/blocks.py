@@ -15,7 +15,7 @@ import jax
 from jax import lax
 
 from muonclip_jax._devices import all_gather
-from muonclip_jax.matrices import LeafPlan, from_matrices, plan_leaf, to_matrices
+from muonclip_jax.matrices.parts import LeafPlan, from_matrices, plan_leaf, to_matrices
 from muonclip_jax.routing import MatrixSpec, Split, axes_tuple
 from muonclip_jax.sharding.mesh_shardings import Axes, LeafAxes, Sizes
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from muonclip_jax._arguments import check_flags, check_number, check_type
 from muonclip_jax.sharding.mesh_shardings import Axes
 
 
@@ -29,7 +30,7 @@ class Distribution:
 
     Raises:
         ValueError: At construction, for a bound that is not positive, or a repeated axis.
-        TypeError: At construction, for axes that are not a tuple.
+        TypeError: At construction, for a value of another type.
 
     Example:
         >>> Distribution(axes=("fsdp",)).axes
@@ -43,24 +44,16 @@ class Distribution:
     shard_momentum: bool = False
 
     def __post_init__(self) -> None:
-        if self.axes is not None:
-            if not isinstance(self.axes, tuple):
-                raise TypeError(
-                    "Distribution's axes must be a tuple of names of mesh axes or None, got "
-                    f"{self.axes!r}. Write, for example, ('fsdp',)."
-                )
-            if len(set(self.axes)) < len(self.axes):
-                raise ValueError(
-                    f"Distribution's axes must be different names of mesh axes, got {self.axes}."
-                )
-        for name in ("max_matrix_bytes", "max_stack_bytes"):
-            if getattr(self, name) <= 0:
-                raise ValueError(
-                    f"Distribution's {name} must be a positive number of bytes, got "
-                    f"{getattr(self, name)}. Write, for example, 2**30."
-                )
-        if not self.flops_per_byte >= 0:
+        check_type("Distribution's axes", self.axes, tuple | None, "a tuple of names of mesh axes")
+        if len(set(self.axes or ())) < len(self.axes or ()):
             raise ValueError(
-                f"Distribution's flops_per_byte must not be negative, got {self.flops_per_byte}. "
-                "Write a peak rate over a link's bandwidth, such as 2000, or float('inf')."
+                f"Distribution's axes must be different names of mesh axes, got {self.axes}."
             )
+        for name, within, instead in (
+            ("max_matrix_bytes", "positive", "2**30"),
+            ("max_stack_bytes", "positive", "2**28"),
+            ("flops_per_byte", "not negative", "a peak rate over a link's bandwidth or infinity"),
+        ):
+            value = getattr(self, name)
+            check_number(f"Distribution's {name}", value, within, f"Write, for example, {instead}.")
+        check_flags(shard_momentum=self.shard_momentum)

@@ -24,7 +24,7 @@ from typing import NamedTuple, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from muonclip_jax.matrices import Run, even_size, runs_of
+from muonclip_jax.matrices.parts import Run, even_size, runs_of
 from muonclip_jax.newton_schulz import PolarPlan
 from muonclip_jax.routing import MatrixSpec, axes_tuple
 from muonclip_jax.sharding.blocks import Block, LocalLeaf, plan_local

@@ -8,15 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from muonclip_jax.matrices import (
-    Run,
-    from_matrices,
-    map_parts,
-    map_sequentially,
-    plan_chunks,
-    plan_leaf,
-    plan_stacks,
-)
+from muonclip_jax.matrices import map_parts, plan_leaf, plan_stacks
+from muonclip_jax.matrices.parts import Run, from_matrices
+from muonclip_jax.matrices.sequential import map_sequentially, plan_chunks
 from muonclip_jax.routing import MatrixSpec, Split, normalize_spec
 from tests.helpers import normal_tree
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from muonclip_jax.matrices import from_matrices, plan_leaf, to_matrices
+from muonclip_jax.matrices.parts import from_matrices, plan_leaf, to_matrices
 from muonclip_jax.routing import MatrixSpec, Split, normalize_spec
 
 

@@ -155,10 +155,10 @@ def test_bad_options_are_errors():
     refused: list[tuple[dict[str, Any], str]] = [
         ({"axes": "fsdp"}, "tuple of names"),
         ({"axes": ("fsdp", "fsdp")}, "different names"),
-        ({"max_matrix_bytes": 0}, "max_matrix_bytes must be a positive"),
-        ({"max_stack_bytes": -1}, "max_stack_bytes must be a positive"),
-        ({"flops_per_byte": -1.0}, "flops_per_byte must not be negative"),
-        ({"flops_per_byte": math.nan}, "flops_per_byte must not be negative"),
+        ({"max_matrix_bytes": 0}, "max_matrix_bytes must be positive"),
+        ({"max_stack_bytes": -1}, "max_stack_bytes must be positive"),
+        ({"flops_per_byte": -1.0}, "flops_per_byte must be not negative"),
+        ({"flops_per_byte": math.nan}, "flops_per_byte must be not negative"),
     ]
     for arguments, message in refused:
         error = TypeError if arguments == {"axes": "fsdp"} else ValueError
