@@ -8,8 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from muonclip_jax.clipping import apply_qk_clip
-from muonclip_jax.transforms._qk_clip import QKClipState, clip_until, qk_clip
+from muonclip_jax import QKClipState, apply_qk_clip, clip_until, qk_clip
 from tests.helpers import assert_close, assert_equal, normal_tree
 
 MAXIMA = {"attn": jnp.asarray([150.0, 90.0, 300.0])}

@@ -13,40 +13,30 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import muonclip_jax as mc
 from tests.helpers import assert_close, assert_equal, normal_tree, update
 
-#: A plain matrix, stacked layers, heads as batch, fused kernels cut on either side, interleaved.
-SHAPES = {
-    "plain": (8, 16),
-    "stack": (2, 8, 4),
-    "heads": (8, 4, 4),
-    "fused": (8, 16),
-    "rows": (16, 8),
+P, ALL = PartitionSpec, slice(None)
+#: A plain matrix, stacked layers, heads as batch, fused kernels cut on either side, interleaved:
+#: shape, spec, partition, and the indices that cut each matrix `(inputs, outputs)` out of the leaf.
+LEAVES: dict[str, tuple[Any, ...]] = {
+    "plain": ((8, 16), mc.MatrixSpec((0, 1)), P("a", "b"), [ALL]),
+    "stack": ((2, 8, 4), mc.MatrixSpec((1, 2)), P("b", None, "a"), [0, 1]),
+    "heads": ((8, 4, 4), mc.MatrixSpec((0, 2)), P(None, "a", "b"), [(ALL, h) for h in range(4)]),
+    "fused": (
+        (8, 16),
+        mc.MatrixSpec((0, 1), mc.Split(1, (1, 2, 1), view=(2, 4, 2), along=1)),
+        P("a", "b"),
+        # Of two groups of 4 x 2 columns: 2, 4 and 2 columns each.
+        [(ALL, [0, 1, 8, 9]), (ALL, [2, 3, 4, 5, 10, 11, 12, 13]), (ALL, [6, 7, 14, 15])],
+    ),
+    "rows": (
+        (16, 8),
+        mc.MatrixSpec((0, 1), mc.Split(0, (12, 4))),
+        P("a", "b"),
+        [slice(0, 12), slice(12, 16)],
+    ),
 }
-SPECS = {
-    "plain": mc.MatrixSpec((0, 1)),
-    "stack": mc.MatrixSpec((1, 2)),
-    "heads": mc.MatrixSpec((0, 2)),
-    "fused": mc.MatrixSpec((0, 1), mc.Split(1, (1, 2, 1), view=(2, 4, 2), along=1)),
-    "rows": mc.MatrixSpec((0, 1), mc.Split(0, (12, 4))),
-}
-PARTITIONS = {
-    "plain": PartitionSpec("a", "b"),
-    "stack": PartitionSpec("b", None, "a"),
-    "heads": PartitionSpec(None, "a", "b"),
-    "fused": PartitionSpec("a", "b"),
-    "rows": PartitionSpec("a", "b"),
-}
-ALL = slice(None)
-#: Indices that cut each matrix `(inputs, outputs)` out of a leaf, written out by hand.
-ENTRIES: dict[str, list[Any]] = {
-    "plain": [ALL],
-    "stack": [0, 1],
-    "heads": [(ALL, head) for head in range(4)],
-    # Of two groups of 4 x 2 columns: 2, 4 and 2 columns each.
-    "fused": [
-        (ALL, columns) for columns in ([0, 1, 8, 9], [2, 3, 4, 5, 10, 11, 12, 13], [6, 7, 14, 15])
-    ],
-    "rows": [slice(0, 12), slice(12, 16)],
-}
+SHAPES, SPECS, PARTITIONS, ENTRIES = (
+    {name: row[column] for name, row in LEAVES.items()} for column in range(4)
+)
 
 
 def by_matrix(function: Any, *trees: Any) -> dict[str, np.ndarray]:
