@@ -12,7 +12,7 @@ needed.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import combinations
 from typing import TypeAlias
@@ -31,13 +31,11 @@ WIDTH_AXIS = r"(?:embed|emb|embedding|hidden|model|d_model|model_dim)(?:_(?!voca
 def find_stacks(leaves: Sequence[Leaf], widths: frozenset[int]) -> None:
     """Finds `stack`, or `options`, of leaves of rank two or more, given widths of embeddings."""
     for leaf in leaves:
-        names = leaf.axes or ()
-        layers = tuple(i for i, name in enumerate(names) if fits(_STACK_AXIS, name))
-        if layers or (names and all(names) and fits(WIDTH_AXIS, *names)):
+        layers = tuple(i for i, name in enumerate(leaf.axes or ()) if fits(_STACK_AXIS, name))
+        if layers or (leaf.axes and all(leaf.axes) and fits(WIDTH_AXIS, *leaf.axes)):
             leaf.stack = layers
-    ambiguous: list[Ambiguous] = []
     unknown = [leaf for leaf in leaves if leaf.stack is None and len(leaf.shape) > 1]
-    _solve("", unknown, widths, ambiguous)
+    ambiguous = list(_solve("", unknown, widths))
     # The nearest enclosing stack decides, if exactly one option fits.
     stacked = [leaf for leaf in leaves if leaf.stack]
     for below, kernels, options in ambiguous:
@@ -58,9 +56,7 @@ def find_stacks(leaves: Sequence[Leaf], widths: frozenset[int]) -> None:
                 leaf.options = tuple(_axes(leaf, choice) for choice in options)
 
 
-def _solve(
-    module: str, leaves: Sequence[Leaf], widths: frozenset[int], ambiguous: list[Ambiguous]
-) -> None:
+def _solve(module: str, leaves: Sequence[Leaf], widths: frozenset[int]) -> Iterator[Ambiguous]:
     """Finds the axes of the leaves below a module together, or else of its submodules."""
     extras = {leaf: extra_axes(leaf.name, leaf.shape) for leaf in leaves}
     known = [leaf for leaf in leaves if extras[leaf]]
@@ -72,45 +68,40 @@ def _solve(
         leaf.name.stacked or (leaf.name.grouped and leaf.scan_axis not in (None, (0,)))
         for leaf in kernels
     }
-    inside = contained == {True}
+    inside, counts = contained == {True}, [extra for extra in extras.values() if extra]
     # If no name says how many axes a kernel has, a stack is what all leaves show alike.
-    common = frozenset({1} if min(len(leaf.shape) for leaf in kernels) > 2 else ())
-    if known:
-        counts = [extra for extra in extras.values() if extra]
-        common = frozenset.intersection(*counts)
-        if 0 not in common and any(0 in extra for extra in counts) and not (inside or module):
-            common = frozenset[int]()  # layers beside a stack
-    if len(contained) > 1:
+    alike = frozenset({1} if min(len(leaf.shape) for leaf in kernels) > 2 else ())
+    common = frozenset.intersection(*counts) if counts else alike
+    beside = 0 not in common and any(0 in extra for extra in counts) and not (inside or module)
+    if beside or len(contained) > 1:  # layers beside a stack
         common = frozenset[int]()
     for extra in sorted(common, key=lambda n: (n == 0, n) if inside else (False, n)):
-        if extra == 0:
+        options = [()] if extra == 0 else _options(kernels, extra, inside or not known, widths)
+        if extra == 0 and len(common) > 1 and not inside:
             read, written = _flow(kernels, ())
-            if len(common) > 1 and not inside and read and written and not read & written:
+            if read and written and not read & written:
                 continue
-            for leaf in known:
-                leaf.stack = ()
-            return _solve(module, [x for x in leaves if x.stack is None], widths, ambiguous)
-        options = _options(kernels, extra, inside or not known, widths)
-        if not (known or inside) and not (len(options) == 1 and _all_show(leaves, options[0])):
+        if not (extra == 0 or known or inside) and not _all_show(leaves, options):
             continue
         if len(options) == 1:
-            _assign(leaves, kernels, options[0])
-            return _solve(module, [x for x in leaves if x.stack is None], widths, ambiguous)
+            _assign(leaves if extra else known, kernels, options[0])
+            yield from _solve(module, [x for x in leaves if x.stack is None], widths)
+            return
         if options:
-            return ambiguous.append((leaves, kernels, options))
+            yield leaves, kernels, options
+            return
         if _options(kernels, extra, True, widths):
             break  # fewer axes are possible, so more are a guess
     if len(leaves) == 1:
         extra = min((extras[leaves[0]] or frozenset()) - {0}, default=1)
-        ambiguous.append((leaves, kernels, _options(kernels, extra, True, widths)))
-        return None
+        yield leaves, kernels, _options(kernels, extra, True, widths)
+        return
     depth = module.count("/") + 2 if module else 1
     below: dict[str, list[Leaf]] = {}
     for leaf in leaves:
         below.setdefault("/".join(leaf.path.split("/")[:depth]), []).append(leaf)
     for child, group in below.items():
-        _solve(child, group, widths, ambiguous)
-    return None
+        yield from _solve(child, group, widths)
 
 
 def _options(
@@ -121,14 +112,11 @@ def _options(
     If no path indicates a stack, lengths may be equal by chance, so a single option must fit the
     widths too.
     """
-    fewest = min(len(leaf.shape) for leaf in kernels)
     given, *others = {leaf.scan_axis for leaf in kernels}
-    choices = [*combinations(range(fewest), extra), *combinations(range(-fewest, 0), extra)]
     found: dict[tuple[str | None, ...], Axes] = {}
-    for choice in [] if others else _allowed(given, choices, extra, fewest):
-        layers = {tuple(leaf.shape[axis] for axis in choice) for leaf in kernels}
+    for choice in [] if others else _choices(given, extra, min(len(x.shape) for x in kernels)):
         layouts = tuple(_layout(leaf, choice) for leaf in kernels)
-        if len(layers) == 1 and None not in layouts:
+        if None not in layouts and len({tuple(_lengths(x, choice)) for x in kernels}) == 1:
             found.setdefault(layouts, choice)
     tests = {choice: _width_tests(kernels, choice, widths) for choice in found.values()}
     options = [choice for choice in tests if shown or given is not None or any(tests[choice])]
@@ -138,18 +126,17 @@ def _options(
     return options
 
 
-def _allowed(given: Axes | None, choices: list[Axes], extra: int, rank: int) -> list[Axes]:
-    """The choices that the user allows: the given axes, or more of them in nested stacks."""
+def _choices(given: Axes | None, extra: int, rank: int) -> list[Axes]:
+    """Axes to try; where the user gives some, those alone, or more of them in nested stacks."""
+    front = list(combinations(range(rank), extra))
     if given is None:
-        return choices
+        return [*front, *combinations(range(-rank, 0), extra)]
     if any(not -rank <= axis < rank for axis in given[:extra]):
         return []
     if len(given) >= extra:
         return [given[:extra]]
-    if given == (0,):
-        return [tuple(range(extra))]
     wanted = {axis % rank for axis in given}
-    return [axes for axes in choices if axes[0] >= 0 and wanted <= set(axes)]
+    return front[:1] if given == (0,) else [axes for axes in front if wanted <= set(axes)]
 
 
 def _width_tests(kernels: Sequence[Leaf], choice: Axes, widths: frozenset[int]) -> tuple[bool, ...]:
@@ -202,22 +189,24 @@ def extra_axes(name: LeafName, shape: Shape) -> frozenset[int] | None:
     return frozenset(found)
 
 
-def _all_show(leaves: Sequence[Leaf], choice: Axes) -> bool:
-    """Whether kernels of several shapes and all vectors next to them have the layer axis."""
+def _all_show(leaves: Sequence[Leaf], options: Sequence[Axes]) -> bool:
+    """Whether kernels of several shapes and all vectors next to them have the one layer axis."""
     shapes: dict[bool, set[Shape]] = {True: set(), False: set()}
     for leaf in leaves:
         shapes[look_up(leaf.name, leaf.shape).layout != ""].add(leaf.shape)
-    length = next(iter(shapes[True]))[choice[0]]  # of all kernels
-    return len(shapes[True]) > 1 and bool(shapes[False]) and all(length in x for x in shapes[False])
+    kernels, vectors = shapes[True], shapes[False]
+    if len(options) != 1 or len(kernels) < 2 or not vectors:
+        return False
+    return all(next(iter(kernels))[options[0][0]] in shape for shape in vectors)
 
 
 def _assign(leaves: Sequence[Leaf], kernels: Sequence[Leaf], choice: Axes) -> None:
     """Assigns the axes to the kernels, and to other leaves of the module that have them."""
-    for leaf in kernels:
-        leaf.stack = _axes(leaf, choice)
     # Of nested stacks perhaps some.
     subsets = [x for n in range(len(choice), 0, -1) for x in combinations(choice, n)]
     module = next(m for m in kernels[0].modules if all(m in leaf.modules for leaf in kernels))
+    for leaf in kernels:
+        leaf.stack = _axes(leaf, choice)
     for leaf in leaves:
         if leaf.stack is None and module in leaf.modules:
             same = (x for x in subsets if _lengths(leaf, x) == _lengths(kernels[0], x))
