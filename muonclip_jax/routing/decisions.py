@@ -83,7 +83,7 @@ def _find_routers(leaves: Sequence[Leaf]) -> None:
     """Gives kernels with one output per expert beside them to AdamW."""
     experts: dict[str, set[int]] = {}
     for leaf in leaves:
-        spec, stack = leaf.decision.spec, leaf.decision.stack
+        spec, stack = leaf.decision.spec, leaf.stack or ()
         if spec is not None and leaf.decision.why.startswith(EXPERT_STACK):
             for module in filter(None, leaf.modules[:3]):
                 used = {*sum(normalized_axes(spec), ()), *stack}
@@ -103,7 +103,7 @@ def _find_output_head(leaves: Sequence[Leaf]) -> None:
     kernels: Counter[str] = Counter()
     wider = {"", "params"}  # lists, stacks, token embeddings, and the root of Flax's variables
     for leaf in leaves:
-        if leaf.decision.stack or leaf.name.grouped or token_tables([leaf]):
+        if leaf.stack or leaf.name.grouped or token_tables([leaf]):
             wider.update(leaf.modules)
         elif leaf.decision.spec is not None:
             kernels.update(leaf.modules)
@@ -121,7 +121,7 @@ def _find_output_head(leaves: Sequence[Leaf]) -> None:
         leaf
         for leaf in matrices
         if blocks.isdisjoint(leaf.modules[1:])
-        and not (leaf.decision.stack or leaf in listed or direction(leaf.name) == "i")
+        and not (leaf.stack or leaf in listed or direction(leaf.name) == "i")
     ]
     tables = token_tables(free)
     heads = [leaf for leaf in outside if _sizes(leaf)[::-1] in tables]
@@ -133,7 +133,7 @@ def _find_output_head(leaves: Sequence[Leaf]) -> None:
     if not heads and not named:
         # Kernels whose output size is no other kernel's input size, or the reverse.
         read, made = (Counter(_sizes(leaf)[side] for leaf in matrices) for side in (0, 1))
-        layered = bool(layers) or any(leaf in listed or leaf.decision.stack for leaf in free)
+        layered = bool(layers) or any(leaf in listed or leaf.stack for leaf in free)
         shapes = Counter(map(_sizes, outside))
         for leaf in outside:
             inputs, outputs = _sizes(leaf)
@@ -167,11 +167,11 @@ def _cut_attention(
 ) -> None:
     """Decides by attention layouts, which replace names but not rules."""
     by_path = {strip_outer(leaf.path): leaf for leaf in leaves}
-    for stack in sorted({leaf.decision.stack for leaf in leaves}):
+    for stack in sorted({leaf.stack or () for leaf in leaves}):
         inside = {
             path: leaf
             for path, leaf in by_path.items()
-            if leaf.decision.stack == stack
+            if (leaf.stack or ()) == stack
             and leaf.ruled is None
             and (leaf.decision.spec or leaf.decision.readings)
         }

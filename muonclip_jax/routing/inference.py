@@ -9,7 +9,7 @@ block have the block's width as input axis.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Collection, Iterable, Sequence
 
 from muonclip_jax.heads.finding import Shape
 from muonclip_jax.routing.leaves import (
@@ -35,16 +35,16 @@ _NOT_TOKENS = word(
 )
 _KEY_VALUE = r"(?:.*_)?(?:k|v|kv|key|value|wk|wv|wkv)(?:_.*)?"
 _OUTPUT_FIRST = r"weight(?:_.*)?"  # names of kernels in libraries that have the output axis first
+_FLIP = str.maketrans("io", "oi")
 
 
-def infer(leaves: Sequence[Leaf], hidden: Set[str]) -> None:
+def infer(leaves: Sequence[Leaf], hidden: Collection[str]) -> None:
     """Finds the decision for every leaf of a tree, with masked leaves at the paths `hidden`."""
     free = [leaf for leaf in leaves if leaf.ruled is None]
     _find_biases(leaves, hidden)
     for leaf in free:  # whose shape shows that they are not stacked
-        leaf.window = _is_window(leaf)
         extra = extra_axes(leaf.name, leaf.shape)
-        if leaf.window or (leaf.bias and extra and min(extra) >= len(leaf.bias)):
+        if _is_window(leaf) or (leaf.bias and extra and min(extra) >= len(leaf.bias)):
             leaf.stack = ()
     find_stacks(free, frozenset(columns for _, columns in token_tables(free)))
     _find_biases(leaves, hidden)  # again, without stacked layers
@@ -65,7 +65,7 @@ def token_tables(leaves: Iterable[Leaf]) -> list[Shape]:
     ]
 
 
-def _find_biases(leaves: Sequence[Leaf], hidden: Set[str]) -> None:
+def _find_biases(leaves: Sequence[Leaf], hidden: Collection[str]) -> None:
     """Finds `bias` and `biased` of every kernel, and which leaves are biases."""
     by_path = {leaf.path: leaf for leaf in leaves}
     for leaf in leaves:
@@ -82,15 +82,7 @@ def _find_biases(leaves: Sequence[Leaf], hidden: Set[str]) -> None:
         leaf.biased = found is not None or not hidden.isdisjoint(paths)
         if found is None:
             continue
-        axes, shape = leaf.stack or (), found.shape
-        shift = len(shape) - len(leaf.shape)
-        for places in (axes, tuple(axis + shift for axis in axes)):
-            layers = [shape[axis] for axis in places if 0 <= axis < len(shape)]
-            if layers == [leaf.shape[axis] for axis in axes]:
-                shape = without(shape, places)
-                break
-        while len(shape) > 1 and shape[-1] == 1:  # a window's axes
-            shape = shape[:-1]
+        shape = found.layer
         if shape not in (leaf.layer[: len(shape)], leaf.layer[-len(shape) :]):
             shape = tuple(n for n in shape if n > 1)  # without axes to broadcast over
         if shape:
@@ -104,18 +96,13 @@ def _find_widths(leaves: Sequence[Leaf]) -> None:
     sides: dict[str, list[str]] = {}
     grids: dict[str, set[Shape]] = {}
     for leaf in kernels:
-        shape, layout = leaf.layer, look_up(leaf.name, leaf.layer).layout
-        if layout and re.fullmatch("b*oio", layout):  # sizes of heads stand on outer axes
-            outer = {shape[layout.index("i")]}
-        elif len(shape) == 2 or layout is None:
-            outer = {shape[0], shape[-1]}
-        else:
-            outer = set(shape) - {1}
+        unknown = look_up(leaf.name, leaf.layer).layout is None
+        outer = {leaf.layer[0], leaf.layer[-1]} if unknown else {*leaf.layer} - {1}
         for module in leaf.modules:
             common[module] = common.get(module, outer) & outer
             sides.setdefault(module, []).append(direction(leaf.name))
         leaf.beside = grids.setdefault(leaf.modules[:2][-1], set())
-        leaf.beside.add(shape)
+        leaf.beside.add(leaf.layer)
     votes: Counter[tuple[str, bool]] = Counter()
     for leaf in kernels:
         for module in leaf.modules:  # of the smallest block around it
@@ -123,8 +110,7 @@ def _find_widths(leaves: Sequence[Leaf]) -> None:
                 leaf.width = next(iter(common[module])) if {"i", "o"} <= {*sides[module]} else None
             if not common[module] or leaf.width is not None:
                 break
-        shape, side = leaf.layer, direction(leaf.name)
-        vote = _bias_is_first(leaf)
+        shape, side, vote = leaf.layer, direction(leaf.name), _bias_is_first(leaf)
         # In cross-attention keys and values read another hidden state.
         told = side and len(shape) == 2 and not fits(_KEY_VALUE, leaf.name.role)
         if vote is None and told and leaf.width is not None and shape.count(leaf.width) == 1:
@@ -168,10 +154,11 @@ def _is_window(leaf: Leaf) -> bool:
         return False
     if fits(MOE, *name.scope, name.role) or len(leaf.bias or (1,)) > 1:
         return False
-    if entry.layout is None and shape[0] == 2 and name.leaf == "w":
-        return False  # Gemma's (2, heads, inputs, head_dim)
-    named = entry.layout is None or (entry.layout and re.match("conv|patch|matrix", entry.why))
-    return bool(named) and _is_square(shape[:-2], shape[-2:])
+    if entry.layout is None:  # but not Gemma's (2, heads, inputs, head_dim)
+        named = shape[0] != 2 or name.leaf != "w"
+    else:
+        named = re.match("conv|patch|matrix", entry.why) is not None
+    return named and _is_square(shape[:-2], shape[-2:])
 
 
 def _is_square(window: Shape, channels: Shape) -> bool:
@@ -180,45 +167,45 @@ def _is_square(window: Shape, channels: Shape) -> bool:
 
 def _decide(leaf: Leaf) -> Decision:
     name, rank, shape, axes = leaf.name, len(leaf.shape), leaf.layer, leaf.stack or ()
+    entry = look_up(name, shape if len(shape) > 1 else leaf.shape)
+    if entry.why == EMBEDDING_TABLE and leaf.biased:  # tables have no bias
+        entry = look_up(name._replace(role="dense", scope=()), shape)
+    why, letters, readings = entry.why, entry.layout, list[str]()
     if rank < 2:
         return Decision(None, "scalar" if rank == 0 else "vector", decays=False)
     if not leaf.trained:
         return Decision(None, "integers or bools: nothing to train", decays=False)
     if leaf.options is not None and not _is_block_diagonal(leaf):
         found = [(look_up(name, without(leaf.shape, x)).layout, x) for x in leaf.options]
-        layouts = [with_layers(layout, x, rank) for layout, x in found if layout]
-        readings = tuple(dict.fromkeys([*layouts, *possible_layouts(leaf.shape)]))
+        readings = [with_layers(layout, x, rank) for layout, x in found if layout]
+        readings += possible_layouts(leaf.shape)
         why = "stacked layers on an axis that the stack does not show"
-        return Decision(None, why, readings=readings)
-    if leaf.is_bias:
+    elif leaf.is_bias:
         return Decision(None, "bias", decays=False)
-    entry = look_up(name, shape if len(shape) > 1 else leaf.shape)
-    if entry.why == EMBEDDING_TABLE and leaf.biased:  # tables have no bias
-        entry = look_up(name._replace(role="dense", scope=()), shape)
-    why, letters = entry.why, entry.layout
-    if letters == "":
+    elif letters == "":
         return Decision(None, why, entry.decays)
-    if sum(n > 1 for n in shape) < 2:
+    elif sum(n > 1 for n in shape) < 2:
         return Decision(None, "vector", decays=name.leaf in GENERIC)
-    if (named := _by_axis_names(leaf)) is not None:
+    elif (named := _by_axis_names(leaf)) is not None:
         return named
-    if letters and name.stacked and not axes and rank > 2 and look_up(name, shape[1:]).layout == "":
+    elif name.stacked and letters and not axes and look_up(name, shape[1:]).layout == "":
         why = "a gate that may be a stacked router or a stack of experts"
-        return Decision(None, why, readings=possible_layouts(shape))
-    if why in ("", "matrix") and not axes and leaf.window:
+        readings = possible_layouts(shape)
+    elif why in ("", "matrix") and not axes and _is_window(leaf):
         why, letters = "convolution", "i" * (rank - 1) + "o"
     elif letters is None:
         why, letters = "read from its shape", _by_structure(leaf)
-    if letters is None:
-        readings = tuple(with_layers(x, axes, rank) for x in possible_layouts(shape))
-        return Decision(None, f"no known name, rank {rank}", readings=readings)
+        if letters is None:
+            why = f"no known name, rank {rank}"
+            readings = [with_layers(x, axes, rank) for x in possible_layouts(shape)]
+    if letters is None or readings:
+        return Decision(None, why, readings=tuple(dict.fromkeys(readings)))
     if letters == "ioo" and _is_by_head(leaf):
         letters = "bio"
     if entry.parts != 3 and not _is_block_diagonal(leaf):
         letters = _oriented(leaf, letters)
     why = "stacked matrices" if axes and why == "matrix" else why
-    spec = to_spec(with_layers(letters, axes, rank), leaf.shape, entry.parts)
-    return Decision(spec, why, stack=axes)
+    return Decision(to_spec(with_layers(letters, axes, rank), leaf.shape, entry.parts), why)
 
 
 def _by_axis_names(leaf: Leaf) -> Decision | None:
@@ -228,17 +215,16 @@ def _by_axis_names(leaf: Leaf) -> Decision | None:
         return None
     if fits(_TABLE_AXIS, *leaf.axes):
         return Decision(None, "a table by the name of an axis")
-    kinds = [
-        "b" if i in axes or fits(_BATCH_AXIS, name) else "w" if fits(WIDTH_AXIS, name) else "x"
+    # "i" is the hidden state's axis, and "o" the others.
+    letters = "".join(
+        "b" if i in axes or fits(_BATCH_AXIS, name) else "i" if fits(WIDTH_AXIS, name) else "o"
         for i, name in enumerate(leaf.axes)
-    ]
-    if kinds.count("w") != 1 or "x" not in kinds:
+    )
+    if letters.count("i") != 1 or "o" not in letters:
         return None
-    input_first = (kinds.index("w") < kinds.index("x")) != leaf.output_first
-    side = direction(leaf.name) or ("i" if input_first else "o")
-    sides = {"b": "b", "w": side, "x": "o" if side == "i" else "i"}
-    letters = "".join(sides[kind] for kind in kinds)
-    return Decision(to_spec(letters), "named axes", stack=axes)
+    first = "o" if leaf.output_first else "i"
+    side = direction(leaf.name) or ("i" if letters.replace("b", "")[0] == first else "o")
+    return Decision(to_spec(letters if side == "i" else letters.translate(_FLIP)), "named axes")
 
 
 def _by_structure(leaf: Leaf) -> str | None:
@@ -282,7 +268,6 @@ def _oriented(leaf: Leaf, letters: str) -> str:
     if side and len(shape) > 2 and (fits(_OUTPUT_FIRST, last) or last == leaf.name.role):
         hidden = [axis for axis, n in enumerate(shape) if n == leaf.width and axis not in batch]
         if len(hidden) == 1:
-            other = "o" if side == "i" else "i"
-            kinds = [side if axis in hidden else other for axis in range(len(shape))]
-            return "".join("b" if axis in batch else kind for axis, kind in enumerate(kinds))
+            read = "".join(x if x == "b" else "io"[i not in hidden] for i, x in enumerate(letters))
+            return read if side == "i" else read.translate(_FLIP)
     return turned if leaf.output_first and sides.startswith("i") else letters

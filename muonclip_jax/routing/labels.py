@@ -232,7 +232,8 @@ def resolve_muon_specs(
                 "with label_params, or use muonclip(...), which does this automatically."
             )
         if spec is None and len(shape) > 2:
-            why, readings = "assigned to Muon, but not by the rules", possible_layouts(shape)
+            why = "assigned to Muon, but not by the rules"
+            readings = tuple(possible_layouts(shape))
             raise unknown_leaves([(path, shape, Decision(None, why, readings=readings))])
         found.append((path, leaf, spec or normalize_spec(MatrixSpec(), shape, path)))
     return found

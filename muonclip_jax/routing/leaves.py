@@ -58,7 +58,6 @@ class Decision:
     decays: bool = True  # whether weight decay applies
     readings: tuple[str, ...] = ()  # where it is open what the leaf is: the layouts that fit
     flag: str = ""  # what a reader should check
-    stack: Axes = ()  # the axes of stacked layers
 
 
 @dataclass(eq=False)
@@ -78,7 +77,6 @@ class Leaf:
     bias: Shape | None = None  # the shape of its bias, in one layer
     biased: bool = False  # whether it has a bias, perhaps a masked one
     is_bias: bool = False  # whether it is such a bias
-    window: bool = False  # whether its shape shows a convolution
     width: int | None = None  # of the hidden state in its block
     output_first: bool = False  # whether kernels with this last name have the output axis first
     beside: set[Shape] = field(default_factory=set[Shape])  # kernels in its block
@@ -174,10 +172,10 @@ def lengths(letters: str, shape: Shape, side: str) -> tuple[int, ...]:
     return tuple(n for n, letter in zip(shape, letters, strict=True) if letter == side)
 
 
-def possible_layouts(shape: Shape) -> tuple[str, ...]:
+def possible_layouts(shape: Shape) -> list[str]:
     """The possible layouts of a leaf with unknown name, the usual ones first."""
     rank = len(shape)
     batch, more = "b" * (rank - 3), rank - 1
     found = [batch + x for x in ("ioo", "iio", "bio")] + ["i" * more + "o", batch + "oii"]
     found += ["o" + "i" * more, "i" + "o" * more, batch + "oio", batch + "boi", batch + "ooi"]
-    return tuple(dict.fromkeys([*found, "ib" + batch + "o", "io" + "b" + batch]))
+    return list(dict.fromkeys([*found, "ib" + batch + "o", "io" + "b" + batch]))
