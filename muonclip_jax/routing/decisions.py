@@ -1,127 +1,60 @@
-"""All decisions for one tree: by the user's rules, the tree, and attention layouts, in this order.
+"""Decisions by the whole tree: routers, output heads, attention; and the error for unknown leaves.
 
-Some leaves can be recognised only from the whole tree. A kernel with one output per expert next to
-it is the router. An output head has the input width and output size of the token embedding's
-columns and rows: if exactly one kernel outside of all blocks has, it is the head. Position and type
-tables are not token embeddings. If this does not decide, layers that may be the last one get a
-flag. Leaves that stay unknown are an error with every possible layout, as a rule to paste.
+A kernel with one output per expert next to it is the router. An output head has the input width and
+output size of the token embedding's columns and rows: if exactly one kernel outside of all blocks
+has, it is the head. Position and type tables are not token embeddings. If this does not decide,
+layers that may be the last one get a flag. Leaves that stay unknown are an error with every
+possible layout, as a rule to paste.
 """
 
 import dataclasses
 import math
 import re
-from collections import Counter
-from collections.abc import Collection, Sequence
-from functools import lru_cache
-from typing import TypeAlias
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 
-from muonclip_jax._specs import MatrixSpec, SpecLike, normalize_spec, normalized_axes, simplify_spec
+from muonclip_jax._specs import MatrixSpec, normalized_axes, simplify_spec
 from muonclip_jax.heads.cuts import attention_cuts
 from muonclip_jax.heads.finding import Rule, Shape, strip_outer
-from muonclip_jax.routing.inference import infer, token_tables
-from muonclip_jax.routing.leaves import Axes, Decision, Key, Leaf, lengths, read_path, to_spec
+from muonclip_jax.routing.inference import token_tables
+from muonclip_jax.routing.leaves import Decision, Leaf, lengths, to_spec
 from muonclip_jax.routing.table import EXPERT_STACK, OUTPUT_HEAD, direction, fits
-
-#: Pairs of a pattern and a spec; None is AdamW.
-Rules: TypeAlias = tuple[tuple[str, SpecLike | None], ...]
-#: `scan_axis=` as pairs of a pattern and axes; None reads them from the stacks.
-ScanAxis: TypeAlias = tuple[tuple[str, Axes], ...] | None
 
 _NUMBERED = re.compile(r"(?:^|/)\d+/.*/")  # one of a list of layers
 _LEAVES_SHOWN = 8
 _TABLE = "a table of embeddings"
 
 
-@lru_cache(maxsize=64)
-def decide(
-    keys: tuple[Key, ...],
-    hidden: tuple[str, ...],
-    rules: Rules,
-    scan_axis: ScanAxis,
-    attention: str,
-    head_dim: int | None,
-    blocks: tuple[Rule, ...] | None,
-) -> tuple[Decision, ...]:
-    """Decides for all visible leaves, given the paths of masked ones and fields of `MatrixRules`.
-
-    Results are cached for equal trees.
-    """
-    leaves: list[Leaf] = []
-    for key in keys:
-        path = key[0]
-        stack = (axes for pattern, axes in scan_axis or () if re.search(pattern, path))
-        leaves.append(Leaf(*key, *read_path(path), _by_rule(rules, key), next(stack, None)))
-    infer(leaves, frozenset(hidden))
-    _find_routers(leaves)
-    _find_output_head(leaves)
-    if attention != "merged":
-        _cut_attention(leaves, hidden, attention, head_dim, blocks)
-    for leaf in leaves:
-        if leaf.ruled is not None:
-            decays = leaf.ruled.spec is not None or leaf.decision.decays
-            leaf.decision = dataclasses.replace(leaf.ruled, decays=decays)
-    if any(leaf.decision.readings for leaf in leaves):
-        raise unknown_leaves([(leaf.path, leaf.shape, leaf.decision) for leaf in leaves])
-    return tuple(leaf.decision for leaf in leaves)
-
-
-def _by_rule(rules: Rules, key: Key) -> Decision | None:
-    path, shape, trained, _ = key
-    for pattern, spec in rules:
-        if re.search(pattern, path):
-            why = f"rule {pattern!r}"
-            if spec is not None and not trained:
-                raise ValueError(
-                    f"{path} of shape {shape} has an integer or bool dtype, and {why} assigns it "
-                    f"to Muon. Leave it out of the tree, or write ({pattern!r}, None)."
-                )
-            return Decision(None if spec is None else normalize_spec(spec, shape, path), why)
-    return None
-
-
-def _find_routers(leaves: Sequence[Leaf]) -> None:
+def find_routers(leaves: Sequence[Leaf]) -> None:
     """Gives kernels with one output per expert beside them to AdamW."""
-    experts: dict[str, set[int]] = {}
+    experts: defaultdict[str, set[int]] = defaultdict(set)
     for leaf in leaves:
-        spec, stack = leaf.decision.spec, leaf.stack or ()
-        if spec is not None and leaf.decision.why.startswith(EXPERT_STACK):
+        spec = leaf.decision.spec
+        if spec is not None and leaf.decision.why == EXPERT_STACK:
+            used = {*sum(normalized_axes(spec), ()), *(leaf.stack or ())}
             for module in filter(None, leaf.modules[:3]):
-                used = {*sum(normalized_axes(spec), ()), *stack}
-                counts = (n for axis, n in enumerate(leaf.shape) if axis not in used)
-                experts.setdefault(module, set()).update(counts)
+                experts[module] |= {n for axis, n in enumerate(leaf.shape) if axis not in used}
     for leaf in leaves:
-        if leaf.decision.spec is not None and not leaf.decision.why.startswith("expert"):
+        if leaf.decision.spec is not None and leaf.decision.why != EXPERT_STACK:
             inputs, outputs = _sizes(leaf)
-            near = {n for module in leaf.modules[:2] for n in experts.get(module, ())}
+            near = {n for module in leaf.modules[:2] for n in experts[module]}
             turned = inputs in near and fits("gate|gating|wg", leaf.name.role)
             if inputs != outputs and (outputs in near or turned):
                 leaf.decision = Decision(None, "router: a number for each expert beside it")
 
 
-def _find_output_head(leaves: Sequence[Leaf]) -> None:
+def find_output_head(leaves: Sequence[Leaf]) -> None:
     """Gives the output head to AdamW, or flags the candidates."""
-    kernels: Counter[str] = Counter()
-    wider = {"", "params"}  # lists, stacks, token embeddings, and the root of Flax's variables
-    for leaf in leaves:
-        if leaf.stack or leaf.name.grouped or token_tables([leaf]):
-            wider.update(leaf.modules)
-        elif leaf.decision.spec is not None:
-            kernels.update(leaf.modules)
-    blocks = {module for module, count in kernels.items() if count > 1} - wider
-    # Blocks that differ in their number alone are layers; what contains them is no block.
-    alike = Counter(re.sub(r"\d+", "", module) for module in blocks)
-    layers = {module for module in blocks if alike[re.sub(r"\d+", "", module)] > 1}
-    for leaf in leaves:
-        outer = [i for i, module in enumerate(leaf.modules) if module in layers]
-        blocks.difference_update(leaf.modules[outer[-1] + 1 :] if outer else ())
     free = [leaf for leaf in leaves if leaf.ruled is None]
     matrices = [leaf for leaf in free if leaf.decision.spec is not None]
-    listed = {leaf for leaf in leaves if leaf.name.grouped or _NUMBERED.search(leaf.path)}
+    listed = {x for x in leaves if x.stack or x.name.grouped or _NUMBERED.search(x.path)}
+    blocks, layered = _blocks(leaves)
     outside = [
         leaf
         for leaf in matrices
-        if blocks.isdisjoint(leaf.modules[1:])
-        and not (leaf.stack or leaf in listed or direction(leaf.name) == "i")
+        if leaf not in listed
+        and blocks.isdisjoint(leaf.modules[1:])
+        and direction(leaf.name) != "i"
     ]
     tables = token_tables(free)
     heads = [leaf for leaf in outside if _sizes(leaf)[::-1] in tables]
@@ -133,7 +66,7 @@ def _find_output_head(leaves: Sequence[Leaf]) -> None:
     if not heads and not named:
         # Kernels whose output size is no other kernel's input size, or the reverse.
         read, made = (Counter(_sizes(leaf)[side] for leaf in matrices) for side in (0, 1))
-        layered = bool(layers) or any(leaf in listed or leaf.stack for leaf in free)
+        layered = layered or any(leaf in listed for leaf in free)
         shapes = Counter(map(_sizes, outside))
         for leaf in outside:
             inputs, outputs = _sizes(leaf)
@@ -151,6 +84,25 @@ def _find_output_head(leaves: Sequence[Leaf]) -> None:
         leaf.decision = dataclasses.replace(leaf.decision, flag=flag)
 
 
+def _blocks(leaves: Sequence[Leaf]) -> tuple[set[str], bool]:
+    """Modules with several kernels, and whether some of them are layers of one list."""
+    kernels: Counter[str] = Counter()
+    wider = {"", "params"}  # lists, stacks, token embeddings, and the root of Flax's variables
+    for leaf in leaves:
+        if leaf.stack or leaf.name.grouped or token_tables([leaf]):
+            wider.update(leaf.modules)
+        elif leaf.decision.spec is not None:
+            kernels.update(leaf.modules)
+    blocks = {module for module, count in kernels.items() if count > 1} - wider
+    # Blocks that differ in their number alone are layers; what contains them is no block.
+    alike = Counter(re.sub(r"\d+", "", module) for module in blocks)
+    layers = {module for module in blocks if alike[re.sub(r"\d+", "", module)] > 1}
+    for leaf in leaves:
+        outer = [i for i, module in enumerate(leaf.modules) if module in layers]
+        blocks.difference_update(leaf.modules[outer[-1] + 1 :] if outer else ())
+    return blocks, bool(layers)
+
+
 def _sizes(leaf: Leaf) -> tuple[int, int]:
     """Input and output features of a leaf that Muon trains."""
     spec = leaf.decision.spec or MatrixSpec()
@@ -158,9 +110,9 @@ def _sizes(leaf: Leaf) -> tuple[int, int]:
     return inputs, outputs
 
 
-def _cut_attention(
+def cut_attention(
     leaves: Sequence[Leaf],
-    hidden: Collection[str],
+    hidden: Iterable[str],
     attention: str,
     head_dim: int | None,
     blocks: tuple[Rule, ...] | None,

@@ -1,14 +1,16 @@
 """MatrixRules: which optimizer trains each leaf, and how a leaf is divided into matrices."""
 
 import copy
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import Any, TypeAlias
 
 import jax
 
-from muonclip_jax._specs import MatrixSpec, SpecLike, is_spec, simplify_spec
+from muonclip_jax._specs import MatrixSpec, SpecLike, is_spec, normalize_spec, simplify_spec
 from muonclip_jax._tree import (
     Tree,
     compile_pattern,
@@ -19,8 +21,19 @@ from muonclip_jax._tree import (
 )
 from muonclip_jax.heads.cuts import ATTENTION
 from muonclip_jax.heads.finding import Rule, block_rules, find_blocks, strip_outer
-from muonclip_jax.routing.decisions import Rules, ScanAxis, decide
-from muonclip_jax.routing.leaves import Decision, read_tree
+from muonclip_jax.routing.decisions import (
+    cut_attention,
+    find_output_head,
+    find_routers,
+    unknown_leaves,
+)
+from muonclip_jax.routing.inference import infer
+from muonclip_jax.routing.leaves import Axes, Decision, Key, Leaf, read_path, read_tree
+
+#: Pairs of a pattern and a spec; None is AdamW.
+Rules: TypeAlias = tuple[tuple[str, SpecLike | None], ...]
+#: `scan_axis=` as pairs of a pattern and axes; None reads them from the stacks.
+ScanAxis: TypeAlias = tuple[tuple[str, Axes], ...] | None
 
 MUON, ADAMW = "muon", "adamw"
 
@@ -128,10 +141,8 @@ class MatrixRules:
             return [(path, x, known[path]) for path, x in flatten_with_paths(params)[0]]
         leaves = read_tree(params)
         nodes = flatten_with_paths(params, is_leaf=is_masked)[0]
-        hidden = tuple(path for path, node in nodes if is_masked(node))
-        keys = tuple(key for key, _ in leaves)
-        options = self.scan_axis, self.attention, self.head_dim, self.blocks
-        decided = decide(keys, hidden, self.rules, *options)
+        hidden = frozenset(path for path, node in nodes if is_masked(node))
+        decided = _decide(self, tuple(key for key, _ in leaves), hidden)
         return [(key[0], x, found) for (key, x), found in zip(leaves, decided, strict=True)]
 
     def resolve(self, params: Tree) -> "MatrixRules":
@@ -177,6 +188,43 @@ class MatrixRules:
                 "Give the names of its projections, by blocks=[(pattern, AttentionLayout(...))], "
                 "or leave attention out."
             )
+
+
+@lru_cache(maxsize=64)
+def _decide(
+    rules: MatrixRules, keys: tuple[Key, ...], hidden: frozenset[str]
+) -> tuple[Decision, ...]:
+    """Decides for all visible leaves by the rules, the tree and attention layouts, in this order.
+
+    Results are cached for equal trees; `hidden` are the paths of masked leaves.
+    """
+    leaves: list[Leaf] = []
+    for key in keys:
+        path, shape, trained, _ = key
+        ruled = None
+        rule = next((rule for rule in rules.rules if re.search(rule[0], path)), None)
+        if rule is not None:
+            pattern, spec = rule
+            if spec is not None and not trained:
+                raise ValueError(
+                    f"{path} of shape {shape} has an integer or bool dtype, and rule {pattern!r} "
+                    f"assigns it to Muon. Leave it out of the tree, or write ({pattern!r}, None)."
+                )
+            ruled = Decision(spec and normalize_spec(spec, shape, path), f"rule {pattern!r}")
+        stack = (axes for pattern, axes in rules.scan_axis or () if re.search(pattern, path))
+        leaves.append(Leaf(*key, *read_path(path), ruled, next(stack, None)))
+    infer(leaves, hidden)
+    find_routers(leaves)
+    find_output_head(leaves)
+    if rules.attention != "merged":
+        cut_attention(leaves, hidden, rules.attention, rules.head_dim, rules.blocks)
+    for leaf in leaves:
+        if leaf.ruled is not None:
+            decays = leaf.ruled.spec is not None or leaf.decision.decays
+            leaf.decision = dataclasses.replace(leaf.ruled, decays=decays)
+    if any(leaf.decision.readings for leaf in leaves):
+        raise unknown_leaves([(leaf.path, leaf.shape, leaf.decision) for leaf in leaves])
+    return tuple(leaf.decision for leaf in leaves)
 
 
 def as_rules(rules: object) -> MatrixRules:
