@@ -48,7 +48,7 @@ def find_output_head(leaves: Sequence[Leaf]) -> None:
     free = [leaf for leaf in leaves if leaf.ruled is None]
     matrices = [leaf for leaf in free if leaf.decision.spec is not None]
     listed = {x for x in leaves if x.stack or x.name.grouped or _NUMBERED.search(x.path)}
-    blocks, layered = _blocks(leaves)
+    blocks, layers = _blocks(leaves)
     outside = [
         leaf
         for leaf in matrices
@@ -64,9 +64,17 @@ def find_output_head(leaves: Sequence[Leaf]) -> None:
         return
     flags = dict.fromkeys(heads, "the output layer")
     if not heads and not named:
-        # Kernels whose output size is no other kernel's input size, or the reverse.
-        read, made = (Counter(_sizes(leaf)[side] for leaf in matrices) for side in (0, 1))
-        layered = layered or any(leaf in listed for leaf in free)
+        # Kernels whose output size is no other kernel's input size, or the reverse. Of a
+        # layer only the sizes that all its kernels have are seen outside, if there are any.
+        layer = {x: next((m for m in x.modules[::-1] if m in layers), "") for x in matrices}
+        shared: dict[str, set[int]] = {"": set()}
+        for leaf, module in layer.items():
+            shared[module] = shared.get(module, {*_sizes(leaf)}) & {*_sizes(leaf)}
+        read, made = (
+            Counter(n for x in matrices if (n := _sizes(x)[side]) in (shared[layer[x]] or {n}))
+            for side in (0, 1)
+        )
+        layered = bool(layers) or any(leaf in listed for leaf in free)
         shapes = Counter(map(_sizes, outside))
         for leaf in outside:
             inputs, outputs = _sizes(leaf)
@@ -84,8 +92,8 @@ def find_output_head(leaves: Sequence[Leaf]) -> None:
         leaf.decision = dataclasses.replace(leaf.decision, flag=flag)
 
 
-def _blocks(leaves: Sequence[Leaf]) -> tuple[set[str], bool]:
-    """Modules with several kernels, and whether some of them are layers of one list."""
+def _blocks(leaves: Sequence[Leaf]) -> tuple[set[str], set[str]]:
+    """Modules with several kernels, and those among them that are numbered layers."""
     kernels: Counter[str] = Counter()
     wider = {"", "params"}  # lists, stacks, token embeddings, and the root of Flax's variables
     for leaf in leaves:
@@ -100,7 +108,7 @@ def _blocks(leaves: Sequence[Leaf]) -> tuple[set[str], bool]:
     for leaf in leaves:
         outer = [i for i, module in enumerate(leaf.modules) if module in layers]
         blocks.difference_update(leaf.modules[outer[-1] + 1 :] if outer else ())
-    return blocks, bool(layers)
+    return blocks, layers
 
 
 def _sizes(leaf: Leaf) -> tuple[int, int]:

@@ -106,7 +106,10 @@ def test_every_leaf_is_right_by_default(family):
     assert not wrong
 
 
-@pytest.mark.parametrize("equal", [{60: 48, 10: 8}, {5: 6}, {10: 6, 60: 36, 22: 5}], ids=str)
+EQUAL = [{60: 48, 10: 8}, {5: 6}, {10: 6, 60: 36, 22: 5}, {200: 80}]
+
+
+@pytest.mark.parametrize("equal", EQUAL, ids=str)
 def test_equal_sizes_lead_to_no_other_matrix(equal):
     for family in FAMILIES:
         text = json.dumps(leaves_of(family))
