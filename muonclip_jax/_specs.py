@@ -9,8 +9,10 @@ contain several matrices.
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import SupportsIndex, TypeAlias
 
 from optax.contrib import MuonDimensionNumbers
@@ -53,28 +55,28 @@ class Split:
     along: int = 0
 
     def __init__(self, axis: object, sizes: object, view: object = None, along: object = 0):
+        sizes, along = _integers(sizes, "Split's sizes"), _integer(along, "Split's along")
         grid = None if view is None else _integers(view, "Split's view")
-        object.__setattr__(self, "axis", _integer(axis, "Split's axis"))
-        object.__setattr__(self, "sizes", _integers(sizes, "Split's sizes"))
-        object.__setattr__(self, "view", grid)
-        object.__setattr__(self, "along", _integer(along, "Split's along"))
-        wrong = ""
-        if not self.sizes or min(self.sizes) < 1:
-            wrong = f"Split's sizes must be positive, got {self.sizes}"
+        wrong = None
+        if not sizes or min(sizes) < 1:
+            wrong = f"Split's sizes must be positive, got {sizes}"
         elif grid is None:
-            wrong = f"Split's along={self.along} needs a view" if self.along else ""
-        elif not 0 <= self.along < len(grid):
-            wrong = f"Split's along={self.along} is not a dimension of view={grid}"
-        elif grid[self.along] != sum(self.sizes):
+            wrong = f"Split's along={along} needs a view" if along else None
+        elif not 0 <= along < len(grid):
+            wrong = f"Split's along={along} is not a dimension of view={grid}"
+        elif grid[along] != sum(sizes):
             wrong = (
-                f"Split's sizes {self.sizes} add up to {sum(self.sizes)}, and view={grid} has "
-                f"{grid[self.along]} entries along {self.along}"
+                f"Split's sizes {sizes} add up to {sum(sizes)}, and view={grid} has {grid[along]} "
+                f"entries along {along}"
             )
         if wrong:
             raise ValueError(
                 f"{wrong}. Write the length of every part, as in Split(1, (768, 256, 256)), or of "
                 "parts along a dimension of a view, as in Split(1, (1, 1, 1), (12, 3, 64), 1)."
             )
+        values = _integer(axis, "Split's axis"), sizes, grid, along
+        for name, value in zip(("axis", "sizes", "view", "along"), values, strict=True):
+            object.__setattr__(self, name, value)
 
     @property
     def length(self) -> int:
@@ -121,13 +123,10 @@ class MatrixSpec:
                 "MatrixSpec's dims must be MuonDimensionNumbers or a pair (reduction axes, output "
                 f"axes), got {dims!r}. Write, for example, MatrixSpec((0, (1, 2)))."
             )
-        reduction, output = (
-            _integers(axis, "An entry of MatrixSpec's dims")
-            if isinstance(axis, tuple | list)
-            else _integer(axis, "An axis of MatrixSpec's dims")
+        sides = (
+            (_integers if isinstance(axis, tuple | list) else _integer)(axis, "MatrixSpec's axes")
             for axis in dims
         )
-        object.__setattr__(self, "dims", MuonDimensionNumbers(reduction, output))
         parts: list[Split] = []
         for split in (splits,) if isinstance(splits, Split) else splits:
             if not isinstance(split, Split):
@@ -138,6 +137,7 @@ class MatrixSpec:
             parts.append(split)
         if len({split.axis for split in parts}) < len(parts):
             raise ValueError(f"MatrixSpec's splits must have different axes, got {parts}.")
+        object.__setattr__(self, "dims", MuonDimensionNumbers(*sides))
         object.__setattr__(self, "splits", tuple(parts))
 
 
@@ -169,18 +169,18 @@ def normalize_spec(spec: SpecLike, shape: Sequence[int], path: str = "") -> Matr
         ValueError: If an axis does not exist or appears twice, or a split does not fit.
     """
     where, shape = f"{path}: " if path else "", tuple(shape)
-    spec = spec if isinstance(spec, MatrixSpec) else MatrixSpec(spec)
+    spec, rank = spec if isinstance(spec, MatrixSpec) else MatrixSpec(spec), len(shape)
     sides: list[tuple[int, ...]] = []
     for what, axes in zip(("reduction", "output"), normalized_axes(spec), strict=True):
         if not axes:
             raise ValueError(f"{where}{spec.dims} has no {what} axis; a matrix needs one.")
         for axis in axes:
-            if not -len(shape) <= axis < len(shape):
+            if not -rank <= axis < rank:
                 raise ValueError(
                     f"{where}{what} axis {axis} does not exist in shape {shape}. Axes go from "
-                    f"{-len(shape)} to {len(shape) - 1}; the spec was {spec.dims}."
+                    f"{-rank} to {rank - 1}; the spec was {spec.dims}."
                 )
-        sides.append(tuple(axis % len(shape) for axis in axes))
+        sides.append(tuple(axis % rank for axis in axes))
     used = sides[0] + sides[1]
     if len(set(used)) < len(used):
         raise ValueError(
@@ -189,7 +189,7 @@ def normalize_spec(spec: SpecLike, shape: Sequence[int], path: str = "") -> Matr
         )
     splits: dict[int, Split] = {}
     for split in spec.splits:
-        axis = split.axis % len(shape) if -len(shape) <= split.axis < len(shape) else split.axis
+        axis = split.axis % rank if -rank <= split.axis < rank else split.axis
         if axis not in used:
             raise ValueError(
                 f"{where}{split} splits an axis that is neither a reduction nor an output axis of "
@@ -217,19 +217,14 @@ def matrix_shapes(spec: SpecLike, shape: Sequence[int]) -> tuple[tuple[int, int,
     """Lists `(count, rows, columns)` of the matrices in a parameter, one entry a kind of part."""
     spec = normalize_spec(spec, shape)
     cut = {split.axis: split.part_lengths for split in spec.splits}
-    sides: list[list[int]] = []
-    for axes in normalized_axes(spec):
-        products = [1]
-        for axis in axes:
-            products = [p * n for p in products for n in cut.get(axis, (shape[axis],))]
-        sides.append(products)
+    rows, columns = (
+        [math.prod(part) for part in product(*(cut.get(a, (shape[a],)) for a in axes))]
+        for axes in normalized_axes(spec)
+    )
     used = sum(normalized_axes(spec), ())
     batch = math.prod(n for axis, n in enumerate(shape) if axis not in used)
-    counts: dict[tuple[int, int], int] = {}
-    for rows in sides[0]:
-        for columns in sides[1]:
-            counts[rows, columns] = counts.get((rows, columns), 0) + batch
-    return tuple((count, *size) for size, count in counts.items())
+    counts = Counter(product(rows, columns))
+    return tuple((count * batch, *size) for size, count in counts.items())
 
 
 def _integer(x: object, what: str) -> int:

@@ -9,7 +9,7 @@ block have the block's width as input axis.
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from muonclip_jax.heads.finding import Shape
 from muonclip_jax.routing.leaves import (
@@ -38,7 +38,7 @@ _OUTPUT_FIRST = r"weight(?:_.*)?"  # names of kernels in libraries that have the
 _FLIP = str.maketrans("io", "oi")
 
 
-def infer(leaves: Sequence[Leaf], hidden: Collection[str]) -> None:
+def infer(leaves: Sequence[Leaf], hidden: Set[str]) -> None:
     """Finds the decision for every leaf of a tree, with masked leaves at the paths `hidden`."""
     free = [leaf for leaf in leaves if leaf.ruled is None]
     _find_biases(leaves, hidden)
@@ -65,7 +65,7 @@ def token_tables(leaves: Iterable[Leaf]) -> list[Shape]:
     ]
 
 
-def _find_biases(leaves: Sequence[Leaf], hidden: Collection[str]) -> None:
+def _find_biases(leaves: Sequence[Leaf], hidden: Set[str]) -> None:
     """Finds `bias` and `biased` of every kernel, and which leaves are biases."""
     by_path = {leaf.path: leaf for leaf in leaves}
     for leaf in leaves:
@@ -150,7 +150,7 @@ def _is_by_head(leaf: Leaf) -> bool:
 def _is_window(leaf: Leaf) -> bool:
     """Whether a leaf is a convolution by its shape: a small square window before the channels."""
     name, shape, entry = leaf.name, leaf.shape, look_up(leaf.name, leaf.shape)
-    if len(shape) not in (4, 5) or name.grouped or name.leaf not in ("kernel", "w"):
+    if len(shape) not in (4, 5) or name.stacked or name.leaf not in ("kernel", "w"):
         return False
     if fits(MOE, *name.scope, name.role) or len(leaf.bias or (1,)) > 1:
         return False
@@ -202,7 +202,7 @@ def _decide(leaf: Leaf) -> Decision:
         return Decision(None, why, readings=tuple(dict.fromkeys(readings)))
     if letters == "ioo" and _is_by_head(leaf):
         letters = "bio"
-    if entry.parts != 3 and not _is_block_diagonal(leaf):
+    if not _is_block_diagonal(leaf):
         letters = _oriented(leaf, letters)
     why = "stacked matrices" if axes and why == "matrix" else why
     return Decision(to_spec(with_layers(letters, axes, rank), leaf.shape, entry.parts), why)
@@ -232,8 +232,7 @@ def _by_structure(leaf: Leaf) -> str | None:
     shape, bias, rank = leaf.layer, leaf.bias, len(leaf.layer)
     if bias is not None:
         if _is_block_diagonal(leaf):
-            turned = shape[-1] == shape[-2] and leaf.output_first
-            return "b" * (rank - 2) + ("oi" if turned else "io")
+            return "b" * (rank - 2) + "io"
         first = _bias_is_first(leaf)
         if first is None or (first and len(bias) > 1 and not leaf.output_first):
             return None  # both may be stacked on the first axis
