@@ -6,10 +6,7 @@ from muonclip_jax._specs import (
     axes_tuple as axes_tuple,
     normalize_spec as normalize_spec,
 )
-from muonclip_jax.heads.layouts import (
-    AttentionLayout as AttentionLayout,
-    Projection as Projection,
-)
+from muonclip_jax.heads.layouts import AttentionLayout as AttentionLayout, Projection as Projection
 from muonclip_jax.routing.labels import (
     decay_mask as decay_mask,
     describe_labels as describe_labels,

@@ -189,26 +189,23 @@ def resolve_specs(
                 "be MatrixSpec, MuonDimensionNumbers or None. Write MatrixSpec((0, 1)) for a pair "
                 "of axes."
             )
-    used = {""} if is_spec(given) else set[str]()
     resolved: list[tuple[str, Any, MatrixSpec | None]] = []
     for path, leaf in array_leaves(params):
-        owner = next((x for x in _containers(path) if x in entries), None)
-        if owner is None or is_masked(entries[owner]):
+        spec = next((entries[x] for x in _containers(path) if x in entries), ...)
+        if spec is ... or is_masked(spec):
             raise ValueError(
                 f"{path} of shape {tuple(leaf.shape)} has no entry in weight_dimension_numbers"
-                f"{' (it is masked there)' if owner is not None else ''}, whose entries are "
+                f"{' (it is masked there)' if is_masked(spec) else ''}, whose entries are "
                 f"{listed(entries)}. Give it, or a subtree that holds it, a MatrixSpec or "
                 "MuonDimensionNumbers, or None where AdamW trains it."
             )
-        used.add(owner)
-        spec = entries[owner]
         resolved.append((path, leaf, spec and normalize_spec(spec, leaf.shape, path)))
     # An entry belongs to no leaf where the leaf is masked or None here.
     nodes = flatten_with_paths(params, is_leaf=lambda x: x is None or is_masked(x))[0]
     absent = {path for path, node in nodes if node is None or is_masked(node)}
-    used |= {container for path in absent for container in _containers(path)}
+    known = {"", *(container for path, _ in nodes for container in _containers(path))}
     for path, entry in entries.items():
-        if path not in used and not is_masked(entry) and absent.isdisjoint(_containers(path)):
+        if not (path in known or is_masked(entry) or absent.intersection(_containers(path))):
             raise nothing_matched(
                 "The entry of weight_dimension_numbers at", path, [path for path, _, _ in resolved]
             )

@@ -1,6 +1,4 @@
-"""Inference on what Flax modules really initialise: Linen, NNX, boxed and stacked."""
-
-from typing import Any
+"""Inference on what Flax modules really initialise: Linen, NNX, boxed and not."""
 
 import flax.linen as nn
 import jax
@@ -10,7 +8,7 @@ from flax import nnx
 from optax.contrib import MuonDimensionNumbers as Dims
 
 from muonclip_jax._tree import flatten_with_paths
-from muonclip_jax.routing import MatrixRules, infer_dimension_numbers, label_params
+from muonclip_jax.routing import infer_dimension_numbers, label_params
 
 X = jax.ShapeDtypeStruct((2, 4, 8), "float32")
 ATTENTION = {
@@ -19,25 +17,6 @@ ATTENTION = {
     "value": Dims(0, (1, 2)),
     "out": Dims((0, 1), 2),
 }
-
-
-class Attention(nn.Module):
-    @nn.compact
-    def __call__(self, x, _=None):
-        x = nn.LayerNorm()(x)
-        x = nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(x, x)
-        return nn.Dense(8)(x), None
-
-
-class Scanned(nn.Module):
-    axis: int
-
-    @nn.compact
-    def __call__(self, x):
-        split: Any = {"params": True}
-        axes: Any = {"params": self.axis}
-        stack = nn.scan(Attention, variable_axes=axes, split_rngs=split, length=3)
-        return stack(name="layers")(x)[0]
 
 
 class Zoo(nn.Module):
@@ -61,9 +40,9 @@ def init(module):
     return jax.eval_shape(module.init, jax.random.key(0), X)
 
 
-def muon(tree, rules=None):
+def muon(tree):
     """Path of each kernel that Muon trains, without "/kernel" -> its axes."""
-    dims = infer_dimension_numbers(tree, rules)
+    dims = infer_dimension_numbers(tree)
     pairs, _ = flatten_with_paths(dims, is_leaf=lambda x: x is None or isinstance(x, Dims))
     return {path.removesuffix("/kernel"): dim for path, dim in pairs if isinstance(dim, Dims)}
 
@@ -78,17 +57,6 @@ def test_linen_zoo_with_and_without_the_outer_level():
     expected |= dict.fromkeys(["Dense_0", "Dense_1", *cells], Dims(0, 1))
     assert muon(tree["params"]) == expected
     assert muon(tree) == {f"params/{path}": dims for path, dims in expected.items()}
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_scanned_layers(axis):
-    """Without its axis of layers, a stacked leaf is read as the single one is."""
-    into = Dims(1 - axis, (2, 3))
-    expected = {f"params/layers/attention/{name}": into for name in ("query", "key", "value")}
-    expected["params/layers/attention/out"] = Dims((1 - axis, 2), 3)
-    expected["params/layers/Dense_0"] = Dims(1 - axis, 2)
-    tree = init(Scanned(axis))
-    assert muon(tree) == muon(tree, MatrixRules(scan_axis=axis)) == expected
 
 
 @pytest.mark.parametrize("box", [nn.with_partitioning, nn.with_logical_partitioning])

@@ -106,11 +106,9 @@ def test_every_leaf_is_right_by_default(family):
     assert not wrong
 
 
-EQUAL = [{60: 48, 10: 8}, {5: 6}, {10: 6, 60: 36, 22: 5}, {200: 80}]
-
-
-@pytest.mark.parametrize("equal", EQUAL, ids=str)
+@pytest.mark.parametrize("equal", [{60: 48, 10: 8}, {5: 6}, {10: 6, 60: 36, 22: 5}, {200: 80}])
 def test_equal_sizes_lead_to_no_other_matrix(equal):
+    """Heads as the width, layers as heads, a vocabulary as the hidden layer, and the like."""
     for family in FAMILIES:
         text = json.dumps(leaves_of(family))
         leaves = json.loads(re.sub(r"\d+", lambda m: str(equal.get(int(m[0]), m[0])), text))
