@@ -115,21 +115,3 @@ def test_under_shard_map_one_collective_makes_them_the_maxima_of_the_whole():
     # Without the reduction every device knows its own part only.
     own, whole = (linen_maxima(PARAMS, x)["attention_0"]["max_logits"] for x in (X[:1], X))
     assert np.abs(own - whole).max() > 0.1
-
-
-def test_models_of_an_ensemble_have_a_row_of_maxima_each():
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def models(key):
-        return Nnx(2, nnx.Rngs(key))
-
-    ensemble = models(jax.random.split(jax.random.key(0), 3))
-
-    def call(ensemble, x):
-        return nnx.vmap(lambda model, x: model(x), in_axes=(0, None))(ensemble, x)
-
-    _, maxima = capture_nnx(call)(ensemble, X)
-    rows = maxima["attention"]["max_logits"]
-    assert rows.shape == (3, HEADS)
-    params = nnx.state(ensemble, nnx.Param)
-    _, info = mc.apply_qk_clip(params, maxima, threshold=float(np.median(rows)))
-    assert int(info.total_clipped) == 3 * HEADS // 2

@@ -111,9 +111,15 @@ def plan_segments(inputs: Inputs) -> list[Segment]:
 
 
 def _attend_block(
-    block: Inputs, start: Index, key_start: Index, fallback: Float[Array, "B 1 K 1 D"] | None
+    span: int,
+    inputs: Inputs,
+    fallback: Float[Array, "B 1 K 1 D"] | None,
+    piece: tuple[Float[Array, "B t K G H"], Index, Index],
 ) -> tuple[Float[Array, "B t K G D"], Float[Array, "K G"]]:
-    """Attention of one block of queries to one range of keys."""
+    """Attention of a block of queries, with its start, to `span` keys from another start on."""
+    query, start, key_start = piece
+    block = inputs.block(start, query.shape[1], key_start, span)
+    block = dataclasses.replace(block, query=query)
     assert block.value is not None
     unbiased = logits = block_logits(block.query, block.key, block.scale)
     if block.bias is not None:
@@ -145,35 +151,20 @@ def attend(inputs: Inputs) -> tuple[Float[Array, "B T K G D"], Float[Array, "K G
         fallback = jnp.mean(inputs.value, axis=1, keepdims=True, dtype=jnp.float32)
         fallback = fallback[:, :, :, None].astype(inputs.value.dtype)
     pieces = []
+    if len(segments) == len(segments[0].key_starts) == 1:
+        span, segments = segments[0].keys, []
+        pieces.append(_attend_block(span, inputs, fallback, (inputs.query, 0, 0)))
     for first, length, key_starts, span in segments:
-
-        def attend_at(
-            inputs: Inputs,
-            fallback: jax.Array | None,
-            piece: tuple[jax.Array, Index, Index],
-            span: int = span,
-        ) -> tuple[jax.Array, jax.Array]:
-            query, start, key_start = piece
-            block = inputs.block(start, query.shape[1], key_start, span)
-            return _attend_block(
-                dataclasses.replace(block, query=query), start, key_start, fallback
-            )
-
         blocks = len(key_starts)
         query = inputs.query[:, first : first + blocks * length]
-        if len(segments) == blocks == 1:
-            pieces.append(attend_at(inputs, fallback, (query, 0, 0)))
-            continue
+        query = jnp.moveaxis(query.reshape(len(query), blocks, length, *query.shape[2:]), 1, 0)
+        starts = first + length * jnp.arange(blocks), jnp.asarray(key_starts)
         # Arguments, since what a function closes over is read more often in the backward pass.
-        attend_again = functools.partial(jax.checkpoint(attend_at), inputs, fallback)
-        if blocks == 1:
-            pieces.append(attend_again((query, first, key_starts[0])))
-        else:
-            starts = first + length * jnp.arange(blocks), jnp.asarray(key_starts)
-            query = query.reshape(query.shape[0], blocks, length, *query.shape[2:])
-            out, maxima = lax.map(attend_again, (jnp.moveaxis(query, 1, 0), *starts))
-            out = jnp.moveaxis(out, 0, 1)
-            pieces.append((out.reshape(len(out), -1, *out.shape[3:]), jnp.max(maxima, axis=0)))
+        attend_again = jax.checkpoint(functools.partial(_attend_block, span))
+        attend_at = functools.partial(attend_again, inputs, fallback)
+        out, maxima = lax.map(attend_at, (query, *starts))
+        out = jnp.moveaxis(out, 0, 1)
+        pieces.append((out.reshape(len(out), -1, *out.shape[3:]), jnp.max(maxima, axis=0)))
     out = jnp.concatenate([out for out, _ in pieces], axis=1)
     maxima = jnp.max(jnp.stack([maxima for _, maxima in pieces]), axis=0)
     if inputs.query_seq_lengths is not None:
@@ -190,21 +181,21 @@ def max_logits(inputs: Inputs) -> Float[Array, "K G"]:
     queries, keys = inputs.query.shape[1], inputs.key.shape[1]
     rows, least = _rows(inputs.query), SIZES.get(inputs.platform, _ACCELERATOR).queries
     starts: list[tuple[int, int]] = [(0, 0)]
-    if 0 in inputs.query.shape or 0 in inputs.key.shape:
-        starts = []
-    elif isinstance(queries, int) and isinstance(keys, int):
+    whole = queries, keys
+    known = isinstance(queries, int) and isinstance(keys, int)
+    if known and 0 not in (*inputs.query.shape, keys):
 
         def size(length: int, other: int) -> int:
-            wanted = _MAXIMA_BLOCK // max(rows * other, 1) // 32 * 32
+            wanted = _MAXIMA_BLOCK // (rows * other) // 32 * 32
             return min(length, max(least, min(512, wanted)))
 
-        whole, keys = keys, size(keys, 256)
-        last, queries = queries, size(queries, keys)
-        starts = [
-            (min(start, last - queries), min(key, whole - keys))
-            for start in range(0, last, queries)
-            for key in range(*inputs.key_range(min(start, last - queries), start + queries), keys)
-        ]
+        keys = size(keys, 256)
+        queries = size(queries, keys)
+        starts = []
+        for start in range(0, whole[0], queries):
+            start = min(start, whole[0] - queries)
+            reach = range(*inputs.key_range(start, start + queries), keys)
+            starts += [(start, min(key, whole[1] - keys)) for key in reach]
     if not starts:
         return jnp.full(inputs.query.shape[2:4], -jnp.inf, jnp.float32)
 

@@ -223,11 +223,7 @@ def read_inputs(
     if key_heads % math.prod(sharding.mesh.shape[name] for name in head_axes):
         # Devices divide the query heads further than there are key heads: each gets the keys that
         # its own heads read.
-        def repeat(x: jax.Array) -> jax.Array:
-            shared = (*x.shape[:3], heads // key_heads, x.shape[3])
-            return jnp.broadcast_to(x[:, :, :, None], shared).reshape(len(x), keys, heads, -1)
-
-        k, v = jax.tree.map(repeat, (k, v))
+        k, v = jax.tree.map(lambda x: jnp.repeat(x, heads // key_heads, axis=2), (k, v))
         key_heads = heads
     full = (*batch, heads, queries, keys)
     if isinstance(local_window_size, int):

@@ -20,7 +20,7 @@ PLACES: dict[str, tuple[AxisType, P, int, int]] = {
     "sequences and heads, explicit": (EXPLICIT, P("data", None, "model"), 4, 2),
     "positions": (EXPLICIT, P(None, "model"), 4, 2),
     "sequences and positions, auto": (AUTO, P("data", "model"), 4, 4),
-    "heads on one key head": (EXPLICIT, P("data", None, "model"), 4, 1),
+    "six heads on three key heads": (EXPLICIT, P("data", None, "model"), 6, 3),
     "more devices than key heads": (AUTO, P("model", None, "data"), 8, 2),
 }
 

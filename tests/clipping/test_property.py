@@ -104,7 +104,7 @@ def test_any_shapes(name, kv_heads, group, head, model, seed, dtype):
 
 
 STACKED = [
-    *(((0,), "linen"), ((1,), "merged, grouped"), ((-1,), "transposed"), ((0, 1), "falcon")),
+    *(((-1,), "linen"), ((1,), "merged, grouped"), ((-1,), "transposed"), ((0, 1), "falcon")),
     *(((0, 2), "maxtext fused"), ((1,), "maxtext latent"), ((0,), "gate, found")),
     *(pytest.param((0, 1), name, marks=pytest.mark.slow) for name in BY_NAME),
 ]

@@ -99,8 +99,7 @@ ATTN = {"attn": attention()}
         ({**ATTN, "b": attention()}, ["attn"], {}, r"'b' .* has no maximum. Maxima .* for: 'attn'"),
         (ATTN, ["attn", "a/attn"], {}, r"recorded for 'a/attn'.*Blocks are: 'attn'"),
         (kernels(dense=(3, 3)), ["attn"], {}, "No attention block was found in parameters 'dense/"),
-        (ATTN, ["attn"], {"threshold": 0.0}, "threshold must be positive"),
-        (ATTN, ["attn"], {"alpha": 1.1}, "alpha must be"),
+        (ATTN, ["attn"], {"threshold": 0.0, "alpha": 1.1}, "threshold must be positive"),
     ],
 )
 def test_blocks_and_maxima_belong_together(params, maxima, settings, message):

@@ -39,6 +39,8 @@ KERNEL_RULE = ("wkv_b", mc.MatrixSpec((0, (1, 2))))
 PARTS = mc.MatrixSpec((0, 2), mc.Split(2, (3, 2)))
 FOURS = mc.MatrixSpec((0, 1), mc.Split(1, (4, 4)))
 THIRDS = mc.MatrixSpec((0, 1), mc.Split(1, (12, 12, 12)))
+ALTERNATING = mc.MatrixSpec((0, 1), mc.Split(1, (4, 4, 4), (3, 12), 1))
+BLOOM = {"attn": kernels(query_key_value=(12, 36), dense=(12, 12))}
 STACKED = {"layers": {"attn": jax.tree.map(lambda x: leaf(2, *x.shape), OWN)}}
 ARRAYS = {"attn": jax.tree.map(lambda x: jnp.ones(x.shape), TWO_AXES)}
 FOUR = {"attn": jnp.ones(4)}
@@ -85,6 +87,7 @@ TWO = {"encoder": APART, "decoder": APART}
         ),
         # A fused kernel that names cut needs no output projection.
         ({"attn": kernels(qkv=(12, 36))}, rules("split"), {"attn/qkv/kernel": THIRDS}),
+        (BLOOM, rules("split", head_dim=4), {"attn/query_key_value/kernel": ALTERNATING}),
         # A tree without attention may be a part of one.
         (DENSE, rules("per_head"), {"dense/kernel": Dims(0, 1)}),
     ],

@@ -22,53 +22,45 @@ def pair(query, key=None) -> dict[str, Any]:
     return {"query__kernel": query, "key__kernel": key or query}
 
 
+def biases(*shape: int) -> dict[str, Any]:
+    return {"query__bias": shape, "key__bias": shape}
+
+
+ROPE = AttentionLayout((*LAYOUT.projections, Projection("rope", ("query_alone",))))
+TOLD_AXIS = AttentionLayout(LAYOUT.projections, stack_axes=(1,))
+
+
 @pytest.mark.parametrize(
-    ("maxima", "kernel", "stack_axes", "feature_axes", "size"),
+    ("maxima", "shapes", "stack_axes", "feature_axes", "size"),
     [
-        ((4,), (64, 4, 16), (), (1, 2), 16),
-        ((4,), (64, 64), (), (1,), 16),
-        ((3, 4), (3, 64, 4, 16), (0,), (2, 3), 16),
-        ((3, 4), (64, 3, 4, 16), (1,), (2, 3), 16),
-        ((3, 4), (64, 4, 16, 3), (3,), (1, 2), 16),
-        ((3, 4), (3, 64, 64), (0,), (2,), 16),
-        ((2, 3, 4), (2, 3, 64, 4, 16), (0, 1), (3, 4), 16),
-        ((2, 3, 4), (2, 64, 3, 4, 16), (0, 2), (3, 4), 16),
+        ((4,), pair((64, 4, 16)), (), (1, 2), 16),
+        ((4,), pair((64, 64)), (), (1,), 16),
+        ((3, 4), pair((3, 64, 4, 16)), (0,), (2, 3), 16),
+        ((3, 4), pair((64, 3, 4, 16)), (1,), (2, 3), 16),
+        ((3, 4), pair((64, 4, 16, 3)), (3,), (1, 2), 16),
+        ((3, 4), pair((3, 64, 64)), (0,), (2,), 16),
+        ((2, 3, 4), pair((2, 3, 64, 4, 16)), (0, 1), (3, 4), 16),
+        ((2, 3, 4), pair((2, 64, 3, 4, 16)), (0, 2), (3, 4), 16),
         # More axes of maxima than the kernel has: micro-batches, reduced.
-        ((5, 4), (64, 4, 16), (), (1, 2), 16),
-        # As many layers as heads or as model features: the first axis holds the layers.
-        ((4, 4), (4, 64, 4, 16), (0,), (2, 3), 16),
-        ((64, 4), (64, 64, 4, 16), (0,), (2, 3), 16),
+        ((5, 4), pair((64, 4, 16)), (), (1, 2), 16),
+        # As many layers as heads or as model features: the first axis holds the layers,
+        ((4, 4), pair((4, 64, 4, 16)), (0,), (2, 3), 16),
+        ((64, 4), pair((64, 64, 4, 16)), (0,), (2, 3), 16),
+        # unless the layout, or biases, say otherwise.
+        ((64, 4), {"layout": TOLD_AXIS, **pair((64, 64, 4, 16))}, (1,), (2, 3), 16),
+        ((16, 2), pair((16, 16, 2, 4)) | biases(2, 16, 4), (1,), (2, 3), 4),
+        ((16, 2), pair((16, 16, 2, 4)) | biases(16, 2, 4), (0,), (2, 3), 4),
+        # The output projection tells four micro-batches from four layers on the second axis.
+        ((4, 4), pair((64, 4, 16)) | {"out__kernel": (4, 16, 64)}, (), (1, 2), 16),
+        ((4, 4), pair((64, 4, 64)) | {"out__kernel": (64, 4, 64)}, (1,), (2,), 16),
     ],
 )
-def test_kernels_alone(maxima, kernel, stack_axes, feature_axes, size):
-    plan = read(maxima, **pair(kernel))
+def test_layers_and_heads_are_found(maxima, shapes, stack_axes, feature_axes, size):
+    plan = read(maxima, **shapes)
     query = plan.leaves[0]
     assert (query.stack_axes, query.feature_axes) == (stack_axes, feature_axes)
     assert (plan.heads, plan.kv_heads, plan.head_dim) == (maxima[-1], maxima[-1], size)
     assert plan.maxima_shape == maxima[len(maxima) - len(stack_axes) - 1 :]
-
-
-def test_biases_tell_layers_from_features():
-    """As many layers as model features, stacked on the second axis: only biases show it."""
-    shapes = pair((16, 16, 2, 4)) | {"query__bias": (2, 16, 4), "key__bias": (2, 16, 4)}
-    assert read((16, 2), **shapes).leaves[0].stack_axes == (1,)
-    shapes = pair((16, 16, 2, 4)) | {"query__bias": (16, 2, 4), "key__bias": (16, 2, 4)}
-    assert read((16, 2), **shapes).leaves[0].stack_axes == (0,)
-
-
-def test_the_output_projection_tells_micro_batches_from_layers():
-    """Four micro-batches and four heads; or four layers, stacked on the second axis."""
-    one_layer = read((4, 4), **pair((64, 4, 16)), out__kernel=(4, 16, 64))
-    assert one_layer.maxima_shape == (4,)
-    layers = read((4, 4), **pair((64, 4, 64)), out__kernel=(64, 4, 64))
-    assert layers.maxima_shape == (4, 4)
-
-
-def test_stack_axes_may_be_said():
-    layout = AttentionLayout(LAYOUT.projections, stack_axes=(1,))
-    assert read((64, 4), layout, **pair((64, 64, 4, 16))).leaves[0].stack_axes == (1,)
-    with pytest.raises(ValueError, match="do not match"):
-        read((64, 4), layout, **pair((64, 4, 16)))
 
 
 def test_a_tie_is_an_error_that_says_how_to_break_it():
@@ -86,6 +78,9 @@ def test_a_tie_is_an_error_that_says_how_to_break_it():
         ((8,), pair((64, 128), (64, 40)), "key: 40 features .* number of key heads"),
         ((4,), pair((3, 64, 4, 16)), "stacked|not a kernel"),
         ((4,), pair((64, 4, 16)) | {"query__bias": (5,)}, "query/bias"),
+        ((64, 4), {"layout": TOLD_AXIS, **pair((64, 4, 16))}, "not stacked"),
+        # In latent attention every head has its own key.
+        ((4,), {"layout": ROPE, **pair((64, 64), (64, 32)), "rope": (64, 8)}, "key: 32 features"),
     ],
 )
 def test_what_does_not_fit_says_why(maxima, shapes, why):
