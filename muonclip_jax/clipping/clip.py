@@ -11,9 +11,14 @@ from jaxtyping import Array, Float, Int
 from muonclip_jax._arguments import names_known
 from muonclip_jax._tree import ScalarLike, Tree
 from muonclip_jax.attention.maxima import finite_max
-from muonclip_jax.clipping.gamma import check_clip_settings, clip_gamma, role_factors
+from muonclip_jax.clipping.gamma import (
+    check_clip_settings,
+    clip_gamma,
+    clip_leaf,
+    leaf_factor,
+    role_factors,
+)
 from muonclip_jax.clipping.matching import Recorded, merge_recordings, named_leaves, plan_clip
-from muonclip_jax.clipping.scaling import clip_leaf, leaf_factor
 from muonclip_jax.heads.finding import Blocks, Rule, block_rules
 from muonclip_jax.heads.plan import BlockPlan
 
@@ -120,8 +125,7 @@ def _clip_leaves(
         for leaf in plan.leaves:
             if any(segment.role in factors for segment in leaf.segments):
                 p, u = params[leaf.path], updates.get(leaf.path)
-                factor = leaf_factor(leaf, factors)
-                clipped[leaf.path] = clip_leaf(leaf.path, needed, p, u, factor)
+                clipped[leaf.path] = clip_leaf(leaf.path, needed, p, u, leaf_factor(leaf, factors))
     return clipped, info
 
 
