@@ -39,11 +39,12 @@ def counts(stacks: Sequence[Sequence[Run]]) -> list[int]:
 
 def test_a_chunk_or_stack_keeps_its_bound_and_has_one_dtype_and_tall_and_wide_share_it():
     assert counts(plan_chunks(LEAVES, FLOATS, 3 * MATRIX)) == [5, 5, 3, 2, 1]
+    assert counts(plan_chunks(LEAVES, FLOATS, 6 * MATRIX)) == [3, 5, 5, 2, 1]
     assert sorted(counts(plan_chunks(LEAVES, ONE_BFLOAT16, MATRIX))) == 6 * [1] + 2 * [5]
     stacks = plan_stacks(LEAVES, ONE_BFLOAT16, 10**9).stacks
     assert [runs[0].leaf for runs in stacks] == [0, 2, 6]
     assert counts(stacks) == [14, 1, 1]
-    for most, expected in ((1, [1] * 15), (2, [2] * 7 + [1]), (8, [8, 7]), (15, [15])):
+    for most, expected in ((1, [1] * 15), (2, [2] * 7 + [1]), (9, [8, 7]), (15, [15])):
         assert counts(plan_stacks(LEAVES, FLOATS, most * MATRIX).stacks) == [*expected, 1]
 
 
