@@ -24,12 +24,7 @@ from muonclip_jax.routing import (
     spec_tree,
 )
 from muonclip_jax.sharding import Distribution
-from muonclip_jax.transforms._checks import (
-    check_decay,
-    check_moments,
-    check_rates,
-    transformation,
-)
+from muonclip_jax.transforms._checks import check_decay, check_moments, check_rates, transformation
 from muonclip_jax.transforms._matrix_axes import WeightDimNumOrFn, scale_by_shape
 from muonclip_jax.transforms._placing import on_mesh
 from muonclip_jax.transforms._qk_clip import qk_clip

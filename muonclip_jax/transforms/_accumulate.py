@@ -25,12 +25,7 @@ from muonclip_jax._tree import (
     tree_from,
 )
 from muonclip_jax.attention.maxima import merge_max_logits
-from muonclip_jax.transforms._checks import (
-    differences,
-    inner_transformation,
-    transformation,
-    value_at,
-)
+from muonclip_jax.transforms._checks import check_inner, differences, transformation, value_at
 from muonclip_jax.transforms._placing import mesh_shardings, place_tree, replicate, zeros
 
 #: As in `optax.MultiSteps`: maps gradients, step count and parameters to whether to skip this
@@ -124,7 +119,7 @@ def accumulate(
     References:
         Kimi Team, Kimi K2, arXiv 2507.20534, Algorithm 1: a head's maximum is over the batch.
     """
-    inner = inner_transformation("accumulate", tx)
+    inner = check_inner("accumulate", tx)
     hint = "It is the number of micro-batches of a step, or a schedule."
     check_number("every", every, "an integer from 1", hint, schedule=True)
     if not callable(max_logits):

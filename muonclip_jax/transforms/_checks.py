@@ -121,8 +121,8 @@ def check_moments(params: optax.Params, mu_dtype: DTypeLike | None) -> None:
             )
 
 
-def inner_transformation(name: str, tx: object) -> optax.GradientTransformationExtraArgs:
-    """Returns what the transformation `name` wraps, which must be a transformation too."""
+def check_inner(name: str, tx: object) -> optax.GradientTransformationExtraArgs:
+    """Returns what the transformation `name` wraps; raises if it is no transformation."""
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(
             f"{name} takes a gradient transformation such as muonclip_jax.muonclip(1e-3), got "
@@ -169,8 +169,8 @@ def transformation(
     """
 
     def update_fn(
-        updates: optax.Updates, state: Tree, params: optax.Params | None = None, **extra: object
-    ) -> tuple[optax.Updates, Tree]:
+        updates: Tree, state: Tree, params: Tree = None, **extra: object
+    ) -> tuple[Tree, Tree]:
         if one_tree and params is not None:
             trees = dict(array_leaves(updates)), dict(array_leaves(params))
             if found := differences(*trees, ("the gradients", "the parameters")):
@@ -183,7 +183,15 @@ def transformation(
         try:
             return update(updates, state, params, **extra)
         except _FOREIGN as error:
-            found = _state_differences(init, updates if params is None else params, state)
+            found = []
+            # Where init fails too, the error is not the state's.
+            with contextlib.suppress(Exception), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                new = jax.eval_shape(init, updates if params is None else params)
+                given, own = (dict(flatten_with_paths(tree)[0]) for tree in (state, new))
+                found = differences(given, own, ("this state", "a new one"))
+                if not found and jax.tree.structure(state) != jax.tree.structure(new):
+                    found = [f"it is a {type(state).__name__}, expected a {type(new).__name__}"]
             if not found:
                 raise
             raise ValueError(
@@ -195,17 +203,3 @@ def transformation(
             ) from error
 
     return optax.GradientTransformationExtraArgs(init, update_fn)
-
-
-def _state_differences(init: Callable[..., Any], params: Tree, state: Tree) -> list[str]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            expected = jax.eval_shape(init, params)
-    except Exception:
-        return []  # The error at hand is not the state's.
-    given, own = (dict(flatten_with_paths(tree)[0]) for tree in (state, expected))
-    found = differences(given, own, ("this state", "a new one"))
-    if not found and jax.tree.structure(state) != jax.tree.structure(expected):
-        found = [f"it is a {type(state).__name__}, expected a {type(expected).__name__}"]
-    return found

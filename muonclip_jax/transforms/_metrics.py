@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from muonclip_jax.clipping.matching import find_in, match_maxima, merge_recordin
 from muonclip_jax.heads.clips import read_block
 from muonclip_jax.heads.finding import Blocks, Rule, block_rules
 from muonclip_jax.routing import MatrixRules
-from muonclip_jax.transforms._checks import inner_transformation, transformation, value_at
+from muonclip_jax.transforms._checks import check_inner, transformation, value_at
 from muonclip_jax.transforms._figures import (
     OF_MATRICES,
     Matrices,
@@ -35,9 +35,6 @@ from muonclip_jax.transforms._placing import mesh_shardings, replicate
 _NOTICEABLE = 1.1
 #: A maximum falls where it is below this multiple of the lowest one since the block was clipped.
 _FALL = 0.99
-
-#: Path and shape `(*stack, heads)` of each selected attention block.
-_Blocks: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 @names_known
@@ -96,7 +93,7 @@ def metrics(
         muon/orthogonality_error 0.0
         muon/effective_rank 4.0
     """
-    measured = inner_transformation("metrics", inner)
+    measured = check_inner("metrics", inner)
     hint = "It is the number of updates from one sample to the next."
     check_number("every", every, "an integer from 1", hint)
     threshold = math.inf if qk_clip_threshold is None else qk_clip_threshold
@@ -123,10 +120,10 @@ def metrics(
     def update(updates: Tree, state: Tree, params: Tree = None, **extra: Any) -> tuple[Tree, Tree]:
         updates, inner_state = measured.update(updates, state.inner_state, params, **extra)
         matrices, leaves = matrices_of(updates, rules)
-        blocks, maxima = (), []
+        maxima: list[jax.Array] = []
         if qk_clip_threshold is not None:
-            blocks, maxima = _recordings(updates, extra.get("max_logits"), attention, clips)
-        program: Any = functools.partial(_next_sample, matrices, blocks)
+            maxima = _maxima(updates, extra.get("max_logits"), attention, clips)
+        program: Any = functools.partial(_next_sample, matrices)
         shardings = mesh_shardings(updates, param_shardings)
         if shardings is not None:
             # On Explicit mesh axes JAX would ask how every product is sharded.
@@ -147,24 +144,21 @@ def metrics(
 
 
 # Outside of jit, a bare `cond` would be compiled anew on every call.
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def _next_sample(
     matrices: Matrices,
-    blocks: _Blocks,
     now: jax.Array,
     state: tuple[jax.Array, dict[str, jax.Array], jax.Array],
     updates: Sequence[jax.Array],
     momentum: dict[str, jax.Array],
-    recorded: Sequence[list[jax.Array]],
+    maxima: Sequence[jax.Array],
     threshold: ScalarLike,
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """The sample, a new one if `now`, and the lowest maximum of each block that is clipped."""
     count, old, lowest = state
     without_effect = old["clips_without_effect"]
     sample = old | {"step": count.astype(jnp.int32)}
-    if blocks:
-        pairs = zip(blocks, recorded, strict=True)
-        maxima = [merge_recordings(arrays, shape, path) for (path, shape), arrays in pairs]
+    if maxima:
         gammas = [clip_gamma(x, threshold) for x in maxima]
         sample |= {
             "max_logit": jnp.stack([x.max().astype(jnp.float32) for x in maxima]),
@@ -191,25 +185,27 @@ def _selected(tree: Tree, rules: tuple[Rule, ...] | None) -> list[str]:
     return [block.path for block in find_in(tree, rules, whole=False)[0] if block.selected]
 
 
-def _recordings(
+def _maxima(
     tree: Tree, max_logits: Tree, rules: tuple[Rule, ...] | None, clips: bool
-) -> tuple[_Blocks, list[list[jax.Array]]]:
-    """The selected blocks, of readable kernels if the blocks are clipped, and their maxima."""
+) -> list[jax.Array]:
+    """The maxima of each selected block; if blocks are clipped, their kernels give the shape."""
     found, masked = find_in(tree, rules, whole=False)
     selected = [block for block in found if block.selected]
     if not selected:
-        return (), []
+        return []
     if max_logits is None:
         raise ValueError(
             "metrics has a qk_clip_threshold, but update got no maxima. Call tx.update("
             "grads, state, params, max_logits=max_logits), or leave qk_clip_threshold out of "
             "metrics(...)."
         )
-    matched = match_maxima(found, max_logits, masked, rules)
-    shapes = {path: trailing_shape(recorded) for path, recorded in matched.items()}
-    if clips:
-        shapes = {x.path: read_block(x, shapes[x.path]).maxima_shape for x in selected}
-    return tuple(shapes.items()), list(matched.values())
+    matched, maxima = match_maxima(found, max_logits, masked, rules), []
+    for block in selected:
+        recorded = matched[block.path]
+        shape = trailing_shape(recorded)
+        shape = read_block(block, shape).maxima_shape if clips else shape
+        maxima.append(merge_recordings(recorded, shape, block.path))
+    return maxima
 
 
 def _momentum(state: Tree, paths: Sequence[str]) -> dict[str, jax.Array]:
