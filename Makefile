@@ -126,7 +126,7 @@ stacks: .venv-stacks/$(STACK)/.ready  ## run a recipe of docs/stacks with the re
 # The folders whose tests compile little. What a change is about runs beside them by
 # `make quick ARGS=tests/attention`.
 QUICK := tests/routing tests/matrices \
-	tests/newton_schulz/test_coefficients.py tests/clipping/test_gamma.py \
+	tests/newton_schulz/test_coefficients.py tests/clipping/test_clip.py \
 	tests/clipping/test_maxima.py tests/clipping/test_describe.py tests/transforms/test_muon.py \
 	tests/test_muonclip.py tests/test_imports.py \
 	tests/test_commands.py
