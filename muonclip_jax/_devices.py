@@ -14,7 +14,6 @@ from jax import lax
 from jax.core import Tracer
 from jax.interpreters import batching, mlir
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array, Shaped
 
 #: What `platform=` allows, with the names that JAX lowers for.
 PLATFORMS = {"cpu": ("cpu",), "gpu": ("cuda", "rocm"), "tpu": ("tpu",)}
@@ -73,6 +72,24 @@ def plan_platform(
     return _name_of(str(getattr(device, "platform", device)))
 
 
+# Returns its operand while tracing, and raises when it is lowered or computed: in a branch of
+# `lax.platform_dependent` for that platform, which is known only when the program is lowered.
+# (Importing the class of primitives from `jax.extend.core` would load Pallas.)
+_Primitive: Any = type(lax.add_p)
+_refused_p = _Primitive("refused")
+
+
+def _raise(*arguments: object, reason: str) -> NoReturn:
+    del arguments
+    raise NotImplementedError(reason)
+
+
+_refused_p.def_impl(_raise)
+_refused_p.def_abstract_eval(lambda x, *, reason: x)
+mlir.register_lowering(_refused_p, _raise)
+batching.defvectorized(_refused_p)
+
+
 def check_lowering(platform: str) -> jax.Array:
     """Returns a zero, and raises a NotImplementedError when lowered for another platform.
 
@@ -90,34 +107,9 @@ def check_lowering(platform: str) -> jax.Array:
     )
     return lax.platform_dependent(
         zero,
-        default=lambda x: refused(x, reason),
+        default=lambda x: _refused_p.bind(x, reason=reason),
         **dict.fromkeys(PLATFORMS[platform], lambda x: x),
     )
-
-
-# The class of primitives; importing it from `jax.extend.core` would load Pallas.
-_Primitive: Any = type(lax.add_p)
-_refused_p = _Primitive("refused")
-
-
-def refused(x: Shaped[Array, "..."], reason: str) -> Shaped[Array, "..."]:
-    """Returns `x` while tracing; raises a NotImplementedError when lowered or computed.
-
-    In a branch of `lax.platform_dependent` it raises for that platform, which is known only when
-    the program is lowered.
-    """
-    return _refused_p.bind(x, reason=reason)
-
-
-def _raise(*arguments: object, reason: str) -> NoReturn:
-    del arguments
-    raise NotImplementedError(reason)
-
-
-_refused_p.def_impl(_raise)
-_refused_p.def_abstract_eval(lambda x, *, reason: x)
-mlir.register_lowering(_refused_p, _raise)
-batching.defvectorized(_refused_p)
 
 
 def device_memory(platform: str) -> int | None:

@@ -96,9 +96,8 @@ def plan_local(
     plan = plan_leaf([length for length, _ in dims], MatrixSpec(spec.dims, tuple(splits.values())))
     blocks = []
     for part in plan.parts:
-        sides = [
-            [(part.shape[axis], dims[axis][1]) for axis in axes] for axes in (reduction, output)
-        ]
+        held = [(length, axes) for length, (_, axes) in zip(part.shape, dims, strict=True)]
+        sides = [[held[axis] for axis in side] for side in (reduction, output)]
         fan_in, fan_out = (_length(side, sizes, sizes) for side in sides)
         rows, columns = map(_merged, sides[::-1] if fan_in > fan_out else sides)
         blocks.append(Block(rows, columns, fan_in > fan_out))

@@ -124,7 +124,7 @@ def members_sent(bucket: Bucket, exchange: Exchange) -> tuple[np.ndarray, Axes]:
 
 
 def _axes(block: Block, exchange: Exchange) -> tuple[Axes, Axes, Axes, Axes]:
-    """Matrix axes that shard a matrix, and that replicate it; column axes on rows, and that do.
+    """Matrix axes that shard a matrix, or replicate it; column axes that shard rows, or replicate.
 
     Column axes that already shard columns need no exchange. `X X^H X` does not depend on the order
     of columns and rows, as long as it is the same on all devices of a group.

@@ -30,6 +30,7 @@ from muonclip_jax.sharding.planning import Bucket, Exchange, Job, Round, branche
 
 # More slices than this make the program long.
 _SLICES = 16
+_DEFAULT = Distribution()
 
 
 def orthogonalize_leaves(
@@ -52,7 +53,7 @@ def orthogonalize_leaves(
         ValueError: If `distribution` has an axis that the mesh does not have, or an axis of
             `axis_name` is not mapped.
     """
-    options = distribution or Distribution()
+    options = distribution or _DEFAULT
     polar, eps = decide_platform(polar, eps, directions, in_shardings and in_shardings.mesh)
     mapped = tuple((name, _mapped_size(name)) for name in axis_name)
     # In a checked `shard_map`, a stack of two leaves varies along the mesh axes of both, and so
