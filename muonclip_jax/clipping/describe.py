@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from muonclip_jax._tree import Tree
 from muonclip_jax.clipping.gamma import check_clip_settings
-from muonclip_jax.clipping.matching import find_in, match_maxima, trailing_shape
+from muonclip_jax.clipping.matching import find_in, match_maxima
 from muonclip_jax.heads.clips import guess_block, read_block
 from muonclip_jax.heads.finding import Blocks, FoundBlock, block_rules
 
@@ -62,8 +62,7 @@ def describe_attention(
     found, masked = find_in(params, rules)
     shapes: dict[str, tuple[int, ...]] = {}
     if max_logits is not None:
-        matched = match_maxima(found, max_logits, masked, rules)
-        shapes = {path: trailing_shape(arrays) for path, arrays in matched.items()}
+        _, shapes = match_maxima(found, max_logits, masked, rules)
     described = (_describe_block(b, shapes.get(b.path), shared_keys) for b in found)
     return "\n".join(itertools.chain(*described))
 

@@ -137,8 +137,8 @@ def match_maxima(
     max_logits: Tree,
     masked: Sequence[str],
     rules: tuple[Rule, ...] | None,
-) -> Recorded:
-    """Returns the recordings of each selected block, by path.
+) -> tuple[Recorded, dict[str, Shape]]:
+    """Returns the recordings of each selected block, by path, and the shape with the fewest axes.
 
     A recording belongs to the block with the same path. One named `max_logits` may also come from a
     submodule: if no block has its path, it belongs to the nearest enclosing block. A block that is
@@ -167,12 +167,9 @@ def match_maxima(
                 f"recorded for: {listed(recorded)}. Record one for it, or select the blocks to "
                 "clip with blocks=, as in blocks='decoder/.*attention$'."
             )
-    return {block.path: matched[block.path] for block in selected}
-
-
-def trailing_shape(arrays: Sequence[jax.Array]) -> Shape:
-    """Returns the shape with the fewest axes among the recordings of one module."""
-    return min((tuple(x.shape) for x in arrays), key=len)
+    matched = {block.path: matched[block.path] for block in selected}
+    shapes = {path: min((tuple(x.shape) for x in xs), key=len) for path, xs in matched.items()}
+    return matched, shapes
 
 
 def merge_recordings(arrays: Sequence[jax.Array], shape: Shape, path: str) -> jax.Array:
@@ -202,6 +199,6 @@ def plan_clip(
     found, masked = find_in(params, rules)
     if not found:  # the tree is empty
         return (), {}
-    matched = match_maxima(found, max_logits, masked, rules)
-    plans = [read_block(b, trailing_shape(matched[b.path])) for b in found if b.selected]
+    matched, shapes = match_maxima(found, max_logits, masked, rules)
+    plans = (read_block(block, shapes[block.path]) for block in found if block.selected)
     return tuple(plans), matched

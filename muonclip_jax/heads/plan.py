@@ -154,8 +154,8 @@ def _head_size(
 ) -> int:
     """Returns the size of a query and key head; `divide` checks that it fits.
 
-    From the layout if it has one, else from a projection that produces only queries, else from an
-    axis for heads, else from the output projection, which takes one value head per query head.
+    From the layout if it has one, else from a projection that produces only queries, else from the
+    output projection, which takes one value head per query head, else from an axis for heads.
     """
     told = {part: n for p in layout.projections for part, n in zip(p.parts, p.sizes or ())}  # noqa: B905
     if size := told.get("query") or told.get("key") or layout.head_dim:
@@ -168,10 +168,10 @@ def _head_size(
         if rotary and rope is None:
             raise MisfitError(f"{first.path}: how its features are divided is unknown; give sizes=")
         return (kernel.total // heads - (rope or 0) * rotary) // (len(parts) - rotary)
-    if "query" in parts and not first.interleaved and len(kernel.features) > 1:
-        return kernel.features[-1]
     if "query" in parts and out is not None and out % heads == 0:
         return out // heads
+    if "query" in parts and not first.interleaved and len(kernel.features) > 1:
+        return kernel.features[-1]
     if "query" in parts and layout.kv_heads is not None:
         return kernel.total // sum(heads if ROLES[part] else layout.kv_heads for part in parts)
     raise MisfitError(

@@ -15,7 +15,7 @@ from muonclip_jax._arguments import check_number, is_concrete, names_known
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree, flatten_with_paths
 from muonclip_jax.attention.maxima import finite_max
 from muonclip_jax.clipping.gamma import check_clip_settings, clip_gamma
-from muonclip_jax.clipping.matching import find_in, match_maxima, merge_recordings, trailing_shape
+from muonclip_jax.clipping.matching import find_in, match_maxima, merge_recordings
 from muonclip_jax.heads.clips import read_block
 from muonclip_jax.heads.finding import Blocks, Rule, block_rules
 from muonclip_jax.routing import MatrixRules
@@ -199,13 +199,10 @@ def _maxima(
             "grads, state, params, max_logits=max_logits), or leave qk_clip_threshold out of "
             "metrics(...)."
         )
-    matched, maxima = match_maxima(found, max_logits, masked, rules), []
-    for block in selected:
-        recorded = matched[block.path]
-        shape = trailing_shape(recorded)
-        shape = read_block(block, shape).maxima_shape if clips else shape
-        maxima.append(merge_recordings(recorded, shape, block.path))
-    return maxima
+    recorded, shapes = match_maxima(found, max_logits, masked, rules)
+    if clips:
+        shapes = {b.path: read_block(b, shapes[b.path]).maxima_shape for b in selected}
+    return [merge_recordings(recorded[path], shape, path) for path, shape in shapes.items()]
 
 
 def _momentum(state: Tree, paths: Sequence[str]) -> dict[str, jax.Array]:
