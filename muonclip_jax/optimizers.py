@@ -76,8 +76,7 @@ def muonclip(
     arguments are static: if given, list them in `static_args` of `optax.inject_hyperparams`.
 
     Args:
-        learning_rate: Learning rate of both groups. Start from AdamW's, 3e-4 to 2e-3 for most
-            models, and try 2 to 8 times that.
+        learning_rate: Learning rate of both groups. AdamW's, 3e-4 to 2e-3, and up to 8 times that.
         qk_clip_threshold: Heads whose maximum logit exceeds this are scaled down; None switches the
             clip off. With it on, `update` needs `max_logits=`.
         qk_clip_alpha: Exponent of gamma for queries; the exponent for keys is `1 - alpha`.
