@@ -186,7 +186,7 @@ def _decide(leaf: Leaf) -> Decision:
         return Decision(None, why, entry.decays)
     elif sum(n > 1 for n in shape) < 2:
         return Decision(None, "vector", decays=name.leaf in GENERIC)
-    elif (named := _by_axis_names(leaf)) is not None:
+    elif leaf.axes and (named := _by_axis_names(leaf, leaf.axes)) is not None:
         return named
     elif name.stacked and letters and not axes and look_up(name, shape[1:]).layout == "":
         why = "a gate that may be a stacked router or a stack of experts"
@@ -208,17 +208,17 @@ def _decide(leaf: Leaf) -> Decision:
     return Decision(to_spec(with_layers(letters, axes, rank), leaf.shape, entry.parts), why)
 
 
-def _by_axis_names(leaf: Leaf) -> Decision | None:
+def _by_axis_names(leaf: Leaf, names: Sequence[str]) -> Decision | None:
     """The layout by the framework's axis names, if they include the hidden state's axis."""
     axes = leaf.stack or ()
-    if leaf.axes is None or not all(n or i in axes for i, n in enumerate(leaf.axes)):
+    if not all(name or i in axes for i, name in enumerate(names)):
         return None
-    if fits(_TABLE_AXIS, *leaf.axes):
+    if fits(_TABLE_AXIS, *names):
         return Decision(None, "a table by the name of an axis")
     # "i" is the hidden state's axis, and "o" the others.
     letters = "".join(
         "b" if i in axes or fits(_BATCH_AXIS, name) else "i" if fits(WIDTH_AXIS, name) else "o"
-        for i, name in enumerate(leaf.axes)
+        for i, name in enumerate(names)
     )
     if letters.count("i") != 1 or "o" not in letters:
         return None

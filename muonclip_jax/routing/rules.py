@@ -124,9 +124,14 @@ class MatrixRules:
                 "attention='merged' they are not. Leave it out, or write attention='split' or "
                 "attention='per_head'."
             )
-        checked = _checked_rules(rules), _checked_scan_axis(scan_axis), attention, head_dim
-        names = ("rules", "scan_axis", "attention", "head_dim", "blocks")
-        for name, value in zip(names, (*checked, block_rules(blocks)), strict=True):
+        values = {
+            "rules": () if rules == () else _checked_rules(rules),
+            "scan_axis": None if scan_axis is None else _checked_scan_axis(scan_axis),
+            "attention": attention,
+            "head_dim": head_dim,
+            "blocks": block_rules(blocks),
+        }
+        for name, value in values.items():
             object.__setattr__(self, name, value)
 
     def decisions(self, params: Tree) -> list[tuple[str, Any, Decision]]:
@@ -172,8 +177,7 @@ class MatrixRules:
         Masked trees, and empty ones (as from `optax.tree.map_params`), are not checked.
         """
         nodes = flatten_with_paths(params, is_leaf=is_masked)[0]
-        masked = any(is_masked(node) for _, node in nodes)
-        if masked or not nodes or self._resolved is not None:
+        if not nodes or self._resolved is not None or any(is_masked(node) for _, node in nodes):
             return
         paths = [path for path, _ in nodes]
         for pattern, _ in self.rules:
@@ -265,8 +269,6 @@ def _checked_rules(rules: object) -> Rules:
 
 def _checked_scan_axis(scan_axis: object) -> ScanAxis:
     """`scan_axis=` as pairs of a pattern and axes."""
-    if scan_axis is None:
-        return None
     pairs = scan_axis if isinstance(scan_axis, tuple | list) else [scan_axis]
     if not any(isinstance(pair, tuple | list) for pair in pairs):
         pairs = [("", pairs)]

@@ -40,14 +40,12 @@ def find_stacks(leaves: Sequence[Leaf], widths: frozenset[int]) -> None:
     stacked = [leaf for leaf in leaves if leaf.stack]
     for below, kernels, options in ambiguous:
         first, unnamed = kernels[0], not any(extra_axes(x.name, x.shape) for x in kernels)
-        most = 3 if unnamed else None  # without a name only from the same block
-        for module in first.modules[1:most]:
-            beside = [x for x in stacked if module in x.modules[:most]]
+        for module in first.modules[1:3]:
+            beside = [x for x in stacked if module in x.modules[:3]]
             near = {(x.stack, *_lengths(x, x.stack or ())) for x in beside}
             fitting = [x for x in options if (a := _axes(first, x), *_lengths(first, a)) in near]
             if len(fitting) == 1:
                 _assign(below, kernels, fitting[0])
-            if near:
                 break
         for leaf in kernels:
             if leaf.stack is None and unnamed and len(below) == 1:
@@ -84,10 +82,7 @@ def _solve(module: str, leaves: Sequence[Leaf], widths: frozenset[int]) -> Itera
             _assign(leaves if extra else known, kernels, options[0])
             yield from _solve(module, [x for x in leaves if x.stack is None], widths)
             return
-        if options:
-            yield leaves, kernels, options
-            return
-        if _options(kernels, extra, True, widths):
+        if options or _options(kernels, extra, True, widths):
             break  # fewer axes are possible, so more are a guess
     if len(leaves) == 1:
         extra = min((extras[leaves[0]] or frozenset()) - {0}, default=1)
@@ -188,26 +183,23 @@ def extra_axes(name: LeafName, shape: Shape) -> frozenset[int] | None:
 
 def _all_show(leaves: Sequence[Leaf], options: Sequence[Axes]) -> bool:
     """Whether kernels of several shapes and all vectors next to them have the one layer axis."""
-    shapes: dict[bool, set[Shape]] = {True: set(), False: set()}
-    for leaf in leaves:
-        shapes[look_up(leaf.name, leaf.shape).layout != ""].add(leaf.shape)
-    kernels, vectors = shapes[True], shapes[False]
+    kernels = {x.shape for x in leaves if look_up(x.name, x.shape).layout != ""}
+    vectors = {x.shape for x in leaves} - kernels
     if len(options) != 1 or len(kernels) < 2 or not vectors:
         return False
-    return all(next(iter(kernels))[options[0][0]] in shape for shape in vectors)
+    length = next(iter(kernels))[options[0][0]]
+    return all(length in shape for shape in vectors)
 
 
 def _assign(leaves: Sequence[Leaf], kernels: Sequence[Leaf], choice: Axes) -> None:
     """Assigns the axes to the kernels, and to other leaves of the module that have them."""
-    # Of nested stacks perhaps some.
-    subsets = [x for n in range(len(choice), 0, -1) for x in combinations(choice, n)]
     module = next(m for m in kernels[0].modules if all(m in leaf.modules for leaf in kernels))
     for leaf in kernels:
         leaf.stack = _axes(leaf, choice)
     for leaf in leaves:
         if leaf.stack is None and module in leaf.modules:
-            same = (x for x in subsets if _lengths(leaf, x) == _lengths(kernels[0], x))
-            leaf.stack = _axes(leaf, next(same, ()))
+            same = _lengths(leaf, choice) == _lengths(kernels[0], choice)
+            leaf.stack = _axes(leaf, choice) if same else ()
 
 
 def _lengths(leaf: Leaf, axes: Axes) -> list[int]:
