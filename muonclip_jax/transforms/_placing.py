@@ -1,6 +1,7 @@
-"""States and updates placed on a mesh."""
+"""The matrices and shardings of a tree, read once an update; trees and states placed on a mesh."""
 
-from typing import Any, TypeVar
+import dataclasses
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,21 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from muonclip_jax._tree import Tree
-from muonclip_jax.sharding import MeshShardings, on_devices, place, read_shardings
+from muonclip_jax._arguments import check_flags, check_number, check_type
+from muonclip_jax._devices import varying_axes
+from muonclip_jax._tree import ScalarLike, Tree
+from muonclip_jax.newton_schulz import PolarPlan
+from muonclip_jax.routing import MatrixRules, MatrixSpec, as_rules, resolve_muon_specs
+from muonclip_jax.sharding import (
+    Distribution,
+    MeshShardings,
+    on_devices,
+    orthogonalize_leaves,
+    place,
+    read_shardings,
+    zero1_shardings,
+)
+from muonclip_jax.transforms._matrix_axes import WeightDimNumOrFn
 
 T = TypeVar("T")
 
@@ -95,3 +109,81 @@ def on_mesh(
         return place_tree(new, shardings), placed(after, updates, shardings)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class Leaves(NamedTuple):
+    """Decisions about the leaves of a tree, made once per update.
+
+    Attributes:
+        specs: The normalised spec of each.
+        sharded: Shardings of momentum and directions: like the parameters, or further (ZeRO-1).
+        shardings: Shardings of parameters and results, on a mesh.
+        mapped_axes: Those of `axis_name`.
+        placed: `sharded` where momentum and directions are placed on the mesh, and None where they
+            are left as JAX shards them.
+    """
+
+    specs: list[MatrixSpec]
+    sharded: MeshShardings | None
+    shardings: MeshShardings | None
+    mapped_axes: tuple[str, ...]
+    placed: MeshShardings | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Orthogonalizer:
+    """The checked settings of the polar factor, and its application to a tree."""
+
+    polar: PolarPlan
+    eps: ScalarLike
+    adaptive: bool
+    rules: MatrixRules | None
+    weight_dimension_numbers: WeightDimNumOrFn | None
+    param_shardings: Tree
+    axis_name: str | tuple[str, ...] | None
+    distribution: Distribution | None
+
+    def __post_init__(self) -> None:
+        check_number("eps", self.eps, "finite and not negative")
+        check_flags(adaptive=self.adaptive)
+        as_rules(self.rules)
+        check_type("distribution", self.distribution, Distribution | None, "Distribution(...)")
+        check_type("axis_name", self.axis_name, str | tuple | None, "'data' or ('data', 'fsdp')")
+
+    def read(self, tree: Tree, init: bool = False) -> Leaves:
+        """Decides what the matrices are and how they are sharded, and checks the leaves."""
+        found = resolve_muon_specs(tree, self.weight_dimension_numbers, self.rules)
+        mapped_axes = (self.axis_name,) if isinstance(self.axis_name, str) else self.axis_name or ()
+        for path, leaf, _ in found:
+            where = path or "The leaf"
+            if init:
+                try:
+                    self.polar.check_input(leaf.dtype)
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from None
+            elif differing := tuple(sorted(varying_axes(leaf).intersection(mapped_axes))):
+                raise ValueError(
+                    f"{where} varies over the mapped axes {differing}, but axis_name requires it "
+                    "to be equal along them. Average it first: jax.lax.pmean(grads, "
+                    f"{differing}); or leave an axis that shards the parameters out of axis_name."
+                )
+        specs = [spec for _, _, spec in found]
+        zero1 = self.distribution is not None and self.distribution.shard_momentum
+        required_by = "Distribution(shard_momentum=True)" * (zero1 and not init)
+        sharded = shardings = read_shardings(tree, self.param_shardings, not init, required_by)
+        if shardings is not None and zero1:
+            sharded = zero1_shardings(shardings, [tuple(x.shape) for _, x, _ in found], specs)
+        places = zero1 or self.param_shardings is not None
+        return Leaves(specs, sharded, shardings, mapped_axes, sharded if places else None)
+
+    def polar_factors(self, directions: Tree, leaves: Leaves) -> Tree:
+        """Replaces each matrix of the directions, sharded as `leaves.sharded`."""
+        xs, treedef = jax.tree.flatten(directions)
+        polars = orthogonalize_leaves(self.polar, self.eps, xs, *leaves[:4], self.distribution)
+        if self.adaptive:
+            beside = polars
+            if leaves.sharded is not leaves.shardings:
+                beside = place_tree(polars, leaves.sharded)
+            # <U, O> is the sum of U's singular values where O is its polar factor.
+            polars = [jnp.sum(u.conj() * b) * o for u, b, o in zip(xs, beside, polars, strict=True)]
+        return jax.tree.unflatten(treedef, polars)
