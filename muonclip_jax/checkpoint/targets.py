@@ -4,10 +4,10 @@ from collections.abc import Collection
 
 import jax
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from muonclip_jax._tree import SEPARATOR, Shaped, Tree, flatten_with_paths, tree_from
-from muonclip_jax.sharding import align_shardings, is_entry
+from muonclip_jax._tree import SEPARATOR, Shaped, Tree, flatten_with_paths
+from muonclip_jax.sharding import align_shardings
 from muonclip_jax.transforms._checks import differences
 
 
@@ -26,7 +26,7 @@ def abstract_params(params: Tree, param_shardings: Tree = None, mesh: Mesh | Non
         A pytree of `jax.ShapeDtypeStruct`, with shardings where they are known.
 
     Raises:
-        TypeError: If an entry is not a sharding.
+        TypeError: If an entry is not a sharding, or is a `PartitionSpec` without a mesh.
         ValueError: With the leaf's path, if a leaf has no entry, or its entry has an axis that is
             not in the mesh, has too many dimensions or does not divide the shape.
 
@@ -50,14 +50,12 @@ def abstract_params(params: Tree, param_shardings: Tree = None, mesh: Mesh | Non
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding if known else None)
 
         return jax.tree.map(form_of, params)
-    param_shardings = tree_from(param_shardings, params, is_entry)
-    entries, structure = flatten_with_paths(param_shardings, is_leaf=is_entry)
-    placed = [_on_mesh(path, entry, mesh) for path, entry in entries]
-    known = [sharding.mesh for sharding in placed if isinstance(sharding, NamedSharding)]
+    aligned = align_shardings(params, param_shardings, mesh)
+    known = [sharding.mesh for *_, sharding in aligned if sharding]
     rest = NamedSharding(known[0], PartitionSpec()) if known else None
     forms = [
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or rest)
-        for _, leaf, sharding in align_shardings(params, jax.tree.unflatten(structure, placed))
+        for _, leaf, sharding in aligned
     ]
     return jax.tree.unflatten(jax.tree.structure(params), forms)
 
@@ -123,24 +121,6 @@ def abstract_state(
             sharding = NamedSharding(on, asked.spec)
         targets.append(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding))
     return jax.tree.unflatten(structure, targets)
-
-
-def _on_mesh(
-    path: str, entry: Sharding | PartitionSpec | None, mesh: Mesh | None
-) -> Sharding | PartitionSpec | None:
-    """Returns a spec as a sharding on `mesh`, and anything else as it is."""
-    if not isinstance(entry, PartitionSpec):
-        return entry
-    given = f"param_shardings has {entry}{f' at {path!r}' if path else ''}"
-    if mesh is None:
-        raise ValueError(f"{given}, which needs a mesh. Pass mesh=, or NamedSharding(mesh, spec).")
-    try:
-        return NamedSharding(mesh, entry)
-    except Exception as error:  # JAX's for duplicates is private
-        raise ValueError(
-            f"{given}, which does not fit a mesh of {dict(mesh.shape)}. Name each of these axes at "
-            "most once, and None for a dimension that is not sharded."
-        ) from error
 
 
 def check_saved(saved: Tree, target: Tree) -> None:

@@ -20,7 +20,6 @@ from muonclip_jax.sharding.mesh_shardings import (
 from muonclip_jax.sharding.options import Distribution as Distribution
 from muonclip_jax.sharding.reading import (
     align_shardings as align_shardings,
-    is_entry as is_entry,
     read_shardings as read_shardings,
 )
 from muonclip_jax.sharding.run import orthogonalize_leaves as orthogonalize_leaves

@@ -109,10 +109,9 @@ def scatter_results(x: jax.Array, bucket: Bucket, exchange: Exchange) -> Sequenc
 
 
 def members_sent(bucket: Bucket, exchange: Exchange) -> tuple[np.ndarray, Axes]:
-    """The matrices of a bucket that a device sends, by place along the axes that replicate them.
+    """The matrices that a device sends, by its place along the axes that replicate them; and those.
 
-    Returns indices of matrices `(places along those axes, slots * places along the sharding axes)`,
-    arbitrary for padding; and those axes.
+    `(places along those axes, slots * places along the sharding axes)`, arbitrary for padding.
     """
     sharded, unsharded, *_ = _axes(bucket.block, exchange)
     axes = exchange.matrix_axes

@@ -45,11 +45,6 @@ class MeshShardings:
     #: Those of the axes that cross the network between slices.
     dcn: Axes = ()
 
-    @property
-    def inside_manual(self) -> bool:
-        """Whether this is inside a `shard_map` over other axes of the mesh."""
-        return bool(self.mesh.manual_axes)
-
     def shardings(self) -> list[NamedSharding]:
         """The leaves' shardings."""
         return [NamedSharding(self.mesh, spec_of(leaf)) for leaf in self.leaves]

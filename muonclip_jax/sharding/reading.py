@@ -159,13 +159,15 @@ def _ids(devices: Iterable[jax.Device]) -> str:
     return f"[{', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''}]"
 
 
-def align_shardings(params: Tree, param_shardings: Tree) -> list[PlacedLeaf]:
+def align_shardings(
+    params: Tree, param_shardings: Tree, mesh: Mesh | None = None
+) -> list[PlacedLeaf]:
     """Finds the sharding of every leaf in a tree of shardings, by path.
 
     `param_shardings` is a pytree of `NamedSharding` with an entry for every leaf or subtree of
     `params`; a single one for all; or a function from `params` to such a pytree. It may have
-    entries for leaves that are masked in `params`. The sharding is None where the entry is None or
-    a single device.
+    entries for leaves that are masked in `params`, and `PartitionSpec`s if `mesh` is given. The
+    sharding is None where the entry is None or a single device.
 
     Raises:
         TypeError: If an entry is not a sharding.
@@ -184,7 +186,16 @@ def align_shardings(params: Tree, param_shardings: Tree) -> list[PlacedLeaf]:
                 f"entries are {', '.join(map(repr, list(entries)[:8])) or 'none'}. Pass the tree "
                 "jax.tree.map(lambda x: x.sharding, params) of all parameters."
             )
-        aligned.append((path, leaf, _checked(path, tuple(leaf.shape), entries[covering])))
+        entry = entries[covering]
+        if isinstance(entry, PartitionSpec) and mesh is not None:
+            try:
+                entry = NamedSharding(mesh, entry)
+            except Exception as error:  # JAX's for duplicates is private
+                raise ValueError(
+                    f"param_shardings has {entry} at {path!r}, which does not fit a mesh of "
+                    f"{dict(mesh.shape)}. Name each of these axes at most once."
+                ) from error
+        aligned.append((path, leaf, _checked(path, tuple(leaf.shape), entry)))
     return aligned
 
 

@@ -55,7 +55,13 @@ def orthogonalize_leaves(
     """
     options = distribution or _DEFAULT
     polar, eps = decide_platform(polar, eps, directions, in_shardings and in_shardings.mesh)
-    mapped = tuple((name, _mapped_size(name)) for name in axis_name)
+    try:
+        mapped = tuple((name, lax.axis_size(name)) for name in axis_name)
+    except NameError as error:
+        raise ValueError(
+            f"axis_name={axis_name} has a name that is not a mapped axis here: {error}. Call "
+            "update inside jax.pmap(..., axis_name=...) or jax.shard_map, or leave axis_name out."
+        ) from error
     # In a checked `shard_map`, a stack of two leaves varies along the mesh axes of both, and so
     # would the results of both: leaves that vary along different axes share no stack.
     kinds = [getattr(jax.typeof(leaf), "manual_axis_type", None) for leaf in directions]
@@ -70,16 +76,6 @@ def orthogonalize_leaves(
         for leaf, result in zip(alike, polars, strict=True):
             results[leaf] = result
     return results
-
-
-def _mapped_size(name: str) -> int:
-    try:
-        return lax.axis_size(name)
-    except NameError as error:
-        raise ValueError(
-            f"axis_name={name!r} is not the name of a mapped axis here. Call update inside "
-            f"jax.pmap(..., axis_name={name!r}) or jax.shard_map over it, or leave axis_name out."
-        ) from error
 
 
 # A call outside of jit compiles as a whole, and once.

@@ -32,7 +32,7 @@ T = TypeVar("T")
 def mesh_shardings(tree: Tree, param_shardings: Tree) -> MeshShardings | None:
     """The shardings of a tree; None inside of `shard_map`, where arrays are local."""
     shardings = read_shardings(tree, param_shardings, warn=False)
-    return None if shardings is None or shardings.inside_manual else shardings
+    return None if shardings is None or shardings.mesh.manual_axes else shardings
 
 
 def place_tree(tree: T, shardings: MeshShardings | None) -> T:
@@ -45,7 +45,7 @@ def _by_leaf(tree: Tree, shardings: MeshShardings) -> Tree:
 
 def replicate(tree: T, shardings: MeshShardings | None) -> T:
     """Places small arrays on every device of a mesh."""
-    if shardings is None or shardings.inside_manual:
+    if shardings is None or shardings.mesh.manual_axes:
         return tree
     everywhere = NamedSharding(shardings.mesh, PartitionSpec())
     return jax.tree.map(lambda x: place(x, everywhere), tree)
