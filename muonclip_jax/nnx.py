@@ -40,22 +40,17 @@ capturing: ContextVar[bool] = ContextVar("capturing", default=False)
 _ONE_AT_A_TIME = threading.RLock()
 
 
-def _calling_module() -> nnx.Module | None:
-    """Returns the module that called the attention function, which NNX does not pass, or None.
+def _record(max_logits: Float[Array, " N"], module: nnx.Module | None = None) -> None:
+    """Sows maxima at a module's own path, inside a capture only.
 
-    It is on the Python call stack during tracing.
+    By default at that of the module which called the attention function. NNX does not pass it, but
+    it is on the Python call stack during tracing.
     """
     frame = sys._getframe(1)
-    while frame is not None:
-        module = frame.f_locals.get("self")
-        if isinstance(module, nnx.Module):
-            return module
+    while module is None and frame is not None:
+        caller = frame.f_locals.get("self")
+        module = caller if isinstance(caller, nnx.Module) else None
         frame = frame.f_back
-    return None
-
-
-def _record(module: nnx.Module | None, max_logits: Float[Array, " N"]) -> None:
-    """Sows maxima at the module's own path, inside a capture only."""
     if module is not None and hasattr(module, "__captures__"):
         module.sow(nnx.Intermediate, MAX_LOGITS, max_logits)
 
@@ -118,7 +113,6 @@ def dot_product_attention(
         >>> state["max_logits"].get_value()[0].shape
         (2,)
     """
-    target = record_in or module or _calling_module()
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
     if module is None and (deterministic or dropout_rate == 0.0):
         out, max_logits = attend(
@@ -138,7 +132,7 @@ def dot_product_attention(
             module=module,
             is_causal=is_causal,
         )
-    _record(target, max_logits)
+    _record(max_logits, record_in or module)
     return out
 
 
@@ -148,7 +142,7 @@ def _to_one_dtype(query: jax.Array, key: jax.Array, dtype: DTypeLike | None) -> 
 
 def _record_captured(max_logits: Float[Array, " N"]) -> None:
     if capturing.get():
-        _record(_calling_module(), max_logits)
+        _record(max_logits)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ LONGER_FUNCTIONS = {
     "_program": 95,
 }
 TOTAL = {
-    "muonclip_jax": 12_925,  # (11,000)
+    "muonclip_jax": 12_919,  # (11,000)
     "tests": 13_772,  # (12,000)
     "benchmarks": 3_984,  # (4,000)
 }
