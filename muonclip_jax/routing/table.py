@@ -20,8 +20,8 @@ kernels, biases, gains and norms, and three more kinds:
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 from muonclip_jax.heads.finding import Shape
 from muonclip_jax.heads.layouts import OUT_NAMES, QUERY_KEY_VALUE, spelling
@@ -133,16 +133,19 @@ OUTPUT_HEAD = "output head"
 _LORA_FACTOR = "LoRA factor: only the product acts"
 _NO_CHANNELS = "depthwise filters: no channels are mixed"
 _KERNEL = "kernel|w|weight"
-_MOE: Any = {"within": MOE, "without": _ONE_EXPERT}
+# Rows that do not fit modules of one expert, and those of them inside mixture-of-experts modules.
+_many = partial(Row, without=_ONE_EXPERT)
+_moe = partial(_many, within=MOE)
 
 #: Vectors, which heads and stacked layers give more axes. Weight decay does not apply.
 VECTORS = (
     Row("bias", leaf=_BIAS),
     Row("gain or scale", leaf=_GAIN),
     Row("norm", role=rf"(?!ada|.*modulation){_NORM}", leaf="(?!kernel$).*"),
-    Row("bias or gain", leaf="b|g|mean|var", parent=rf"{_NORM}|{DENSE}|{_CONV}|{_LINEN_QKV}"),
+    Row("bias or gain", leaf="b|g", parent=rf"{_NORM}|{DENSE}|{_CONV}|{_LINEN_QKV}"),
+    Row("running statistic", leaf="(?:running_|moving_)?(?:mean|var|variance)", parent=_NORM),
     Row("state-space vector", role=_STATE_VECTOR),
-    Row("state-space vector", role="d|a|lambda|nu|theta", within=_STATE_SPACE),
+    Row("state-space vector", role="d|a|lambda|(?:nu|theta)(?:_log)?", within=_STATE_SPACE),
 )
 ROWS = (
     Row(_LORA_FACTOR, role=_LORA),
@@ -158,15 +161,12 @@ ROWS = (
     Row(EMBEDDING_TABLE, role=_EMBEDDING),
     # Routers. A gate is one where mixture-of-experts modules say so; gate_proj never is.
     Row("router", within=_ROUTER),
-    Row("router", "", _GATE, _KERNEL, **_MOE),
-    Row("router", "--", _GATE, **_MOE),
-    Row(
-        *("narrow gate: a router", "--", "gate|gating|wg"),
-        without=_ONE_EXPERT,
-        shape=lambda s: 2 * s[-1] <= s[-2],
-    ),
-    # Attention projections. Levanter has a fused kernel on five axes, in either order.
-    Row("attention, fused", "iboo", rf"{_QKV}|{_KV}", shape=lambda s: s[1] in (2, 3)),
+    _moe("router", "", _GATE, _KERNEL),
+    _moe("router", "--", _GATE),
+    _many("narrow gate: a router", "--", "gate|gating|wg", shape=lambda s: 2 * s[-1] <= s[-2]),
+    # Attention projections. Levanter has its fused kernel in either order.
+    Row("attention, fused", "iboo", _QKV, shape=lambda s: s[1] == 3),
+    Row("attention, fused", "iboo", _KV, shape=lambda s: s[1] == 2),
     Row("attention, fused", "booi", _QKV, shape=lambda s: s[0] == 3),
     Row("attention, heads first", "oio", "[qkv]_einsum"),
     Row("attention, fused, heads first", "boio", "qkv_einsum|kv_einsum"),
@@ -192,11 +192,11 @@ ROWS = (
     Row("gate and up on one axis", "boi bboi", "gating_einsum"),
     Row("gate and up on axis 1", "ibo", "wi", shape=lambda s: s[1] == 2),
     # Stacks of experts.
-    Row(EXPERT_STACK, "bio", _MLP, **_MOE),
-    Row(EXPERT_STACK, "bio", within=r"(?:.*_)?experts", without=_ONE_EXPERT),
-    # Output heads; BERT's is "cls/predictions/decoder".
+    _moe(EXPERT_STACK, "bio", _MLP),
+    _many(EXPERT_STACK, "bio", within=r"(?:.*_)?experts"),
+    # Output heads; "cls/predictions/decoder" in BERT, "lm_head/decoder" in RoBERTa.
     Row(OUTPUT_HEAD, role=_HEAD),
-    Row(OUTPUT_HEAD, role="decoder", within="predictions"),
+    Row(OUTPUT_HEAD, role="decoder", within=rf"predictions|{_HEAD}"),
     Row("inside an output head", role=rf"{_MATRIX}|{_OUT}|layers|out|output", parent=_HEADS),
     # Plain matrices.
     Row("matrix", "io", _MATRIX),

@@ -25,6 +25,7 @@ CASES: list[Any] = [
     ("transformer/layer_0/mlp/gating_einsum/w", (2, 32, 8), (2, 1)),
     ("transformer/h/0/attn/c_attn/kernel", (8, 24), IO, 0, (8, 8, 8)),
     ("cls/predictions/decoder/kernel", (8, 50), None),
+    ("lm_head/decoder/kernel", (8, 50), None),
     ("albert/encoder/embedding_hidden_mapping_in/kernel", (4, 8), IO),
     ("model/layers/0/mlp/gate_up_proj/kernel", (8, 64), IO, 0, (32, 32)),
     ("model/layers/0/mlp/experts/gate_up_proj", (4, 8, 64), (1, 2), 0, (32, 32)),
@@ -34,7 +35,6 @@ CASES: list[Any] = [
     ("w1", (6, 10, 10), (1, 2)),
     ("", (3, 4), IO),
     ("q", (8, 2, 4), QKV),
-    ("unembed", (8, 50), None),
     ("head_mlp/kernel", (8, 32), IO),
     ("moe/experts/gate", (4, 8, 32), (1, 2)),
     ("router/classifier/kernel", (8, 4), None),
@@ -48,7 +48,7 @@ CASES: list[Any] = [
     ("moe/w_gate", (8, 4), None),
     ("moe/experts/0/gate/kernel", (8, 4), IO),
     ("patch_embed/kernel", (48, 8), IO),
-    ("layers/bn/mean", (6, 8), None),
+    ("layers/bn/running_mean", (6, 8), None),
     ("layers/norm/g", (6, 8), None),
 ]
 
