@@ -118,8 +118,7 @@ def _attend_block(
 ) -> tuple[Float[Array, "B t K G D"], Float[Array, "K G"]]:
     """Attention of a block of queries, with its start, to `span` keys from another start on."""
     query, start, key_start = piece
-    block = inputs.block(start, query.shape[1], key_start, span)
-    block = dataclasses.replace(block, query=query)
+    block = dataclasses.replace(inputs.block(start, query.shape[1], key_start, span), query=query)
     assert block.value is not None
     unbiased = logits = block_logits(block.query, block.key, block.scale)
     if block.bias is not None:
@@ -151,17 +150,18 @@ def attend(inputs: Inputs) -> tuple[Float[Array, "B T K G D"], Float[Array, "K G
         fallback = jnp.mean(inputs.value, axis=1, keepdims=True, dtype=jnp.float32)
         fallback = fallback[:, :, :, None].astype(inputs.value.dtype)
     pieces = []
-    if len(segments) == len(segments[0].key_starts) == 1:
-        span, segments = segments[0].keys, []
-        pieces.append(_attend_block(span, inputs, fallback, (inputs.query, 0, 0)))
     for first, length, key_starts, span in segments:
-        blocks = len(key_starts)
+        blocks, attend_block = len(key_starts), functools.partial(_attend_block, span)
+        if blocks > 1 or len(segments) > 1:
+            attend_block = jax.checkpoint(attend_block)
+        # Arguments, since what a function closes over is read more often in the backward pass.
+        attend_at = functools.partial(attend_block, inputs, fallback)
         query = inputs.query[:, first : first + blocks * length]
+        if blocks == 1:
+            pieces.append(attend_at((query, first, key_starts[0])))
+            continue
         query = jnp.moveaxis(query.reshape(len(query), blocks, length, *query.shape[2:]), 1, 0)
         starts = first + length * jnp.arange(blocks), jnp.asarray(key_starts)
-        # Arguments, since what a function closes over is read more often in the backward pass.
-        attend_again = jax.checkpoint(functools.partial(_attend_block, span))
-        attend_at = functools.partial(attend_again, inputs, fallback)
         out, maxima = lax.map(attend_at, (query, *starts))
         out = jnp.moveaxis(out, 0, 1)
         pieces.append((out.reshape(len(out), -1, *out.shape[3:]), jnp.max(maxima, axis=0)))
