@@ -47,7 +47,7 @@ def find_output_head(leaves: Sequence[Leaf]) -> None:
     """Gives the output head to AdamW, or flags the candidates."""
     free = [leaf for leaf in leaves if leaf.ruled is None]
     matrices = [leaf for leaf in free if leaf.decision.spec is not None]
-    listed = {x for x in leaves if x.stack or x.name.stacked or _NUMBERED.search(x.path)}
+    listed = {x for x in leaves if x.stack or x.name.grouped or _NUMBERED.search(x.path)}
     blocks, layers = _blocks(leaves)
     outside = [
         leaf
@@ -97,7 +97,7 @@ def _blocks(leaves: Sequence[Leaf]) -> tuple[set[str], set[str]]:
     kernels: Counter[str] = Counter()
     wider = {"", "params"}  # lists, stacks, token embeddings, and the root of Flax's variables
     for leaf in leaves:
-        if leaf.stack or leaf.name.stacked or token_tables([leaf]):
+        if leaf.stack or leaf.name.grouped or token_tables([leaf]):
             wider.update(leaf.modules)
         elif leaf.decision.spec is not None:
             kernels.update(leaf.modules)
@@ -135,13 +135,14 @@ def cut_attention(
             and leaf.ruled is None
             and (leaf.decision.spec or leaf.decision.readings)
         }
+        later = stack[:1] not in ((), (0,))
         cuts = attention_cuts(
             by_path,
             {path: leaf.decision.spec for path, leaf in inside.items()},
             [strip_outer(path) for path in hidden],
             attention=attention,
             stack=stack,
-            stacked={path for path, leaf in inside.items() if leaf.name.stacked},
+            stacked={p for p, x in inside.items() if x.name.stacked or (x.name.grouped and later)},
             head_dim=head_dim,
             blocks=blocks,
         )

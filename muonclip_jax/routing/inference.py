@@ -150,7 +150,7 @@ def _is_by_head(leaf: Leaf) -> bool:
 def _is_window(leaf: Leaf) -> bool:
     """Whether a leaf is a convolution by its shape: a small square window before the channels."""
     name, shape, entry = leaf.name, leaf.shape, look_up(leaf.name, leaf.shape)
-    if len(shape) not in (4, 5) or name.stacked or name.leaf not in ("kernel", "w"):
+    if len(shape) not in (4, 5) or name.grouped or name.leaf not in ("kernel", "w"):
         return False
     if fits(MOE, *name.scope, name.role) or len(leaf.bias or (1,)) > 1:
         return False

@@ -33,6 +33,8 @@ _WRAPPER = re.compile(rf"((?:^|[/.])(?:{'|'.join(GENERIC)}))/(?:\d+|array)$")
 _SUFFIX = re.compile(r"(?!w_)(.*[^_])_(kernel|weights?|w)")  # "query_w" is "w" of "query"
 # Names of a module list or of scanned layers. Followed by a number they are a list.
 _CONTAINER = re.compile(r"(?:.*_)?(?:layers|blocks|stack|stacked|scan|scanned|repeats?|stages)")
+# A name that, with a number, is one layer; class names ("MoeBlock_0") do not count.
+_LAYER = re.compile(r"(?:[a-z0-9_]*_)?(?:res|encoder|decoder)?(?:layer|block|stage|unit|h)s?_?\d+")
 
 
 class LeafName(NamedTuple):
@@ -41,7 +43,10 @@ class LeafName(NamedTuple):
     leaf: str  # the last name
     role: str  # the most telling name: the last one that is neither generic nor a number
     scope: tuple[str, ...]  # the names before the role, outermost first
-    stacked: bool  # below a container of layers without a number, as from `nn.scan`
+    #: Below a container of layers without a layer number, as from `nn.scan`: it has a layer axis.
+    stacked: bool
+    #: Below such a container, perhaps with numbered modules ("layers/layer_0") scanned together.
+    grouped: bool
 
 
 @dataclass(frozen=True)
@@ -89,20 +94,21 @@ def read_path(path: str) -> tuple[LeafName, tuple[str, ...]]:
     path = _WRAPPER.sub(r"\1", path)
     outer = path.split("/")[:-1]
     modules = tuple("/".join(outer[:n]) for n in range(len(outer), -1, -1))
-    parts: list[tuple[str, bool]] = []  # names, and whether they have a number
+    parts: list[tuple[str, bool, bool]] = []  # name, whether it has a number, or is one layer
     for part in re.split(r"[/.]", path):
         if part.isdigit():
-            parts[-1:] = [(name, True) for name, _ in parts[-1:]]
+            parts[-1:] = [(name, True, True) for name, _, _ in parts[-1:]]
         elif part not in ("params", "~", ""):
             name = re.sub(r"_\d+$", "", spelling(part))
-            parts.append((name, name != spelling(part)))
+            parts.append((name, name != spelling(part), _LAYER.fullmatch(part) is not None))
     names = ["one_expert" if x[1] and x[0] in ("expert", "experts") else x[0] for x in parts]
     names = names or [""]
-    stacked = any(_CONTAINER.fullmatch(name) and not number for name, number in parts[:-1])
+    lists = [i for i, x in enumerate(parts[:-1]) if _CONTAINER.fullmatch(x[0]) and not x[1]]
+    stacked = bool(lists) and not any(one_layer for _, _, one_layer in parts[lists[0] :])
     if len(names) > 1 and (suffix := _SUFFIX.fullmatch(names[-1])):
         names[-1:] = suffix.groups()
     role = len(names) - (2 if names[-1] in GENERIC and len(names) > 1 else 1)
-    return LeafName(names[-1], names[role], tuple(names[:role]), stacked), modules
+    return LeafName(names[-1], names[role], tuple(names[:role]), stacked, bool(lists)), modules
 
 
 def read_tree(params: Tree) -> list[tuple[Key, Any]]:

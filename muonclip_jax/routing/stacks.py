@@ -62,7 +62,10 @@ def _solve(module: str, leaves: Sequence[Leaf], widths: frozenset[int]) -> Itera
     if not kernels:
         return
     # Whether their paths indicate stacked layers.
-    contained = {leaf.name.stacked for leaf in kernels}
+    contained = {
+        leaf.name.stacked or (leaf.name.grouped and leaf.scan_axis not in (None, (0,)))
+        for leaf in kernels
+    }
     inside, counts = contained == {True}, [extra for extra in extras.values() if extra]
     # If no name says how many axes a kernel has, a stack is what all leaves show alike.
     alike = frozenset({1} if min(len(leaf.shape) for leaf in kernels) > 2 else ())

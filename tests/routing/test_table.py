@@ -17,6 +17,7 @@ OUT = ((0, 1), 2)
 #: Path, shape, axes read and made (None: AdamW), scan_axis, and sizes of parts. `trees/` has more.
 CASES: list[Any] = [
     ("Conv_0/kernel", (2, 3, 3, 8, 6), ((0, 1, 2, 3), 4)),
+    ("layers/layer_1/conv/kernel", (3, 3, 16, 16), ((0, 1, 2), 3)),
     ("ConvLocal_0/kernel", (4, 18, 6), (1, 2)),
     ("ConvLocal_0/kernel", (4, 5, 18, 6), (2, 3)),
     ("depthwise_conv/kernel", (3, 1, 6), None),
