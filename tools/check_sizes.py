@@ -25,7 +25,7 @@ SUBPACKAGES = {
     "clipping": 781,  # (800)
     "attention": 995,  # (900)
     "heads": 1243,  # (1,200)
-    "routing": 1672,  # (1,300)
+    "routing": 1680,  # (1,300)
     "kernels": 647,
 }
 FILE, FUNCTION, ANY = 300, 60, 135  # Any: (150)
@@ -35,8 +35,8 @@ LONGER_FUNCTIONS = {
     "_program": 95,
 }
 TOTAL = {
-    "muonclip_jax": 12_919,  # (11,000)
-    "tests": 13_772,  # (12,000)
+    "muonclip_jax": 12_927,  # (11,000)
+    "tests": 13_773,  # (12,000)
     "benchmarks": 3_984,  # (4,000)
 }
 

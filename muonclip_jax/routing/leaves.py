@@ -43,10 +43,8 @@ class LeafName(NamedTuple):
     leaf: str  # the last name
     role: str  # the most telling name: the last one that is neither generic nor a number
     scope: tuple[str, ...]  # the names before the role, outermost first
-    #: Below a container of layers without a layer number, as from `nn.scan`: it has a layer axis.
-    stacked: bool
-    #: Below such a container, perhaps with numbered modules ("layers/layer_0") scanned together.
-    grouped: bool
+    stacked: bool  # below a container of layers without a layer number, as from `nn.scan`
+    grouped: bool  # the same, perhaps with numbered modules ("layers/layer_0") scanned together
 
 
 @dataclass(frozen=True)
