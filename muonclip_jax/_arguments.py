@@ -22,7 +22,8 @@ _ELSEWHERE = {
     "wd": "weight_decay",
     "momentum": "beta",
     "decay": "beta",
-    "betas": "adam_b1",
+    "betas": "beta adam_b1 adam_b2",
+    "adjust_lr_fn": "consistent_rms",
     "tau": "qk_clip_threshold",
     "every_k_schedule": "every",
 }
@@ -39,21 +40,25 @@ def names_known(function: Callable[P, R]) -> Callable[P, R]:
         ...
         TypeError: scale has no argument 'lr'. Did you mean learning_rate?
     """
-    names = [name for name in inspect.signature(function).parameters if name != "self"]
+    parameters = inspect.signature(function).parameters
+    names = [name for name in parameters if name != "self"]
+    ordered = [name for name, x in parameters.items() if x.kind == x.POSITIONAL_OR_KEYWORD]
+    what = function.__qualname__.removesuffix(".__init__")
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        if len(args) > len(ordered):
+            by_name = ", ".join(names[len(ordered) :])
+            raise TypeError(f"{what} takes only {', '.join(ordered)} without names: name {by_name}")
         for name in kwargs:
             if name not in names:
                 from difflib import get_close_matches  # Only needed for the message.
 
-                meant = [own for own in (_ELSEWHERE.get(name),) if own in names]
+                meant = [own for own in _ELSEWHERE.get(name, "").split() if own in names]
                 meant = meant or [own for own in names if own.endswith(f"_{name}")]
                 meant = meant or get_close_matches(name, names, n=2)
                 known = f"Its arguments are {', '.join(names)}."
-                if meant:
-                    known = f"Did you mean {' or '.join(meant)}?"
-                what = function.__qualname__.removesuffix(".__init__")
+                known = f"Did you mean {' or '.join(meant)}?" if meant else known
                 raise TypeError(f"{what} has no argument {name!r}. {known}")
         return function(*args, **kwargs)
 

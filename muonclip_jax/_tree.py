@@ -124,12 +124,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def listed(paths: Iterable[str], limit: int = 8) -> str:
-    """Lists paths for a message, at most `limit` of them.
-
-    Example:
-        >>> listed(["a", "b", "c"], limit=2)
-        "'a', 'b' and 1 more"
-    """
+    """Lists paths for a message, at most `limit` of them: "'a', 'b' and 1 more"."""
     paths = list(paths)
     more = f" and {len(paths) - limit} more" if len(paths) > limit else ""
     return (", ".join(map(repr, paths[:limit])) or "none") + more

@@ -98,6 +98,9 @@ POSITIVE, NUMBER = "must be positive and finite, got", "must be a number"
 Settings = list[tuple[Any, dict[str, Any], str]]
 TYPES: Settings = [
     (mc.muonclip, {"lr": 1e-3}, "muonclip has no argument 'lr'.*learning_rate"),
+    (mc.muonclip, {"betas": (0.9, 0.95)}, "Did you mean beta or adam_b1 or adam_b2"),
+    (mc.muonclip, {"adjust_lr_fn": "original"}, "Did you mean consistent_rms"),
+    (lambda: mc.muonclip(1e-3, 0.9, 0.95), {}, "only learning_rate without names.*weight_decay"),
     (muon, {"mask": None}, "'mask'. Did you mean weight_decay_mask"),
     (mc.qk_clip, {"colour": 1}, "Its arguments are threshold, alpha"),
     (mc.MuonClipConfig, {"lr": 1e-3}, "MuonClipConfig has no.*learning_ra"),

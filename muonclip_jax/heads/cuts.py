@@ -7,9 +7,6 @@ Every matrix is orthogonalised separately and has its own shape scale:
 | "merged" | one matrix | by name | one matrix |
 | "split" | one matrix | queries, keys, values | without rotation, with rotation |
 | "per_head" | one per head | one per head of each | two per head |
-
-All leaves of a block are used, because the rotary size of a query follows from the key projection,
-and the number of key heads of a fused kernel from the output projection.
 """
 
 import dataclasses
@@ -21,7 +18,7 @@ import numpy as np
 
 from muonclip_jax._specs import MatrixSpec, Split, matrix_shapes, normalize_spec, normalized_axes
 from muonclip_jax.heads.finding import Rule, Shape, find_blocks, kernel_name
-from muonclip_jax.heads.layouts import VALUE_NAMES, AttentionLayout, Projection
+from muonclip_jax.heads.layouts import ROLES, VALUE_NAMES, AttentionLayout, Projection
 from muonclip_jax.heads.plan import BlockPlan, LeafPlan, MisfitError, RefusalError, Segment
 from muonclip_jax.heads.reading import Reading, solve
 
@@ -48,9 +45,7 @@ def attention_cuts(
 ) -> dict[str, Cut]:
     """Returns spec and description, by path, of leaves that layouts split differently than names.
 
-    `leaves` are all parameters by path, `specs` the leaves that may be split (None if their axes
-    are ambiguous), `hidden` the paths of masked leaves, `stack` the axes of stacked layers of the
-    leaves in `specs`, and `stacked` those whose paths indicate stacked layers.
+    `specs` are of the leaves that may be split, stacked on the axes `stack`; `hidden` are masked.
     """
     masked = dict.fromkeys(hidden, _SOME_MATRIX)
     cuts: dict[str, Cut] = {}
@@ -99,6 +94,9 @@ def _block_cuts(
 ) -> Cuts:
     """Returns the splits of one block's kernels by name; results are cached for equal blocks."""
     leaves, specs = dict(shapes), dict(table)
+    joint = not layout.own_keys and not all(ROLES[part] for part in layout.query.parts)
+    if joint and layout.head_dim is None:
+        layout = dataclasses.replace(layout, head_dim=head_dim)
     stackings: list[tuple[int, ...]] = [(), (scan_axis,)]
     if scan_axis == 0:
         stackings = [tuple(range(n)) for n in range(max(map(len, leaves.values()), default=0))]
@@ -108,20 +106,29 @@ def _block_cuts(
         sizes = {s.role: s.size for s in segments if s.role in ("query", "query_alone")}
         misses = head_dim not in (None, sum(sizes.values()))
         cuts = tuple(_cuts_of(reading, plan, specs, attention == "per_head"))
-        return (not plan.agrees, bool(plan.stack) != stacked, len(plan.stack), misses), cuts
+        # A fused kernel with three outputs per input has three equal parts.
+        whole = plan.leaves[layout.projections.index(layout.query)]
+        wide = whole.total == len(whole.segments) * whole.shape[whole.input_axis]
+        unequal = joint and wide and plan.heads != plan.kv_heads
+        stacks = bool(plan.stack) != stacked, len(plan.stack)
+        return (not plan.agrees, *stacks, misses, unequal), cuts
 
     found, misfits = solve(layout, leaves, finish, stacked=stackings)
     if len(found) == 1:
         return next(iter(found))
     if found:
-        heads = sorted({plan.heads for plans in found.values() for plan in plans})
+        plans = [plan for plans in found.values() for plan in plans]
+        heads = sorted({plan.heads for plan in plans})
         shown = ", ".join(map(str, heads[:8])) + (", ..." if len(heads) > 8 else "")
-        raise MisfitError(
-            f"its shapes allow {shown} heads. Give the head size: "
-            f"MatrixRules(attention={attention!r}, head_dim=64), or for one block "
-            "blocks=[(pattern, AttentionLayout(..., head_dim=64))]"
+        cure = (
+            f"the head size: MatrixRules(attention={attention!r}, head_dim=64), or for one block "
         )
-    if attention == "split" and not (misfits and isinstance(misfits[0], RefusalError)):
+        size = "head_dim=64"
+        if len({plan.head_dim for plan in plans}) == 1:
+            cure, size = "the number of key heads: ", f"kv_heads={plans[0].kv_heads}"
+        cure += f"blocks=[(pattern, AttentionLayout(..., {size}))]"
+        raise MisfitError(f"its shapes allow {shown} heads. Give {cure}")
+    if attention == "split" and not (misfits and type(misfits[0]) is RefusalError):
         # Names may have split every kernel of several parts into them already.
         kernels = ((kernel_name(leaves, p.path), len(p.parts)) for p in layout.projections)
         fused = [(specs.get(name), leaves[name], n) for name, n in kernels if name and n > 1]

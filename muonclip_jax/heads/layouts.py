@@ -29,13 +29,7 @@ import re
 from collections.abc import Iterable
 
 #: Which head count a role has: True for the query heads, False for the key heads.
-ROLES: dict[str, bool] = {
-    "query": True,
-    "query_alone": True,
-    "key": False,
-    "gate": True,
-    "value": False,
-}
+ROLES = {"query": True, "query_alone": True, "key": False, "gate": True, "value": False}
 #: Roles that a clip multiplies.
 SCALED = ("query", "query_alone", "key")
 _ORDERS = (False, True, "group")
@@ -78,8 +72,7 @@ class Projection:
         if not self.parts or not ROLES.keys() >= set(self.parts):
             wrong = f"the parts {self.parts}; each must be one of {', '.join(map(repr, ROLES))}"
         elif self.interleaved not in _ORDERS:
-            orders = ", ".join(map(repr, _ORDERS))
-            wrong = f"interleaved={self.interleaved!r}; it must be one of {orders}"
+            wrong = f"interleaved={self.interleaved!r}; it must be one of {str(_ORDERS)[1:-1]}"
         elif self.sizes is not None and len(self.sizes) != len(self.parts):
             wrong = f"{len(self.parts)} parts and {len(self.sizes)} sizes; give one size per part, "
             wrong += "the size of one of its heads"
@@ -129,6 +122,7 @@ class AttentionLayout:
 
     def __post_init__(self) -> None:
         projections, axes = tuple(self.projections), self.stack_axes
+        axes = (axes,) if isinstance(axes, int) else axes
         query = next((p for p in projections if {"query", "query_alone"} & set(p.parts)), None)
         if query is None:
             raise ValueError(
@@ -137,11 +131,7 @@ class AttentionLayout:
             )
         for name, value in {
             "projections": projections,
-            "stack_axes": (axes,)
-            if isinstance(axes, int)
-            else None
-            if axes is None
-            else tuple(axes),
+            "stack_axes": None if axes is None else tuple(axes),
             "paths": (*(p.path for p in projections), *(self.latent or ())),
             "own_keys": {x for p in projections for x in p.parts} >= {"query", "query_alone"},
             "query": query,
@@ -221,10 +211,11 @@ BUILTIN_LAYOUTS: tuple[AttentionLayout, ...] = (
         for up in ups.split()
         for query in queries.split()
     ),
-    _layout("latent (separate parts)", "q_nope: query; q_rope: query_alone; k_nope: key"),
-    _layout(
-        "latent (separate parts)",
-        "q_nope_proj: query; q_rope_proj: query_alone; k_nope_proj: key",
+    *(
+        _layout(
+            "latent (separate parts)", f"q_nope{x}: query; q_rope{x}: query_alone; k_nope{x}: key"
+        )
+        for x in ("", "_proj")
     ),
     *(separate(query, key) for query, key, _ in QUERY_KEY_VALUE),
     # Gemma's einsums are (heads, inputs, size). The keys of Gemma 4 are the values too, so that

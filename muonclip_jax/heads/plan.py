@@ -16,6 +16,10 @@ class RefusalError(MisfitError):
     """The block is understood, but it cannot be clipped."""
 
 
+class UnknownSizeError(RefusalError):
+    """Nothing gives the head size, whatever the maxima are."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Segment:
     """`heads * size` consecutive features with one role, `size` per head."""
@@ -152,11 +156,7 @@ def _head_size(
     rope: int | None,
     out: int | None,
 ) -> int:
-    """Returns the size of a query and key head; `divide` checks that it fits.
-
-    From the layout if it has one, else from a projection that produces only queries, else from the
-    output projection, which takes one value head per query head, else from an axis for heads.
-    """
+    """Returns the size of a query and key head; `divide` checks that it fits."""
     told = {part: n for p in layout.projections for part, n in zip(p.parts, p.sizes or ())}  # noqa: B905
     if size := told.get("query") or told.get("key") or layout.head_dim:
         return size
@@ -174,7 +174,9 @@ def _head_size(
         return kernel.features[-1]
     if "query" in parts and layout.kv_heads is not None:
         return kernel.total // sum(heads if ROLES[part] else layout.kv_heads for part in parts)
-    raise MisfitError(
-        f"neither an output projection for {heads} heads nor the layout gives the head size; pass "
+    if out is not None:
+        raise MisfitError(f"the {out} inputs of the output projection are not {heads} heads")
+    raise UnknownSizeError(
+        "neither an output projection nor the layout gives the head size; pass "
         "AttentionLayout(..., head_dim=) or kv_heads="
     )

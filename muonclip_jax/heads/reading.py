@@ -32,8 +32,6 @@ from muonclip_jax.heads.plan import (
 )
 
 _Result = TypeVar("_Result")
-#: What stands beside queries and keys and is no output projection.
-_NO_OUTPUT = (*VALUE_NAMES, *itertools.chain(*NORM_NAMES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +108,12 @@ class Reading:
         """Returns the input features of the output projection and of kernels of unknown names."""
         outputs: dict[str, str] = {}
         unknown: set[int] = set()
+        others = (*self.layout.paths, *VALUE_NAMES, *itertools.chain(*NORM_NAMES))
         for module in dict.fromkeys(name.partition("/")[0] for name in self.shapes):
             name = kernel_name(self.shapes, module)
             if name is not None and spelling(module) in OUT_NAMES:
                 outputs[spelling(module)] = name
-            elif name is not None and module not in (*self.layout.paths, *_NO_OUTPUT):
+            elif name is not None and module not in others:
                 with contextlib.suppress(MisfitError):  # it may not be stacked
                     unknown.add(math.prod(self._taken(name)[0]))
         for name in (outputs[out] for out in OUT_NAMES if out in outputs):
@@ -129,9 +128,7 @@ class Reading:
     ) -> AttentionLayout:
         """Returns the layout, with a gate for every query head if the shapes show one, or raises.
 
-        A query projection with twice the features that the output takes is either gated, or has
-        heads twice as large as the values'. The keys and values beside it tell which, but not where
-        the gate is if query and gate are merged in one axis.
+        Keys and values tell a gated query from heads twice as large as the values'.
         """
         layout = self.layout
         (first, *others), last = layout.projections, layout.projections[-1]
@@ -173,7 +170,8 @@ class Reading:
         layout = self._with_gate(kernels, out, unknown)
         size, kv_heads, leaves = divide(layout, kernels, heads, rope, out)
         values = [s.size for leaf in leaves for s in leaf.segments if s.role == "value"]
-        agrees = out == heads * [*values, size][0]
+        made, fused = heads * [*values, size][0], not {"query", "key"} - {*layout.query.parts}
+        agrees = out == made or (fused and out is None and made in unknown)
         return BlockPlan("", layout.name, heads, kv_heads, size, self.stack, leaves, agrees)
 
 
@@ -203,8 +201,10 @@ def _readings(
             total = 1
             with contextlib.suppress(MisfitError):
                 total = reading.kernel(layout.query).total
-            divisors = (n for n in range(1, total + 1) if total % n == 0)
-            yield from (dataclasses.replace(reading, heads=n) for n in divisors)
+            # Heads of a known size need not divide a fused kernel: 6 of them on 2 keys are ten.
+            size = layout.head_dim
+            counts = (n for n in range(1, total // (size or 1) + 1) if size or total % n == 0)
+            yield from (dataclasses.replace(reading, heads=n) for n in counts)
         elif len(axes) < len(maxima_shape):
             stack = maxima_shape[len(maxima_shape) - 1 - len(axes) : -1]
             yield dataclasses.replace(reading, stack=stack, heads=maxima_shape[-1])

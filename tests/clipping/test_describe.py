@@ -59,6 +59,7 @@ SHARED = r"[a-z, ]+, cannot be clipped: its queries and keys are normalised"
 TITLES = {
     "merged": (kernels(q_proj=(6, 32), k_proj=(6, 16)), OPEN),
     "four layers of merged heads, or heads of 64": (kernels(q=(4, 64, 64), k=(4, 64, 64)), OPEN),
+    "of no known size": (kernels(qkv=(6, 48)), "fused q k v, cannot be clipped: neither .*pass"),
     "with an output": (kernels(q=(4, 64, 64), k=(4, 64, 64), o=(4, 64, 64)), OPEN),
     "heads on an axis, without an output": (kernels(q=(6, 2, 4), k=(6, 2, 4)), OPEN),
     "an axis of four in every place": (kernels(q=(4, 4, 4), k=(4, 4, 4), o=(4, 4, 4)), OPEN),

@@ -53,7 +53,7 @@ BLOCKS: dict[str, Any] = {
     "No attention block.*qk_clip_threshold=None.*low-rank": {
         "q_proj": adapters("base_module")["q_proj"]
     },
-    "gives the head size; .*head_dim=.* or kv_heads=": kernels(qkv=(6, 48)),
+    "'attn': neither .* gives the head size; .*head_dim=.* or kv_heads=": kernels(qkv=(6, 48)),
     "'attn/query_ln/scale' is hidden": attention() | {"query_ln": {"scale": HIDDEN}},
     "only partly visible: .*'attn/query/bias'.*outer chain": BIASES_HIDDEN,
     "No attention block .*multi_transform": jax.tree.map(lambda _: HIDDEN, attention()),

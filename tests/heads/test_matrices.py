@@ -40,6 +40,11 @@ PARTS = mc.MatrixSpec((0, 2), mc.Split(2, (3, 2)))
 FOURS = mc.MatrixSpec((0, 1), mc.Split(1, (4, 4)))
 THIRDS = mc.MatrixSpec((0, 1), mc.Split(1, (12, 12, 12)))
 ALTERNATING = mc.MatrixSpec((0, 1), mc.Split(1, (4, 4, 4), (3, 12), 1))
+LISTED = "params/layers/0/wq_b/kernel"
+A, QKV = "attn/a/kernel", (mc.Projection("a", ("query", "key", "value")),)
+OWN_QKV, SIZED = mc.AttentionLayout(QKV), mc.AttentionLayout(QKV, head_dim=4)
+UNLIKE = mc.MatrixSpec((0, 1), mc.Split(1, (24, 8, 8)))
+GROUPED, TEN = {"attn": kernels(a=(12, 40), b=(24, 12))}, {"attn": kernels(qkv=(16, 40))}
 BLOOM = {"attn": kernels(query_key_value=(12, 36), dense=(12, 12))}
 STACKED = {"layers": {"attn": jax.tree.map(lambda x: leaf(2, *x.shape), OWN)}}
 ARRAYS = {"attn": jax.tree.map(lambda x: jnp.ones(x.shape), TWO_AXES)}
@@ -80,14 +85,13 @@ TWO = {"encoder": APART, "decoder": APART}
             {"attn/ask": Dims(3, 2), "attn/answer": Dims(2, 1)},
         ),
         # Outer levels and lists are seen through.
-        (
-            {"params": {"layers": [LATENT, LATENT]}},
-            rules("per_head"),
-            {"params/layers/1/wq_b/kernel": PARTS},
-        ),
+        ({"params": {"layers": [LATENT]}}, rules("per_head"), {LISTED: PARTS}),
         # A fused kernel that names cut needs no output projection.
         ({"attn": kernels(qkv=(12, 36))}, rules("split"), {"attn/qkv/kernel": THIRDS}),
         (BLOOM, rules("split", head_dim=4), {"attn/query_key_value/kernel": ALTERNATING}),
+        # Of a layout of one's own too: three equal parts, or what an output of any name takes.
+        ({"attn": kernels(a=(12, 36))}, rules("split", blocks=SIZED), {A: THIRDS}),
+        (GROUPED, rules("split", blocks=OWN_QKV, head_dim=4), {A: UNLIKE}),
         # A tree without attention may be a part of one.
         (DENSE, rules("per_head"), {"dense/kernel": Dims(0, 1)}),
     ],
@@ -154,14 +158,12 @@ def test_masked_biases_do_not_matter_and_the_group_that_adamw_trains_is_not_aske
         (lambda: mc.MatrixRules(blocks="attn"), "blocks= determines how .* are split"),
         (lambda: rules("per_head", head_dim=4.0), "head_dim must be an in"),
         (lambda: rules("per_head", blocks=3), "blocks= got 3"),
-        (
-            lambda: rules("per_head").labels(SIZELESS),
-            r"'attn'.*allow 2, 4, 8, 16 heads.*head_dim=64",
-        ),
+        (lambda: rules("per_head").labels(SIZELESS), "'attn'.*2, 4, 8, 16 heads.*head_dim=64"),
         (lambda: rules("per_head").labels(DENSE), "found no attention block among"),
         (lambda: rules("per_head", blocks="middle").labels(TWO), "'middle' matches no path"),
         (lambda: mc.label_params({"attn": OWN}), "cannot be identified by name"),
         (lambda: rules("split").labels(UNEVEN), "gives the head size"),
+        (lambda: rules("split", head_dim=4).labels(TEN), "allow 6, 8 .* key heads: .*kv_heads=2"),
         (lambda: mc.apply_qk_clip(ARRAYS, FOUR, blocks=LAST), "has 6 heads, 4 maxima were given"),
     ],
 )

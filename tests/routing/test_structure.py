@@ -168,21 +168,3 @@ def test_integers_are_not_orthogonalized():
     assert "integers or bools" in describe_labels(params)
     with pytest.raises(ValueError, match=r"mlp/up/kernel .*integer or bool"):
         MatrixRules([("up", Dims(0, 1))]).labels(params)
-
-
-#: LoRA factors as nnx, qwix, openpi and PEFT name them.
-LORA = {
-    "base/lora_a": (48, 4),
-    "q/lora/lora_b": (4, 60),
-    "attn/q_proj/w_lora_b": (4, 6, 10),
-    "attn/q_einsum/lora_b": (6, 4, 10),
-    "mlp/gating_einsum_lora_b": (2, 4, 80),
-    "base_model/model/layers/0/q_proj/lora_A/default/weight": (4, 48),
-    "layers/q_proj/lora_B/default/weight": (3, 48, 4),
-}
-
-
-def test_lora_factors_are_adamws_and_a_rule_gives_them_to_muon():
-    assert [x.spec for x in routed(LORA).values()] == [None] * len(LORA)
-    rules = MatrixRules([("(?i)lora_?[ab]", Dims(0, 1))])
-    assert all(x.spec is not None for x in routed(LORA, rules).values())

@@ -49,6 +49,10 @@ CASES: list[Any] = [
     ("moe/w_gate", (8, 4), None),
     ("moe/experts/0/gate/kernel", (8, 4), IO),
     ("patch_embed/kernel", (48, 8), IO),
+    ("attn/q_einsum/lora_b", (6, 4, 10), None),
+    ("mlp/gating_einsum_lora_b", (2, 4, 80), None),
+    ("layers/0/q_proj/lora_A/default/weight", (4, 48), None),
+    ("layers/q_proj/lora_B/default/weight", (3, 48, 4), None),
     ("layers/bn/running_mean", (6, 8), None),
     ("layers/norm/g", (6, 8), None),
 ]
