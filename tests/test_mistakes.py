@@ -263,6 +263,13 @@ VALUE_ERRORS: Calls = [
         (lambda make=make: make(rules=UNMATCHED).init(PARAMS), r"'c/kernel\$' matches no path of")
         for make in (muon, unclipped)
     ),
+    *(
+        (
+            lambda make=make: make(rules=mc.MatrixRules([("w$", None)])).init(REAL),
+            r"w of shape \(4, 8\) is under Muon, and rule 'w\$' gives.*partial\(label_params, ru",
+        )
+        for make in (mc.scale_by_muon, mc.orthogonalize_updates)
+    ),
     # Gradients, parameters and states.
     (
         lambda: step(unclipped(), {**GRADS, "mlp": {"kernel": GRADS["mlp"]["kernel"]}}),

@@ -1,6 +1,7 @@
 """Results of the rules for a whole tree: labels, dimension numbers, decay, and a printed table."""
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -172,10 +173,7 @@ def resolve_specs(
 
     The tree of specs may be a prefix, may contain None (not trained by Muon), and either tree may
     contain masked nodes from `optax.masked` or `optax.multi_transform`. Leaves are matched by path,
-    so boxes and containers may differ.
-
-    Without `weight_dimension_numbers` the rules decide. It may be one spec for all leaves, a tree,
-    or a function from `params` to either.
+    so boxes and containers may differ. The rules decide without `weight_dimension_numbers`.
     """
     given = spec_tree(weight_dimension_numbers, params)
     if given is None:
@@ -215,10 +213,7 @@ def resolve_specs(
 def resolve_muon_specs(
     params: Tree, weight_dimension_numbers: Tree = None, rules: MatrixRules | None = None
 ) -> list[tuple[str, Any, MatrixSpec]]:
-    """As `resolve_specs`, for a tree in which Muon trains every leaf.
-
-    A leaf with two axes and no spec is a matrix; one with more and no spec is an error.
-    """
+    """As `resolve_specs`, for a tree in which Muon trains every leaf; one of rank 2 is a matrix."""
     found: list[tuple[str, Any, MatrixSpec]] = []
     for path, leaf, spec in resolve_specs(params, weight_dimension_numbers, rules):
         shape = tuple(leaf.shape)
@@ -228,9 +223,14 @@ def resolve_muon_specs(
                 "which needs matrices. Route it to AdamW, for example by optax.multi_transform "
                 "with label_params, or use muonclip(...), which does this automatically."
             )
+        rule = next((x for x in rules.rules if re.search(x[0], path)), None) if rules else None
+        if rule is not None and spec is rule[1] is None:
+            raise ValueError(
+                f"{path} of shape {shape} is under Muon, and rule {rule[0]!r} gives it to AdamW. "
+                "Labels need the same rules: functools.partial(label_params, rules=rules)."
+            )
         if spec is None and len(shape) > 2:
-            why = "assigned to Muon, but not by the rules"
-            readings = tuple(possible_layouts(shape))
+            why, readings = "assigned to Muon, but not by the rules", tuple(possible_layouts(shape))
             raise unknown_leaves([(path, shape, Decision(None, why, readings=readings))])
         found.append((path, leaf, spec or normalize_spec(MatrixSpec(), shape, path)))
     return found

@@ -84,8 +84,8 @@ def scale_by_muon(
         preconditioning: The first rescaling (see `orthogonalize`).
         weight_dimension_numbers: Matrix axes of the leaves: one `MuonDimensionNumbers` or
             `MatrixSpec` for all leaves, a full, prefix or masked pytree of them, or a function from
-            the updates to such a pytree. With None, `rules` decide; a leaf of rank 2 for which they
-            return None is a matrix with axes (0, 1).
+            the updates to such a pytree. With None, `rules` decide; a leaf of rank 2 that the
+            inference gives to AdamW is a matrix with axes (0, 1), one that a rule does an error.
         bias_correction: Whether to divide momentum and gradient by `1 - beta^t`, as
             `optax.contrib.muon` does (with `t + 1` for Nesterov momentum); with a schedule, `beta`
             is its current value.

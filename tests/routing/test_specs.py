@@ -162,8 +162,8 @@ def test_under_muon_a_matrix_needs_no_spec_and_other_ranks_do():
     assert muon_paths(params, rules=MatrixRules([("embed", Dims()), ("w", None)])) == ["embed"]
     assert [spec for _, _, spec in resolve_muon_specs(params)] == [MatrixSpec(((0,), (1,)))] * 2
     for leaf, message in (
-        (jnp.ones(8), r"a/b of shape \(8,\) is a rank-1 leaf under Muon"),
-        (jnp.ones((2, 9, 4)), r"a/b of shape \(2, 9, 4\) \(assigned to Muon(?s:.*)\^a/b\$"),
+        (jnp.ones(8), r"a/pos_embed of shape \(8,\) is a rank-1 leaf under Muon"),
+        (jnp.ones((2, 9, 4)), r"a/pos_embed of shape \(2, 9, 4\) \(assigned to Muon(?s:.*)\^a/pos"),
     ):
         with pytest.raises(ValueError, match=message):
-            resolve_muon_specs({"a": {"b": leaf}}, rules=MatrixRules([("a/b", None)]))
+            resolve_muon_specs({"a": {"pos_embed": leaf}})
