@@ -1,9 +1,8 @@
 """Decisions by the whole tree: routers, output heads, attention; and the error for unknown leaves.
 
-A kernel with one output per expert next to it is the router. An output head has the input width and
-output size of the token embedding's columns and rows: if exactly one kernel outside of all blocks
-has, it is the head. Position and type tables are not token embeddings. If this does not decide,
-layers that may be the last one get a flag. Leaves that stay unknown are an error with every
+An output head has the shape of the token embedding, transposed: if exactly one kernel outside of
+all blocks has, it is the head, and beside a head that its name tells, such a leaf is the table. If
+this does not decide, the candidates get a flag. Leaves that stay unknown are an error with every
 possible layout, as a rule to paste.
 """
 
@@ -18,7 +17,7 @@ from muonclip_jax.heads.cuts import attention_cuts
 from muonclip_jax.heads.finding import Rule, Shape, strip_outer
 from muonclip_jax.routing.inference import token_tables
 from muonclip_jax.routing.leaves import Decision, Leaf, lengths, to_spec
-from muonclip_jax.routing.table import EXPERT_STACK, OUTPUT_HEAD, direction, fits
+from muonclip_jax.routing.table import EXPERT_STACK, OUTPUT_HEAD, direction, fits, look_up
 
 _NUMBERED = re.compile(r"(?:^|/)\d+/.*/")  # one of a list of layers
 _LEAVES_SHOWN = 8
@@ -58,11 +57,18 @@ def find_output_head(leaves: Sequence[Leaf]) -> None:
     ]
     tables = token_tables(free)
     heads = [leaf for leaf in outside if _sizes(leaf)[::-1] in tables]
-    named = any(leaf.decision.why == OUTPUT_HEAD for leaf in free)
+    named = [leaf for leaf in free if leaf.decision.why == OUTPUT_HEAD]
+    # What the heads that names tell have as tables, and leaves that may be tables.
+    turned = [x.shape if x.output_first else x.shape[::-1] for x in named]
+    unsure = [x for x in outside if not (x.biased or look_up(x.name, x.layer).sure)]
+    beside = [x for x in unsure if x.shape in turned and x.shape not in tables]
+    flags = dict.fromkeys(heads, "the output layer")
     if len(heads) == 1 and not named and len({*_sizes(heads[0])}) == 2:
         heads[0].decision = Decision(None, "output head: as large as the token embedding")
-        return
-    flags = dict.fromkeys(heads, "the output layer")
+        flags = {}
+    elif len(beside) == 1 and len({*beside[0].shape}) == 2 and beside[0].name.leaf != "kernel":
+        beside[0].decision = Decision(None, "embedding table: as large as the output head")
+    layered = bool(layers) or any(leaf in listed for leaf in free)
     if not heads and not named:
         # Kernels whose output size is no other kernel's input size, or the reverse. Of a
         # layer only the sizes that all its kernels have are seen outside, if there are any.
@@ -74,11 +80,12 @@ def find_output_head(leaves: Sequence[Leaf]) -> None:
             Counter(n for x in matrices if (n := _sizes(x)[side]) in (shared[layer[x]] or {n}))
             for side in (0, 1)
         )
-        layered = bool(layers) or any(leaf in listed for leaf in free)
         shapes = Counter(map(_sizes, outside))
         for leaf in outside:
             inputs, outputs = _sizes(leaf)
             twins = shapes[outputs, inputs]  # a table beside its head
+            if shapes[inputs, outputs] > 1 < twins:
+                continue  # layers without modules of their own
             if len(leaf.shape) == 2 and inputs != outputs and read[outputs] <= twins:
                 flags[leaf] = "the output layer"
             elif len(leaf.shape) == 2 and inputs > outputs and made[inputs] <= twins:
@@ -88,6 +95,11 @@ def find_output_head(leaves: Sequence[Leaf]) -> None:
         for leaf in pair if len(pair) == 2 else ():
             leaf.decision = Decision(None, "the embedding or the output head, by their sizes")
             del flags[leaf]
+    widths = {shape[-1] for shape in (*tables, *turned)} if layered else set[int]()
+    for leaf in unsure:
+        root = "/" not in strip_outer(leaf.path) and leaf.shape[-1] in widths
+        if leaf.decision.spec is not None and (leaf in beside or root):
+            flags.setdefault(leaf, _TABLE)
     for leaf, flag in flags.items():
         leaf.decision = dataclasses.replace(leaf.decision, flag=flag)
 
@@ -172,7 +184,7 @@ def unknown_leaves(leaves: Sequence[tuple[str, Shape, Decision]]) -> ValueError:
                 " x ".join(map(str, lengths(letters, shape, x))) for x in "bio"
             )
             meaning = f"{batch + ' matrices ' if batch else ''}{inputs} -> {outputs}"
-            lines.append(f"    rules={write_rule(pattern, letters)}  # {meaning}")
+            lines.append(f"    rules={write_rule(pattern, to_spec(letters))}  # {meaning}")
         lines.append(f"    rules={write_rule(pattern, None)}  # AdamW trains it")
     lines += [f"  and {len(groups) - _LEAVES_SHOWN} more"] if len(groups) > _LEAVES_SHOWN else []
     lines.append("The pair is (reduction axes, output axes), all others are batch axes.")
@@ -196,14 +208,17 @@ def pattern_for(group: Sequence[str], paths: Sequence[str]) -> str:
     return f"^({escaped})$" if len(group) > 1 else f"^{escaped}$"
 
 
-def write_rule(pattern: str, letters: str | None) -> str:
-    """A rule to paste: a layout, or None for AdamW."""
-    spec = None
-    if letters is not None:
-        reduction, output = MatrixSpec(simplify_spec(to_spec(letters))).dims
-        spec = f"MatrixSpec(({reduction}, {output}))"
-    raw = "r" if "\\" in pattern else ""
-    return f'MatrixRules([({raw}"{pattern}", {spec})])'
+def write_rule(pattern: str, spec: MatrixSpec | None, thirds_of: Shape = ()) -> str:
+    """A rule to paste, with or without equal parts of a shape; None is AdamW."""
+    raw, text = "r" if "\\" in pattern else "", "None"
+    if spec is not None:
+        (reduction, output), axis = (
+            MatrixSpec(simplify_spec(spec)).dims,
+            normalized_axes(spec)[1][0],
+        )
+        parts = f", Split({axis}, {(thirds_of[axis] // 3,) * 3})" if thirds_of else ""
+        text = f"MatrixSpec(({reduction}, {output}){parts})"
+    return f'MatrixRules([({raw}"{pattern}", {text})])'
 
 
 def _escaped(path: str) -> str:

@@ -26,6 +26,8 @@ from muonclip_jax.routing.stacks import WIDTH_AXIS, extra_axes, find_stacks
 from muonclip_jax.routing.table import DENSE, EMBEDDING_TABLE, MOE, direction, fits, look_up, word
 
 _LARGEST_WINDOW = 16
+FUSED = "fused query, key and value, in this order"
+_PLAIN = r"(?:dense|linear|lin|fc|proj|projection)\d*"
 # Names of axes, as haliax, Flax and MaxText give them.
 _BATCH_AXIS = r"(?:.*_)?(?:experts?|exp)(?:_.*)?|(?:num_)?qkv|(?:num_)?kv_stack"
 _TABLE_AXIS = r"(?:.*_)?(?:vocab|positions?)(?:_.*)?"
@@ -205,7 +207,16 @@ def _decide(leaf: Leaf) -> Decision:
     if not _is_block_diagonal(leaf):
         letters = _oriented(leaf, letters)
     why = "stacked matrices" if axes and why == "matrix" else why
-    return Decision(to_spec(with_layers(letters, axes, rank), leaf.shape, entry.parts), why)
+    inputs, outputs = (math.prod(lengths(letters, shape, side)) for side in "io")
+    fused = (
+        len(shape) == 2
+        and outputs == 3 * inputs
+        and not (entry.sure and not fits(_PLAIN, name.role))
+    )
+    # Beside an output projection, and no MLP.
+    fused = fused and leaf.beside & {(inputs, inputs), shape[::-1]} == {(inputs, inputs)}
+    spec = to_spec(with_layers(letters, axes, rank), leaf.shape, entry.parts)
+    return Decision(spec, why, flag=FUSED * fused)
 
 
 def _by_axis_names(leaf: Leaf, names: Sequence[str]) -> Decision | None:

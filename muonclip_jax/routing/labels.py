@@ -19,6 +19,7 @@ from muonclip_jax._tree import (
     tree_from,
 )
 from muonclip_jax.routing.decisions import pattern_for, unknown_leaves, write_rule
+from muonclip_jax.routing.inference import FUSED
 from muonclip_jax.routing.leaves import Decision, possible_layouts
 from muonclip_jax.routing.rules import ADAMW, MUON, MatrixRules, as_rules
 
@@ -113,8 +114,10 @@ def describe_labels(params: Tree, rules: MatrixRules | None = None) -> str:
         mark = "  <- check" if decision.flag else ""
         rows.append((path, str(shape), label, matrices, decision.why + mark))
         if mark:
-            rule = write_rule(pattern_for([path], ()), None)
-            checks.append(f"check: {path} may be {decision.flag}; {rule} leaves it to AdamW")
+            fused = decision.flag == FUSED
+            rule = write_rule(pattern_for([path], ()), spec if fused else None, shape)
+            cure = "splits it" if fused else "leaves it to AdamW"
+            checks.append(f"check: {path} may be {decision.flag}; {rule} {cure}")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     total = max(1, sum(map(sum, sizes.values())))
@@ -141,11 +144,7 @@ def decay_mask(params: Tree, rules: MatrixRules | None = None) -> Tree:
 def route_once(
     build: Callable[[optax.Params], optax.GradientTransformation],
 ) -> optax.GradientTransformationExtraArgs:
-    """Builds a transformation from the whole tree, whenever it gets one.
-
-    `optax.multi_transform` masks the leaves of other groups, and less can be inferred from a masked
-    tree.
-    """
+    """Builds a transformation from the whole tree, of which a masked one shows less."""
 
     def update_fn(
         updates: optax.Updates,
@@ -169,11 +168,10 @@ def spec_tree(given: Tree, params: Tree) -> Tree:
 def resolve_specs(
     params: Tree, weight_dimension_numbers: Tree = None, rules: MatrixRules | None = None
 ) -> list[tuple[str, Any, MatrixSpec | None]]:
-    """Finds the spec of every leaf of `params`; None is a leaf that AdamW trains.
+    """Finds the spec of every leaf of `params`, by the rules without `weight_dimension_numbers`.
 
-    The tree of specs may be a prefix, may contain None (not trained by Muon), and either tree may
-    contain masked nodes from `optax.masked` or `optax.multi_transform`. Leaves are matched by path,
-    so boxes and containers may differ. The rules decide without `weight_dimension_numbers`.
+    None is a leaf that AdamW trains. The tree of specs may be a prefix, and either tree may contain
+    masked nodes. Leaves are matched by path, so boxes and containers may differ.
     """
     given = spec_tree(weight_dimension_numbers, params)
     if given is None:

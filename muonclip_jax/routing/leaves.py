@@ -110,11 +110,7 @@ def read_path(path: str) -> tuple[LeafName, tuple[str, ...]]:
 
 
 def read_tree(params: Tree) -> list[tuple[Key, Any]]:
-    """Returns the leaves of a tree, each with the array itself.
-
-    Axis names are from haliax (`NamedArray.axes`), Flax Linen's boxes (`names`) and NNX variables
-    (`sharding_names`), recognised by their attributes without importing the packages.
-    """
+    """Returns the leaves and their arrays; haliax, Linen's boxes and NNX give names of axes."""
     named: list[tuple[str, ...] | None] = []
     for node in jax.tree.leaves(params, is_leaf=lambda x: _axis_names(x) is not None):
         names = _axis_names(node)

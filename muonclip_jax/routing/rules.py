@@ -135,12 +135,7 @@ class MatrixRules:
             object.__setattr__(self, name, value)
 
     def decisions(self, params: Tree) -> list[tuple[str, Any, Decision]]:
-        """Returns the decision for every leaf, in flattening order.
-
-        Raises:
-            ValueError: If the matrix axes of a leaf are ambiguous, or an attention block cannot be
-                split.
-        """
+        """Returns the decision for every leaf, in flattening order, or an error."""
         if self._resolved is not None:
             known = dict(self._resolved)
             return [(path, x, known[path]) for path, x in flatten_with_paths(params)[0]]
@@ -172,10 +167,7 @@ class MatrixRules:
         return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
     def check_all_matched(self, params: Tree) -> None:
-        """Raises if a rule matches no leaf of a full tree, or it has no attention to split.
-
-        Masked trees, and empty ones (as from `optax.tree.map_params`), are not checked.
-        """
+        """Raises if a whole tree has no leaf for a rule, or no attention to split."""
         nodes = flatten_with_paths(params, is_leaf=is_masked)[0]
         if not nodes or self._resolved is not None or any(is_masked(node) for _, node in nodes):
             return
@@ -198,10 +190,7 @@ class MatrixRules:
 def _decide(
     rules: MatrixRules, keys: tuple[Key, ...], hidden: frozenset[str]
 ) -> tuple[Decision, ...]:
-    """Decides for all visible leaves by the rules, the tree and attention layouts, in this order.
-
-    Results are cached for equal trees; `hidden` are the paths of masked leaves.
-    """
+    """Decides by rules, tree and attention layouts; the leaves at `hidden` are masked."""
     leaves: list[Leaf] = []
     for key in keys:
         path, shape, trained, _ = key
@@ -232,11 +221,7 @@ def _decide(
 
 
 def as_rules(rules: object) -> MatrixRules:
-    """The rules given, or the default ones for None.
-
-    Raises:
-        TypeError: If `rules` is no `MatrixRules`.
-    """
+    """The rules given, or the default ones for None; a TypeError for anything else."""
     if rules is None:
         return MatrixRules()
     if not isinstance(rules, MatrixRules):

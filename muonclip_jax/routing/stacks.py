@@ -3,12 +3,10 @@
 `nn.scan` and similar transformations add one axis of equal length and position to every parameter
 of a layer. So the kernels of a stack are those below one module that all have more axes than their
 names imply, and the layer axis is the one on which they all have the same length. Only leaves of
-rank two or more that Muon trains are used, so a masked tree without the others gives the same
-result.
+rank two or more that Muon trains are used, so a masked tree gives the same result.
 
 If several axes qualify, those are used for which a layer's input width equals its output width. If
-several remain, or none qualifies, the axes are ambiguous, and `MatrixRules(scan_axis=...)` is
-needed.
+several remain, or none qualifies, `MatrixRules(scan_axis=...)` is needed.
 """
 
 import math
@@ -102,11 +100,7 @@ def _solve(module: str, leaves: Sequence[Leaf], widths: frozenset[int]) -> Itera
 def _options(
     kernels: Sequence[Leaf], extra: int, shown: bool, widths: frozenset[int]
 ) -> list[Axes]:
-    """The axes that all kernels may be stacked on; of several, those that fit the widths.
-
-    If no path indicates a stack, lengths may be equal by chance, so a single option must fit the
-    widths too.
-    """
+    """The axes that all kernels may be stacked on; of several, those that fit the widths."""
     given, *others = {leaf.scan_axis for leaf in kernels}
     found: dict[tuple[str | None, ...], Axes] = {}
     for choice in [] if others else _choices(given, extra, min(len(x.shape) for x in kernels)):

@@ -65,7 +65,7 @@ _EMBEDDING = word(
 )
 _INPUT = (
     r"(?:.*_)?(?:cls|class|mask|register|prompt|query|latent|learned|dist|sep|memory|soft)s?"
-    r"_(?:tokens?|queries|prompts?)|cls|probe|latents|queries|prompts?|tokens?|"
+    r"_(?:tokens?|queries|prompts?)|cls|probe|latents|queries|prompts?|tokens?|pos|positions?|"
     r".*(?:rel_?pos|relative_(?:position|attention)|pos_enc|rel_embedding|freqs_ci?s|alibi).*"
 )
 MOE = r"(?!.*(?:layers|blocks)$)" + word("moe|experts?|mixture|mixtral|switch|sparse")

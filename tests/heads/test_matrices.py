@@ -119,13 +119,6 @@ def test_the_table_says_what_was_cut():
     assert text.splitlines()[0] == "attn: custom, 6 query heads on 2 key heads of 8"
 
 
-def test_rules_are_hashable():
-    assert mc.MatrixRules() == mc.MatrixRules(attention="merged")
-    layout = mc.AttentionLayout((ASK,), head_dim=4)
-    one, other = rules("split", blocks=[("attn", layout)]), rules("split", blocks=("attn", layout))
-    assert hash(one) == hash(other)
-
-
 def test_a_masked_sibling_is_an_error_that_says_how_the_whole_tree_gets_there():
     params = {"attn": jax.tree.map(lambda x: jnp.ones(x.shape), LATENT)}
     masked = {"attn": {**params["attn"], "wkv_b": {"kernel": optax.MaskedNode()}}}

@@ -11,12 +11,7 @@ from muonclip_jax._tree import flatten_with_paths
 from muonclip_jax.routing import infer_dimension_numbers, label_params
 
 X = jax.ShapeDtypeStruct((2, 4, 8), "float32")
-ATTENTION = {
-    "query": Dims(0, (1, 2)),
-    "key": Dims(0, (1, 2)),
-    "value": Dims(0, (1, 2)),
-    "out": Dims((0, 1), 2),
-}
+ATTENTION = dict.fromkeys(("query", "key", "value"), Dims(0, (1, 2))) | {"out": Dims((0, 1), 2)}
 
 
 class Zoo(nn.Module):

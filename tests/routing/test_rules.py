@@ -69,8 +69,8 @@ def test_user_rules_come_first_and_the_first_match_wins():
 
 
 def test_equal_rules_are_equal_and_hashable():
-    a = MatrixRules([["w$", Dims(0, [1, 2])]], scan_axis=1)
-    b = MatrixRules((("w$", Dims(0, (1, 2))),), scan_axis=1)
+    a = MatrixRules([["w$", Dims(0, [1, 2])]], 1, "split", blocks=["attn"])
+    b = MatrixRules((("w$", Dims(0, (1, 2))),), 1, "split", blocks="attn")
     assert a == b
     assert hash(a) == hash(b)
 

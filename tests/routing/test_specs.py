@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -128,15 +127,6 @@ def muon_paths(params, specs=None, rules=None):
 )
 def test_trees_of_specs(params, specs, muon):
     assert muon_paths(params, specs) == muon
-
-
-def test_leaves_come_along_in_the_order_of_the_parameters():
-    params = {"b": ONES, "a": [jnp.ones((3, 4)), jnp.ones(5)]}
-    resolved = resolve_specs(params, {"a": [MatrixSpec((1, 0)), None], "b": MatrixSpec()})
-    specs = [("a/0", MatrixSpec(((1,), (0,)))), ("a/1", None), ("b", MatrixSpec(((0,), (1,))))]
-    assert [(path, spec) for path, _, spec in resolved] == specs
-    leaves = jax.tree.leaves(params)
-    assert all(leaf is x for (_, leaf, _), x in zip(resolved, leaves, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from optax.contrib import MuonDimensionNumbers as Dims
 
+from muonclip_jax import routing
 from muonclip_jax.routing import MatrixRules, describe_labels, infer_dimension_numbers
 from tests.routing.test_table import tree
 
@@ -32,6 +33,7 @@ MOE = {
     "layers/0/moe/experts/wo": (6, 64, 16),
 }
 BLOCK = {"wte/embedding": (64, 16), "mlp/a/kernel": (16, 64), "mlp/b/kernel": (64, 16)}
+FLAT = {f"Dense_{i}/kernel": ((16, 64), (64, 16))[i % 2] for i in range(4)}
 BASE = {"lora_q/base_module/kernel": (48, 60), "lora_q/lora_a": (48, 4)}
 
 
@@ -59,6 +61,14 @@ def dims_of(found):
         # What makes a number for each expert is the router.
         (MOE, {"layers/0/moe/switchboard/kernel"}),
         (BASE, {"lora_q/lora_a"}),
+        # The output head tells the token table too, at any orientation; two may be none.
+        (LAYER | {"tok": (40, 16), "lm_head": (16, 40), "pos": (9, 16)}, {"tok", "lm_head", "pos"}),
+        (LAYER | {"tok": (40, 16), "lm_head": (16, 40), "b": (40, 16)}, {"lm_head"}),
+        (
+            LAYER | {"E/weight": (40, 16), "lm_head/weight": (40, 16)},
+            {"E/weight", "lm_head/weight"},
+        ),
+        (LAYER | {"a/kernel": (64, 16), "lm_head": (16, 64)}, {"lm_head"}),
     ],
 )
 def test_what_is_left_to_adamw(shapes, adamw):
@@ -75,6 +85,9 @@ def test_what_is_left_to_adamw(shapes, adamw):
         (LAYER | {"decoder/weight": (100, 16)}, {"decoder/weight"}),
         (LAYER | {"lm_head/kernel": (16, 100)}, set()),
         (TWO_HEADS, {"a/kernel", "b/kernel"}),
+        # A leaf at the root that is as wide as the table; layers that have no modules.
+        (LAYER | {"tok": (40, 16), "lm_head": (16, 40), "x": (30, 16)}, {"x"}),
+        (FLAT | {"Dense_4/kernel": (16, 10)}, {"Dense_4/kernel"}),
     ],
 )
 def test_candidates_are_flagged_with_a_rule_that_works(shapes, flagged):
@@ -168,3 +181,12 @@ def test_integers_are_not_orthogonalized():
     assert "integers or bools" in describe_labels(params)
     with pytest.raises(ValueError, match=r"mlp/up/kernel .*integer or bool"):
         MatrixRules([("up", Dims(0, 1))]).labels(params)
+
+
+def test_a_fused_kernel_of_no_known_name_is_flagged_with_the_rule_that_splits_it():
+    shapes = {"layers/a/kernel": (2, 16, 48), "layers/b/kernel": (2, 16, 16)}
+    shapes |= {"mlp/a/kernel": (16, 48), "mlp/b/kernel": (48, 16)}
+    [line] = [x for x in describe_labels(tree(shapes)).splitlines() if x.startswith("check:")]
+    rules = eval(line.split("; ")[1].removesuffix(" splits it"), dict(vars(routing)))
+    [split] = infer_dimension_numbers(tree(shapes), rules)["layers"]["a"]["kernel"].splits
+    assert (split.axis, split.sizes) == (2, (16, 16, 16))
