@@ -185,7 +185,7 @@ def test_integers_are_not_orthogonalized():
 
 def test_a_fused_kernel_of_no_known_name_is_flagged_with_the_rule_that_splits_it():
     shapes = {"layers/a/kernel": (2, 16, 48), "layers/b/kernel": (2, 16, 16)}
-    shapes |= {"mlp/a/kernel": (16, 48), "mlp/b/kernel": (48, 16)}
+    shapes |= {"mlp/a/kernel": (16, 48), "mlp/b/kernel": (48, 16), "mlp/c/kernel": (16, 16)}
     [line] = [x for x in describe_labels(tree(shapes)).splitlines() if x.startswith("check:")]
     rules = eval(line.split("; ")[1].removesuffix(" splits it"), dict(vars(routing)))
     [split] = infer_dimension_numbers(tree(shapes), rules)["layers"]["a"]["kernel"].splits
