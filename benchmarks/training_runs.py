@@ -213,6 +213,9 @@ class Queue:
         self.path, self.at_once, self.left = path, at_once, left
         stored = json.loads(path.read_text()) if path.exists() else {"machines": [], "runs": {}}
         self.machines: list[Any] = stored["machines"]
+        mine, *others = {m["python"].rpartition(".")[0]: 0 for m in (machine(), *self.machines)}
+        if others:  # the first text is its standard library
+            raise SystemExit(f"{path} was made with Python {others[0]}, this is {mine}. Use --out.")
         self.results: dict[str, dict[str, Any]] = stored["runs"]
         self.pool = ThreadPoolExecutor(8)
         self.compiled: dict[Any, Future[Any]] = {}
@@ -266,6 +269,10 @@ class Queue:
         for index, run in enumerate(runs):
             texts_scores = scores[:, index]  # (chunks, texts, 2)
             own = texts_scores[:, run.text]
+            if keep:
+                self.last[run] = jax.tree.map(lambda x, i=index: np.asarray(x[i]), carry[0])
+            if self.result(run) is not None:  # made again for its parameters alone
+                continue
             self.results[key(run)] = {
                 "validation": rounded(own[-1, 0]),
                 "held_out": [rounded(x) for x in own[:, 1]],
@@ -273,8 +280,6 @@ class Queue:
                 "largest_logit": [rounded(x, 2) for x in logits[:, index].max(axis=-1)],
                 "other_texts": [rounded(x) for x in np.delete(texts_scores[-1, :, 1], run.text)],
             }
-            if keep:
-                self.last[run] = jax.tree.map(lambda x, i=index: np.asarray(x[i]), carry[0])
         self.save()
 
     def save(self) -> None:
