@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from benchmarks.harness import RESULTS, write
-from benchmarks.training_runs import BIBLE, CHUNK, Queue, Run
+from benchmarks.training_runs import BIBLE, CHUNK, DIGITS, Queue, Run
 
 SEEDS = (0, 1, 2)
 #: How many runs each optimizer gets before the final seeds.
@@ -152,6 +152,7 @@ def parts(winners: dict[str, Run]) -> dict[str, list[Run]]:
     thresholds = [replace(winners["muonclip"], threshold=t) for t in (10.0, 15.0, 30.0)]
     return {
         "bible": _seeds_of(winners.values(), text=BIBLE),
+        "digits": _seeds_of(winners.values(), text=DIGITS),
         "qk_norm": _seeds_of(norm),
         "thresholds": _seeds_of(thresholds),
         "coefficients": _seeds_of(replace(muon, optimizer=name) for name in SETS)

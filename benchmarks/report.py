@@ -72,7 +72,8 @@ Blocks = Mapping[str, Callable[[Results], str]]
 PAGES: Mapping[str, Blocks] = {
     "docs/comparison.md": {
         "comparison": _trained(report_training.comparison_table),
-        "second text": _trained(report_training.second_text_table),
+        "second text": _trained(report_training.second_text_table, part="bible"),
+        "digits": _trained(report_training.second_text_table, part="digits"),
         "clip": _trained(report_training.clip_table),
         "coefficients": _trained(report_training.coefficients_table),
         **{

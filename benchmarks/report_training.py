@@ -111,9 +111,9 @@ def comparison_table(stored: Stored, comparison: Stored) -> str:
     return against_adamw(winners(stored, comparison))
 
 
-def second_text_table(stored: Stored, comparison: Stored) -> str:
+def second_text_table(stored: Stored, comparison: Stored, *, part: str) -> str:
     """The same settings on a text that they were not tuned on."""
-    return against_adamw(of_part("bible", stored, comparison))
+    return against_adamw(of_part(part, stored, comparison))
 
 
 def coefficients_table(stored: Stored, comparison: Stored) -> str:
