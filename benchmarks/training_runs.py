@@ -220,9 +220,6 @@ class Queue:
         self.path, self.at_once, self.left = path, at_once, left
         stored = json.loads(path.read_text()) if path.exists() else {"machines": [], "runs": {}}
         self.machines: list[Any] = stored["machines"]
-        mine, *others = {m["python"].rpartition(".")[0]: 0 for m in (machine(), *self.machines)}
-        if others:  # the first text is its standard library
-            raise SystemExit(f"{path} was made with Python {others[0]}, this is {mine}. Use --out.")
         self.results: dict[str, dict[str, Any]] = stored["runs"]
         self.pool = ThreadPoolExecutor(8)
         self.compiled: dict[Any, Future[Any]] = {}
@@ -234,6 +231,9 @@ class Queue:
 
     def prepare(self, runs: Iterable[Run]) -> None:
         """Begins to compile what runs need, several programs at a time."""
+        mine, *others = {m["python"].rpartition(".")[0]: 0 for m in (machine(), *self.machines)}
+        if others:  # the first text is its standard library
+            raise SystemExit(f"{self.path}: runs of Python {others[0]}, not {mine}. Use --out.")
         for run in runs:
             if run.program not in self.compiled:
                 self.compiled[run.program] = self.pool.submit(self._compile, run)

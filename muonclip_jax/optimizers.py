@@ -164,8 +164,9 @@ def muonclip(
             platform=platform,
         )
         scale = scale_by_shape(consistent_rms=consistent_rms, rules=decided)
-        muon = optax.chain(orthogonalize, scale, *_step(weight_decay, mask, learning_rate))
-        adamw = optax.chain(adam, *_step(adam_decay, mask, adam_rate))
+        step = _step(weight_decay, mask, learning_rate, param_shardings)
+        muon = optax.chain(orthogonalize, scale, *step)
+        adamw = optax.chain(adam, *_step(adam_decay, mask, adam_rate, param_shardings))
         return optax.partition({"muon": muon, "adamw": adamw}, decided.labels)
 
     matrix_rules = as_rules(rules)
@@ -175,9 +176,7 @@ def muonclip(
         clip = qk_clip(
             qk_clip_threshold, qk_clip_alpha, shared_keys=qk_clip_shared_keys, blocks=qk_clip_blocks
         )
-        tx = optax.chain(tx, clip)
-        if param_shardings is not None:
-            tx = on_mesh(tx, param_shardings, moments=False)
+        tx = optax.chain(tx, on_mesh(clip, param_shardings))
     return transformation("muonclip", tx.init, tx.update, one_tree=True)
 
 
@@ -307,9 +306,9 @@ def muon(
             platform=platform,
         )
         scale = scale_by_shape(dimension_numbers, consistent_rms)
-        step = _step(weight_decay, weight_decay_mask, learning_rate)
+        step = _step(weight_decay, weight_decay_mask, learning_rate, param_shardings)
         matrices = optax.chain(orthogonalize, scale, *step)
-        others = optax.chain(adam, *_step(adam_weight_decay, None, adam_rate))
+        others = optax.chain(adam, *_step(adam_weight_decay, None, adam_rate, param_shardings))
         return optax.partition({"muon": matrices, "adam": others}, labels)
 
     build({})  # checks the settings now
@@ -336,8 +335,7 @@ def _adam(
     check_decay("adam_b2", b2, 0.95)
     check_number("adam_eps", eps, "finite and not negative")
     adam = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
-    if param_shardings is not None:
-        adam = on_mesh(adam, param_shardings)
+    adam = on_mesh(adam, param_shardings)
 
     def init(params: Tree) -> optax.OptState:
         if mu_dtype is not None:
@@ -347,10 +345,11 @@ def _adam(
     return optax.GradientTransformation(init, adam.update)
 
 
-def _step(weight_decay: ScalarOrSchedule, mask: Tree, learning_rate: ScalarOrSchedule) -> Any:
-    """Decoupled decay and the learning rate, the end of a group's chain."""
-    decay = optax.add_decayed_weights(weight_decay, mask)
-    return decay, optax.scale_by_learning_rate(learning_rate)
+def _step(weight_decay: ScalarOrSchedule, mask: Tree, rate: ScalarOrSchedule, at: Tree) -> Any:
+    """Decoupled decay and the learning rate, the end of a chain; counts of schedules on the mesh."""
+    decay, step = optax.add_decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(rate)
+    decay = on_mesh(decay, at) if callable(weight_decay) else decay
+    return decay, on_mesh(step, at) if callable(rate) else step
 
 
 def _is_bool(x: object) -> bool:

@@ -19,7 +19,7 @@ SUBPACKAGES = {
     "linen": 398,  # (400)
     "checkpoint": 444,  # (400)
     "transforms": 2050,  # (1,200)
-    "sharding": 1338,  # (1,500)
+    "sharding": 1500,
     "matrices": 519,  # (600)
     "newton_schulz": 1000,
     "clipping": 781,  # (800)
@@ -36,7 +36,7 @@ LONGER_FUNCTIONS = {
 }
 TOTAL = {
     "muonclip_jax": 12_927,  # (11,000)
-    "tests": 13_773,  # (12,000)
+    "tests": 13_786,  # (12,000)
     "benchmarks": 4_000,
 }
 

@@ -64,16 +64,18 @@ def place(x: jax.Array, sharding: NamedSharding) -> jax.Array:
 
 def on_devices(sharding: NamedSharding) -> NamedSharding:
     """The same sharding on a mesh that knows its devices: the one that `jax.set_mesh` set."""
-    if isinstance(sharding.mesh, Mesh):
-        return sharding
-    mesh = jax.sharding.get_mesh()
-    if mesh.shape != sharding.mesh.shape:
+    known, entries = sharding.mesh, list(sharding.spec)
+    # As compiled programs return it on Auto axes; a step would be compiled again for its own state.
+    while not known.explicit_axes and entries[-1:] == [None]:
+        entries.pop()
+    mesh = known if isinstance(known, Mesh) else jax.sharding.get_mesh()
+    if mesh.shape != known.shape:
         raise ValueError(
-            f"Arrays would be created on the mesh {dict(sharding.mesh.shape)}, whose devices are "
+            f"Arrays would be created on the mesh {dict(known.shape)}, whose devices are "
             "unknown: the parameters are from jax.eval_shape, or have an AbstractMesh. Call init "
             "inside of `with jax.set_mesh(mesh):`, or pass it the parameters."
         )
-    return NamedSharding(mesh, sharding.spec)
+    return NamedSharding(mesh, PartitionSpec(*entries))
 
 
 def sharding_of(x: object) -> NamedSharding | None:

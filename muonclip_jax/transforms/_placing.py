@@ -70,9 +70,9 @@ def zeros_on_mesh(
 
 
 def on_mesh(
-    tx: optax.GradientTransformation, param_shardings: Tree, *, moments: bool = True
+    tx: optax.GradientTransformation, param_shardings: Tree
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns `tx` with updates and, with `moments`, its state sharded like the parameters.
+    """Returns `tx` with updates and state sharded like the parameters.
 
     Under jit, zeros that `init` makes have no sharding: JAX replicates them, and the compiler
     chooses the sharding after an update. A moment is replicated along dimensions of length one,
@@ -81,7 +81,7 @@ def on_mesh(
     tx = optax.with_extra_args_support(tx)
 
     def placed(state: Tree, like: Tree, shardings: MeshShardings | None) -> Tree:
-        if shardings is None or not moments:
+        if shardings is None:
             return state
         by_leaf = _by_leaf(like, shardings)
 

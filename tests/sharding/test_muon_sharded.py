@@ -431,3 +431,16 @@ def test_bias_correction_and_complex_matrices_in_64_bit_mode():
         assert state.count.dtype == jnp.int32
         expected = two_steps(np.asarray(z["w"]))
         np.testing.assert_allclose(updates["w"], expected, atol=TOLERANCE["complex128"])
+
+
+def test_the_first_state_is_sharded_as_later_ones():
+    """Else the second call of a jitted step is compiled anew."""
+    at = NamedSharding(mesh_of(AUTO, x=8), P("x"))
+    params = jax.device_put({"up": jnp.ones((8, 16)), "bias": jnp.ones(16)}, at)
+    rate = optax.linear_schedule(0.1, 0.0, 9)
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    tx = mc.muonclip(rate, weight_decay=rate, param_shardings=shardings, qk_clip_threshold=None)
+    first = tx.init(params)
+    _, later = jax.jit(tx.update)(params, first, params)
+    for x, y in zip(*map(jax.tree.leaves, (first, later)), strict=True):
+        assert x.sharding == y.sharding
