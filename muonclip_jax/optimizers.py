@@ -346,7 +346,7 @@ def _adam(
 
 
 def _step(weight_decay: ScalarOrSchedule, mask: Tree, rate: ScalarOrSchedule, at: Tree) -> Any:
-    """Decoupled decay and the learning rate, the end of a chain; counts of schedules on the mesh."""
+    """Decoupled decay and learning rate, the end of a chain; counts of schedules on the mesh."""
     decay, step = optax.add_decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(rate)
     decay = on_mesh(decay, at) if callable(weight_decay) else decay
     return decay, on_mesh(step, at) if callable(rate) else step
