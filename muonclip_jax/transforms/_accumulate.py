@@ -91,8 +91,8 @@ def accumulate(
             none.
         should_skip_update_fn: As for `optax.MultiSteps`, `optax.skip_not_finite` for example. A
             skipped micro-batch changes neither the mean nor the maxima.
-        param_shardings: As for `scale_by_muon`. Required on a mesh with Auto axes if `init` runs
-            inside `jit` or maxima are accumulated. Static.
+        param_shardings: As for `scale_by_muon`. Without it the compiler chooses how the state is
+            sharded on a mesh with Auto axes, in `update` or in a jitted `init`. Static.
 
     Returns:
         A transformation with state `AccumulateState`.
