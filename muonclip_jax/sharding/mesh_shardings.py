@@ -64,7 +64,7 @@ def place(x: jax.Array, sharding: NamedSharding) -> jax.Array:
 
 def on_devices(sharding: NamedSharding) -> NamedSharding:
     """The same sharding on a mesh that knows its devices: the one that `jax.set_mesh` set."""
-    known, entries = sharding.mesh, list(sharding.spec)
+    known, entries = sharding.mesh, list(entries_of(sharding.spec))
     # As compiled programs return it on Auto axes; a step would be compiled again for its own state.
     while not known.explicit_axes and entries[-1:] == [None]:
         entries.pop()
