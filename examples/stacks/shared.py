@@ -42,6 +42,17 @@ def batch(step: int, size: int = 8, length: int = 12) -> jax.Array:
     return jnp.asarray(np.stack(rows, axis=1), jnp.int32)
 
 
+def train(
+    step: Callable[..., tuple[Any, Any, Any]], params: Any, state: Any, steps: int
+) -> tuple[Any, Any, list[Any]]:
+    """Trains on one batch a step; returns parameters, optimizer state and the losses."""
+    losses = []
+    for i in range(steps):
+        params, state, loss = step(params, state, batch(i))
+        losses.append(loss)
+    return params, state, losses
+
+
 def check_routing(params: Any, muon: str) -> None:
     """Prints which optimizer trains which leaf, and compares with the paths Muon should train."""
     print(mc.describe_labels(params))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from easydel.layers.attention import FlexibleAttentionModule
 from flax import nnx
-from shared import WORDS, batch, check_clip, check_describe, check_losses, check_routing
+from shared import WORDS, batch, check_clip, check_describe, check_losses, check_routing, train
 
 import muonclip_jax as mc
 
@@ -59,11 +59,8 @@ def step(params, state, tokens):
     return optax.apply_updates(params, updates), state, loss
 
 
-losses = []
 with model.mesh:
-    for i in range(100):
-        params, state, loss = step(params, state, batch(i))
-        losses.append(loss)
+    params, state, losses = train(step, params, state, 100)
 
     check_routing(params, muon=r"layers/.*_proj/kernel$")
     check_losses(losses)

@@ -7,7 +7,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import optax
-from shared import WORDS, batch, check_clip, check_describe, check_losses, check_routing
+from shared import WORDS, batch, check_clip, check_describe, check_losses, check_routing, train
 
 import muonclip_jax as mc
 
@@ -66,10 +66,7 @@ def step(params, state, tokens):
     return optax.apply_updates(params, updates), state, loss
 
 
-losses = []
-for i in range(60):
-    params, state, loss = step(params, state, batch(i))
-    losses.append(loss)
+params, state, losses = train(step, params, state, 60)
 
 check_routing(params, muon=r"attention_\d/\w+/w$|linear_\d/w$")
 check_losses(losses)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from shared import WORDS, batch, check_clip, check_describe, check_losses, check_routing
+from shared import WORDS, batch, check_clip, check_describe, check_losses, check_routing, train
 from transformers import FlaxGPT2LMHeadModel, GPT2Config
 from transformers.models.gpt2 import modeling_flax_gpt2 as gpt2
 
@@ -65,10 +65,7 @@ def step(params, state, tokens):
     return optax.apply_updates(params, updates), state, loss
 
 
-losses = []
-for i in range(100):
-    params, state, loss = step(params, state, batch(i))
-    losses.append(loss)
+params, state, losses = train(step, params, state, 100)
 
 check_routing(params, muon=r"h/.*/kernel$")
 check_losses(losses)
