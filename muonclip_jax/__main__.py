@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     where = "where in it the parameters are, '' for all of it; by default the subtree 'params'"
     add("--params", metavar="PATH", help=where)
     add("--rules", metavar="MODULE:NAME", help="a MatrixRules to import, if the model needs one")
-    add("--platform", choices=tuple(PLATFORMS), help="by default what JAX runs on")
+    add("--platform", choices=sorted(set(PLATFORMS.values())), help="by default what JAX runs on")
     add("--ns-coeffs", choices=tuple(COEFFICIENT_SETS), default=DEFAULT_SET)
     add("--ns-steps", type=int)
     add("--ns-method", choices=NS_METHODS, default=DEFAULT_METHOD)

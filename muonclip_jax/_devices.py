@@ -15,17 +15,12 @@ from jax.core import Tracer
 from jax.interpreters import batching, mlir
 from jax.sharding import AbstractMesh, Mesh
 
-#: What `platform=` allows, with the names that JAX lowers for.
-PLATFORMS = {"cpu": ("cpu",), "gpu": ("cuda", "rocm"), "tpu": ("tpu",)}
-
-
-def _name_of(platform: str) -> str:
-    """A platform of JAX's by its name in `PLATFORMS`, such as "gpu" for "cuda"."""
-    return next((name for name, lowered in PLATFORMS.items() if platform in lowered), platform)
+#: The platforms that JAX lowers for, and what `platform=` calls them.
+PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
 
 
 def check_platform(platform: str | None) -> str | None:
-    """Returns a caller's `platform=` by its name in `PLATFORMS`.
+    """Returns a caller's `platform=` by our name for it.
 
     Raises:
         ValueError: If there is no such platform.
@@ -34,12 +29,13 @@ def check_platform(platform: str | None) -> str | None:
         >>> check_platform("cuda")
         'gpu'
     """
-    if platform is None or _name_of(str(platform)) in PLATFORMS:
-        return platform and _name_of(platform)
-    raise ValueError(
-        f"platform={platform!r} is not known. Pass one of {', '.join(map(repr, PLATFORMS))}, or "
-        "None for that of the mesh's devices or of JAX's default one."
-    )
+    known = PLATFORMS.get(str(platform), platform)
+    if platform is not None and known not in PLATFORMS.values():
+        raise ValueError(
+            f"platform={platform!r} is not known. Pass one of 'cpu', 'gpu', 'tpu', or None for "
+            "that of the mesh's devices or of JAX's default one."
+        )
+    return known
 
 
 def plan_platform(
@@ -69,7 +65,8 @@ def plan_platform(
         device = next(iter(known[0].devices()))
     else:
         device = jax.default_backend() if default is None else default
-    return _name_of(str(getattr(device, "platform", device)))
+    name = str(getattr(device, "platform", device))
+    return PLATFORMS.get(name, name)
 
 
 # Returns its operand while tracing, and raises when it is lowered or computed: in a branch of
@@ -97,7 +94,8 @@ def check_lowering(platform: str) -> jax.Array:
     it, so that exporting the program for another platform is an error.
     """
     zero = jnp.asarray(0.0)  # weak: what it is added to keeps its dtype
-    if platform not in PLATFORMS:
+    lowered = [name for name, ours in PLATFORMS.items() if ours == platform]
+    if not lowered:
         return zero
     reason = (
         f"This program was planned for platform {platform!r}, that of its mesh or of JAX's default "
@@ -108,7 +106,7 @@ def check_lowering(platform: str) -> jax.Array:
     return lax.platform_dependent(
         zero,
         default=lambda x: _refused_p.bind(x, reason=reason),
-        **dict.fromkeys(PLATFORMS[platform], lambda x: x),
+        **dict.fromkeys(lowered, lambda x: x),
     )
 
 
@@ -117,7 +115,7 @@ def device_memory(platform: str) -> int | None:
     device = getattr(jax.config, "jax_default_device", None)
     if device is None or isinstance(device, str):
         device = jax.local_devices(backend=device)[0]
-    if platform == "cpu" or _name_of(device.platform) != platform:
+    if PLATFORMS.get(device.platform, device.platform) != platform:
         return None
     return (device.memory_stats() or {}).get("bytes_limit")
 

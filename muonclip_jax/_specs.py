@@ -55,28 +55,19 @@ class Split:
     along: int = 0
 
     def __init__(self, axis: object, sizes: object, view: object = None, along: object = 0):
-        sizes, along = _integers(sizes, "Split's sizes"), _integer(along, "Split's along")
+        axis, along = _integers((axis, along), "Split's axis and along")
+        sizes = _integers(sizes, "Split's sizes")
         grid = None if view is None else _integers(view, "Split's view")
-        wrong = None
-        if not sizes or min(sizes) < 1:
-            wrong = f"Split's sizes must be positive, got {sizes}"
-        elif grid is None:
-            wrong = f"Split's along={along} needs a view" if along else None
-        elif not 0 <= along < len(grid):
-            wrong = f"Split's along={along} is not a dimension of view={grid}"
-        elif grid[along] != sum(sizes):
-            wrong = (
-                f"Split's sizes {sizes} add up to {sum(sizes)}, and view={grid} has {grid[along]} "
-                f"entries along {along}"
-            )
-        if wrong:
+        lengths = (sum(sizes),) if grid is None else grid
+        fits = 0 <= along < len(lengths) and lengths[along] == sum(sizes)
+        if not fits or min(sizes, default=0) < 1:
             raise ValueError(
-                f"{wrong}. Write the length of every part, as in Split(1, (768, 256, 256)), or of "
-                "parts along a dimension of a view, as in Split(1, (1, 1, 1), (12, 3, 64), 1)."
+                "Split's sizes must be positive and add up to the length of the axis, or of "
+                f"dimension along= of view=; got sizes={sizes}, view={grid}, along={along}. Write "
+                "the length of every part, as in Split(1, (768, 256, 256)), or of parts along a "
+                "dimension of a view, as in Split(1, (1, 1, 1), (12, 3, 64), 1)."
             )
-        values = _integer(axis, "Split's axis"), sizes, grid, along
-        for name, value in zip(("axis", "sizes", "view", "along"), values, strict=True):
-            object.__setattr__(self, name, value)
+        vars(self).update(axis=axis, sizes=sizes, view=grid, along=along)
 
     @property
     def length(self) -> int:
@@ -123,10 +114,11 @@ class MatrixSpec:
                 "MatrixSpec's dims must be MuonDimensionNumbers or a pair (reduction axes, output "
                 f"axes), got {dims!r}. Write, for example, MatrixSpec((0, (1, 2)))."
             )
-        sides = (
-            (_integers if isinstance(axis, tuple | list) else _integer)(axis, "MatrixSpec's axes")
-            for axis in dims
-        )
+        sides = []
+        for side in dims:
+            several = isinstance(side, tuple | list)
+            axes = _integers(side if several else (side,), "MatrixSpec's axes")
+            sides.append(axes if several else axes[0])
         parts: list[Split] = []
         for split in (splits,) if isinstance(splits, Split) else splits:
             if not isinstance(split, Split):
@@ -137,8 +129,7 @@ class MatrixSpec:
             parts.append(split)
         if len({split.axis for split in parts}) < len(parts):
             raise ValueError(f"MatrixSpec's splits must have different axes, got {parts}.")
-        object.__setattr__(self, "dims", MuonDimensionNumbers(*sides))
-        object.__setattr__(self, "splits", tuple(parts))
+        vars(self).update(dims=MuonDimensionNumbers(*sides), splits=tuple(parts))
 
 
 #: What a user may write for one leaf that Muon trains.
@@ -150,14 +141,10 @@ def is_spec(x: object) -> bool:
     return isinstance(x, MatrixSpec | MuonDimensionNumbers)
 
 
-def axes_tuple(axes: int | Sequence[int]) -> tuple[int, ...]:
-    """Returns the axes of a dim of a spec, which may be a single one."""
-    return (axes,) if isinstance(axes, int) else tuple(axes)
-
-
 def normalized_axes(spec: MatrixSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the reduction and the output axes of a spec."""
-    return axes_tuple(spec.dims.reduction_axis), axes_tuple(spec.dims.output_axis)
+    """Returns the reduction and the output axes of a spec, each of which may be a single int."""
+    reduction, output = ((x,) if isinstance(x, int) else tuple(x) for x in spec.dims)
+    return reduction, output
 
 
 def normalize_spec(spec: SpecLike, shape: Sequence[int], path: str = "") -> MatrixSpec:
@@ -170,22 +157,20 @@ def normalize_spec(spec: SpecLike, shape: Sequence[int], path: str = "") -> Matr
     """
     where, shape = f"{path}: " if path else "", tuple(shape)
     spec, rank = spec if isinstance(spec, MatrixSpec) else MatrixSpec(spec), len(shape)
-    sides: list[tuple[int, ...]] = []
-    for what, axes in zip(("reduction", "output"), normalized_axes(spec), strict=True):
-        if not axes:
-            raise ValueError(f"{where}{spec.dims} has no {what} axis; a matrix needs one.")
-        for axis in axes:
-            if not -rank <= axis < rank:
-                raise ValueError(
-                    f"{where}{what} axis {axis} does not exist in shape {shape}. Axes go from "
-                    f"{-rank} to {rank - 1}; the spec was {spec.dims}."
-                )
-        sides.append(tuple(axis % rank for axis in axes))
-    used = sides[0] + sides[1]
-    if len(set(used)) < len(used):
+    sides = normalized_axes(spec)
+    for axis in sum(sides, ()):
+        if not -rank <= axis < rank:
+            raise ValueError(
+                f"{where}axis {axis} of {spec.dims} does not exist in shape {shape}. Axes go from "
+                f"{-rank} to {rank - 1}."
+            )
+    reduction, output = (tuple(axis % rank for axis in side) for side in sides)
+    used = reduction + output
+    if not reduction or not output or len(set(used)) < len(used):
         raise ValueError(
-            f"{where}reduction axes {sides[0]} and output axes {sides[1]} of shape {shape} must "
-            "all be different. Every axis is summed over, produced, or (left out) a batch axis."
+            f"{where}reduction axes {reduction} and output axes {output} of shape {shape} must be "
+            "at least one each, and all different. Every axis is summed over, produced, or (left "
+            "out) a batch axis."
         )
     splits: dict[int, Split] = {}
     for split in spec.splits:
@@ -203,7 +188,7 @@ def normalize_spec(spec: SpecLike, shape: Sequence[int], path: str = "") -> Matr
         splits[axis] = Split(axis, split.sizes, split.view, split.along)
     if len(splits) < len(spec.splits):
         raise ValueError(f"{where}two splits have the same axis: {spec.splits}.")
-    return MatrixSpec(MuonDimensionNumbers(*sides), tuple(splits.values()))
+    return MatrixSpec((reduction, output), splits.values())
 
 
 def simplify_spec(spec: MatrixSpec) -> SpecLike:
@@ -217,23 +202,20 @@ def matrix_shapes(spec: SpecLike, shape: Sequence[int]) -> tuple[tuple[int, int,
     """Lists `(count, rows, columns)` of the matrices in a parameter, one entry a kind of part."""
     spec = normalize_spec(spec, shape)
     cut = {split.axis: split.part_lengths for split in spec.splits}
+    sides = normalized_axes(spec)
     rows, columns = (
         [math.prod(part) for part in product(*(cut.get(a, (shape[a],)) for a in axes))]
-        for axes in normalized_axes(spec)
+        for axes in sides
     )
-    used = sum(normalized_axes(spec), ())
-    batch = math.prod(n for axis, n in enumerate(shape) if axis not in used)
+    batch = math.prod(n for axis, n in enumerate(shape) if axis not in sides[0] + sides[1])
     counts = Counter(product(rows, columns))
     return tuple((count * batch, *size) for size, count in counts.items())
 
 
-def _integer(x: object, what: str) -> int:
-    if isinstance(x, bool) or not isinstance(x, SupportsIndex):
-        raise TypeError(f"{what} must be an integer, got {x!r}.")
-    return operator.index(x)
-
-
 def _integers(xs: object, what: str) -> tuple[int, ...]:
-    if isinstance(xs, str) or not isinstance(xs, Sequence):
-        raise TypeError(f"{what} must be a tuple of integers, got {xs!r}.")
-    return tuple(_integer(x, what) for x in xs)
+    """Python's own integers, from a sequence of integers of any type."""
+    if not isinstance(xs, Sequence) or not all(
+        isinstance(x, SupportsIndex) and not isinstance(x, bool) for x in xs
+    ):
+        raise TypeError(f"{what} must be integers, got {xs!r}.")
+    return tuple(map(operator.index, xs))

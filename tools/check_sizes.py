@@ -20,7 +20,7 @@ SUBPACKAGES = {
     "checkpoint": 444,  # (400)
     "transforms": 2050,  # (1,200)
     "sharding": 1500,
-    "matrices": 519,  # (600)
+    "matrices": 501,  # (600)
     "newton_schulz": 1000,
     "clipping": 781,  # (800)
     "attention": 995,  # (900)
@@ -35,7 +35,7 @@ LONGER_FUNCTIONS = {
     "_program": 95,
 }
 TOTAL = {
-    "muonclip_jax": 12_927,  # (11,000)
+    "muonclip_jax": 12_888,  # (11,000)
     "tests": 13_785,  # (12,000)
     "benchmarks": 4_000,
 }

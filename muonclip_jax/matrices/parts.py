@@ -17,19 +17,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from muonclip_jax.routing import MatrixSpec, Split, axes_tuple
+from muonclip_jax.routing import MatrixSpec, normalized_axes
 
 
 @dataclass(frozen=True)
 class Part:
     """One part of a parameter: `count` matrices `(fan_in, fan_out)`."""
 
-    #: The part in the parameter's own axes.
+    #: The part in the parameter's own axes, and in those of the plan's view.
     shape: tuple[int, ...]
+    view: tuple[int, ...]
     fan_in: int
     fan_out: int
     count: int
-    #: Axes in the order batch, reduction, output.
+    #: Axes of the view in the order batch, reduction, output.
     permutation: tuple[int, ...]
 
     def matrices(self, piece: jax.Array) -> jax.Array:
@@ -39,9 +40,12 @@ class Part:
 
 @dataclass(frozen=True)
 class LeafPlan:
-    """The splits of one parameter, and a part for every combination of their pieces."""
+    """A parameter's shape, with the views of its splits, and a part for every piece of the cuts."""
 
-    splits: tuple[Split, ...]
+    shape: tuple[int, ...]
+    view: tuple[int, ...]
+    #: An axis of the view and the lengths of its pieces; the pieces of the first vary slowest.
+    cuts: tuple[tuple[int, tuple[int, ...]], ...]
     parts: tuple[Part, ...]
 
 
@@ -65,23 +69,26 @@ def plan_leaf(shape: Sequence[int], spec: MatrixSpec) -> LeafPlan:
         >>> [(part.count, part.fan_in, part.fan_out) for part in plan.parts]
         [(24, 64, 64)]
     """
-    reduction, output = (axes_tuple(axes) for axes in spec.dims)
+    reduction, output = normalized_axes(spec)
     batch = tuple(axis for axis in range(len(shape)) if axis not in reduction + output)
+    grids: list[tuple[int, ...]] = [(length,) for length in shape]
+    for split in spec.splits:
+        grids[split.axis] = split.view or grids[split.axis]
+    # The axes of the view that make each axis of the parameter.
+    ends = itertools.accumulate(map(len, grids))
+    numbers = [tuple(range(end - len(grid), end)) for end, grid in zip(ends, grids, strict=True)]
+    cuts = tuple((numbers[split.axis][split.along], split.sizes) for split in spec.splits)
+    permutation = tuple(i for axis in batch + reduction + output for i in numbers[axis])
+    view = tuple(itertools.chain.from_iterable(grids))
     parts = []
-    for lengths in itertools.product(*(split.part_lengths for split in spec.splits)):
-        cut = list(shape)
-        for split, length in zip(spec.splits, lengths, strict=True):
-            cut[split.axis] = length
-        parts.append(
-            Part(
-                shape=tuple(cut),
-                fan_in=math.prod(cut[axis] for axis in reduction),
-                fan_out=math.prod(cut[axis] for axis in output),
-                count=math.prod(cut[axis] for axis in batch),
-                permutation=batch + reduction + output,
-            )
+    for sizes in itertools.product(*(sizes for _, sizes in cuts)):
+        cut = dict(enumerate(view)) | {axis: n for (axis, _), n in zip(cuts, sizes, strict=True)}
+        own = [math.prod(cut[i] for i in axes) for axes in numbers]
+        count, fan_in, fan_out = (
+            math.prod(own[axis] for axis in axes) for axes in (batch, reduction, output)
         )
-    return LeafPlan(splits=spec.splits, parts=tuple(parts))
+        parts.append(Part(tuple(own), tuple(cut.values()), fan_in, fan_out, count, permutation))
+    return LeafPlan(tuple(shape), view, cuts, tuple(parts))
 
 
 def runs_by_shape(
@@ -116,53 +123,26 @@ def even_size(total: int, most: int) -> int:
     return math.ceil(total / math.ceil(total / most))
 
 
+def split_leaf(x: jax.Array, plan: LeafPlan) -> list[jax.Array]:
+    """Returns the parts of `x` as pieces of its view."""
+    pieces = [x.reshape(plan.view)]
+    for axis, sizes in plan.cuts:
+        pieces = [piece for whole in pieces for piece in jax.lax.split(whole, sizes, axis)]
+    return pieces
+
+
 def to_matrices(x: jax.Array, plan: LeafPlan) -> list[jax.Array]:
     """Returns the parts of `x`, each `(count, fan_in, fan_out)`."""
-    pieces = split_leaf(x, plan.splits)
-    return [part.matrices(piece) for piece, part in zip(pieces, plan.parts, strict=True)]
+    return [part.matrices(x) for x, part in zip(split_leaf(x, plan), plan.parts, strict=True)]
 
 
 def from_matrices(matrices: Sequence[jax.Array], plan: LeafPlan) -> jax.Array:
     """Reassembles a parameter from the parts of `to_matrices`."""
     pieces = []
-    for matrix, part in zip(matrices, plan.parts, strict=True):
-        permuted = tuple(part.shape[axis] for axis in part.permutation)
-        inverse = tuple(part.permutation.index(axis) for axis in range(len(part.shape)))
-        pieces.append(matrix.reshape(permuted).transpose(inverse))
-    return join_leaf(pieces, plan.splits)
-
-
-def split_leaf(x: jax.Array, splits: Sequence[Split]) -> list[jax.Array]:
-    """Applies the splits to `x`, one after another; the first split varies slowest."""
-    pieces = [x]
-    for split in splits:
-        whole, pieces = pieces, []
-        for x in whole:
-            before, after = x.shape[: split.axis], x.shape[split.axis + 1 :]
-            x = x.reshape(*before, *_grid(split), *after)
-            cut = jax.lax.split(x, split.sizes, split.axis + split.along)
-            lengths = zip(cut, split.part_lengths, strict=True)
-            pieces += [piece.reshape(*before, length, *after) for piece, length in lengths]
-    return pieces
-
-
-def join_leaf(pieces: Sequence[jax.Array], splits: Sequence[Split]) -> jax.Array:
-    """Undoes `split_leaf`."""
-    joined = list(pieces)
-    for split in reversed(splits):
-        parts, joined = joined, []
-        for start in range(0, len(parts), len(split.sizes)):
-            shape = parts[start].shape
-            before, after = shape[: split.axis], shape[split.axis + 1 :]
-            grid, gridded = list(_grid(split)), []
-            for part, size in zip(parts[start:], split.sizes, strict=False):
-                view = (*grid[: split.along], size, *grid[split.along + 1 :])
-                gridded.append(part.reshape(*before, *view, *after))
-            whole = jnp.concatenate(gridded, axis=split.axis + split.along)
-            joined.append(whole.reshape(*before, math.prod(grid), *after))
-    (whole,) = joined
-    return whole
-
-
-def _grid(split: Split) -> tuple[int, ...]:
-    return (sum(split.sizes),) if split.view is None else split.view
+    for x, part in zip(matrices, plan.parts, strict=True):
+        inverse = tuple(part.permutation.index(axis) for axis in range(len(part.view)))
+        pieces.append(x.reshape([part.view[axis] for axis in part.permutation]).transpose(inverse))
+    for axis, sizes in reversed(plan.cuts):
+        groups = range(0, len(pieces), len(sizes))
+        pieces = [jnp.concatenate(pieces[i : i + len(sizes)], axis) for i in groups]
+    return pieces[0].reshape(plan.shape)

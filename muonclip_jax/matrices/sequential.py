@@ -1,4 +1,4 @@
-"""Sequential processing of matrices, for CPUs.
+"""The polar factors of a tree on one device: in stacks, or for CPUs sequentially.
 
 One matrix keeps all cores of a CPU busy, so batched products are not faster. Sequential processing
 saves temporary memory and compile time. Parts of the same shape form a *chunk*: they are copied
@@ -18,6 +18,7 @@ Two properties of XLA's CPU backend shape the code:
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -25,19 +26,60 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from muonclip_jax._devices import device_memory
 from muonclip_jax.matrices.parts import (
     LeafPlan,
     Part,
     Run,
     even_size,
     from_matrices,
+    plan_leaf,
     runs_by_shape,
     split_leaf,
 )
+from muonclip_jax.matrices.stacks import map_parts, plan_stacks
+from muonclip_jax.newton_schulz import PolarPlan, apply_polar
+from muonclip_jax.routing import MatrixSpec
+
+# On a CPU a stack is a share of the tree, so that the size of the program does not grow with its
+# depth. Stacks below the second bound save no memory that counts.
+_CPU_STACK_SHARE = 8
+_CPU_STACK_BYTES = 24 * 2**20
+# Newton-Schulz holds a few copies of a stack; a small device has little room beside the parameters.
+_ACCELERATOR_MEMORY_SHARE = 64
 
 # Unlike indexing, without code for negative offsets.
 _read = functools.partial(lax.dynamic_slice_in_dim, allow_negative_indices=False)
 _write = functools.partial(lax.dynamic_update_slice_in_dim, axis=0, allow_negative_indices=False)
+
+
+def orthogonalize_on_one_device(
+    polar: PolarPlan,
+    specs: Sequence[MatrixSpec],
+    max_stack_bytes: int,
+    eps: jax.typing.ArrayLike,
+    leaves: Sequence[jax.Array],
+) -> list[jax.Array]:
+    """Replaces every matrix by its polar factor, in stacks of at most `max_stack_bytes`."""
+    plans = [plan_leaf(x.shape, spec) for x, spec in zip(leaves, specs, strict=True)]
+    dtypes = [x.dtype.name for x in leaves]
+
+    def function(x: jax.Array) -> jax.Array:
+        return _polar(polar, x, eps)
+
+    if polar.platform == "cpu":
+        share = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves) // _CPU_STACK_SHARE
+        chunks = plan_chunks(plans, dtypes, min(max(_CPU_STACK_BYTES, share), max_stack_bytes))
+        return map_sequentially(function, leaves, plans, chunks)
+    memory = device_memory(str(polar.platform))
+    if memory is not None:
+        max_stack_bytes = min(max_stack_bytes, memory // _ACCELERATOR_MEMORY_SHARE)
+    parts = map_parts(function, leaves, plan_stacks(plans, dtypes, max_stack_bytes))
+    return [from_matrices(x, leaf) for x, leaf in zip(parts, plans, strict=True)]
+
+
+#: An inner jit: matrices of one shape are traced once.
+_polar = jax.jit(apply_polar, static_argnums=0)
 
 
 def plan_chunks(
@@ -72,7 +114,7 @@ def map_sequentially(
 
     Tall matrices are transposed, so that `A` and `B^T` share a chunk's program.
     """
-    pieces = [split_leaf(x, leaf.splits) for x, leaf in zip(leaves, plans, strict=True)]
+    pieces = [split_leaf(x, leaf) for x, leaf in zip(leaves, plans, strict=True)]
     if not chunks:  # no matrix has entries
         return list(leaves)
     starts = [

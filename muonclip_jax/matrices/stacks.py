@@ -1,10 +1,9 @@
-"""Same-shaped matrices of a tree in stacks: each one batched call, or on CPUs a loop.
+"""Same-shaped matrices of a tree in stacks, each of them one batched call.
 
 With one Newton-Schulz per leaf, program size grows with the depth of a network; with one per shape
 it does not. A bound on the size of a stack bounds temporary memory.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -12,27 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from muonclip_jax._devices import device_memory
 from muonclip_jax.matrices.parts import (
     LeafPlan,
     Run,
     even_size,
-    from_matrices,
-    plan_leaf,
     runs_by_shape,
     runs_of,
     to_matrices,
 )
-from muonclip_jax.matrices.sequential import map_sequentially, plan_chunks
-from muonclip_jax.newton_schulz import PolarPlan, apply_polar
-from muonclip_jax.routing import MatrixSpec
-
-# On a CPU a stack is a share of the tree, so that the size of the program does not grow with its
-# depth. Stacks below the second bound save no memory that counts.
-_CPU_STACK_SHARE = 8
-_CPU_STACK_BYTES = 24 * 2**20
-# Newton-Schulz holds a few copies of a stack; a small device has little room beside the parameters.
-_ACCELERATOR_MEMORY_SHARE = 64
 
 
 class StackPlan(NamedTuple):
@@ -40,32 +26,6 @@ class StackPlan(NamedTuple):
 
     leaves: tuple[LeafPlan, ...]
     stacks: tuple[tuple[Run, ...], ...]
-
-
-def orthogonalize_on_one_device(
-    polar: PolarPlan,
-    specs: Sequence[MatrixSpec],
-    max_stack_bytes: int,
-    eps: jax.typing.ArrayLike,
-    leaves: Sequence[jax.Array],
-) -> list[jax.Array]:
-    """Replaces every matrix by its polar factor, in stacks of at most `max_stack_bytes`."""
-    plans = [plan_leaf(x.shape, spec) for x, spec in zip(leaves, specs, strict=True)]
-    dtypes = [x.dtype.name for x in leaves]
-    memory = device_memory(str(polar.platform))
-    if memory is not None:
-        max_stack_bytes = min(max_stack_bytes, memory // _ACCELERATOR_MEMORY_SHARE)
-    if polar.platform == "cpu":
-        share = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves) // _CPU_STACK_SHARE
-        chunks = plan_chunks(plans, dtypes, min(max(_CPU_STACK_BYTES, share), max_stack_bytes))
-        return map_sequentially(lambda x: _polar(polar, x, eps), leaves, plans, chunks)
-    stacks = plan_stacks(plans, dtypes, max_stack_bytes)
-    parts = map_parts(lambda x: _polar(polar, x, eps), leaves, stacks)
-    return [from_matrices(x, leaf) for x, leaf in zip(parts, plans, strict=True)]
-
-
-#: An inner jit: matrices of one shape are traced once.
-_polar = jax.jit(apply_polar, static_argnums=0)
 
 
 def plan_stacks(leaves: Sequence[LeafPlan], dtypes: Sequence[str], max_bytes: int) -> StackPlan:

@@ -3,8 +3,8 @@
 from muonclip_jax._specs import (
     MatrixSpec as MatrixSpec,
     Split as Split,
-    axes_tuple as axes_tuple,
     normalize_spec as normalize_spec,
+    normalized_axes as normalized_axes,
 )
 from muonclip_jax.heads.layouts import AttentionLayout as AttentionLayout, Projection as Projection
 from muonclip_jax.routing.labels import (

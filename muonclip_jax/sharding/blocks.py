@@ -16,7 +16,7 @@ from jax import lax
 
 from muonclip_jax._devices import all_gather
 from muonclip_jax.matrices.parts import LeafPlan, from_matrices, plan_leaf, to_matrices
-from muonclip_jax.routing import MatrixSpec, Split, axes_tuple
+from muonclip_jax.routing import MatrixSpec, Split, normalized_axes
 from muonclip_jax.sharding.mesh_shardings import Axes, LeafAxes, Sizes
 
 #: Local length of a dimension, and the mesh axes that shard it.
@@ -74,7 +74,7 @@ def plan_local(
     Two kinds of dimensions are all-gathered first: matrix dimensions that are sharded over an axis
     not in `shared`, and those where a shard contains pieces of several parts.
     """
-    reduction, output = (axes_tuple(dims) for dims in spec.dims)
+    reduction, output = normalized_axes(spec)
     splits = {split.axis: split for split in spec.splits}
     dims: list[Dim] = []
     gathered = []

@@ -24,7 +24,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from muonclip_jax._devices import entry_axes
 from muonclip_jax._tree import Tree, flatten_with_paths
-from muonclip_jax.routing import MatrixSpec, axes_tuple
+from muonclip_jax.routing import MatrixSpec, normalized_axes
 
 #: Names of mesh axes, the slowest first.
 Axes: TypeAlias = tuple[str, ...]
@@ -151,7 +151,7 @@ def zero1_shardings(
     leaves = []
     for shape, spec, axes in zip(shapes, specs, shardings.leaves, strict=True):
         splits = {split.axis for split in spec.splits}
-        candidates = [axis for dims in spec.dims for axis in axes_tuple(dims) if axis not in splits]
+        candidates = [axis for axis in sum(normalized_axes(spec), ()) if axis not in splits]
         leaf = list(axes)
         # JAX lists the Explicit axes of a dimension before the Auto ones.
         for name in sorted(sizes, key=auto.__contains__):

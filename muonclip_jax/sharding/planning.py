@@ -26,7 +26,7 @@ import numpy as np
 
 from muonclip_jax.matrices.parts import Run, even_size, runs_of
 from muonclip_jax.newton_schulz import PolarPlan
-from muonclip_jax.routing import MatrixSpec, axes_tuple
+from muonclip_jax.routing import MatrixSpec, normalized_axes
 from muonclip_jax.sharding.blocks import Block, LocalLeaf, plan_local
 from muonclip_jax.sharding.mesh_shardings import Axes, LeafAxes, Sizes
 from muonclip_jax.sharding.options import Distribution
@@ -101,7 +101,7 @@ def plan_tree(
     leaves: list[LocalLeaf] = []
     pools: dict[tuple[Axes, frozenset[str]], dict[Kind, list[Member]]] = {}
     for leaf, ((shape, dtype), spec) in enumerate(zip(shapes, specs, strict=True)):
-        dims = [axis for side in spec.dims for axis in axes_tuple(side)]
+        dims = sum(normalized_axes(spec), ())
         sharded = {name for axis in dims for name in in_axes[leaf][axis]}
         # Not along DCN axes that replicate its matrices.
         useful = [name for name in sizes if name not in dcn or name in sharded]

@@ -13,8 +13,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from muonclip_jax._devices import vary_like
-from muonclip_jax.matrices.sequential import map_matrices
-from muonclip_jax.matrices.stacks import orthogonalize_on_one_device
+from muonclip_jax.matrices.sequential import map_matrices, orthogonalize_on_one_device
 from muonclip_jax.newton_schulz import (
     PolarPlan,
     apply_polar,

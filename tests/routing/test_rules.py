@@ -114,7 +114,7 @@ def test_construction_refuses(arguments, error, message):
 def test_what_is_no_rules_or_does_not_fit_is_an_error():
     with pytest.raises(TypeError, match="must be a MatrixRules"):
         as_rules([("w", None)])
-    with pytest.raises(ValueError, match="layers_0/attention/query/bias: output axis 2"):
+    with pytest.raises(ValueError, match="layers_0/attention/query/bias: axis 2"):
         MatrixRules([("query", MatrixSpec((0, (1, 2))))]).labels(PARAMS)
 
 

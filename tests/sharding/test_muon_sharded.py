@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
 from benchmarks.hlo import device_groups, tally
-from muonclip_jax.routing import MatrixSpec, axes_tuple
+from muonclip_jax.routing import MatrixSpec, normalized_axes
 from tests.helpers import TOLERANCE, normal_tree, polynomial_of_singular_values
 from tests.sharding.cases import (
     AUTO,
@@ -69,7 +69,7 @@ def by_matrices(x: np.ndarray, spec: MatrixSpec) -> np.ndarray:
         grid = np.moveaxis(x.reshape(8, *(split.view or (3, 8))), 1 + split.along, 0)
         done = two_steps(grid.reshape(3, 8, 8)).reshape(grid.shape)
         return np.moveaxis(done, 0, 1 + split.along).reshape(x.shape)
-    reduction, output = map(axes_tuple, spec.dims)
+    reduction, output = normalized_axes(spec)
     batch = tuple(axis for axis in range(x.ndim) if axis not in reduction + output)
     order = (*batch, *reduction, *output)
     y = x.transpose(order)
