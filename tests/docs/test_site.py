@@ -4,7 +4,6 @@ import re
 import sys
 from pathlib import Path
 
-import griffe
 import pytest
 import yaml
 
@@ -36,15 +35,6 @@ def test_the_site_has_every_page_and_fetches_nothing(tmp_path):
     # The examples are highlighted as code, not run together as text.
     assert api.count('class="gp"') > len(shown())
     assert list((tmp_path / "notebooks").glob("*_files/*.png"))
-
-
-def test_a_name_on_an_api_page_is_no_module():
-    """Of a function in a module of the same name, `:::` must show the function."""
-    package = griffe.load("muonclip_jax", search_paths=[ROOT], submodules=True)
-    for path in shown():
-        found = package[path.removeprefix("muonclip_jax.")]
-        found = found.final_target if found.is_alias else found
-        assert not found.is_module, f"{path} is the module: write `::: {found.path}.{found.name}`"
 
 
 def test_the_navigation_has_every_page_once():

@@ -1,20 +1,15 @@
-"""Metrics on TensorBoard, read back from its file, and on a stand-in for Weights & Biases."""
+"""Metrics on a stand-in for Weights & Biases."""
 
 import json
-import struct
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from unittest import mock
 
 import pytest
 from common import program
 from common.boards import open_boards
 from common.records import Metrics
-from tensorboardX.proto import event_pb2
-
-messages: Any = event_pb2  # its classes are made at run time
 
 RECORDS: list[dict[str, float | int]] = [
     {"step": 1, "train_loss": 5.5, "update/rms": 0.25},
@@ -53,16 +48,3 @@ def test_without_the_package_it_says_what_to_write(tmp_path: Path, monkeypatch, 
     with pytest.raises(SystemExit):
         write(tmp_path, tmp_path, "--wandb", "muon")
     assert "pip install wandb" in capsys.readouterr().err
-
-
-def test_tensorboard_gets_every_scalar_in_the_run_s_own_folder(tmp_path: Path):
-    folder = tmp_path / "runs" / "own" / "mesh"
-    write(tmp_path / "runs", folder, "--tensorboard", tmp_path / "board")
-    (file,) = (tmp_path / "board" / "own" / "mesh").glob("events.out.tfevents.*")
-    data, seen = file.read_bytes(), set()
-    while data:  # length, its checksum, the event, its checksum
-        (size,) = struct.unpack("<Q", data[:8])
-        event = messages.Event.FromString(data[12 : 12 + size])
-        seen |= {(event.step, value.tag, value.simple_value) for value in event.summary.value}
-        data = data[16 + size :]
-    assert seen == {(x["step"], k, v) for x in RECORDS for k, v in x.items() if k != "step"}

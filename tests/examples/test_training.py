@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common.data import Corpus
-from common.model import ModelConfig
+from common.model import GPT, ModelConfig
 from common.training import OPTIMIZERS, Settings, State, Training
 from fine_tune import Comparison, saved_settings
 
@@ -26,6 +26,15 @@ def tiny(**changes: Any) -> Settings:
     values: dict[str, Any] = {"steps": STEPS, "batch_size": 2, "length": 8}
     values |= {"score_every": 3, "score_windows": 4, "model": TINY, "optimizer": "muonclip"}
     return Settings(**(values | changes))
+
+
+def test_a_later_byte_changes_no_earlier_logit():
+    model = GPT(TINY)
+    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 256).astype(jnp.uint8)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)
+    before, after = (jax.jit(model.apply)(params, x) for x in (tokens, tokens.at[:, 7].add(1)))
+    np.testing.assert_array_equal(before[:, :7], after[:, :7])
+    assert (before[:, 7:] != after[:, 7:]).any()
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

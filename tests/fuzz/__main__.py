@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import itertools
 import sys
 import time
 from collections import defaultdict
@@ -12,7 +13,6 @@ import jax  # noqa: E402
 
 from tests.fuzz.check import run  # noqa: E402
 from tests.fuzz.draw import draw_case  # noqa: E402
-from tests.fuzz.program import standalone  # noqa: E402
 
 
 def main() -> int:
@@ -22,19 +22,19 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     arguments = parser.parse_args()
     found: defaultdict[str, list[int]] = defaultdict(list)
-    start, seed = time.monotonic(), arguments.seed
-    while time.monotonic() - start < arguments.seconds:
+    start = time.monotonic()
+    for seed in itertools.count(arguments.seed):
         case = draw_case(seed)
         outcome = run(case)
         kind = "ok" if outcome.status == "ok" else f"{outcome.status}: {outcome.signature}"
         found[kind].append(seed)
         if outcome.status == "failed" and len(found[kind]) == 1:
-            print(f"\n==== seed {seed}: {outcome.kind}: {outcome.detail[:600]}\n")
-            print(standalone(case, outcome.kind == "crash"), flush=True)
-        seed += 1
+            print(f"\n==== seed {seed}: {outcome.kind}: {outcome.detail[:600]}\n{case}", flush=True)
+        if time.monotonic() - start > arguments.seconds:
+            break
         if seed % 100 == 0:
             jax.clear_caches()  # compiled programs of earlier cases are of no use to later ones
-    print(f"\n{seed - arguments.seed} cases in {time.monotonic() - start:.0f} s")
+    print(f"\n{sum(map(len, found.values()))} cases in {time.monotonic() - start:.0f} s")
     for kind, seeds in sorted(found.items(), key=lambda item: -len(item[1])):
         print(f"  {len(seeds):4d} {seeds[:8]} {kind}")
     return int(any(kind.startswith("failed") for kind in found))

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import muonclip_jax as mc
 from tests.fuzz import program, reference
@@ -69,39 +70,32 @@ def run(case: Case) -> Outcome:
 
 
 def _check(case: Case) -> None:
+    drawn = program.draw_arrays(case)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        space = _execute(case, program.one_device(case), program.configured(case))
+        expected = program.one_device(case, drawn).result
+        actual = program.as_asked(case, drawn)
     for warning in caught:
         if not (case.hidden and "Pass param_shardings=" in str(warning.message)):
             raise FaultError("warning", f"{warning.category.__name__}: {warning.message}")
     try:
-        _check_promises(space, case)
+        _check_promises(actual, case)
     except FaultError as fault:
-        if fault.args[0] not in ("sharding", "traces") or not _fails_too(case, fault):
+        if fault.args[0] not in ("sharding", "traces") or not _fails_too(case, drawn, fault):
             raise
-    _check_values(space, case)
+    _check_values(actual.result, expected, _numpy(drawn, case), case)
 
 
-def _execute(case: Case, *pieces: str) -> dict[str, Any]:
-    """Executes the program, and returns its variables."""
-    space: dict[str, Any] = {"traces": []}
-    for piece in (program.IMPORTS, program.setup(case), *pieces):
-        space["traces"].clear()
-        exec(compile(piece, "<case>", "exec"), space)
-    return space
-
-
-def _fails_too(case: Case, fault: FaultError) -> bool:
+def _fails_too(case: Case, drawn: list[Any], fault: FaultError) -> bool:
     """Whether an elementwise transformation of Optax breaks the same promise in this program.
 
     JAX itself traces again where a scalar of the state comes without a mesh and returns with one,
     and loses shardings on meshes of mixed axis types.
     """
     try:
-        tx = "optax.with_extra_args_support(optax.adam(0.1))"
-        space = _execute(case, program.configured(case, tx))
-        _check_promises(space, dataclasses.replace(case, factory="optax"))
+        tx = optax.with_extra_args_support(optax.adam(0.1))
+        run = program.as_asked(case, drawn, tx)
+        _check_promises(run, dataclasses.replace(case, factory="optax"))
     except FaultError as other:
         return other.args[0] == fault.args[0]
     except Exception:
@@ -109,17 +103,17 @@ def _fails_too(case: Case, fault: FaultError) -> bool:
     return False
 
 
-def _check_promises(space: dict[str, Any], case: Case) -> None:
+def _check_promises(run: program.Run, case: Case) -> None:
     """The state is like `init`'s, updates are sharded as the parameters, one trace is enough."""
-    updates, _, state = space["actual"]
-    _check_alike(state, space["initial"], "state", not case.hidden and case.init != "jit")
+    updates, _, state = run.result
+    _check_alike(state, run.initial, "state", not case.hidden and case.init != "jit")
     # A wider mu_dtype widens the updates of `optax.adamw`, too; the sharding of clipped leaves is
     # the compiler's choice where axes are Auto.
     free = {leaf.path for leaf in case.leaves if not leaf.dims and case.options["mu_dtype"]}
     free |= set(reference.clip_factors(case)) if case.auto else set()
-    _check_alike(updates, space["params"], "updates", not case.hidden, free)
-    if case.mode != "eager" and len(space["traces"]) > 1:
-        raise FaultError("traces", f"{len(space['traces'])} traces over two calls")
+    _check_alike(updates, run.params, "updates", not case.hidden, free)
+    if case.mode != "eager" and run.traces > 1:
+        raise FaultError("traces", f"{run.traces} traces over two calls")
 
 
 def _check_alike(
@@ -140,12 +134,11 @@ def _check_alike(
             raise FaultError("sharding", detail)
 
 
-def _check_values(space: dict[str, Any], case: Case) -> None:
+def _check_values(actual: Any, expected: Any, wanted: Any, case: Case) -> None:
     """Updates and state are those of one device, updates those of NumPy."""
-    actual, expected = space["actual"], space["expected"]
     if jax.tree.structure(actual) != jax.tree.structure(expected):
         raise FaultError("structure", "updates or state have another structure than on one device")
-    wanted, tolerance = _numpy(space, case), _TOLERANCE[_narrowest(case)]
+    tolerance = _TOLERANCE[_narrowest(case)]
     for (path, a), (_, e) in zip(_paths(actual), _paths(expected), strict=True):
         bound = 0.0 if jnp.issubdtype(e.dtype, jnp.integer) else tolerance
         by_numpy, numpy_bound = wanted.get(path, (e, bound))
@@ -155,11 +148,10 @@ def _check_values(space: dict[str, Any], case: Case) -> None:
                 raise FaultError("value", f"{name} differs by {distance:.2g}, at {path}")
 
 
-def _numpy(space: dict[str, Any], case: Case) -> dict[str, tuple[np.ndarray, float]]:
+def _numpy(drawn: list[Any], case: Case) -> dict[str, tuple[np.ndarray, float]]:
     """The updates in float64 by path, and what rounding of singular values may do to them."""
     params, first, second = (
-        {path: np.asarray(x).astype(np.float64) for path, x in _paths(tree)}
-        for tree in space["drawn"]
+        {path: np.asarray(x).astype(np.float64) for path, x in _paths(tree)} for tree in drawn
     )
     # By so much may normalised singular values be off.
     nudge = 8 * float(jnp.finfo(_narrowest(case)).eps)

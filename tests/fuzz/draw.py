@@ -57,7 +57,7 @@ class Leaf:
 
 @dataclasses.dataclass
 class Case:
-    """One configuration; `program.py` writes it as Python."""
+    """One configuration."""
 
     seed: int  # of the arrays
     leaves: list[Leaf] = dataclasses.field(default_factory=list)

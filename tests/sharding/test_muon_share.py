@@ -69,7 +69,8 @@ def check_share(
         ({"w": (16, *SHAPE)}, P(), {"all-gather": 1}),
         # Replicated over "tp": gathered there in the end.
         ({"w": (16, *SHAPE)}, P(None, "fsdp"), TWO_WAYS | {"all-gather": 1}),
-        ({"none": (0, *SHAPE), "w": (16, *SHAPE)}, FSDP_TP, TWO_WAYS),
+        # Parameters of one shape move together.
+        ({"none": (0, *SHAPE), "v": (3, *SHAPE), "w": (13, *SHAPE)}, FSDP_TP, TWO_WAYS),
         ({"w": (16, *SHAPE)}, P("fsdp", None, "tp"), TWO_WAYS),
         # A loop.
         ({"w": (48, *SHAPE)}, FSDP_TP, TWO_WAYS),
@@ -77,7 +78,7 @@ def check_share(
 )
 def test_a_device_does_its_share(shapes: Any, at: P, moves: dict[str, int]):
     program = compiled_step(mesh_of(), shapes, at)
-    check_share(program, shapes["w"][0], devices=8, moves=moves)
+    check_share(program, sum(n for n, *_ in shapes.values()), devices=8, moves=moves)
     assert tally(program.as_text()).unknown_loops == 0
 
 
