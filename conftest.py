@@ -59,7 +59,6 @@ collect_ignore = ["tests/golden/write_goldens.py"]
 if version("flax") in ("0.12.3", "0.12.4", "0.12.5"):
     collect_ignore += [
         *("muonclip_jax/nnx.py", "tests/test_capture.py", "tests/test_nnx.py"),
-        "tests/test_flax_training.py",
         *("tests/docs/test_pages.py", "tests/examples/test_frameworks.py"),
         *("tests/examples/test_programs.py", "tests/examples/test_notebooks.py"),
         *("tests/test_mistakes.py", "tests/transforms/test_accumulate.py"),

@@ -244,16 +244,3 @@ def test_the_module_runs_as_a_command(tmp_path: Path):
     )
     assert result.returncode == 0, result.stderr
     assert "dense/kernel  (4, 8)  muon" in result.stdout
-
-
-def test_the_page_shows_what_describe_prints(tmp_path: Path, monkeypatch: Any, capsys: Any):
-    # The attention of docs/metrics.md, by hand.
-    projection = {"kernel": np.zeros((32, 4, 8), np.float32), "bias": np.zeros((4, 8), np.float32)}
-    params: dict[str, Any] = dict.fromkeys(("query", "key", "value"), projection)
-    params["out"] = {"kernel": np.zeros((4, 8, 32), np.float32), "bias": np.zeros(32, np.float32)}
-    monkeypatch.chdir(tmp_path)
-    save(tmp_path / "checkpoint", {"params": params})
-    assert main(["describe", "checkpoint", "--platform", "gpu"]) == 0
-    command = "$ python -m muonclip_jax describe checkpoint --platform gpu\n"
-    page = (ROOT / "docs" / "metrics.md").read_text()
-    assert page.partition(command)[2].partition("```")[0] == capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What importing the package costs: no Flax, no test tools, no device."""
+"""What importing the package costs: no Flax, no test tools, no kernel, no device."""
 
 import ast
 import importlib
@@ -12,19 +12,28 @@ import muonclip_jax
 from tests.helpers import ROOT, finished
 
 
-def test_importing_the_package_loads_no_optional_dependency_and_touches_no_device():
+def test_the_package_loads_nothing_optional_and_touches_no_device_until_it_is_used():
     # A library that starts a backend on import takes away jax.distributed.initialize, which must
     # come before.
     script = """
-import muonclip_jax, sys
+import sys, optax.contrib
+before = set(sys.modules)
+import jax.numpy as jnp, muonclip_jax as mc
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized(), "the import started a backend"
-print(*{name.split(".")[0] for name in sys.modules})
+tx = mc.muonclip(1e-3, qk_clip_threshold=None)
+params = {"up": {"kernel": jnp.ones((4, 8))}}
+tx.update(params, tx.init(params), params)
+mc.attention_max_logits(jnp.ones((1, 4, 2, 8)), jnp.ones((1, 4, 2, 8)))
+print(*set(sys.modules) - before)
 """
     result = finished(sys.executable, "-W", "error", "-c", script)
     assert result.returncode == 0, result.stderr
+    loaded = result.stdout.split()
     optional = {"flax", "orbax", "chex", "hypothesis", "beartype", "torch"}
-    assert not optional & set(result.stdout.split())
+    assert not optional & {name.split(".")[0] for name in loaded}
+    kernels = ("experimental", "pallas", "muonclip_jax.kernels.")
+    assert not [name for name in loaded if any(word in name for word in kernels)]
 
 
 def test_what_the_package_requires_it_imports():

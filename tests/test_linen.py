@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import optax
 import pytest
 from flax import errors
 
+import muonclip_jax as mc
 from muonclip_jax.linen import TrainState, capture_max_logits, dot_product_attention
 from tests.helpers import TOLERANCE
 from tests.test_capture import HEADS, LENGTH, MASK, X, dense_maxima
@@ -161,3 +163,25 @@ def test_train_state_forwards_what_is_not_a_field():
         after = jax.jit(lambda s: s.apply_gradients(grads=params, max_logits=maxima))(state)
         assert after.step == 1
         assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize("box", [nn.with_partitioning, nn.with_logical_partitioning])
+def test_the_whole_variables_boxes_and_frozen_dicts_are_clipped(box):
+    normal = nn.initializers.normal(0.7)
+    boxed = box(normal, (None, None, None))
+    model = nn.Sequential([nn.MultiHeadAttention(HEADS, kernel_init=boxed, bias_init=normal)])
+    capture = jax.jit(capture_max_logits(model.apply))
+    params = jax.jit(model.init)(jax.random.key(1), X)["params"]
+    before = capture({"params": params}, X)[1]
+    new, info = mc.apply_qk_clip({"params": params}, before, threshold=1.0)
+    kernel = new["params"]["layers_0"]["query"]["kernel"]
+    assert type(kernel) is type(params["layers_0"]["query"]["kernel"])
+    assert isinstance(kernel, nn.Partitioned)
+    (then,), (now,) = jax.tree.leaves(before), jax.tree.leaves(capture(new, X)[1])
+    np.testing.assert_allclose(now, np.minimum(then, 1.0), rtol=1e-5)
+    assert int(info.total_clipped) > 0
+    assert list(info.gamma) == ["layers_0"]
+    frozen: Any = flax.core.FrozenDict(nn.meta.unbox(params))
+    again, _ = mc.apply_qk_clip(frozen, flax.core.FrozenDict(before), threshold=1.0)
+    assert isinstance(again, flax.core.FrozenDict)
+    np.testing.assert_array_equal(again["layers_0"]["query"]["kernel"], kernel.value)

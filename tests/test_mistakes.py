@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -152,8 +153,8 @@ VALUES: Settings = [
     (CLIP, {**ON, "qk_clip_blocks": ()}, r"qk_clip_blocks=\(\) selects no attention block"),
     (CLIP, {**ON, "qk_clip_alpha": 1.5}, r"qk_clip_alpha must be in \[0, 1\], got 1.5"),
     (CLIP, {**ON, "qk_clip_shared_keys": "all"}, "qk_clip_shared_keys must be one of 'query'"),
-    (mc.qk_clip, {"threshold": 0.0}, "threshold must be positive"),
-    (mc.qk_clip, {"alpha": 1.5}, "alpha must be"),
+    *((mc.qk_clip, {"threshold": x}, "threshold must be positive") for x in (0, -2.0, math.nan)),
+    *((mc.qk_clip, {"alpha": x}, "alpha must be") for x in (1.5, -0.1, math.nan)),
     (mc.qk_clip, {"shared_keys": "all"}, "shared_keys must be one of"),
     (mc.qk_clip, {"blocks": ()}, "selects no attention block"),
     (clip_until, {"threshold": -1.0}, "threshold must be positive"),

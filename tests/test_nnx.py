@@ -1,4 +1,4 @@
-"""What only Flax NNX has: captures of methods, functions and jitted calls, and threads."""
+"""What only Flax NNX has: captures of methods, functions and jitted calls, threads, `Optimizer`."""
 
 import gc
 import time
@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+import muonclip_jax as mc
 from muonclip_jax.nnx import capture_max_logits, dot_product_attention
 from tests.test_capture import HEADS, WIDTH, NnxDecoder, X
 
@@ -87,3 +89,42 @@ def test_a_flax_without_captures_is_refused_by_name(monkeypatch):
     monkeypatch.delattr(nnx, "capture")
     with pytest.raises(NotImplementedError, match=r"nnx\.capture of Flax 0\.12\.6 or later"):
         capture_max_logits(model)(X)
+
+
+@pytest.mark.parametrize("key_heads", [None, 2])
+def test_a_step_of_the_optimizer_forwards_the_maxima_to_muonclip(key_heads):
+    """With a learning rate near zero a head over the threshold is at it, others stay."""
+    model = _attention(num_kv_heads=key_heads)
+    before = capture_max_logits(model)(X)[1]["max_logits"]
+    threshold = float(np.sort(before)[1:3].mean())
+    tx = mc.muonclip(1e-9, weight_decay=0.0, qk_clip_threshold=threshold)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        def loss(model):
+            out, max_logits = capture_max_logits(model)(x)
+            return jnp.mean(out**2), max_logits
+
+        grads, max_logits = nnx.grad(loss, has_aux=True)(model)
+        optimizer.update(model, grads, max_logits=max_logits)
+
+    step(model, optimizer, X)
+    after = capture_max_logits(model)(X)[1]["max_logits"]
+    np.testing.assert_allclose(after, np.minimum(before, threshold), rtol=1e-5)
+    assert 0 < int(jnp.sum(before > threshold)) < HEADS
+
+
+def test_a_pure_dict_of_an_nnx_state_keeps_its_structure():
+    """Its keys are integers where modules are in a list."""
+    model = nnx.Sequential(_attention(), _attention())
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    _, maxima = capture_max_logits(model)(X)
+    threshold = float(np.median(np.stack(jax.tree.leaves(maxima))))
+    new, info = mc.apply_qk_clip(params, maxima, threshold=threshold)
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+    assert list(info.gamma) == ["layers/0", "layers/1"]
+    kernels = (tree["layers"][1]["query"]["kernel"] for tree in (new, params))
+    ratio = np.divide(*map(np.asarray, kernels))
+    gamma = np.broadcast_to(np.asarray(info.gamma["layers/1"])[:, None] ** 0.5, ratio.shape)
+    np.testing.assert_allclose(ratio, gamma, rtol=1e-5)

@@ -148,14 +148,6 @@ def test_a_page_is_what_the_stored_results_say(name):
     assert written(page, load(RESULTS), PAGES[name]) == page
 
 
-def test_a_result_that_is_not_there_is_said_to_be_missing():
-    page = (ROOT / "docs/scaling.md").read_text()
-    said = written(page, {}, PAGES["docs/scaling.md"])
-    assert "not measured: `python -m benchmarks.pods`" in said
-    with pytest.raises(ValueError, match="<!-- pods -->"):
-        written("nothing", {}, PAGES["docs/scaling.md"])
-
-
 @pytest.mark.parametrize(
     "module",
     ["harness", "counting", "hlo", "replica_groups", "report_tables", "report_training"],

@@ -73,6 +73,9 @@ MAXIMA: list[tuple[Any, Any, str]] = [
     (attention(), normal(2, 4, 16, 16), LOGITS.format(r"\(0, 2, 3\)")),
     (attention(), normal(4, 16, 12), LOGITS.format(r"\(1, 2\)")),
     (attention(stack=(3,)), normal(3, 2, 4, 16, 16), LOGITS.format(r"\(1, 3, 4\)")),
+    # What MaxText records under its scan.
+    (attention(stack=(3,)), normal(3, 2, 4), r"layers, batch, query heads\).*s\.max\(axis=1\)"),
+    (attention(stack=(3,)), normal(3, 1, 2, 4), r"s\.max\(axis=\(1, 2\)\)"),
     (attention(), {"weights": (ONES,)}, "recorded for 'attn/weights"),
     (attention(), jnp.asarray(7.0), r"shape \(\) do not match.*\(query heads,\)"),
     (attention(stack=(3,)), ONES, r"\(3, 6, 4, 8\).*Expected maxima \(query heads,\), or \("),

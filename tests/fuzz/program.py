@@ -47,10 +47,11 @@ def draw_arrays(case: Case) -> list[Any]:
     return [jax.tree.map(array, leaves) for _ in range(3)]
 
 
-def one_device(case: Case, drawn: list[Any]) -> Run:
-    """The updates without a mesh."""
+def one_device(case: Case, *draws: list[Any]) -> list[Any]:
+    """The results of some arrays without a mesh."""
     tx = _transformation(case, {})
-    return _two_updates(tx, jax.jit, tx.init(drawn[0]), drawn, _maxima(case))
+    step = jax.jit(_step(tx, []))
+    return [_two_updates(step, tx.init(drawn[0]), drawn, _maxima(case)) for drawn in draws]
 
 
 def as_asked(case: Case, drawn: list[Any], tx: Any = None) -> Run:
@@ -76,21 +77,24 @@ def as_asked(case: Case, drawn: list[Any], tx: Any = None) -> Run:
         if case.mode == "shard_map":
             wraps["shard_map"], mapped_init = _mapped(case, tx, mesh, drawn[0])
             init = mapped_init if case.init == "jit" else tx.init
-        return _two_updates(tx, wraps[case.mode], init(drawn[0]), drawn, extra)
+        traces, initial = [], init(drawn[0])
+        result = _two_updates(wraps[case.mode](_step(tx, traces)), initial, drawn, extra)
+    return Run(drawn[0], initial, result, len(traces))
 
 
-def _two_updates(tx: Any, wrap: Step, initial: Any, drawn: list[Any], extra: Any) -> Run:
-    traces = []
-
+def _step(tx: Any, traces: list[int]) -> Step:
     def step(gradients: Any, state: Any, params: Any, extra: Any) -> Any:
         traces.append(1)
         updates, state = tx.update(gradients, state, params, **extra)
         return updates, state, optax.apply_updates(params, updates)
 
-    run, (params, first, second) = wrap(step), drawn
-    updates, state, moved = run(first, initial, params, extra)
-    later, state, _ = run(second, state, moved, extra)
-    return Run(params, initial, (updates, later, state), len(traces))
+    return step
+
+
+def _two_updates(step: Step, state: Any, drawn: list[Any], extra: Any) -> tuple[Any, Any, Any]:
+    params, first, second = drawn
+    updates, state, moved = step(first, state, params, extra)
+    return updates, *step(second, state, moved, extra)[:2]
 
 
 def _maxima(case: Case) -> Any:

@@ -11,7 +11,6 @@ import pytest
 from benchmarks.matrices import minimax_rows
 from muonclip_jax.newton_schulz import ALIASES, COEFFICIENT_SETS
 from muonclip_jax.newton_schulz.coefficients import (
-    evaluate,
     find_sign_flip,
     resolve_coefficients,
     with_safety_factor,
@@ -55,19 +54,7 @@ def test_rows_are_those_of_the_other_libraries() -> None:
     assert all(rows_of(alias) == COEFFICIENT_SETS[name].rows for alias, name in ALIASES.items())
 
 
-def test_bands_and_slopes_of_the_scalar_polynomial() -> None:
-    # Lowest and highest value over [.01, 1], to the digits of the sources, and the slope at zero.
-    for name, steps, low, high, slope in (
-        ("keller_jordan", None, 0.682, 1.134, 485),
-        ("you", None, 0.978, 1.032, 493),
-        ("polar_express_1.05", 5, 0.846, 1.124, 804),
-        ("polar_express", 5, 0.870, 1.124, 976),
-        ("cans", None, 0.884, 1.120, 1049),
-        ("deepseek_v4", None, 1.0000, 1.0005, 79263),
-    ):
-        out = evaluate(rows_of(name, steps), np.linspace(0.01, 1, 200_001))
-        assert (out.min(), out.max()) == pytest.approx((low, high), abs=6e-4)
-        assert np.prod([row[0] for row in rows_of(name, steps)]) == pytest.approx(slope, abs=0.5)
+def test_no_set_changes_a_direction_after_any_step() -> None:
     for each in COEFFICIENT_SETS.values():
         assert all(find_sign_flip(each.rows[:steps]) is None for steps in range(1, 11))
     rows = ((2.0, -1.5, 0.5), CONVERGE, (3.0, -2.0, 0.0))

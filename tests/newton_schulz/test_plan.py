@@ -1,6 +1,5 @@
 """Which form and dtype are chosen, what they cost, and that nothing diverges in any of them."""
 
-import dataclasses
 import functools
 
 import jax
@@ -10,8 +9,7 @@ import pytest
 
 from muonclip_jax.newton_schulz import COEFFICIENT_SETS, PolarPlan, apply_polar, plan_polar
 from muonclip_jax.newton_schulz.coefficients import evaluate
-from muonclip_jax.newton_schulz.iteration import gram_newton_schulz, normalize
-from muonclip_jax.newton_schulz.stability import amplification, choose_restarts, guard_rows
+from muonclip_jax.newton_schulz.stability import choose_restarts, guard_rows
 from tests.helpers import polynomial_of_singular_values
 
 KJ = COEFFICIENT_SETS["keller_jordan"].rows
@@ -47,14 +45,7 @@ def test_form_and_dtype(shape, x_dtype, ns_dtype, method, platform, rows, expect
     assert (resolved.method, resolved.dtype) == expected
 
 
-def test_impossible_dtypes_and_equal_plans() -> None:
-    for x_dtype, ns_dtype, method, message in (
-        ("complex64", "bfloat16", "auto", "not possible for input of dtype complex64"),
-        ("float32", "float16", "svd", 'not possible for ns_method="svd"'),
-        ("float32", "float64", "standard", "jax_enable_x64"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            plan_polar(KJ, ns_dtype=ns_dtype, ns_method=method).check_input(x_dtype)
+def test_equal_plans_have_one_hash() -> None:
     assert hash(plan_polar("dion", ns_dtype=jnp.bfloat16)) == hash(
         plan_polar("you", 5, ns_dtype="bfloat16")
     )
@@ -122,21 +113,6 @@ def test_small_matrices_do_not_diverge_in_16_bits() -> None:
         with jax.disable_jit():  # each 16-bit rounding really takes place
             y = np.asarray(apply_polar(plan_polar("minimax4", None, "auto", dtype), x), np.float64)
         assert np.linalg.norm(y, ord=2, axis=(-2, -1)).max() < 1.25, dtype
-
-
-def test_a_restart_saves_float16() -> None:
-    assert amplification((), COEFFICIENT_SETS["you"].rows, 4e-4) == pytest.approx(2e8, rel=0.1)
-    # Log-spaced singular values: the spectrum on which rounding does the most harm.
-    rng = np.random.default_rng(0)
-    u, _ = np.linalg.qr(rng.normal(size=(64, 64)))
-    v, _ = np.linalg.qr(rng.normal(size=(256, 64)))
-    x = jnp.asarray((u * np.logspace(0, -3, 64)) @ v.T, jnp.float32)
-    plan = plan_polar("polar_express_1.05", 5, "gram", "float16").resolve(x.shape, x.dtype)
-    without = dataclasses.replace(plan, restarts=())
-    with jax.disable_jit():  # each 16-bit rounding really takes place
-        run = [np.asarray(gram_newton_schulz(normalize(x, p, 1e-7), p)) for p in (plan, without)]
-    worst = [np.linalg.norm(np.nan_to_num(y.astype(np.float64), nan=1e9), ord=2) for y in run]
-    assert worst[0] < 1.2 < worst[1]
 
 
 def spectra() -> np.ndarray:

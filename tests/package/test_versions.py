@@ -6,7 +6,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tools.check_release import problems
 from tools.constraints import constraints, minimums
@@ -42,14 +41,6 @@ def test_what_does_not_fit_is_said(release: Path, file: str, before: str, after:
     assert before in text
     (release / file).write_text(text.replace(before, after, 1))
     assert any(said in problem for problem in problems(f"v{PROJECT['version']}", release))
-
-
-def test_the_citation_has_what_its_format_requires():
-    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert cited["cff-version"] == "1.2.0"
-    assert cited["license"] == PROJECT["license"]
-    assert cited["message"]
-    assert all(work["title"] and work["authors"] for work in (cited, *cited["references"]))
 
 
 def test_constraints_for_other_versions():
