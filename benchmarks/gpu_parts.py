@@ -30,7 +30,7 @@ from benchmarks.optimizers import FAST, OPTAX, OPTIMIZERS, OURS, ours
 from benchmarks.training_runs import train_step
 from muonclip_jax.kernels import SYMMETRIC
 from muonclip_jax.newton_schulz import apply_polar, plan_polar
-from muonclip_jax.newton_schulz.products import gram, symmetric_product
+from muonclip_jax.newton_schulz.iteration import gram, symmetric_product
 
 Row = dict[str, Any]
 Left = Callable[[], float]

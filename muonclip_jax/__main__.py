@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if passed else 1
     try:
         print(describe(**options))
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

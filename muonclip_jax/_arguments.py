@@ -7,7 +7,7 @@ import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import jax
@@ -116,6 +116,13 @@ def check_number(
     kind = within if within.startswith("an integer") else "a number"
     others = ", a traced scalar or a schedule" if schedule else " or a traced scalar"
     raise TypeError(f"{name} must be {kind}{others}, got {got}")
+
+
+def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
+    """Raises a ValueError where an argument is not one of the values that are allowed."""
+    if value not in (allowed := tuple(allowed)):
+        options = ", ".join(map(repr, allowed))
+        raise ValueError(f"{name}={value!r} is not known. Pass one of {options}.")
 
 
 def check_type(name: str, value: object, kind: Any, example: str) -> None:

@@ -28,11 +28,13 @@ from jaxtyping import Array, Float
 from muonclip_jax._tree import MAX_LOGITS
 from muonclip_jax.attention import (
     RecordingBeside,
+    arguments_of,
     as_bool,
     attention_max_logits,
     dot_product_attention as attend,
     only_max_logits,
     records,
+    with_arguments_of,
 )
 
 #: Whether this thread captures.
@@ -55,24 +57,15 @@ def _record(max_logits: Float[Array, " N"], module: nnx.Module | None = None) ->
         module.sow(nnx.Intermediate, MAX_LOGITS, max_logits)
 
 
+@with_arguments_of(nnx.dot_product_attention)
 def dot_product_attention(
     query: Float[Array, "*B T N H"],
     key: Float[Array, "*B S K H"],
     value: Float[Array, "*B S K D"],
-    bias: jax.Array | None = None,
-    mask: jax.Array | None = None,
-    broadcast_dropout: bool = True,
-    dropout_rng: jax.Array | None = None,
-    dropout_rate: float = 0.0,
-    deterministic: bool = False,
-    dtype: Any = None,
-    precision: Any = None,
-    module: nnx.Module | None = None,
-    promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
-    is_causal: bool = False,
-    *,
+    *arguments: object,
     implementation: str | None = None,
     record_in: nnx.Module | None = None,
+    **keywords: object,
 ) -> Float[Array, "*B T N D"]:
     """Computes Flax's attention and sows the largest logit of every head as `max_logits`.
 
@@ -84,21 +77,13 @@ def dot_product_attention(
         query: Queries `(*B, T, N, H)`.
         key: Keys `(*B, S, K, H)`; `N` must be a multiple of `K`.
         value: Values `(*B, S, K, D)`.
-        bias: Added to the logits; broadcasts to `(*B, N, T, S)`. Not part of the maxima, but pairs
-            that it masks are excluded.
-        mask: False or zero for masked pairs; broadcasts to `(*B, N, T, S)`.
-        broadcast_dropout: Whether batch and heads share a dropout mask.
-        dropout_rng: PRNG key of dropout.
-        dropout_rate: Fraction of weights that dropout removes; maxima are before dropout.
-        deterministic: Whether dropout is off.
-        dtype: Dtype to which query, key and value are cast.
-        precision: Precision of the products, if Flax's own attention computes them.
-        module: Passed by Flax's module if attention weights are sown too.
-        promote_dtype: Function that casts query, key and value to a common dtype.
-        is_causal: Whether query `t` attends only to keys up to `t`.
+        *arguments: The further arguments of `flax.nnx.dot_product_attention`, in its order: bias,
+            mask, ... The bias is not part of the maxima, but pairs that it masks are excluded; the
+            mask is False or zero for masked pairs; maxima are before dropout.
         implementation: As in `muonclip_jax.dot_product_attention`. Set it with
             `functools.partial`.
         record_in: The module in which to record; by default the calling one.
+        **keywords: The same arguments by name.
 
     Returns:
         The output `(*B, T, N, D)`.
@@ -113,26 +98,17 @@ def dot_product_attention(
         >>> state["max_logits"].get_value()[0].shape
         (2,)
     """
-    query, key, value = promote_dtype((query, key, value), dtype=dtype)
-    if module is None and (deterministic or dropout_rate == 0.0):
-        out, max_logits = attend(
-            *(query, key, value, bias, as_bool(mask)),
-            is_causal=is_causal,
-            implementation=implementation,
-        )
+    given = arguments_of(nnx.dot_product_attention, query, key, value, *arguments, **keywords)
+    promote, dtype = given.pop("promote_dtype"), given.pop("dtype")
+    query, key, value = promote((query, key, value), dtype=dtype)
+    pairs = {"bias": given["bias"], "mask": as_bool(given["mask"]), "is_causal": given["is_causal"]}
+    if given["module"] is None and (given["deterministic"] or given["dropout_rate"] == 0.0):
+        out, max_logits = attend(query, key, value, **pairs, implementation=implementation)
     else:
-        max_logits = attention_max_logits(query, key, bias, as_bool(mask), is_causal=is_causal)
-        out = nnx.dot_product_attention(
-            *(query, key, value, bias, mask),
-            broadcast_dropout=broadcast_dropout,
-            dropout_rng=dropout_rng,
-            dropout_rate=dropout_rate,
-            deterministic=deterministic,
-            precision=precision,
-            module=module,
-            is_causal=is_causal,
-        )
-    _record(max_logits, record_in or module)
+        max_logits = attention_max_logits(query, key, **pairs)
+        given.update(query=query, key=key, value=value)
+        out = nnx.dot_product_attention(**given)
+    _record(max_logits, record_in or given["module"])
     return out
 
 

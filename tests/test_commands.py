@@ -186,9 +186,9 @@ def test_describe_takes_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     np.savez(path, mystery=np.zeros((4, 2, 3)))
     for rules, message in (
         ([], "mystery of shape (4, 2, 3)"),
-        (["--rules", "tests"], "must be 'package.module:name'"),
-        (["--rules", f"{__name__}:NOTHING"], "is None, expected a muonclip_jax.MatrixRules"),
-        (["--rules", f"{__name__}:ROOT"], "expected a muonclip_jax.MatrixRules"),
+        (["--rules", "tests"], "Write 'package.module:name'"),
+        (["--rules", f"{__name__}:NOTHING"], "has no attribute 'NOTHING'"),
+        (["--rules", f"{__name__}:ROOT"], "is a muonclip_jax.MatrixRules"),
         (["--rules", "no_such_module:RULES"], "No module named 'no_such_module'"),
     ):
         assert main(["describe", str(path), *rules]) == 1

@@ -15,27 +15,27 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "muonclip_jax"
 #: Lines with docstrings; in brackets the aim.
 SUBPACKAGES = {
-    "_commands": 347,  # (250)
-    "linen": 398,  # (400)
+    "_commands": 339,  # (250)
+    "linen": 375,  # (400)
     "checkpoint": 444,  # (400)
     "transforms": 2050,  # (1,200)
-    "sharding": 1500,
+    "sharding": 1309,
     "matrices": 501,  # (600)
-    "newton_schulz": 1000,
+    "newton_schulz": 946,
     "clipping": 781,  # (800)
-    "attention": 995,  # (900)
+    "attention": 975,  # (900)
     "heads": 1243,  # (1,200)
     "routing": 1680,  # (1,300)
     "kernels": 647,
 }
-FILE, FUNCTION, ANY = 300, 60, 135  # Any: (150)
+FILE, FUNCTION, ANY = 300, 60, 129  # Any: (150)
 LONGER_FILES = {"optimizers.py": 378}
 LONGER_FUNCTIONS = {
     "_kernel": 115,
     "_program": 95,
 }
 TOTAL = {
-    "muonclip_jax": 12_888,  # (11,000)
+    "muonclip_jax": 12_736,  # (11,000)
     "tests": 12_859,  # (12,000)
     "benchmarks": 4_000,
 }

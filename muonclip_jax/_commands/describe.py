@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import pkgutil
 import re
 import sys
 import zipfile
@@ -35,7 +36,15 @@ def describe(
     checkpoint: str | Path, params: str | None = None, rules: str | None = None, **cost: Any
 ) -> str:
     """Returns three tables of a checkpoint, for the arguments of the command."""
-    routing = None if rules is None else _load_rules(rules)
+    routing = None
+    if rules is not None:
+        sys.path.insert(0, os.getcwd())
+        routing = pkgutil.resolve_name(rules)
+        if not isinstance(routing, MatrixRules):
+            raise TypeError(
+                f"rules={rules!r} is {routing!r}. Write 'package.module:name', where the name is a "
+                "muonclip_jax.MatrixRules in a module that can be imported here."
+            )
     saved = read_shapes(checkpoint)
     at, shapes = find_params(saved, params)
     roots = {path.partition("/")[0] for path in shapes}
@@ -54,21 +63,6 @@ def describe(
         "Newton-Schulz, a step": describe_cost(shapes, routing, **cost),
     }
     return "\n\n".join(f"{title}\n{'-' * len(title)}\n{body}" for title, body in sections.items())
-
-
-def _load_rules(name: str) -> MatrixRules:
-    """Imports a `MatrixRules`, from the current folder too."""
-    module, _, attribute = name.partition(":")
-    if not (module and attribute):
-        raise ValueError(
-            f"rules must be 'package.module:name', got {name!r}: the module is imported, and the "
-            "name is a MatrixRules in it."
-        )
-    sys.path.insert(0, os.getcwd())
-    found = getattr(importlib.import_module(module), attribute, None)
-    if not isinstance(found, MatrixRules):
-        raise TypeError(f"{name!r} is {found!r}, expected a muonclip_jax.MatrixRules.")
-    return found
 
 
 def read_shapes(checkpoint: str | Path) -> Shapes:
@@ -151,10 +145,10 @@ def find_params(shapes: Shapes, at: str | None = None) -> tuple[str, Shapes]:
     `at` is their path, "" for everything. None means the subtree named "params" nearest to the
     root; if there is none, everything but counters, random keys and roots named as an optimizer's.
     """
-    roots: dict[str, Shapes] = {}
-    for path, form in shapes.items():
+    roots: dict[str, set[str]] = {}
+    for path in shapes:
         root, _, rest = path.partition("/")
-        roots.setdefault(root, {})[rest] = form
+        roots.setdefault(root, set()).add(rest)
     if at is None:
         matches = [m[1] for path in shapes if (m := re.match(r"((?:.*?/)?params)/", path))]
         found = {path for path in matches if {"mu", "nu"}.isdisjoint(path.split("/"))}
@@ -164,32 +158,30 @@ def find_params(shapes: Shapes, at: str | None = None) -> tuple[str, Shapes]:
                 "The checkpoint has several subtrees of parameters: "
                 f"{', '.join(map(repr, sorted(nearest)))}. {_CHOOSE}"
             )
-        if not nearest:
-            return _without_optimizer(shapes, roots)
-        at = str(nearest[0])
-    at = at.strip("/")
-    start = f"{at}/" if at else ""
+        if nearest:
+            at = str(nearest[0])
+        else:
+            shapes, at = _without_optimizer(shapes, roots)
+    start = at.strip("/")
+    start = f"{start}/" if start else ""
     params = {path.removeprefix(start): x for path, x in shapes.items() if path.startswith(start)}
     if not params:
         names = ", ".join(map(repr, roots)) or "nothing"
         raise ValueError(f"The checkpoint has nothing below {at!r}. At its root there is: {names}.")
-    return at, params
+    return start.rstrip("/"), params
 
 
-def _without_optimizer(shapes: Shapes, roots: dict[str, Shapes]) -> tuple[str, Shapes]:
-    """Returns what remains without counters, random keys and optimizer state, and its path."""
+def _without_optimizer(shapes: Shapes, roots: dict[str, set[str]]) -> tuple[Shapes, str]:
+    """Leaves out counters, random keys and optimizer state; the path of the rest if it has one."""
     numbers = {path: x for path, x in shapes.items() if jnp.issubdtype(x.dtype, np.inexact)}
     names = dict.fromkeys(path.partition("/")[0] for path in numbers)
     kept = [root for root in names if not _OPTIMIZER.fullmatch(root)]
     params = {path: x for path, x in numbers.items() if path.partition("/")[0] in kept}
-    trees = [frozenset(roots[root]) for root in kept if "" not in roots[root]]
+    trees = [frozenset(roots[root]) for root in kept if roots[root] != {""}]
     has_copies = len(kept) < len(names) and len(set(trees)) < len(trees)
-    has_moments = any(not _MOMENTS.isdisjoint(path.split("/")) for path in params)
-    if not params or has_copies or has_moments:
+    if not params or has_copies or any(not _MOMENTS.isdisjoint(p.split("/")) for p in params):
         raise ValueError(
             "The checkpoint has no subtree named 'params', and it is unknown which of these the "
             f"parameters are: {', '.join(map(repr, roots))}. {_CHOOSE}"
         )
-    if len(kept) == 1 < len(roots) and "" not in roots[kept[0]]:
-        return kept[0], {path.partition("/")[2]: x for path, x in params.items()}
-    return "", params
+    return params, kept[0] if len(kept) == 1 < len(roots) and trees else ""

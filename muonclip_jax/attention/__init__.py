@@ -12,6 +12,8 @@ from muonclip_jax.attention.maxima import (
 )
 from muonclip_jax.attention.recording import (
     RecordingBeside as RecordingBeside,
+    arguments_of as arguments_of,
     as_bool as as_bool,
     records as records,
+    with_arguments_of as with_arguments_of,
 )

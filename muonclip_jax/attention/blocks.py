@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float
 
 from muonclip_jax._devices import entry_axes
@@ -220,22 +220,19 @@ def on_each_device(
     """
     inputs = dataclasses.replace(inputs, scale=jnp.asarray(inputs.scale))
     sharding = jax.typeof(inputs.query).sharding
-    mesh = sharding.mesh
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    explicit = {name for name, kind in kinds if kind == AxisType.Explicit}
+    mesh, explicit = sharding.mesh, set(sharding.mesh.explicit_axes)
     if not explicit or inputs.query.size == 0:
         return function(inputs)
     batch, queries, key_heads, groups, _ = (*sharding.spec, *[None] * 5)[:5]
     keys, pairs = (batch, None, key_heads), (batch, key_heads, groups)
-    # Mesh axes of the leading axes of every array, in the order of `Inputs`.
-    entries = ((*keys, groups), keys, keys, (), pairs, pairs, (batch,), (batch,))
-    arrays: dict[str, jax.Array] = {}
-    specs: dict[str, P] = {}
-    for field, entry in zip(dataclasses.fields(inputs), entries, strict=False):
-        if (x := getattr(inputs, field.name)) is not None:
-            sharded = zip(entry, x.shape, strict=False)
-            specs[field.name] = P(*(axes if n > 1 else None for axes, n in sharded))
-            arrays[field.name] = x
+    # Mesh axes of the leading axes of every array.
+    entries = {"query": (*keys, groups), "key": keys, "value": keys, "mask": pairs, "bias": pairs}
+    entries |= {"query_seq_lengths": (batch,), "key_value_seq_lengths": (batch,), "scale": ()}
+    arrays = {name: x for name in entries if (x := getattr(inputs, name)) is not None}
+    specs = {
+        name: P(*(axes if n > 1 else None for axes, n in zip(entries[name], x.shape, strict=False)))
+        for name, x in arrays.items()
+    }
 
     def local(share: dict[str, jax.Array]) -> Result:
         out, maxima = function(dataclasses.replace(inputs, **share))

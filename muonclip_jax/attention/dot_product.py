@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from muonclip_jax._arguments import check_choice
 from muonclip_jax._tree import ScalarLike
 from muonclip_jax.attention import blocks
-from muonclip_jax.attention.inputs import AnyArray, Inputs, bias_permits, read_inputs
+from muonclip_jax.attention.inputs import AnyArray, Inputs, bias_permits, permitted_max, read_inputs
 from muonclip_jax.kernels import MAX_LOGITS, load_kernel
 
 #: Implementations of `dot_product_attention`; "xla", the default, is exact and supports every call.
@@ -83,11 +84,7 @@ def dot_product_attention(
         Rabe & Staats, `Self-attention Does Not Need O(n^2) Memory
         <https://arxiv.org/abs/2112.05682>`_, 2021
     """
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(
-            f"implementation={implementation!r} is unknown; choose one of "
-            f"{', '.join(map(repr, IMPLEMENTATIONS))}, or None for 'xla'."
-        )
+    check_choice("implementation", implementation or "xla", IMPLEMENTATIONS)
     inputs = read_inputs(
         *(query, key, value, bias, mask, scale, is_causal, query_seq_lengths),
         *(key_value_seq_lengths, local_window_size),
@@ -161,11 +158,7 @@ def attention_max_logits(
     References:
         Kimi Team, `Kimi K2 <https://arxiv.org/abs/2507.20534>`_, Algorithm 1, 2025
     """
-    if implementation not in (None, "xla", *MAX_LOGITS):
-        raise ValueError(
-            f"implementation={implementation!r} is unknown; choose one of "
-            f"{', '.join(map(repr, ('xla', *MAX_LOGITS)))}, or None for 'xla'."
-        )
+    check_choice("implementation", implementation or "xla", ("xla", *MAX_LOGITS))
     inputs = read_inputs(
         *(query, key, None, bias, mask, scale, is_causal, query_seq_lengths),
         *(key_value_seq_lengths, local_window_size),
@@ -208,29 +201,26 @@ def _by_kernel(name: str, inputs: Inputs) -> Float[Array, "K G"]:
         key,
         [mask.reshape(mask.shape[0], -1, *mask.shape[3:]) for mask in masks if mask is not None],
         jnp.stack(ends, axis=1).astype(jnp.int32),
-        is_causal=inputs.is_causal,
         window=inputs.window,
     )
     # Those of no pair stay -inf, also where the scale is zero.
     scaled = maxima * jnp.abs(scale).astype(jnp.float32)
-    maxima = jnp.where(jnp.isneginf(maxima), maxima, scaled)
-    return jnp.max(maxima, axis=0).reshape(key_heads, groups)
+    return permitted_max(scaled, ~jnp.isneginf(maxima), axes=(0,)).reshape(key_heads, groups)
 
 
 def _attend_cudnn(inputs: Inputs) -> tuple[Float[Array, "B T N D"], Float[Array, " N"]]:
     """Returns cuDNN's attention and an upper bound of its maxima, or raises with the reason."""
     assert inputs.value is not None
-    reason, batch, queries = None, *inputs.query.shape[:2]
-    query = inputs.query.reshape(batch, queries, -1, inputs.query.shape[-1])
-    mask = inputs.mask
+    mask, (left, right), reason = inputs.mask, inputs.window, None
+    query = inputs.query.reshape(*inputs.query.shape[:2], -1, inputs.query.shape[-1])
     attend = functools.partial(
         jax.nn.dot_product_attention,
         mask=None if mask is None else mask.reshape(mask.shape[0], -1, *mask.shape[3:]),
         scale=cast(float, inputs.scale),
-        is_causal=inputs.is_causal,
+        is_causal=right == 0,
         query_seq_lengths=inputs.query_seq_lengths,
         key_value_seq_lengths=inputs.key_value_seq_lengths,
-        local_window_size=inputs.window,
+        local_window_size=None if left is None else (left, right or 0),
         implementation="cudnn",
         return_residual=True,
     )
@@ -265,11 +255,9 @@ def bound_from_log_sum_exp(
     """
     # JAX returns it in the dtype of the output, where rounding may fall below the maximum by half a
     # unit in the last place; one such unit is added.
-    slack = float(jnp.finfo(log_sum_exp.dtype).eps)
     values = lax.stop_gradient(log_sum_exp).astype(jnp.float32)
-    values = values + slack * jnp.abs(values)
+    values = values + float(jnp.finfo(log_sum_exp.dtype).eps) * jnp.abs(values)
+    found = ~(values <= _NOTHING)
     if query_seq_lengths is not None:
-        inside = jnp.arange(values.shape[1]) < query_seq_lengths[:, None]
-        values = jnp.where(inside[:, :, None], values, -jnp.inf)
-    values = jnp.where(values <= _NOTHING, -jnp.inf, values)
-    return jnp.max(values, axis=(0, 1), initial=-jnp.inf)
+        found &= (jnp.arange(values.shape[1]) < query_seq_lengths[:, None])[:, :, None]
+    return permitted_max(values, found, axes=(0, 1))

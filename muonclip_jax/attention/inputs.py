@@ -44,36 +44,36 @@ class Inputs:
     bias: jax.Array | None = None  # [B, K, G, T, S]; added to the logits
     query_seq_lengths: jax.Array | None = None  # [B]; queries from here on are padding
     key_value_seq_lengths: jax.Array | None = None  # [B]; keys from here on are padding
-    # Query t attends to keys up to and including t, and to keys from t - left to t + right.
-    is_causal: bool = dataclasses.field(default=False, metadata=_STATIC)
-    window: tuple[int, int] | None = dataclasses.field(default=None, metadata=_STATIC)
-    platform: str = dataclasses.field(default="cpu", metadata=_STATIC)
+    # Query t attends to keys from t - left to t + right; None is no limit. Causal: right is 0.
+    window: tuple[int | None, int | None] = dataclasses.field(kw_only=True, metadata=_STATIC)
+    platform: str = dataclasses.field(kw_only=True, metadata=_STATIC)
 
     def key_range(self, start: int, stop: int) -> tuple[int, int]:
         """Returns the range of keys to which queries `start..stop` may attend."""
-        keys = self.key.shape[1]
-        low, high = 0, min(keys, stop) if self.is_causal else keys
-        if self.window is not None:
-            low, high = max(low, start - self.window[0]), min(high, stop + self.window[1])
+        (left, right), keys = self.window, self.key.shape[1]
+        low = 0 if left is None else max(0, start - left)
+        high = keys if right is None else min(keys, stop + right)
         return (low, high) if low < high else (0, 0)
 
     def block(self, start: Index, queries: int, key_start: Index, keys: int) -> "Inputs":
         """Returns the inputs of a range of queries and one of keys; starts may be traced."""
+        sides = {"queries": (start, queries), "keys": (key_start, keys)}
 
-        def cut(x: jax.Array, at: Index, size: int, axis: int) -> jax.Array:
-            whole = x.shape[axis] in (1, size)
-            return x if whole else lax.dynamic_slice_in_dim(x, at, size, axis)
+        def cut(x: jax.Array | None, **axes: int) -> jax.Array | None:
+            for side, axis in axes.items():
+                at, size = sides[side]
+                if x is not None and x.shape[axis] not in (1, size):
+                    x = lax.dynamic_slice_in_dim(x, at, size, axis)
+            return x
 
-        def cut_keys(x: jax.Array) -> jax.Array:
-            return cut(x, key_start, keys, 1)
-
-        def cut_both(x: jax.Array) -> jax.Array:
-            return cut(cut(x, start, queries, -2), key_start, keys, -1)
-
-        key, value = jax.tree.map(cut_keys, (self.key, self.value))
-        mask, bias = jax.tree.map(cut_both, (self.mask, self.bias))
-        query = cut(self.query, start, queries, 1)
-        return dataclasses.replace(self, query=query, key=key, value=value, mask=mask, bias=bias)
+        return dataclasses.replace(
+            self,
+            query=cut(self.query, queries=1),
+            key=cut(self.key, keys=1),
+            value=cut(self.value, keys=1),
+            mask=cut(self.mask, queries=-2, keys=-1),
+            bias=cut(self.bias, queries=-2, keys=-1),
+        )
 
 
 def allowed_pairs(
@@ -86,11 +86,11 @@ def allowed_pairs(
     queries = start + jnp.arange(block.query.shape[1])[:, None]
     keys = key_start + jnp.arange(block.key.shape[1])[None, :]
     conditions = []
-    if block.is_causal:
-        conditions.append(queries >= keys)
-    if block.window is not None:
-        left, right = block.window
-        conditions += [queries <= keys + left, queries >= keys - right]
+    left, right = block.window
+    if right is not None:
+        conditions.append(queries >= keys - right)
+    if left is not None:
+        conditions.append(queries <= keys + left)
     if block.mask is not None:
         conditions.append(block.mask)
     if bias and block.bias is not None:
@@ -119,40 +119,26 @@ def permitted_max(logits: jax.Array, permitted: jax.Array | None, axes: Sequence
     Compiled as a whole outside of `jit` too, where `jax_debug_infs` would refuse the -inf of a
     hidden pair.
     """
-    logits = logits.astype(jnp.float32)
-    if permitted is not None:
-        logits = jnp.where(permitted, logits, -jnp.inf)
-    return jnp.max(logits, axis=axes, initial=-jnp.inf)
+    return jnp.max(logits.astype(jnp.float32), axes, initial=-jnp.inf, where=permitted)
 
 
-def _check_sequences(query: jax.Array, key: jax.Array, value: jax.Array | None) -> None:
-    value = key if value is None else value
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.ndim < 3:
-            raise ValueError(
-                f"{name} has shape {x.shape}; attention takes (batch, time, heads, head_dim), with "
-                "any number of batch axes."
-            )
-        if x.dtype != query.dtype:
-            raise ValueError(
-                f"query is {query.dtype} and {name} is {x.dtype}; cast them to the same dtype, as "
-                "jax.nn.dot_product_attention requires too."
-            )
+def _check_sequences(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
     q, k, v = query.shape, key.shape, value.shape
-    real = jnp.issubdtype(query.dtype, jnp.floating)
-    for right, message in (
-        (real, f"query, key and value must be real floating, got {query.dtype}."),
-        (k[:-3] == q[:-3], f"query and key must agree in batch, all axes but 3, got {q} and {k}."),
-        (k[-1] == q[-1], f"query and key must agree in head_dim, the last axis, got {q} and {k}."),
-        (v[:-1] == k[:-1], f"key and value must agree in all but their last axis: {k} and {v}."),
-        (
-            k[-2] != 0 and q[-2] % k[-2] == 0,
-            f"query has {q[-2]} heads and key {k[-2]}: the query heads must be a multiple of the "
-            "key heads, each key head being shared by that many.",
-        ),
+    if not (
+        min(map(len, (q, k, v))) >= 3
+        and query.dtype == key.dtype == value.dtype
+        and jnp.issubdtype(query.dtype, jnp.floating)
+        and (k[:-3], k[-1]) == (q[:-3], q[-1])
+        and k[:-1] == v[:-1]
+        and k[-2]
+        and q[-2] % k[-2] == 0
     ):
-        if not right:
-            raise ValueError(message)
+        given = ", ".join(f"{x.dtype} of shape {x.shape}" for x in (query, key, value))
+        raise ValueError(
+            "Attention takes query (*batch, queries, N, H), key (*batch, keys, K, H) and value "
+            "(*batch, keys, K, D), where N is a multiple of K: each key head is shared by N / K "
+            f"query heads. All are of one real floating dtype. They are {given}."
+        )
 
 
 def _grouped(
@@ -162,9 +148,8 @@ def _grouped(
     if x is None:
         return None
     x = jnp.asarray(x)
-    if x.ndim > len(full) or any(
-        size not in (1, wanted) for size, wanted in zip(x.shape[::-1], full[::-1], strict=False)
-    ):
+    sizes = zip(x.shape[::-1], full[::-1], strict=False)
+    if x.ndim > len(full) or any(size not in (1, wanted) for size, wanted in sizes):
         raise ValueError(
             f"{name} has shape {x.shape}; it must broadcast to (batch, heads, queries, keys) = "
             f"{full}."
@@ -175,7 +160,7 @@ def _grouped(
             "mask.astype(bool), or pass an additive mask as bias."
         )
     x = x.reshape((1,) * (len(full) - x.ndim) + x.shape)
-    if any(size != 1 for size in x.shape[:-3]):
+    if x.shape[:-3] != (1,) * (x.ndim - 3):
         x = jnp.broadcast_to(x, full[:-3] + x.shape[-3:])
     heads = x.shape[-3]
     grouped = (1, 1) if heads == 1 else (key_heads, heads // key_heads)
@@ -213,7 +198,7 @@ def read_inputs(
     """
     q, k = jnp.asarray(query), jnp.asarray(key)
     v = None if value is None else jnp.asarray(value)
-    _check_sequences(q, k, v)
+    _check_sequences(q, k, k if v is None else v)
     *axes, queries, heads, head_dim = q.shape
     batch = tuple(axes) or (1,)
     q, k, v = jax.tree.map(lambda x: x.reshape(math.prod(batch), *x.shape[-3:]), (q, k, v))
@@ -226,8 +211,13 @@ def read_inputs(
         k, v = jax.tree.map(lambda x: jnp.repeat(x, heads // key_heads, axis=2), (k, v))
         key_heads = heads
     full = (*batch, heads, queries, keys)
-    if isinstance(local_window_size, int):
-        local_window_size = (local_window_size, local_window_size)
+    left, right = (
+        local_window_size
+        if isinstance(local_window_size, tuple)
+        else (local_window_size, local_window_size)
+    )
+    if is_causal:
+        right = 0 if right is None else min(right, 0)
     return Inputs(
         query=q.reshape(*q.shape[:2], key_heads, heads // key_heads, head_dim),
         key=k,
@@ -237,7 +227,6 @@ def read_inputs(
         bias=_grouped("bias", bias, full, key_heads),
         query_seq_lengths=_lengths("query_seq_lengths", query_seq_lengths, batch),
         key_value_seq_lengths=_lengths("key_value_seq_lengths", key_value_seq_lengths, batch),
-        is_causal=is_causal,
-        window=local_window_size,
+        window=(left, right),
         platform=plan_platform(None, sharding.mesh, (q,)),
     )

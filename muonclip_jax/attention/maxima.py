@@ -6,12 +6,12 @@ would switch the clip off while logits grow. Therefore the result is the largest
 there is none, NaN takes precedence over +inf, and +inf over -inf.
 """
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from muonclip_jax._tree import MAX_LOGITS, Tree, flatten_with_paths
@@ -74,21 +74,14 @@ def merge_max_logits(*trees: Tree) -> Tree:
     """
     if not trees:
         raise ValueError("merge_max_logits() needs at least one tree of maxima, got none.")
-    leaves, structure = flatten_with_paths(trees[0])
-    for number, tree in enumerate(trees[1:], start=2):
-        others, other_structure = flatten_with_paths(tree)
-        if structure != other_structure:
-            differing = sorted(dict(leaves).keys() ^ dict(others).keys())
-            raise ValueError(
-                f"The trees of maxima must have the same structure; trees 1 and {number} differ in "
-                f"{differing or 'the kinds of containers'}. Capture every micro-batch in the same "
-                "way."
-            )
-        for (path, leaf), (_, other) in zip(leaves, others, strict=True):
-            if jnp.shape(leaf) != jnp.shape(other):
+    first, *others = ({path: jnp.shape(x) for path, x in flatten_with_paths(t)[0]} for t in trees)
+    for number, other in enumerate(others, start=2):
+        for path in sorted(first | other):
+            if first.get(path) != other.get(path):
                 raise ValueError(
-                    f"The maxima at {path!r} have shape {jnp.shape(leaf)} in tree 1 and "
-                    f"{jnp.shape(other)} in tree {number}; they must have the same shape."
+                    f"The trees of maxima must have the same structure and shapes; at {path!r} "
+                    f"tree 1 has {first.get(path, 'nothing')} and tree {number} "
+                    f"{other.get(path, 'nothing')}. Capture every micro-batch in the same way."
                 )
     if len(trees) == 1:
         return trees[0]
@@ -115,13 +108,5 @@ def reduce_max_logits(tree: Tree, axis_name: str | tuple[str, ...]) -> Tree:
         >>> reduced["attention"]["max_logits"].tolist()
         [[5.0, 8.0], [5.0, 8.0]]
     """
-    leaves, structure = jax.tree.flatten(tree)
-    if not leaves:
-        return tree
-    leaves = [jnp.asarray(leaf) for leaf in leaves]
-    packed = jnp.concatenate([leaf.astype(jnp.float32).reshape(-1) for leaf in leaves])
-    reduced = _finite_first(packed, lambda parts: jax.lax.pmax(parts, axis_name))
-    ends = list(itertools.accumulate(leaf.size for leaf in leaves))
-    pairs = zip(jnp.split(reduced, ends[:-1]), leaves, strict=True)
-    parts = [part.reshape(leaf.shape).astype(leaf.dtype) for part, leaf in pairs]
-    return jax.tree.unflatten(structure, parts)
+    packed, unpack = ravel_pytree(tree)
+    return unpack(_finite_first(packed, lambda parts: jax.lax.pmax(parts, axis_name)))

@@ -8,13 +8,14 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from muonclip_jax.attention.dot_product import attention_max_logits
 
+F = TypeVar("F", bound=Callable[..., object])
 #: Arguments that determine which pairs take part, and the factor of their products.
 _MEANT = (
     *("bias", "mask", "is_causal", "query_seq_lengths", "key_value_seq_lengths"),
@@ -22,12 +23,33 @@ _MEANT = (
 )
 
 
+def with_arguments_of(theirs: Callable[..., object]) -> Callable[[F], F]:
+    """Declares that a function takes the arguments of another one, and its own keywords."""
+
+    def declare(function: F) -> F:
+        signature, own = inspect.signature(theirs), inspect.signature(function).parameters.values()
+        both = [*signature.parameters.values(), *(p for p in own if p.kind is p.KEYWORD_ONLY)]
+        vars(function)["__signature__"] = signature.replace(parameters=both)
+        return function
+
+    return declare
+
+
+def arguments_of(
+    function: Callable[..., object], *given: object, **keywords: object
+) -> dict[str, Any]:
+    """Returns the arguments of a call by name, defaults too."""
+    call = inspect.signature(function).bind_partial(*given, **keywords)
+    call.apply_defaults()
+    return call.arguments
+
+
 def as_bool(mask: jax.Array | None) -> jax.Array | None:
     """Converts a mask to bool as Flax does: zero means masked."""
     return None if mask is None else jnp.asarray(mask).astype(bool)
 
 
-def records(attention_fn: Callable[..., Any], ours: Callable[..., Any]) -> bool:
+def records(attention_fn: Callable[..., object], ours: Callable[..., object]) -> bool:
     """Whether a function, without `functools.partial` around it, records maxima."""
     while isinstance(attention_fn, functools.partial):
         attention_fn = attention_fn.func
@@ -56,11 +78,8 @@ class RecordingBeside:
 
     def __call__(self, query: Any, key: Any, value: Any, *arguments: Any, **keywords: Any) -> Any:
         """Records the maxima and returns the function's result."""
-        call = inspect.signature(self.attention_fn).bind_partial(
-            query, key, value, *arguments, **keywords
-        )
-        call.apply_defaults()
-        given, function = call.arguments | keywords, self.attention_fn
+        function, passed = self.attention_fn, (query, key, value, *arguments)
+        given = arguments_of(function, *passed, **keywords) | keywords
         while isinstance(function, functools.partial):
             # Its keywords that the function takes as **keywords are not in the signature.
             given, function = function.keywords | given, function.func
@@ -68,4 +87,4 @@ class RecordingBeside:
         meant = {name: given[name] for name in _MEANT if given.get(name) is not None}
         meant["mask"] = as_bool(meant.get("mask"))
         self.record(attention_max_logits(query_, key_, **meant))
-        return self.attention_fn(query, key, value, *arguments, **keywords)
+        return self.attention_fn(*passed, **keywords)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from muonclip_jax._arguments import check_choice
 from muonclip_jax._tree import (
     SEPARATOR,
     ScalarLike,
@@ -105,8 +106,7 @@ def from_optax_state(
         >>> int(muon_state.count), muon_state.mu["w"].shape
         (1, (2, 3))
     """
-    if rerouted not in ("error", "estimate"):
-        raise ValueError(f"rerouted must be one of 'error', 'estimate', got {rerouted!r}.")
+    check_choice("rerouted", rerouted, ("error", "estimate"))
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten_with_paths(params)[0]}
     form = abstract_state(tx, params)
     source, target = _read(optax_state, shapes, ignore), _read(form, shapes)

@@ -107,10 +107,10 @@ def abstract_state(
         return jax.eval_shape(tx.init, params)
     (on,) = meshes
     with jax.set_mesh(on):
-        state = jax.eval_shape(tx.init, params)
         # On Auto axes the shardings that `init` requests are only known from its compiled program.
-        compiled = jax.jit(tx.init).lower(params).compile().output_shardings
-    leaves, structure = flatten_with_paths(state)
+        lowered = jax.jit(tx.init).lower(params)
+        compiled = lowered.compile().output_shardings
+    leaves, structure = flatten_with_paths(lowered.out_info)
     targets = []
     for (path, leaf), asked in zip(leaves, jax.tree.leaves(compiled), strict=True):
         sharding = NamedSharding(on, PartitionSpec())

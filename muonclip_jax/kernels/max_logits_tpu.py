@@ -28,9 +28,10 @@ _CHUNK_BYTES, _MASK_BYTES = 2 * 2**20, 2**20
 
 
 def _kernel(
-    limits_ref, query_ref, key_ref, *refs, is_causal: bool, window, query_block: int, key_block: int
+    limits_ref, query_ref, key_ref, *refs, window, query_block: int, key_block: int
 ) -> None:
     *mask_refs, out_ref = refs
+    left, right = window
     sequence, chunk, number = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     query_limit, key_limit = limits_ref[2 * sequence], limits_ref[2 * sequence + 1]
     chunk_blocks = key_ref.shape[0] // key_block
@@ -53,10 +54,10 @@ def _kernel(
         rows = start + lax.broadcasted_iota(jnp.int32, logits.shape, 0)
         columns = position * key_block + lax.broadcasted_iota(jnp.int32, logits.shape, 1)
         allowed = (rows < query_limit) & (columns < key_limit)
-        if is_causal:
-            allowed &= rows >= columns
-        if window is not None:
-            allowed &= (rows <= columns + window[0]) & (rows >= columns - window[1])
+        if right is not None:
+            allowed &= rows >= columns - right
+        if left is not None:
+            allowed &= rows <= columns + left
         for ref in mask_refs:
             mask = ref[:, here] if ref.shape[1] > 1 else ref[...]
             allowed &= jnp.broadcast_to(mask.astype(jnp.int32), logits.shape) != 0
@@ -69,10 +70,10 @@ def _kernel(
     # The keys that some query of the block sees, in blocks of keys, within the chunk.
     last = jnp.minimum(start + query_block, query_limit) - 1
     low, high = jnp.int32(0), key_limit
-    if is_causal:
-        high = jnp.minimum(high, last + 1)
-    if window is not None:
-        low, high = jnp.maximum(low, start - window[0]), jnp.minimum(high, last + window[1] + 1)
+    if right is not None:
+        high = jnp.minimum(high, last + right + 1)
+    if left is not None:
+        low = jnp.maximum(low, start - left)
     # lax.div rounds to zero, which is enough for what is clipped to zero and more.
     low = lax.div(low, jnp.int32(key_block))
     high = jnp.where(start < query_limit, lax.div(high + key_block - 1, jnp.int32(key_block)), low)
@@ -105,15 +106,15 @@ def max_logits(
     masks: Sequence[Bool[Array, "_ _ _ _"]],
     limits: Int[Array, "B 2"],
     *,
-    is_causal: bool,
-    window: tuple[int, int] | None,
+    window: tuple[int | None, int | None],
     interpret: bool = False,
 ) -> Float[Array, "B N"]:
     """Returns the largest `q . k` of every head in each sequence, -inf if there is no pair.
 
     Query head `n` uses key head `n // (N / K)`. Masks are False for masked pairs, each
     `(B, N, T, S)`, where axes may have length one; `limits` are the numbers of queries and keys of
-    each sequence; query `t` attends to keys from `t - left` to `t + right` of the `window`.
+    each sequence; query `t` attends to keys from `t - left` to `t + right` of the `window`, where
+    None is no limit.
     """
     batch, queries, heads, head_dim = query.shape
     keys, key_heads = key.shape[1:3]
@@ -140,9 +141,8 @@ def max_logits(
         corner = sum(x.reshape(-1)[0].astype(jnp.float32) for x in operands)
         return jnp.broadcast_to(corner, (batch, heads, _SUBLANES, _LANES))
 
-    blocks = {"query_block": query_block, "key_block": key_block}
     maxima = pl.pallas_call(
-        functools.partial(_kernel, is_causal=is_causal, window=window, **blocks),
+        functools.partial(_kernel, window=window, query_block=query_block, key_block=key_block),
         grid=grid,
         in_specs=[
             pl.BlockSpec(memory_space=SMEM),

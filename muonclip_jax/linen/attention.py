@@ -12,17 +12,28 @@ from flax import errors
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 from jax.lax import PrecisionLike
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from muonclip_jax._tree import MAX_LOGITS, SEPARATOR
-from muonclip_jax.attention import as_bool, dot_product_attention as attend
+from muonclip_jax.attention import (
+    arguments_of,
+    as_bool,
+    dot_product_attention as attend,
+    with_arguments_of,
+)
 from muonclip_jax.attention.inputs import bias_permits, permitted_max
 
 COLLECTION = "intermediates"
 
 # Whether a capture is active: then failing to record is an error.
 capturing: ContextVar[bool] = ContextVar("capturing", default=False)
+
+
+# With one of these arguments attention is Flax's own: it sows its weights, or products are given.
+_OF_FLAX = (
+    *("module", "precision", "einsum_dot_general"),
+    *("qk_attn_weights_einsum", "attn_weights_value_einsum"),
+)
 
 
 class _Probe(nn.Module):
@@ -96,26 +107,15 @@ def flax_attention(
     return out, permitted_max(logits, permitted, axes=other_axes)
 
 
+@with_arguments_of(nn.dot_product_attention)
 def dot_product_attention(
     query: Float[Array, "*B T N H"],
     key: Float[Array, "*B S K H"],
     value: Float[Array, "*B S K D"],
-    bias: jax.Array | None = None,
-    mask: jax.Array | None = None,
-    broadcast_dropout: bool = True,
-    dropout_rng: jax.Array | None = None,
-    dropout_rate: float = 0.0,
-    deterministic: bool = False,
-    dtype: DTypeLike | None = None,
-    precision: PrecisionLike = None,
-    module: nn.Module | None = None,
-    force_fp32_for_softmax: bool = False,
-    einsum_dot_general: Callable[..., jax.Array] | None = None,
-    qk_attn_weights_einsum: Callable[..., jax.Array] | None = None,
-    attn_weights_value_einsum: Callable[..., jax.Array] | None = None,
-    *,
+    *arguments: object,
     implementation: str | None = None,
     record_in: nn.Module | None = None,
+    **keywords: object,
 ) -> Float[Array, "*B T N D"]:
     """Computes Flax's attention and sows the largest logit of every head as `max_logits`.
 
@@ -128,24 +128,14 @@ def dot_product_attention(
         query: Queries `(*B, T, N, H)`.
         key: Keys `(*B, S, K, H)`.
         value: Values `(*B, S, K, D)`.
-        bias: Added to the logits; broadcasts to `(*B, N, T, S)`. Not part of the maxima, but pairs
-            that it masks are excluded.
-        mask: False or zero for masked pairs; broadcasts to `(*B, N, T, S)`.
-        broadcast_dropout: Whether batch and heads share a dropout mask.
-        dropout_rng: PRNG key of dropout.
-        dropout_rate: Fraction of weights that dropout removes; maxima are before dropout.
-        deterministic: Whether dropout is off.
-        dtype: Dtype to which query, key and value are cast.
-        precision: Precision of the products.
-        module: Passed by Flax's modules if attention weights are sown too.
-        force_fp32_for_softmax: Whether Flax's own attention computes softmax in float32.
-        einsum_dot_general: The `dot_general` of the products.
-        qk_attn_weights_einsum: The product that computes the logits.
-        attn_weights_value_einsum: The product of weights and values.
+        *arguments: The further arguments of `flax.linen.dot_product_attention`, in its order: bias,
+            mask, ... The bias is not part of the maxima, but pairs that it masks are excluded; the
+            mask is False or zero for masked pairs; maxima are before dropout.
         implementation: As in `muonclip_jax.dot_product_attention`. Set it with
             `functools.partial`.
         record_in: The module in which to record; by default the module that is being called, which
             Linen provides only in `@nn.compact` methods. Outside of a module nothing is recorded.
+        **keywords: The same arguments by name.
 
     Returns:
         The output `(*B, T, N, D)`.
@@ -163,26 +153,14 @@ def dot_product_attention(
         >>> state["intermediates"]["max_logits"][0].shape
         (2,)
     """
-    drops = dropout_rate > 0.0 and not deterministic
-    products = (precision, einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum)
-    query, key, value = promote_dtype(query, key, value, dtype=dtype)
-    if module is None and not drops and all(product is None for product in products):
-        out, max_logits = attend(
-            query, key, value, bias, as_bool(mask), implementation=implementation
-        )
+    given = arguments_of(nn.dot_product_attention, query, key, value, *arguments, **keywords)
+    query, key, value = promote_dtype(query, key, value, dtype=given.pop("dtype"))
+    given.update(query=query, key=key, value=value)
+    drops = given["dropout_rate"] > 0.0 and not given["deterministic"]
+    if drops or any(given[name] is not None for name in _OF_FLAX):
+        out, max_logits = flax_attention(**given)
     else:
-        out, max_logits = flax_attention(
-            *(query, key, value, bias, mask),
-            broadcast_dropout=broadcast_dropout,
-            dropout_rng=dropout_rng,
-            dropout_rate=dropout_rate,
-            deterministic=deterministic,
-            precision=precision,
-            module=module,
-            force_fp32_for_softmax=force_fp32_for_softmax,
-            einsum_dot_general=einsum_dot_general,
-            qk_attn_weights_einsum=qk_attn_weights_einsum,
-            attn_weights_value_einsum=attn_weights_value_einsum,
-        )
-    record(max_logits, record_in or module)
+        bias, mask = given["bias"], as_bool(given["mask"])
+        out, max_logits = attend(query, key, value, bias, mask, implementation=implementation)
+    record(max_logits, record_in or given["module"])
     return out

@@ -1,7 +1,6 @@
 """Capturing the maxima of an unmodified Linen model."""
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from flax.core.scope import CollectionFilter, in_filter, union_filters
 from flax.linen.dtypes import promote_dtype
 
 from muonclip_jax._tree import MAX_LOGITS, Tree
-from muonclip_jax.attention import RecordingBeside, only_max_logits, records
+from muonclip_jax.attention import RecordingBeside, arguments_of, only_max_logits, records
 from muonclip_jax.linen.attention import (
     COLLECTION,
     capturing,
@@ -24,8 +23,8 @@ from muonclip_jax.linen.attention import (
 @functools.wraps(nn.dot_product_attention)
 def _flax_recording(*arguments: Any, **keywords: Any) -> jax.Array:
     """Flax's default attention, bit for bit, and the maxima of its own logits."""
-    call = inspect.signature(nn.dot_product_attention).bind(*arguments, **keywords)
-    out, max_logits = flax_attention(**call.arguments)
+    given = arguments_of(nn.dot_product_attention, *arguments, **keywords)
+    out, max_logits = flax_attention(**given)
     record(max_logits)
     return out
 

@@ -83,7 +83,7 @@ def describe_cost(
     return "\n".join([*table, "", summary])
 
 
-def _flops(number: int) -> str:
+def _flops(number: float) -> str:
     scale, unit = next(((s, u) for s, u in _UNITS if number >= s), (1, "FLOP"))
     value = number / scale
     return f"{value:.0f} {unit}" if value >= 99.95 else f"{value:.3g} {unit}"

@@ -53,8 +53,7 @@ def apply_polar(
     if resolved.method == "svd":
         return _svd(x, resolved).astype(x.dtype)
     plain, gram = iteration.newton_schulz, iteration.gram_newton_schulz
-    X = iteration.normalize(x, resolved, eps)
-    return (gram if resolved.method == "gram" else plain)(X, resolved).astype(x.dtype)
+    return (gram if resolved.method == "gram" else plain)(x, resolved, eps).astype(x.dtype)
 
 
 def _svd(x: jax.Array, plan: ResolvedPlan) -> jax.Array:
@@ -85,8 +84,7 @@ def apply_polar_by_columns(
         return lax.dynamic_slice_in_dim(whole, start, share, axis=x.ndim - 1)
     plain = dataclasses.replace(plan, method="standard")
     resolved = plain.resolve((*x.shape[:-1], share * lax.axis_size(axes)), x.dtype)
-    X = iteration.normalize(x, resolved, eps, axes)
-    return iteration.newton_schulz_by_columns(X, resolved, axes).astype(x.dtype)
+    return iteration.newton_schulz(x, resolved, eps, axes).astype(x.dtype)
 
 
 def orthogonalize(

@@ -1,6 +1,7 @@
 """The validated arguments of `orthogonalize`, and the choices for one shape and dtype."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -8,18 +9,21 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh
 
+from muonclip_jax._arguments import check_choice
 from muonclip_jax._devices import check_lowering, check_platform, plan_platform
 from muonclip_jax.kernels import SYMMETRIC, load_kernel
 from muonclip_jax.newton_schulz.coefficients import (
     DEFAULT_DTYPE,
     DEFAULT_METHOD,
     DEFAULT_SET,
+    GROWTH,
     Coefficients,
     Rows,
+    choose_restarts,
     find_sign_flip,
+    guard_rows,
     resolve_coefficients,
 )
-from muonclip_jax.newton_schulz.stability import GROWTH, choose_restarts, guard_rows
 
 #: The names that `ns_dtype`, `ns_method`, `preconditioning` and `ns_implementation` allow.
 NS_DTYPES = tuple(GROWTH)
@@ -51,11 +55,11 @@ class ResolvedPlan:
     dtype: str  # of the products, e.g. "float16" or "complex64"
     preconditioning: str
     relative_eps: bool
-    symmetric: str  # how symmetric products are computed (`products`)
+    symmetric: str  # how symmetric products are computed (`iteration`)
     rows: Rows  # guarded against divergence in that dtype
     restarts: tuple[int, ...]  # after which steps the Gram form restarts
     extra_squares: int  # of the Gram matrix beside those of the steps, for a norm
-    flops: int  # a matrix
+    flops: float  # a matrix; infinite where the Gram form is unsafe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,63 +74,22 @@ class PolarPlan:
     implementation: str = "xla"
     platform: str | None = None
 
-    def check_input(self, dtype: jax.typing.DTypeLike) -> None:
-        """Raises ValueError for input that cannot be computed in the plan's dtype."""
-        self._choose_dtype("standard" if self.method == "auto" else self.method, dtype, "cpu")
+    def choose_dtype(self, x_dtype: jax.typing.DTypeLike, platform: str = "cpu") -> str:
+        """Chooses what to compute in, as the name of a real dtype.
 
-    def resolve(self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> ResolvedPlan:
-        """Decides method, dtype and restarts for matrices `(..., m, n)` of a dtype.
-
-        "auto" uses the cheaper form, but the Gram form only in a dtype in which it is stable.
+        Raises:
+            ValueError: If input of this dtype cannot be computed in the plan's.
         """
-        platform = plan_platform(self.platform)
-        if self.implementation != "xla":
-            load_kernel("symmetric", self.implementation, platform)
-        sizes = min(shape[-2:]), max(shape[-2:])
-        if self.method != "auto":
-            return self._resolve(self.method, sizes, dtype, platform)
-        standard = self._resolve("standard", sizes, dtype, platform)
-        name = self._choose_dtype("gram", dtype, platform)
-        near_square = sizes[1] < _LEAST_RATIO * sizes[0]
-        if _gram_restarts(self.rows, name) is None or (near_square and name in _NARROW):
-            return standard
-        gram = self._resolve("gram", sizes, dtype, platform)
-        factor = _FLOAT32_COST[platform] if gram.dtype != standard.dtype else 1
-        return gram if factor * gram.flops < standard.flops else standard
-
-    def _resolve(
-        self, method: str, sizes: tuple[int, int], x_dtype: jax.typing.DTypeLike, platform: str
-    ) -> ResolvedPlan:
-        real = dtype = self._choose_dtype(method, x_dtype, platform)
-        if jnp.issubdtype(x_dtype, jnp.complexfloating):
-            dtype = "complex128" if real == "float64" else "complex64"
-        on_cpu = self.implementation == "xla" and platform == "cpu"
-        symmetric = "triangle" if on_cpu else self.implementation
-        rows = () if method == "svd" else guard_rows(self.rows, real)
-        restarts = (_gram_restarts(self.rows, real) or ()) if method == "gram" else ()
-        passes = len(restarts) + 1 if method == "gram" else len(rows)
-        # Rounded to 16 bits, a product and its square, both scaled, are not one the square of the
-        # other, and the steps are steep: there the norm needs a square of its own.
-        extra = int(self.preconditioning == "schatten8" and real in _NARROW and len(rows) > 0)
-        # A step of the Gram form computes Q, W and R; a segment's first has no product for Q, its
-        # last has none for W and R.
-        cubes = extra + sum(1 for _, _, c in rows if c) + 3 * (len(rows) - passes)
-        flops = 4 * sizes[0] ** 2 * sizes[1] * passes + 2 * sizes[0] ** 3 * cubes
-        settings = method, dtype, self.preconditioning, self.relative_eps, symmetric
-        return ResolvedPlan(*settings, rows, restarts, extra, flops)
-
-    def _choose_dtype(self, method: str, x_dtype: jax.typing.DTypeLike, platform: str) -> str:
-        """Chooses what to compute in, as the name of a real dtype."""
         x_dtype = jnp.dtype(x_dtype)
         is_complex = jnp.issubdtype(x_dtype, jnp.complexfloating)
         if self.dtype is None:
             if x_dtype.name in ("float64", "complex128"):
                 return "float64"
             chosen = _DEFAULT_DTYPE.get(platform, "float32")
-            is_safe = method != "gram" or _gram_restarts(self.rows, chosen) is not None
-            return chosen if is_safe and method != "svd" and not is_complex else "float32"
-        if self.dtype in _NARROW and (method == "svd" or is_complex):
-            what = 'ns_method="svd"' if method == "svd" else f"input of dtype {x_dtype}"
+            is_safe = self.method != "gram" or choose_restarts(self.rows, chosen) is not None
+            return chosen if is_safe and self.method != "svd" and not is_complex else "float32"
+        if self.dtype in _NARROW and (self.method == "svd" or is_complex):
+            what = 'ns_method="svd"' if self.method == "svd" else f"input of dtype {x_dtype}"
             raise ValueError(
                 f"ns_dtype={self.dtype!r} is not possible for {what}: it computes in float32 or "
                 "float64. Pass ns_dtype=None or 'float32'."
@@ -138,15 +101,48 @@ class PolarPlan:
             )
         return self.dtype
 
+    def resolve(self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> ResolvedPlan:
+        """Decides method, dtype and restarts for matrices `(..., m, n)` of a dtype.
 
-def _gram_restarts(rows: Rows, dtype: str) -> tuple[int, ...] | None:
-    return choose_restarts(guard_rows(rows, dtype), dtype)
-
-
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        options = ", ".join(repr(option) for option in allowed)
-        raise ValueError(f"{name}={value!r} is not known. Pass one of {options}.")
+        "auto" uses the cheaper form, but the Gram form only in a dtype in which it is stable.
+        """
+        platform = plan_platform(self.platform)
+        if self.implementation != "xla":
+            load_kernel("symmetric", self.implementation, platform)
+        m, n = min(shape[-2:]), max(shape[-2:])
+        if self.method == "auto":
+            standard, gram = (
+                dataclasses.replace(self, method=method).resolve(shape, dtype)
+                for method in ("standard", "gram")
+            )
+            factor = _FLOAT32_COST[platform] if gram.dtype != standard.dtype else 1
+            near_square = n < _LEAST_RATIO * m and gram.dtype in _NARROW
+            return gram if factor * gram.flops < standard.flops and not near_square else standard
+        is_gram, real = self.method == "gram", self.choose_dtype(dtype, platform)
+        computed = real
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            computed = "complex128" if real == "float64" else "complex64"
+        on_cpu = self.implementation == "xla" and platform == "cpu"
+        rows = () if self.method == "svd" else guard_rows(self.rows, real)
+        restarts = choose_restarts(self.rows, real) if is_gram else ()
+        passes = len(restarts or ()) + 1 if is_gram else len(rows)
+        # Rounded to 16 bits, a product and its square, both scaled, are not one the square of the
+        # other, and the steps are steep: there the norm needs a square of its own.
+        extra = int(self.preconditioning == "schatten8" and real in _NARROW and len(rows) > 0)
+        # A step of the Gram form computes Q, W and R; a segment's first has no product for Q, its
+        # last has none for W and R.
+        cubes = extra + sum(1 for _, _, c in rows if c) + 3 * (len(rows) - passes)
+        return ResolvedPlan(
+            method=self.method,
+            dtype=computed,
+            preconditioning=self.preconditioning,
+            relative_eps=self.relative_eps,
+            symmetric="triangle" if on_cpu else self.implementation,
+            rows=rows,
+            restarts=restarts or (),
+            extra_squares=extra,
+            flops=math.inf if restarts is None else 4 * m**2 * n * passes + 2 * m**3 * cubes,
+        )
 
 
 def plan_polar(
@@ -169,10 +165,10 @@ def plan_polar(
     except TypeError:
         dtype = str(ns_dtype)
     preconditioning = source.preconditioning if preconditioning is None else preconditioning
-    _check_choice("ns_method", ns_method, NS_METHODS)
-    _check_choice("ns_dtype", dtype or NS_DTYPES[0], NS_DTYPES)
-    _check_choice("preconditioning", preconditioning, PRECONDITIONINGS)
-    _check_choice("ns_implementation", ns_implementation, IMPLEMENTATIONS)
+    check_choice("ns_method", ns_method, NS_METHODS)
+    check_choice("ns_dtype", dtype or NS_DTYPES[0], NS_DTYPES)
+    check_choice("preconditioning", preconditioning, PRECONDITIONINGS)
+    check_choice("ns_implementation", ns_implementation, IMPLEMENTATIONS)
     if source.preconditioning == "aol" and preconditioning != "aol":
         raise ValueError(
             f"ns_coeffs={ns_coeffs!r} needs preconditioning='aol', got "
@@ -186,8 +182,8 @@ def plan_polar(
             "bound): the update would point the wrong way. Coefficients must keep (0, 1] positive, "
             "like (2, -1.5, 0.5) and every named set."
         )
-    if ns_method == "gram" and _gram_restarts(rows, dtype or "float32") is None:
-        stable = [repr(name) for name in NS_DTYPES if _gram_restarts(rows, name) is not None]
+    if ns_method == "gram" and choose_restarts(rows, dtype or "float32") is None:
+        stable = [repr(name) for name in NS_DTYPES if choose_restarts(rows, name) is not None]
         instead = f"ns_dtype={' or '.join(stable)}, " if stable else ""
         raise ValueError(
             'ns_method="gram" is unstable with these coefficients in '
@@ -200,7 +196,7 @@ def plan_polar(
         rows, ns_method, dtype, preconditioning, relative_eps, ns_implementation, platform
     )
     if ns_method == "svd":
-        plan.check_input("float32")
+        plan.choose_dtype("float32")
     return plan
 
 

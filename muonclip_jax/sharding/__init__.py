@@ -4,20 +4,20 @@ Left to the partitioner, a replicated matrix is orthogonalised by every device, 
 costs collectives in every Newton-Schulz step. Here the devices share the *matrices*: each gathers
 whole ones, orthogonalises them alone and sends the results back.
 
-1. `reading`, `mesh_shardings`: how the leaves are sharded.
-2. `blocks`, `planning`: which matrices there are and which devices work on which, under a caller's
-   `options`; from shapes, shardings and the mesh, without arrays.
+1. `reading`, `mesh_shardings`: how the leaves are sharded, and a caller's options.
+2. `blocks`, `planning`: which matrices there are and which devices work on which; from shapes,
+   shardings and the mesh, without arrays.
 3. `run` follows the plan, with the all-to-alls in `exchange`.
 """
 
 from muonclip_jax.sharding.mesh_shardings import (
+    Distribution as Distribution,
     MeshShardings as MeshShardings,
     check_momentum as check_momentum,
     on_devices as on_devices,
     place as place,
     zero1_shardings as zero1_shardings,
 )
-from muonclip_jax.sharding.options import Distribution as Distribution
 from muonclip_jax.sharding.reading import (
     align_shardings as align_shardings,
     read_shardings as read_shardings,

@@ -39,14 +39,14 @@ class Block:
         """The local lengths, of rows and of columns."""
         return tuple(length for length, _ in self.rows + self.columns)
 
-    @property
-    def axes(self) -> frozenset[str]:
-        """All axes that shard the matrix."""
-        return frozenset(axis for _, axes in self.rows + self.columns for axis in axes)
-
     def gathered_shape(self, axes: Collection[str], sizes: Sizes) -> tuple[int, int]:
         """Rows and columns after gathering the matrix along some axes."""
-        return _length(self.rows, axes, sizes), _length(self.columns, axes, sizes)
+        rows, columns = (
+            math.prod(length for length, _ in dims)
+            * math.prod(sizes[axis] for _, names in dims for axis in names if axis in axes)
+            for dims in (self.rows, self.columns)
+        )
+        return rows, columns
 
 
 class LocalLeaf(NamedTuple):
@@ -97,10 +97,10 @@ def plan_local(
     blocks = []
     for part in plan.parts:
         held = [(length, axes) for length, (_, axes) in zip(part.shape, dims, strict=True)]
-        sides = [[held[axis] for axis in side] for side in (reduction, output)]
-        fan_in, fan_out = (_length(side, sizes, sizes) for side in sides)
-        rows, columns = map(_merged, sides[::-1] if fan_in > fan_out else sides)
-        blocks.append(Block(rows, columns, fan_in > fan_out))
+        fan_in, fan_out = (_merged([held[axis] for axis in side]) for side in (reduction, output))
+        block, transposed = Block(fan_in, fan_out, False), Block(fan_out, fan_in, True)
+        rows, columns = block.gathered_shape(sizes, sizes)
+        blocks.append(transposed if rows > columns else block)
     batch = set(range(len(shape))).difference(reduction + output)
     return LocalLeaf(
         plan,
@@ -113,11 +113,6 @@ def plan_local(
         ),
         frozenset(name for axis in batch for name in dims[axis][1]),
     )
-
-
-def _length(dims: Sequence[Dim], gathered: Collection[str], sizes: Sizes) -> int:
-    ways = (sizes[axis] for _, axes in dims for axis in axes if axis in gathered)
-    return math.prod(length for length, _ in dims) * math.prod(ways)
 
 
 def _merged(dims: Sequence[Dim]) -> tuple[Dim, ...]:

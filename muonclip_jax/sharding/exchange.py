@@ -128,12 +128,15 @@ def _axes(block: Block, exchange: Exchange) -> tuple[Axes, Axes, Axes, Axes]:
     Column axes that already shard columns need no exchange. `X X^H X` does not depend on the order
     of columns and rows, as long as it is the same on all devices of a group.
     """
-    on_rows = {axis for _, axes in block.rows for axis in axes}
+    on_rows, on_columns = (
+        {axis for _, axes in dims for axis in axes} for dims in (block.rows, block.columns)
+    )
+    sharding = on_rows | on_columns
     return (
-        tuple(axis for axis in exchange.matrix_axes if axis in block.axes),
-        tuple(axis for axis in exchange.matrix_axes if axis not in block.axes),
+        tuple(axis for axis in exchange.matrix_axes if axis in sharding),
+        tuple(axis for axis in exchange.matrix_axes if axis not in sharding),
         tuple(axis for axis in exchange.column_axes if axis in on_rows),
-        tuple(axis for axis in exchange.column_axes if axis not in block.axes),
+        tuple(axis for axis in exchange.column_axes if axis not in sharding),
     )
 
 

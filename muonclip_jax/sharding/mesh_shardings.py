@@ -1,4 +1,4 @@
-"""`MeshShardings`: a mesh, and which of its axes shard each dimension of each leaf.
+"""A mesh, which of its axes shard each dimension of each leaf, and the options of a caller.
 
 Devices of one slice (a TPU pod, the GPUs of one NVLink domain) communicate over its own network;
 slices communicate over the data-centre network (DCN), tens of times slower. JAX numbers the slices:
@@ -15,13 +15,14 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from muonclip_jax._arguments import check_flags, check_number, check_type
 from muonclip_jax._devices import entry_axes
 from muonclip_jax._tree import Tree, flatten_with_paths
 from muonclip_jax.routing import MatrixSpec, normalized_axes
@@ -32,6 +33,59 @@ Axes: TypeAlias = tuple[str, ...]
 LeafAxes: TypeAlias = tuple[Axes, ...]
 #: Sizes of mesh axes by name.
 Sizes: TypeAlias = Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Distribution:
+    """How orthogonalisation is distributed over the devices of a mesh.
+
+    Attributes:
+        axes: The mesh axes over which matrices are distributed. Along other axes the work is
+            replicated, and matrices sharded over them are all-gathered. None means all axes, except
+            that only matrices sharded over a DCN axis (along which `device.slice_index` differs)
+            are distributed over it, since they must cross the slow network anyway.
+        max_matrix_bytes: A matrix larger than this (in the gradient's dtype) is never gathered on
+            one device: its columns are distributed over a group of devices.
+        max_stack_bytes: Maximum size of the stack of whole matrices that a device processes at
+            once, which bounds temporary memory; a single matrix may exceed it. Without a mesh it is
+            an upper bound; stacks are smaller on CPUs and on devices with little memory.
+        flops_per_byte: Number of floating-point operations that take as long as sending one byte to
+            another device. If there are fewer matrices than devices, the columns of each matrix are
+            distributed along some mesh axes where this is faster by this estimate. Infinity never
+            splits matrices for speed. The default is typical of current accelerators in 16-bit
+            arithmetic.
+        shard_momentum: Whether to also shard the momentum over the mesh axes along which its
+            parameter is replicated (ZeRO-1); updates are sharded like the parameters.
+
+    Raises:
+        ValueError: At construction, for a bound that is not positive, or a repeated axis.
+        TypeError: At construction, for a value of another type.
+
+    Example:
+        >>> Distribution(axes=("fsdp",)).axes
+        ('fsdp',)
+    """
+
+    axes: Axes | None = None
+    max_matrix_bytes: int = 2**30
+    max_stack_bytes: int = 2**28
+    flops_per_byte: float = 2000.0
+    shard_momentum: bool = False
+
+    def __post_init__(self) -> None:
+        check_type("Distribution's axes", self.axes, tuple | None, "a tuple of names of mesh axes")
+        if len(set(self.axes or ())) < len(self.axes or ()):
+            raise ValueError(
+                f"Distribution's axes must be different names of mesh axes, got {self.axes}."
+            )
+        for name, within, instead in (
+            ("max_matrix_bytes", "positive", "2**30"),
+            ("max_stack_bytes", "positive", "2**28"),
+            ("flops_per_byte", "not negative", "a peak rate over a link's bandwidth or infinity"),
+        ):
+            value = getattr(self, name)
+            check_number(f"Distribution's {name}", value, within, f"Write, for example, {instead}.")
+        check_flags(shard_momentum=self.shard_momentum)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +118,7 @@ def place(x: jax.Array, sharding: NamedSharding) -> jax.Array:
 
 def on_devices(sharding: NamedSharding) -> NamedSharding:
     """The same sharding on a mesh that knows its devices: the one that `jax.set_mesh` set."""
-    known, entries = sharding.mesh, list(entries_of(sharding.spec))
+    known, entries = sharding.mesh, list(sharding.spec)
     # As compiled programs return it on Auto axes; a step would be compiled again for its own state.
     while not known.explicit_axes and entries[-1:] == [None]:
         entries.pop()
@@ -86,16 +140,9 @@ def sharding_of(x: object) -> NamedSharding | None:
     return sharding
 
 
-def entries_of(spec: PartitionSpec) -> tuple[Any, ...]:
-    """The entries of a spec, which JAX does not unpack if it has unreduced axes."""
-    # Older specs have no `partitions`.
-    return tuple(getattr(spec, "partitions", spec))
-
-
 def axes_of(spec: PartitionSpec, rank: int, among: Axes) -> LeafAxes:
     """The mesh axes, of those given, that shard each of `rank` dimensions."""
-    entries = entries_of(spec)
-    entries += (None,) * (rank - len(entries))
+    entries = (*spec, *[None] * (rank - len(spec)))
     return tuple(tuple(axis for axis in entry_axes(x) if axis in among) for x in entries)
 
 

@@ -28,8 +28,7 @@ from muonclip_jax.matrices.parts import Run, even_size, runs_of
 from muonclip_jax.newton_schulz import PolarPlan
 from muonclip_jax.routing import MatrixSpec, normalized_axes
 from muonclip_jax.sharding.blocks import Block, LocalLeaf, plan_local
-from muonclip_jax.sharding.mesh_shardings import Axes, LeafAxes, Sizes
-from muonclip_jax.sharding.options import Distribution
+from muonclip_jax.sharding.mesh_shardings import Axes, Distribution, LeafAxes, Sizes
 
 #: More branches than this make the program longer than the balance is worth.
 MAX_BRANCHES = 8
@@ -119,20 +118,18 @@ def plan_tree(
     cost = functools.partial(_cost, polar, options)
     rounds = []
     for (axes, _), pool in pools.items():
-        rounds += _plan_pool(pool, _exchanges(axes, sizes), cost, options)
-    return leaves, rounds
-
-
-def _exchanges(axes: Axes, sizes: Sizes) -> list[Exchange]:
-    """All choices of axes to split columns: fewest devices first, then the last, fastest axes."""
-    exchanges = []
-    devices = math.prod(sizes[axis] for axis in axes)
-    for number in range(len(axes) + 1):
-        for columns in itertools.combinations(axes, number):
+        devices = math.prod(sizes[axis] for axis in axes)
+        exchanges = []
+        for columns in itertools.chain.from_iterable(
+            itertools.combinations(axes, number) for number in range(len(axes) + 1)
+        ):
             ways = math.prod(sizes[axis] for axis in columns)
             rest = tuple(axis for axis in axes if axis not in columns)
             exchanges.append(Exchange(rest, columns, sizes, devices // ways, ways))
-    return sorted(exchanges, key=lambda x: (x.ways, [-axes.index(a) for a in x.column_axes[::-1]]))
+        # Those with the fewest devices a matrix first, then with the last, fastest axes.
+        exchanges.sort(key=lambda x: (x.ways, [-axes.index(a) for a in x.column_axes[::-1]]))
+        rounds += _plan_pool(pool, exchanges, cost, options)
+    return leaves, rounds
 
 
 def _cost(polar: PolarPlan, options: Distribution, kind: Kind, ways: int) -> float:
@@ -155,20 +152,21 @@ def _plan_pool(
     options: Distribution,
 ) -> list[Round]:
     """Plans the rounds of a pool; `cost` is that of a kind of matrix, split a number of ways."""
+    size = {kind: kind[0] * kind[1] * jnp.dtype(kind[2]).itemsize for kind in pool}
 
     def limit(kind: Kind, ways: int) -> int:
         """How many matrices a group of devices has at most: one of them fits on every device."""
-        size = kind[0] * kind[1] * jnp.dtype(kind[2]).itemsize
-        return max(ways, options.max_stack_bytes * ways // size)
+        return max(ways, options.max_stack_bytes * ways // size[kind])
 
-    def longest_first(exchange: Exchange, matrices: Matrices) -> list[_Share]:
-        kinds = [(cost(kind, exchange.ways), limit(kind, exchange.ways)) for kind in matrices]
-        numbers = list(map(len, matrices.values()))
-        return [(exchange, matrices, assign_longest_first(numbers, kinds, exchange.groups))]
-
-    def round_robin(exchange: Exchange, matrices: Matrices) -> list[_Share]:
-        alone = [{kind: members} for kind, members in matrices.items() if members]
-        return [share for one in alone for share in longest_first(exchange, one)]
+    def assign(exchange: Exchange, matrices: Matrices, together: bool) -> list[_Share]:
+        """All kinds together, longest first, or one after another, which is round-robin."""
+        stacks = [matrices] if together else [{kind: x} for kind, x in matrices.items() if x]
+        shares = []
+        for some in stacks:
+            kinds = [(cost(kind, exchange.ways), limit(kind, exchange.ways)) for kind in some]
+            counts = assign_longest_first(list(map(len, some.values())), kinds, exchange.groups)
+            shares.append((exchange, some, counts))
+        return shares
 
     def makespan(shares: Sequence[_Share]) -> float:
         """Cost of the busiest group of devices, in all rounds."""
@@ -185,8 +183,8 @@ def _plan_pool(
     for kind, members in pool.items():
         # Matrices that are sharded alike are neighbours, and so are sent together.
         members = sorted(members, key=lambda member: repr(member[0]))
-        size, bound = kind[0] * kind[1] * jnp.dtype(kind[2]).itemsize, options.max_matrix_bytes
-        exchange = min(exchanges, key=lambda x, size=size: max(size / x.ways, bound))
+        sizes = [max(size[kind] / x.ways, options.max_matrix_bytes) for x in exchanges]
+        exchange = exchanges[sizes.index(min(sizes))]
         groups = exchange.groups
         # Nearly equal rounds; a shorter one comes last, with the leftovers.
         length = even_size(math.ceil(len(members) / groups), limit(kind, exchange.ways)) * groups
@@ -196,15 +194,15 @@ def _plan_pool(
             stop = len(last) // groups * groups
             even[kind], left[kind] = last[:stop], last[stop:]
         for part in parts:
-            shares += round_robin(exchange, {kind: part})
+            shares += assign(exchange, {kind: part}, together=True)
     # On a tie the first: it has no branches, and no collectives between the steps.
-    together = {kind: [*even[kind], *left[kind]] for kind in even}
+    everything = {kind: [*even[kind], *left[kind]] for kind in even}
     left = {kind: members for kind, members in left.items() if members}
-    choices = [assign(exchanges[0], together) for assign in (round_robin, longest_first)]
+    choices = [assign(exchanges[0], everything, together) for together in (False, True)]
     choices += [
-        round_robin(exchanges[0], even) + assign(exchange, left)
+        assign(exchanges[0], even, False) + assign(exchange, left, together)
         for exchange in exchanges
-        for assign in (round_robin, longest_first)
+        for together in (False, True)
     ]
     return [
         (exchange, [_fill(members, counts, k) for k, members in enumerate(matrices.values())])

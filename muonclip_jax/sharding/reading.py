@@ -5,12 +5,12 @@ Auto axes the compiler decides later, and the type only contains the mesh: there
 be given, as the tree `jax.tree.map(lambda x: x.sharding, params)`.
 """
 
-import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
@@ -20,10 +20,11 @@ from muonclip_jax.sharding.mesh_shardings import (
     MeshShardings,
     axes_of,
     dcn_axes,
-    entries_of,
     sharding_of,
 )
 
+#: Where leaves are: a mesh, or the devices of arrays outside of a trace.
+Place: TypeAlias = Mesh | AbstractMesh | frozenset[jax.Device]
 #: Path, array (or its shape) and sharding of a leaf; the sharding is None where it is on no mesh.
 PlacedLeaf: TypeAlias = tuple[str, Any, NamedSharding | None]
 
@@ -49,12 +50,15 @@ def read_shardings(
             are unreduced over mesh axes, or required shardings are unknown.
     """
     seen: list[PlacedLeaf] = [(at, x, sharding_of(x)) for at, x in flatten_with_paths(tree)[0]]
-    _check_devices(seen)
+    arrays = [
+        (at, x) for at, x, _ in seen if isinstance(x, jax.Array) and not isinstance(x, Tracer)
+    ]
+    _check_together({frozenset(x.sharding.device_set): at for at, x in arrays if x.committed})
     mesh = next((sharding.mesh for *_, sharding in seen if sharding), None)
     placed, devices, unseen = seen, mesh, ()  # a mesh may know its devices where it is given alone
     if param_shardings is not None:
         placed = align_shardings(tree, param_shardings)
-        _check_one_mesh(placed, "param_shardings at ")
+        _check_together({to.mesh: f"param_shardings at {at}" for at, _, to in placed if to})
         devices = next((sharding.mesh for *_, sharding in placed if sharding), None)
         mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     elif mesh is not None:
@@ -63,7 +67,7 @@ def read_shardings(
         return None
     if not mesh.empty and _differ(mesh, devices):
         raise ValueError(
-            f"param_shardings is for the mesh {_describe(devices)}, and the parameters are on "
+            f"param_shardings is for {_describe(devices)}, and the parameters are on "
             f"{_describe(mesh)}. Use the current shardings of the parameters: "
             "jax.tree.map(lambda x: x.sharding, params)."
         )
@@ -74,7 +78,9 @@ def read_shardings(
     # program of one device must run where they are manual.
     if all(axis not in mesh.explicit_axes and mesh.shape[axis] == 1 for axis in ours):
         return None
-    _check_one_mesh(seen)
+    _check_together({sharding.mesh: at for at, _, sharding in seen if sharding})
+    for at, _, sharding in seen:
+        check_reduced(at, sharding)
     specs = [(leaf.ndim, to.spec if to else PartitionSpec()) for _, leaf, to in placed]
     return MeshShardings(
         mesh,
@@ -109,54 +115,37 @@ def _unseen_axes(
     return auto
 
 
-def _check_devices(leaves: Sequence[PlacedLeaf]) -> None:
-    """Raises a ValueError if arrays outside of a trace are committed to different devices."""
-    devices: dict[frozenset[jax.Device], str] = {}
-    for path, leaf, _ in leaves:
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.committed:
-            devices.setdefault(frozenset(leaf.sharding.device_set), path)
-    if len(devices) > 1:
-        (first, path), (second, other) = list(devices.items())[:2]
-        raise ValueError(
-            f"{path} is on the devices {_ids(first)}, and {other} on {_ids(second)}. {_TOGETHER}"
-        )
-
-
-def _check_one_mesh(leaves: Sequence[PlacedLeaf], prefix: str = "") -> None:
-    """Raises a ValueError if shardings have different meshes or unreduced axes."""
-    meshes: dict[Mesh | AbstractMesh, str] = {}
-    for path, _, sharding in leaves:
-        if sharding is not None:
-            check_reduced(prefix + path, sharding)
-            meshes.setdefault(sharding.mesh, prefix + path)
-    # Those that know their devices first, so that the others' are compared with them.
-    ordered = sorted(meshes, key=lambda mesh: not isinstance(mesh, Mesh))
+def _check_together(places: Mapping[Place, str]) -> None:
+    """Raises a ValueError if leaves, one by its path for each place, are in different places."""
+    # Meshes that know their devices first, so that the others' are compared with them.
+    ordered = sorted(places, key=lambda place: isinstance(place, AbstractMesh))
     for other in ordered[1:]:
-        first = ordered[0]
-        if other.axis_types != first.axis_types or _differ(other, first):
+        types = [getattr(place, "axis_types", None) for place in (ordered[0], other)]
+        if types[0] != types[1] or _differ(other, ordered[0]):
             raise ValueError(
-                f"{meshes[first]} is on the mesh {_describe(first)}, and {meshes[other]} on "
+                f"{places[ordered[0]]} is on {_describe(ordered[0])}, and {places[other]} on "
                 f"{_describe(other)}. {_TOGETHER}"
             )
 
 
-def _differ(mesh: Mesh | AbstractMesh, other: Mesh | AbstractMesh) -> bool:
-    """Whether axes differ, or the order of devices if both meshes are concrete."""
-    if tuple(mesh.shape.items()) != tuple(other.shape.items()):
+def _differ(place: Place, other: Place) -> bool:
+    """Whether devices or axes differ, or the order of devices if both meshes know theirs."""
+    if isinstance(place, frozenset) or isinstance(other, frozenset):
+        return place != other
+    if tuple(place.shape.items()) != tuple(other.shape.items()):
         return True
-    if isinstance(mesh, Mesh) and isinstance(other, Mesh):
-        return mesh.devices.tolist() != other.devices.tolist()
-    return False
+    if isinstance(place, AbstractMesh) or isinstance(other, AbstractMesh):
+        return False
+    return not np.array_equal(place.devices, other.devices)
 
 
-def _describe(mesh: Mesh | AbstractMesh) -> str:
-    return f"{mesh}, devices {_ids(mesh.devices.flat)}" if isinstance(mesh, Mesh) else str(mesh)
-
-
-def _ids(devices: Iterable[jax.Device]) -> str:
-    ids = [device.id for device in devices]
-    ids = sorted(ids) if isinstance(devices, frozenset) else ids
-    return f"[{', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''}]"
+def _describe(place: Place) -> str:
+    if isinstance(place, AbstractMesh):
+        return f"the mesh {place}"
+    is_set = isinstance(place, frozenset)
+    ids = sorted(x.id for x in place) if is_set else [x.id for x in place.devices.flat]
+    devices = f"the devices [{', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''}]"
+    return devices if is_set else f"the mesh {place}, {devices}"
 
 
 def align_shardings(
@@ -186,16 +175,7 @@ def align_shardings(
                 f"entries are {', '.join(map(repr, list(entries)[:8])) or 'none'}. Pass the tree "
                 "jax.tree.map(lambda x: x.sharding, params) of all parameters."
             )
-        entry = entries[covering]
-        if isinstance(entry, PartitionSpec) and mesh is not None:
-            try:
-                entry = NamedSharding(mesh, entry)
-            except Exception as error:  # JAX's for duplicates is private
-                raise ValueError(
-                    f"param_shardings has {entry} at {path!r}, which does not fit a mesh of "
-                    f"{dict(mesh.shape)}. Name each of these axes at most once."
-                ) from error
-        aligned.append((path, leaf, _checked(path, tuple(leaf.shape), entry)))
+        aligned.append((path, leaf, _checked(path, tuple(leaf.shape), entries[covering], mesh)))
     return aligned
 
 
@@ -204,9 +184,9 @@ def is_entry(x: object) -> bool:
     return x is None or isinstance(x, Sharding | PartitionSpec)
 
 
-def check_reduced(path: str, sharding: NamedSharding) -> None:
+def check_reduced(path: str, sharding: NamedSharding | None) -> None:
     """Raises a ValueError if a sharding is unreduced over mesh axes."""
-    if sharding.spec.unreduced:
+    if sharding is not None and sharding.spec.unreduced:
         raise ValueError(
             f"{path} is unreduced over the mesh axes {tuple(sorted(sharding.spec.unreduced))}: the "
             "sum over them is missing. Compute it before the update: "
@@ -214,33 +194,34 @@ def check_reduced(path: str, sharding: NamedSharding) -> None:
         )
 
 
-def _checked(path: str, shape: tuple[int, ...], entry: object) -> NamedSharding | None:
-    if not isinstance(entry, NamedSharding):
-        if entry is None or (isinstance(entry, Sharding) and entry.num_devices == 1):
-            return None
+def _checked(
+    path: str, shape: tuple[int, ...], entry: object, mesh: Mesh | AbstractMesh | None
+) -> NamedSharding | None:
+    """Returns the sharding that an entry of `param_shardings` gives a leaf."""
+    if isinstance(entry, NamedSharding):
+        mesh, entry = entry.mesh, entry.spec
+    if entry is None or (isinstance(entry, Sharding) and entry.num_devices == 1):
+        return None
+    if mesh is None or not isinstance(entry, PartitionSpec):
         raise TypeError(
             f"param_shardings has {entry!r} at {path!r}, expected a jax.sharding.NamedSharding. "
             "Write NamedSharding(mesh, PartitionSpec(...)), or take it from the parameter: "
             "x.sharding."
         )
-    check_reduced(f"param_shardings at {path}", entry)
-    if PartitionSpec.UNCONSTRAINED in entries_of(entry.spec):
+    try:
+        sharding = NamedSharding(mesh, entry)
+        sharding.check_compatible_aval(shape)
+        sharding.shard_shape(shape)
+    except Exception as error:  # JAX's for duplicates is private
         raise ValueError(
-            f"param_shardings has {entry.spec} at {path!r}, which leaves a dimension "
-            "unconstrained. Give the mesh axes that shard it, or None."
-        )
-    if len(entry.spec) > len(shape):
+            f"param_shardings has {entry} at {path!r}, which does not fit the shape {shape} on a "
+            f"mesh of {dict(mesh.shape)}. Give each dimension mesh axes that divide it, each axis "
+            f"once, or None. JAX says: {error}"
+        ) from error
+    check_reduced(f"param_shardings at {path}", sharding)
+    if PartitionSpec.UNCONSTRAINED in tuple(entry):
         raise ValueError(
-            f"param_shardings has {entry.spec} at {path!r}, for {len(entry.spec)} "
-            f"dimensions, and the parameter has shape {shape}. Write a PartitionSpec with at most "
-            f"{len(shape)} entries."
+            f"param_shardings has {entry} at {path!r}, which leaves a dimension unconstrained. "
+            "Give the mesh axes that shard it, or None."
         )
-    for number, axes in enumerate(axes_of(entry.spec, len(shape), entry.mesh.axis_names)):
-        ways = math.prod(entry.mesh.shape[axis] for axis in axes)
-        if shape[number] % ways:
-            raise ValueError(
-                f"param_shardings shards dimension {number} of {path!r}, shape {shape}, over "
-                f"{axes} into {ways} shards, which do not divide {shape[number]}. Shard a "
-                "dimension that they divide, or none."
-            )
-    return entry
+    return sharding

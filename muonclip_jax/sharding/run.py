@@ -23,8 +23,13 @@ from muonclip_jax.newton_schulz import (
 from muonclip_jax.routing import MatrixSpec
 from muonclip_jax.sharding.blocks import LocalLeaf, from_blocks, local_matrices, to_blocks
 from muonclip_jax.sharding.exchange import gather_matrices, members_sent, scatter_results
-from muonclip_jax.sharding.mesh_shardings import Axes, LeafAxes, MeshShardings, spec_of
-from muonclip_jax.sharding.options import Distribution
+from muonclip_jax.sharding.mesh_shardings import (
+    Axes,
+    Distribution,
+    LeafAxes,
+    MeshShardings,
+    spec_of,
+)
 from muonclip_jax.sharding.planning import Bucket, Exchange, Job, Round, branches_of, plan_tree
 
 # More slices than this make the program long.

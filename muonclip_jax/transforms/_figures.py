@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Inexact
 
 from muonclip_jax._tree import Tree
 from muonclip_jax.matrices import StackPlan, map_parts, plan_leaf, plan_stacks
-from muonclip_jax.newton_schulz.products import gram, matmul
+from muonclip_jax.newton_schulz.iteration import gram, matmul
 from muonclip_jax.routing import MatrixRules, resolve_specs
 
 #: Steps of the power iteration. Whatever the spectrum, the relative error of the eigenvalue after

@@ -158,7 +158,7 @@ class Orthogonalizer:
             where = path or "The leaf"
             if init:
                 try:
-                    self.polar.check_input(leaf.dtype)
+                    self.polar.choose_dtype(leaf.dtype)
                 except ValueError as error:
                     raise ValueError(f"{where}: {error}") from None
             elif differing := tuple(sorted(varying_axes(leaf).intersection(mapped_axes))):

@@ -226,14 +226,14 @@ X, HALF = jnp.ones((2, 4, 2, 8)), jnp.ones((2, 4, 2, 8), "bfloat16")
 INTEGERS, FLASH = X.astype("int32"), {"implementation": "flash"}
 #: Query and key, also a value where attention is asked, further arguments, and the error.
 BAD: list[tuple[tuple[jax.Array, ...], dict[str, Any], str]] = [
-    ((X[0, 0], X[0, 0]), {}, r"query has shape \(2, 8\); attention takes"),
-    ((X[:1], X[0]), {}, "query and key must agree in batch"),
-    ((X, X[:1]), {}, "must agree in batch"),
-    ((X, X[..., :6]), {}, "must agree in head_dim"),
-    ((jnp.ones((2, 4, 3, 8)), X), {}, "query has 3 heads and key 2: .* multiple"),
-    ((X, X, X[:, :3]), {}, "key and value must agree in all but their last axis"),
-    ((HALF, X), {}, "query is bfloat16 and key is float32; cast them"),
-    ((INTEGERS, INTEGERS), {}, "must be real floating, got int32"),
+    ((X[0, 0], X[0, 0]), {}, r"takes query .* They are float32 of shape \(2, 8\)"),
+    ((X[:1], X[0]), {}, r"They are .* shape \(1, 4, 2, 8\), float32 of shape \(4, 2, 8\)"),
+    ((X, X[:1]), {}, r"key \(\*batch, keys, K, H\) .* float32 of shape \(1, 4, 2, 8\)"),
+    ((X, X[..., :6]), {}, r"float32 of shape \(2, 4, 2, 8\), float32 of shape \(2, 4, 2, 6\)"),
+    ((jnp.ones((2, 4, 3, 8)), X), {}, r"N is a multiple of K: .*\(2, 4, 3, 8\)"),
+    ((X, X, X[:, :3]), {}, r"value \(\*batch, keys, K, D\).*\(2, 3, 2, 8\)"),
+    ((HALF, X), {}, "of one real floating dtype. They are bfloat16 of .*, float32"),
+    ((INTEGERS, INTEGERS), {}, "of one real floating dtype. They are int32"),
     ((X, X), {"mask": jnp.ones((4, 4))}, r"must be boolean.*mask.astype\(bool\)"),
     (
         (X, X),
@@ -242,8 +242,8 @@ BAD: list[tuple[tuple[jax.Array, ...], dict[str, Any], str]] = [
     ),
     ((X, X), {"bias": jnp.ones((1, 2, 2, 4, 4))}, r"bias has shape .* broadcast"),
     ((X, X), {"query_seq_lengths": jnp.ones((3,), "int32")}, r"one integer per .* shape \(2,\)"),
-    ((X, X), FLASH, "'flash' is unknown; choose one of 'xla', 'mosaic_tpu'"),
-    ((X, X, X), FLASH, r"'flash' is unknown; choose one of 'xla', 'cudnn', "),
+    ((X, X), FLASH, "'flash' is not known. Pass one of 'xla', 'mosaic_tpu'"),
+    ((X, X, X), FLASH, "'flash' is not known. Pass one of 'xla', 'cudnn'"),
 ]
 
 

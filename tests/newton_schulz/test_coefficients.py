@@ -84,7 +84,7 @@ def test_errors() -> None:
         ("muon2", None, ValueError, "'muon2' is not a coefficient set. Names are 'keller_jordan'"),
         ("you", 6, ValueError, "ns_steps=6 is more than the 5 rows of 'you'.*'minimax4'"),
         ([(2, -1.5, 0.5)] * 2, 3, ValueError, "ns_steps=3 is more than the 2 rows of the given"),
-        ("you", 0, ValueError, "ns_steps must be None or at least 1, got 0"),
+        ("you", 0, ValueError, "ns_steps must be None or an integer of at least 1, got 0"),
         ("you", 2.5, TypeError, "ns_steps must be None or an integer .* got 2.5"),
         ("you", True, TypeError, "got True"),
     ):

@@ -15,15 +15,16 @@ from muonclip_jax.newton_schulz import (
     PolarPlan,
     apply_polar,
     apply_polar_by_columns,
+    iteration,
     orthogonalize,
     plan_polar,
-    products,
 )
 from muonclip_jax.newton_schulz.coefficients import (
+    GROWTH,
     evaluate,
+    guard_rows,
     resolve_coefficients,
 )
-from muonclip_jax.newton_schulz.stability import GROWTH, guard_rows
 from tests.helpers import TOLERANCE, polynomial_of_singular_values
 
 KJ = (3.4445, -4.7750, 2.0315)
@@ -268,7 +269,7 @@ def test_two_devices_that_share_columns() -> None:
 @pytest.mark.usefixtures("float64")
 def test_split_products_are_the_same_products(method: str, monkeypatch) -> None:
     # Large matrices on a CPU compute one triangle of 2 x 2 blocks; here small ones do too.
-    monkeypatch.setattr(products, "SPLIT_FROM", 2)
+    monkeypatch.setattr(iteration, "SPLIT_FROM", 2)
     for shape, dtype in (((2, 6, 12), "complex128"), ((2, 7, 12), "float64")):
         x = matrix(*shape, dtype=dtype)
         near64(jitted(x, ns_coeffs="minimax4", ns_method=method), exact(x, "minimax4"))

@@ -42,8 +42,8 @@ W, PLACED = (
     ("params", "mesh", "given", "message"),
     [
         (W, AUTO_MESH, {"v": P("tp")}, "a/w of shape .* has no entry in param_shardings"),
-        (W, AUTO_MESH, {"w": P(None, None, "tp")}, r"'a/w', for 3 dimensions"),
-        (W, AUTO_MESH, {"w": P("fsdp")}, r"dimension 0 of 'a/w', shape \(6, 16\).*4 shards"),
+        (W, AUTO_MESH, {"w": P(None, None, "tp")}, "'a/w', which does not fit .*rank at least 3"),
+        (W, AUTO_MESH, {"w": P("fsdp")}, r"'a/w', .* fit the shape \(6, 16\).*partitioned 4 times"),
         (W, None, {"w": P("fsdp")}, "at 'a/w', expected a jax.sharding.Named"),
         (PLACED, REVERSED, {"w": P()}, r"is for the mesh .*\[7, 6,.* are on .*\[0, 1,"),
         (PLACED, mesh_of(EXPLICIT), {"w": P()}, "param_shardings is for the mesh"),
