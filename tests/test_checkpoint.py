@@ -134,7 +134,9 @@ def test_specs_with_a_mesh_are_the_same_as_shardings():
     block = {"query": FSDP, "key": FSDP, "up": FSDP, "down": P()}
     specs = {"block": block, "embed": P("tp", "fsdp"), "norm": None}
     target = checkpoint.abstract_params(shapes, specs, mesh)
+    step = checkpoint.abstract_params({**target["embed"], "step": jnp.int32(0)})["step"]
     for leaf, spec in (
+        (step, P()),  # such as that of `nnx.Optimizer`
         (target["block"]["up"]["kernel"], FSDP),
         (target["embed"]["embedding"], P("tp", "fsdp")),
         (target["norm"]["scale"], P()),

@@ -15,6 +15,7 @@ from shared import WORDS, batch, check_clip, check_describe, check_losses, check
 from tensorboardX import SummaryWriter
 
 import muonclip_jax as mc
+from muonclip_jax import checkpoint
 from muonclip_jax.nnx import capture_max_logits, dot_product_attention
 
 jax.config.update("jax_num_cpu_devices", 4)
@@ -81,11 +82,9 @@ def create():
     maxima = nnx.eval_shape(lambda model: loss_fn(model, batch(0))[1], model)
     tx = mc.muonclip(learning_rate=2e-3, qk_clip_threshold=20.0, param_shardings=shardings)
     tx = mc.metrics(tx, every=10, qk_clip_threshold=20.0)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), tx)
     tx = mc.accumulate(tx, MICRO_BATCHES, max_logits=maxima, param_shardings=shardings)
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    # Its own counter is on one device; a checkpoint restores it to where it was.
-    optimizer.step.set_value(jax.device_put(optimizer.step.get_value(), NamedSharding(MESH, P())))
-    return model, optimizer
+    return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
 
 @nnx.jit
@@ -103,7 +102,7 @@ with SummaryWriter(tempfile.mkdtemp()) as board:
         losses.append(step(model, optimizer, rows(i)))
         board.add_scalar("loss", float(losses[-1]), i)
         if (i + 1) % 20 == 0:
-            figures = mc.read_metrics(nnx.pure(optimizer.opt_state), nnx.state(model, nnx.Param))
+            figures = mc.read_metrics(optimizer.opt_state, nnx.state(model, nnx.Param))
             for name, value in figures.scalars(leaves=False).items():
                 board.add_scalar(name, float(value), i)
 
@@ -113,18 +112,12 @@ check_losses(losses)
 graph = nnx.graphdef(model)
 check_clip(params, nnx.jit(lambda params: loss_fn(nnx.merge(graph, params), batch(100))[1]))
 
-saved = {"model": nnx.state(model), "optimizer": nnx.state(optimizer)}
-folder = check_describe("nnx", nnx.to_pure_dict(nnx.State(saved)), params)
-restored = create()
-names = ("model", "optimizer")
-like = {name: nnx.state(node) for name, node in zip(names, restored, strict=True)}
+both = {"model": model, "optimizer": optimizer}
+folder = check_describe("nnx", nnx.state(both), params)
+restored = dict(zip(both, create(), strict=True))
 with ocp.StandardCheckpointer() as checkpointer:
-    values = checkpointer.restore(folder, nnx.to_pure_dict(nnx.State(like)))
-for name, node in zip(names, restored, strict=True):
-    nnx.replace_by_pure_dict(like[name], values[name])
-    nnx.update(node, like[name])
+    target = checkpoint.abstract_params(nnx.state(restored))
+    nnx.update(restored, checkpointer.restore(folder, target))
 for i in range(120, 124):
-    np.testing.assert_array_equal(
-        *(step(*pair, rows(i)) for pair in ((model, optimizer), restored))
-    )
+    np.testing.assert_array_equal(*(step(*pair.values(), rows(i)) for pair in (both, restored)))
 print("resumed: the same losses, bit for bit")

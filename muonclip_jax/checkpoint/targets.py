@@ -15,11 +15,11 @@ def abstract_params(params: Tree, param_shardings: Tree = None, mesh: Mesh | Non
     """Describes parameters without their values: shape, dtype and sharding.
 
     Args:
-        params: Arrays or `jax.ShapeDtypeStruct`s, as from `jax.eval_shape` of a model's init.
+        params: Arrays or `jax.ShapeDtypeStruct`s, as from `jax.eval_shape`, or an `nnx.state`.
         param_shardings: A pytree of `NamedSharding`, or with `mesh` of `PartitionSpec`, with an
             entry for every leaf or subtree; a single one for all leaves; or a function from
             `params` to such a pytree. None as an entry means replicated. None uses the parameters'
-            shardings.
+            shardings; where some are on a mesh, the others are replicated on it.
         mesh: The mesh of the `PartitionSpec`s. It may differ from that of the checkpoint.
 
     Returns:
@@ -44,13 +44,13 @@ def abstract_params(params: Tree, param_shardings: Tree = None, mesh: Mesh | Non
                 "param_shardings=PartitionSpec() to replicate all parameters on it."
             )
 
-        def form_of(x: Shaped) -> jax.ShapeDtypeStruct:
+        def on_mesh(x: Shaped) -> NamedSharding | None:
             sharding = getattr(x, "sharding", None)
-            known = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding if known else None)
+            return sharding if isinstance(getattr(sharding, "mesh", None), Mesh) else None
 
-        return jax.tree.map(form_of, params)
-    aligned = align_shardings(params, param_shardings, mesh)
+        aligned = [(path, leaf, on_mesh(leaf)) for path, leaf in flatten_with_paths(params)[0]]
+    else:
+        aligned = align_shardings(params, param_shardings, mesh)
     known = [sharding.mesh for *_, sharding in aligned if sharding]
     rest = NamedSharding(known[0], PartitionSpec()) if known else None
     forms = [

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib._muon as optax_muon
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -212,10 +211,11 @@ def scaled(tx: Any, updates: Any) -> Any:
     return update(tx, updates, tx.init(updates))[0]
 
 
-@pytest.mark.parametrize("consistent_rms", [None, 0.2])
-def test_is_optax_factor_by_factor(consistent_rms):
-    ours = scaled(mc.scale_by_shape(SHAPED, consistent_rms), ONES)
-    assert_close(ours, scaled(optax_muon.scale_by_shape(SHAPED, consistent_rms), ONES), 1e-6)
+def test_factors_are_those_of_optax():
+    """`sqrt(max(1, out / in))`, or `0.2 sqrt(max(in, out))`."""
+    for consistent_rms, factors in ((None, (1.5, 1.0, 1.25**0.5)), (0.2, (0.6, 0.6, 0.4**0.5))):
+        expected = {name: x * ONES[name] for name, x in zip(ONES, factors, strict=True)}
+        assert_close(scaled(mc.scale_by_shape(SHAPED, consistent_rms), ONES), expected, 1e-6)
 
 
 def test_parts_of_a_fused_kernel_have_their_own_factor_and_rules_have_names():
