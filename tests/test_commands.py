@@ -2,8 +2,6 @@
 
 import importlib.metadata
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ import muonclip_jax as mc
 from muonclip_jax.__main__ import main
 from muonclip_jax._commands import doctor
 from muonclip_jax._commands.describe import find_params, read_shapes
+from tests.helpers import finished
 
-ROOT = Path(__file__).parents[1]
 KERNEL = np.zeros((8, 2, 4), np.float32)
 PARAMS = {
     "block_0": {
@@ -234,13 +232,7 @@ def test_doctor_fails_where_something_is_too_old_or_breaks(monkeypatch: Any, cap
 def test_the_module_runs_as_a_command(tmp_path: Path):
     arrays: dict[str, Any] = {"dense/kernel": np.zeros((4, 8), np.float32)}
     np.savez(tmp_path / "params.npz", **arrays)
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "muonclip_jax", "describe", "params.npz"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = (sys.executable, "-W", "error", "-m", "muonclip_jax", "describe", "params.npz")
+    result = finished(*words, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "dense/kernel  (4, 8)  muon" in result.stdout

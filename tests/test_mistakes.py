@@ -118,6 +118,8 @@ TYPES: Settings = [
     (muonclip, {"rules": {"w$": None}}, "MatrixRules"),
     (muonclip, {"axis_name": 1}, "axis_name must be 'data' or"),
     (muonclip, {"distribution": "fsdp"}, "distribution must be Distribution"),
+    (mc.Distribution, {"axes": "fsdp"}, "tuple of names"),
+    (mc.Distribution, {"shard_momentum": "yes"}, "True or False"),
     (accumulate, {"every": "4"}, r"an integer from 1, a traced scalar or a schedule.*every=4\.0"),
     (muon, {"weight_decay_mask": True}, "weight_decay_mask must be a tree of bools like the param"),
     (config, {"qk_clip_blocks": jnp.ones(3)}, "hashable Python values"),
@@ -166,6 +168,10 @@ VALUES: Settings = [
     (mc.add_weight_decay, {"weight_decay": -0.1}, "weight_decay must be finite and not negative"),
     (mc.add_weight_decay, {"weight_decay": 0.1, "base_width": 0}, f"base_width {POSITIVE} 0"),
     (mc.orthogonalize_updates, {"ns_coeffs": "none"}, "ns_coeffs"),
+    (mc.Distribution, {"axes": ("fsdp", "fsdp")}, "different names"),
+    (mc.Distribution, {"max_matrix_bytes": 0}, "max_matrix_bytes must be positive"),
+    (mc.Distribution, {"max_stack_bytes": -1}, "max_stack_bytes must be positive"),
+    *((mc.Distribution, {"flops_per_byte": x}, "must be not negative") for x in (-1.0, math.nan)),
 ]
 
 
@@ -375,38 +381,21 @@ def test_traced_decays_of_16_bits_warn_and_float32_works():
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(updates))
 
 
-def shardings(x: Any) -> Any:
-    return x.sharding
-
-
-def is_matrix(x: Any) -> bool:
-    return x.ndim > 1
-
-
-def specs(x: Any) -> Any:
-    return mc.MatrixSpec((0, 1)) if is_matrix(x) else None
-
-
 #: A transformation, its argument, and the entry of a leaf.
 CALLABLE_TREES: list[tuple[Callable[..., Any], str, Callable[[Any], Any]]] = [
-    (unclipped, "param_shardings", shardings),
-    (unclipped, "weight_decay_mask", is_matrix),
-    (mc.muon, "muon_weight_dimension_numbers", specs),
+    (unclipped, "param_shardings", lambda x: x.sharding),
+    (unclipped, "weight_decay_mask", lambda x: x.ndim > 1),
+    (mc.muon, "muon_weight_dimension_numbers", lambda x: mc.MatrixSpec() if x.ndim > 1 else None),
 ]
 
 
 @pytest.mark.parametrize(("factory", "argument", "entry"), CALLABLE_TREES)
 def test_a_tree_that_can_be_called_is_a_tree(factory: Any, argument: str, entry: Any):
-    """The same as a function that returns the tree, on a model and on what it holds as a dict."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    """The same as a function that returns the tree."""
     model = Module(kernel=jnp.ones((8, 16)), bias=jnp.ones(16))
-    model = jax.device_put(model, place) if entry is shardings else model
     gradients, tree = jax.tree.map(jnp.sin, model), jax.tree.map(entry, model)
     as_tree, as_function = (
-        jax.jit(lambda g, p, given=given: step(factory(1e-3, **{argument: given}), g, p)[0])(
-            gradients, model
-        )
+        step(factory(1e-3, **{argument: given}), gradients, model)[0]
         for given in (tree, lambda params: tree)
     )
     jax.tree.map(np.testing.assert_array_equal, as_tree, as_function)

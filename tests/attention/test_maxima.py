@@ -35,10 +35,10 @@ def test_merging_takes_the_largest_finite_maximum():
     tree = {"a": {"max_logits": jnp.ones(4)}}
     for given, message in (
         ((), "at least one tree"),
-        ((tree, {"b": tree["a"]}), r"trees 1 and 2 differ in \['a/max_logits', 'b/max_log"),
+        ((tree, {"b": tree["a"]}), r"'a/max_logits' tree 1 has \(4,\) and tree 2 nothing"),
         (
             (tree, {"a": {"max_logits": jnp.ones(2)}}),
-            r"'a/max_logits' have shape \(4,\) in tree 1 and \(2,\)",
+            r"'a/max_logits' tree 1 has \(4,\) and tree 2 \(2,\)",
         ),
     ):
         with pytest.raises(ValueError, match=message):
@@ -66,7 +66,6 @@ def test_reduction_over_a_mesh_is_one_collective():
     assert jax.tree.map(lambda x: x.dtype, reduced) == jax.tree.map(lambda x: x.dtype, tree)
     program = reduce.lower(tree).compile().as_text() or ""
     assert program.count(" all-reduce(") == 1
-    assert reduce_max_logits({}, "nowhere") == {}
 
 
 def _recorded(attention_fn: Any, *arguments: Any, **keywords: Any) -> tuple[Any, jax.Array]:

@@ -17,7 +17,6 @@ AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 # name -> kind of the axes, where query, key and value lie, and query heads on key heads
 PLACES: dict[str, tuple[AxisType, P, int, int]] = {
     "sequences and heads": (AUTO, P("data", None, "model"), 4, 2),
-    "sequences and heads, explicit": (EXPLICIT, P("data", None, "model"), 4, 2),
     "positions": (EXPLICIT, P(None, "model"), 4, 2),
     "sequences and positions, auto": (AUTO, P("data", "model"), 4, 4),
     "six heads on three key heads": (EXPLICIT, P("data", None, "model"), 6, 3),

@@ -16,13 +16,9 @@ ACROSS_PAIRS = [(0, 2), (1, 3), (4, 6), (5, 7)]
         ("{{0,2,4,6},{1,3,5,7}}", EVEN_AND_ODD),
         ("{}", [ALL]),
         ("[2,4]<=[8]", HALVES),
-        ("[2,4]<=[4,2]T(1,0)", EVEN_AND_ODD),
         ("[4,2]<=[2,2,2]T(0,2,1)", ACROSS_PAIRS),
-        ("mesh['x'=4,'y'=2] {'x'}", EVEN_AND_ODD),
         ("mesh[x=4,y=2] {y}", [(0, 1), (2, 3), (4, 5), (6, 7)]),
         ("mesh['x'=4,'y'=2] {'y','x'}", [(0, 2, 4, 6, 1, 3, 5, 7)]),
-        ("mesh['x'=4,'y'=2] {}", [(each,) for each in ALL]),
-        ("mesh['a'=4,'b'=1,'c'=2] {'a'}", EVEN_AND_ODD),
         # One program, by JAX 0.12 and by 0.10.
         ("mesh['x'=4,'y'=2] {'x':(2)2}", ACROSS_PAIRS),
         (

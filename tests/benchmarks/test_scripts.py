@@ -94,19 +94,11 @@ def test_the_report_writes_pages(results, tmp_path):
     options = ("--results", results, "--root", tmp_path)
     done = run("report", *options, "--plot")
     assert done.returncode == 0, done.stderr
-    text = {name: (tmp_path / name).read_text() for name in PAGES}
-    for said in ("| ours, minimax4 |", "| fused q k v |", "T = 256"):
-        assert said in text["docs/performance.md"]
-    # What is stored is what is published: the pages of the repository.
-    for name in ("docs/scaling.md", "docs/comparison.md"):
-        assert text[name] == (ROOT / name).read_text()
     assert (tmp_path / PICTURE).read_bytes().startswith(b"\x89PNG")
     assert run("report", *options, "--check").returncode == 0
     page = tmp_path / "docs/scaling.md"
-    page.write_text(text["docs/scaling.md"].replace("| Kimi K2", "| theirs"))
-    failed = run("report", *options, "--check")
-    assert failed.returncode != 0
-    assert "run this script" in failed.stderr
+    page.write_text(page.read_text().replace("| Kimi K2", "| theirs"))
+    assert run("report", *options, "--check").returncode != 0
 
 
 @pytest.mark.slow
@@ -137,9 +129,6 @@ def test_all_that_a_gpu_answers_is_rehearsed(tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = load(tmp_path)
     assert set(found) == {f"gpu_{part}" for part in SHARES}
-    page = written((ROOT / "docs/performance.md").read_text(), found, PAGES["docs/performance.md"])
-    assert "| polar factor, 48 x 64, default" in page
-    assert "| muonclip | 0.002 | 4 |" in page
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -149,8 +138,7 @@ def test_a_page_is_what_the_stored_results_say(name):
 
 
 @pytest.mark.parametrize(
-    "module",
-    ["harness", "counting", "hlo", "replica_groups", "report_tables", "report_training"],
+    "module", ["counting", "replica_groups", "report_tables", "report_training"]
 )
 def test_doctests(module):
     assert doctest.testmod(import_module(f"benchmarks.{module}")).failed == 0

@@ -160,33 +160,26 @@ def _gains(shared_key_gain: bool) -> tuple[Any, HeadsOf]:
     return _leaves(rows), heads_of
 
 
-def _adapted(*paths: str, transposed: bool = False, only: str = "") -> tuple[Any, HeadsOf]:
-    """A merged kernel with an adapter of rank 2 on queries and keys, or on one of them."""
+def _adapted(
+    *paths: str, transposed: bool = False, only: str = "", joint: str = "*"
+) -> tuple[Any, HeadsOf]:
+    """A kernel with an adapter of rank 2 on queries and keys, or on one of them."""
     rows = []
     for name, heads in (("q_proj", "n"), ("k_proj", "m")):
-        for path, sizes in zip(
-            paths, (("d", f"{heads}*h"), "d2", ("2", f"{heads}*h")), strict=True
-        ):
+        features = f"{heads}{joint}h"
+        for path, sizes in zip(paths, (("d", features), ("d", "2"), ("2", features)), strict=True):
             if path == paths[0] or name.startswith(only):
                 rows.append(f"{name}/{path} {' '.join(sizes[::-1] if transposed else sizes)}")
 
-    def heads_of(w: Leaves, x: np.ndarray, s: Any) -> Any:
+    def heads_of(w: Leaves, x: np.ndarray, s: Any) -> tuple[np.ndarray, np.ndarray]:
         def project(name: str, heads: int) -> np.ndarray:
             kernels = (w.get(f"{name}/{path}", np.zeros((1, 1))) for path in paths)
             kernel, a, b = (leaf.T if transposed else leaf for leaf in kernels)
-            return (x @ (kernel + a @ b)).reshape(len(x), heads, -1)
+            return np.tensordot(x, kernel + np.tensordot(a, b, 1), 1).reshape(len(x), heads, -1)
 
         return project("q_proj", s.n), project("k_proj", s.m)
 
     return _leaves(",".join(rows)), heads_of
-
-
-def _einsum_adapted(w: Leaves, x: np.ndarray, _: Any) -> Any:
-    """tunix: kernels `(inputs, heads, size)` with the adapter of qwix."""
-    return tuple(
-        np.einsum("td,dhk->thk", x, w[f"{n}/w"] + np.tensordot(w[f"{n}/w_lora_a"], w[b], 1))
-        for n, b in (("q_proj", "q_proj/w_lora_b"), ("k_proj", "k_proj/w_lora_b"))
-    )
 
 
 def _gate(interleaved: Any) -> tuple[Any, HeadsOf, bool, Any]:
@@ -295,14 +288,7 @@ CASES = (
         "haliax LoRA",
         *_adapted(*(f"wrapped{_A}", f"lora/lora_A{_A}", f"lora/lora_B{_A}"), transposed=True),
     ),
-    Case(
-        "qwix LoRA, einsum",
-        _leaves(
-            "q_proj/w d n h, q_proj/w_lora_a d 3, q_proj/w_lora_b 3 n h,"
-            "k_proj/w d m h, k_proj/w_lora_a d 3, k_proj/w_lora_b 3 m h"
-        ),
-        *(_einsum_adapted, False),
-    ),
+    Case("qwix LoRA, einsum", *_adapted("w", "w_lora_a", "w_lora_b", joint=" "), False),
     Case("fused kv", *_fused_kv("to_q", "to_kv"), False),
     Case(
         "fused kv, head by head",

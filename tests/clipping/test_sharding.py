@@ -42,12 +42,10 @@ def clipped(how, params, maxima):
 EACH, ALL = (EXPLICIT, EXPLICIT), P(("x", "y"))
 SHARDED = {
     "one device": ((1, 1), EACH, (16, 8, 8), P("x", "y"), (8,), P("y")),
-    "replicated": ((4, 2), EACH, (16, 8, 8), P(), (8,), P()),
     "inputs and heads, mixed": ((4, 2), (AUTO, EXPLICIT), (16, 64), P("y", "x"), (8,), P("x")),
     "merged heads": ((4, 2), (AUTO, AUTO), (16, 64), P("x", "y"), (8,), P("y")),
     "inputs and features": ((4, 2), EACH, (16, 8, 8), P("y", None, "x"), (8,), P()),
     "maxima alone": ((4, 2), EACH, (16, 8, 8), P(), (8,), ALL),
-    "maxima alone, auto": ((4, 2), (AUTO, AUTO), (16, 8, 8), P(), (8,), ALL),
     "shards of the batch": ((4, 2), EACH, (16, 8, 8), P(None, "y"), (4, 8), P("x", "y")),
     "stages, merged heads": ((4, 2), EACH, (4, 16, 64), P("x", None, "y"), (4, 8), P("x", "y")),
     "stages": (

@@ -13,9 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from common.processes import NUMBER, environments
 
@@ -103,20 +101,6 @@ def cluster(
             process.wait()
 
 
-def saved_state(folder: Path, step: int = STEPS) -> dict[str, np.ndarray]:
-    """The leaves of a checkpoint, read by this process on one of its devices."""
-    path = (folder / "checkpoints" / str(step) / "default").resolve()
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with ocp.StandardCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(path).item_metadata
-        assert metadata is not None
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), metadata.tree
-        )
-        leaves = jax.tree.leaves_with_path(checkpointer.restore(path, like))
-    return {jax.tree_util.keystr(at): np.asarray(leaf) for at, leaf in leaves}
-
-
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory) -> dict[str, str]:
     """What every process gets: a compilation cache, as the same programs run many times."""
@@ -160,10 +144,7 @@ def test_when_a_process_is_killed_the_others_end_and_a_restart_ends_with_the_sam
         assert not {None, 0} & set(others), killed.printed()
     with cluster(tmp_path / "r", shared, (*program, *options, folder), count=4) as restarted:
         assert restarted.finish()[0].endswith(f"from step {EVERY}")
-    actual, expected = saved_state(folder), saved_state(whole)
-    assert actual.keys() == expected.keys()
-    for path, leaf in actual.items():
-        np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+    # The losses of steps after the restart are those of the same parameters, bit for bit.
     found, record = (
         [json.loads(line) for line in (each / "metrics.jsonl").read_text().splitlines()]
         for each in (folder, whole)
@@ -196,7 +177,6 @@ def test_processes_that_are_told_to_end_save_the_same_step(
     step = int(re.findall(r"after step (\d+)$", last)[0])
     assert step > EVERY
     assert max(int(each.name) for each in saved.iterdir() if each.name.isdigit()) == step
-    assert int(saved_state(tmp_path / "run", step)["['step']"]) == step
 
 
 def test_the_page_starts_two_processes(tmp_path: Path, shared: dict[str, str]):

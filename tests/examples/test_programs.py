@@ -10,48 +10,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--smoke", "--layers", 1, "--threshold", 2)  # some heads reach the threshold
-
-
-class Program(NamedTuple):
-    """What a short run must leave."""
-
-    options: tuple[object, ...]
-    says: tuple[str, ...]
-    metrics: str = ""  # the folder of its metrics inside its own
-    steps: int = 10
-    falls: str = "train_loss"
-    pictures: tuple[str, ...] = ()  # beside the one of its own name
-
-
-PROGRAMS = {
-    "train_lm": Program(
-        (*SMALL, "--steps", 60, "--checkpoint-every", 10),
-        ("held-out loss",),
-        steps=60,
-        falls="held_out_loss",
-        pictures=("loss.png", "largest_logit.png"),
-    ),
-    "train_nnx": Program((*SMALL, "--steps", 10), ("picture: ",)),
-    "train_linen_trainstate": Program((*SMALL, "--steps", 10), ("| nn.scan and nn.remat | 1 |",)),
-    "train_sharded": Program(
-        (*SMALL, "--steps", 10),
-        ("| block_0/attention/query/kernel | (32, 4, 8) | fsdp, tp,",),
-        "mesh",
-    ),
-    "train_moe": Program(
-        ("--smoke",), ("latent (low-rank query)", "expert stack", "held-out loss"), "muon"
-    ),
-    "fine_tune": Program(
-        ("--smoke",),
-        ("| AdamW |", "| Muon, converted state |", "| Muon, empty state |"),
-        "adamw",
-    ),
+#: The options of a short run.
+PROGRAMS: dict[str, tuple[object, ...]] = {
+    "train_lm": (*SMALL, "--steps", 60, "--checkpoint-every", 10),
+    "train_nnx": (*SMALL, "--steps", 10),
+    "train_linen_trainstate": (*SMALL, "--steps", 10),
+    "train_sharded": (*SMALL, "--steps", 10),
+    "train_moe": ("--smoke",),
+    "fine_tune": ("--smoke",),
 }
 
 
@@ -87,7 +58,7 @@ def short_run(tmp_path_factory) -> Callable[[str], tuple[Path, str]]:
     def once(name: str) -> tuple[Path, str]:
         runs = tmp_path_factory.mktemp(name)
         boards = () if name == "fine_tune" else ("--tensorboard", runs / "board")
-        return runs / name, run(f"{name}.py", *PROGRAMS[name].options, "--runs", runs, *boards)
+        return runs / name, run(f"{name}.py", *PROGRAMS[name], "--runs", runs, *boards)
 
     return once
 
@@ -105,31 +76,30 @@ def records(folder: Path) -> list[dict[str, float]]:
     "name",
     [x if x == "train_lm" else pytest.param(x, marks=pytest.mark.slow) for x in PROGRAMS],
 )
-def test_a_short_run_does_what_its_page_says(name: str, short_run):
-    program = PROGRAMS[name]
-    folder, printed = short_run(name)
-    for said in program.says:
-        assert said in printed
-    lines = records(folder / program.metrics)
-    assert [line["step"] for line in lines] == list(range(1, program.steps + 1))
-    curve = [line[program.falls] for line in lines if program.falls in line]
+def test_a_short_run_learns_clips_and_leaves_its_files(name: str, short_run):
+    folder, _ = short_run(name)
+    # Of several optimizers each has a folder of its own.
+    (file, *_) = sorted(folder.rglob("metrics.jsonl"))
+    lines = records(file.parent)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    curve = [line["train_loss"] for line in lines]
     assert curve[-1] < curve[0]
-    if "--threshold" in program.options:
+    if "--threshold" in PROGRAMS[name]:
         assert max(line["clipped_heads"] for line in lines) > 0
         assert min(line["smallest_gamma"] for line in lines) < 1
         assert name == "train_nnx" or all("clips_without_effect" in line for line in lines)
     if name != "fine_tune":
-        board = folder.parent / "board" / name / program.metrics
-        assert list(board.glob("events.out.tfevents.*"))
-    for picture in program.pictures or (f"{name}.png",):
-        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+        assert list((folder.parent / "board" / name).rglob("events.out.tfevents.*"))
+    pictures = [*folder.rglob("*.png")]
+    assert pictures
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path, short_run):
     whole, _ = short_run("train_lm")
     assert (whole / "sample.txt").read_text().startswith("def ")
-    options = (*PROGRAMS["train_lm"].options, "--runs", tmp_path)
+    options = (*PROGRAMS["train_lm"], "--runs", tmp_path)
     folder = tmp_path / "train_lm"
     process = start("train_lm.py", *options)
     # Past the checkpoint of step 20, so that lines without a checkpoint may be there too.

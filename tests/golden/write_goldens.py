@@ -21,9 +21,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from tests.golden import migration_cases, torch_cases
-
-Arrays = dict[str, np.ndarray]
+from tests.golden import cases
+from tests.golden.cases import Arrays
 
 
 def steps_of(
@@ -46,33 +45,23 @@ def steps_of(
     return steps
 
 
-def trajectory(case: torch_cases.Case) -> list[Arrays]:
-    """Returns the parameters after every step of `torch.optim.Muon`, by name."""
-    settings: dict[str, Any] = {
-        "lr": torch_cases.LEARNING_RATE,
-        "weight_decay": torch_cases.WEIGHT_DECAY,
-        "momentum": torch_cases.MOMENTUM,
-        "nesterov": case.nesterov,
-        "adjust_lr_fn": case.adjust_lr_fn,
-    }
-    return steps_of(
-        lambda params: torch.optim.Muon(params.values(), **settings),
-        *torch_cases.problem(),
-        cast=case.as_shipped,
-    )
-
-
 def write_torch() -> None:
-    first, gradients = torch_cases.problem()
+    first, gradients = cases.problem("torch")
     arrays = {"torch_version": np.array(torch.__version__)}
-    for name in torch_cases.SHAPES:
+    for name in first:
         arrays[f"params/{name}"] = first[name]
         arrays[f"gradients/{name}"] = np.stack([gradient[name] for gradient in gradients])
-    for case in torch_cases.CASES:
-        steps = trajectory(case)
-        for name in torch_cases.SHAPES:
-            arrays[f"{case.key}/{name}"] = np.stack([step[name] for step in steps])
-    np.savez_compressed(torch_cases.GOLDENS, allow_pickle=False, **arrays)
+    for key, (rule, nesterov, is_cast) in cases.TORCH_CASES.items():
+        settings: Any = cases.TORCH_SETTINGS | {"nesterov": nesterov, "adjust_lr_fn": rule}
+        steps = steps_of(
+            lambda params, settings=settings: torch.optim.Muon(params.values(), **settings),
+            first,
+            gradients,
+            cast=is_cast,
+        )
+        for name in first:
+            arrays[f"{key}/{name}"] = np.stack([step[name] for step in steps])
+    np.savez_compressed(cases.TORCH, allow_pickle=False, **arrays)
 
 
 def with_aux_adam(params: dict[str, Any]) -> Any:
@@ -80,7 +69,7 @@ def with_aux_adam(params: dict[str, Any]) -> Any:
     from muon import SingleDeviceMuonWithAuxAdam
 
     groups = []
-    for group in migration_cases.GROUPS.values():
+    for group in cases.GROUPS.values():
         settings = {key: value for key, value in group.items() if key != "pattern"}
         chosen = [param for name, param in params.items() if re.search(group["pattern"], name)]
         groups.append({"params": chosen, **settings})
@@ -92,21 +81,21 @@ def clipped(mode: str, metadata: dict[str, str]) -> list[Any]:
     from qk_clip import QKClip
 
     layers: list[Any] = []
-    for weights in migration_cases.attention():
+    for weights in cases.attention():
         layer = torch.nn.Module()
         for name, value in weights.items():
             setattr(layer, name, torch.nn.Parameter(torch.tensor(value)))
         layers.append(layer)
-    s_max = [[torch.tensor(value) for value in heads] for heads in migration_cases.S_MAX]
-    settings = {"n_head": migration_cases.HEADS, "tau": migration_cases.TAU}
+    s_max = [[torch.tensor(value) for value in heads] for heads in cases.S_MAX]
+    settings = {"n_head": cases.HEADS, "tau": cases.TAU}
     QKClip(layers, mode, metadata, **settings).step(s_max)
     return layers
 
 
 def write_migration() -> None:
     arrays = {"torch_version": np.array(torch.__version__)}
-    steps = steps_of(with_aux_adam, *migration_cases.problem(), cast=False)
-    for name in migration_cases.SHAPES:
+    steps = steps_of(with_aux_adam, *cases.problem("migration"), cast=False)
+    for name in cases.SHAPES:
         arrays[f"groups/{name}"] = np.stack([step[name] for step in steps])
     modes = {
         "mha": {"w_q": "w_q", "w_k": "w_k"},
@@ -116,7 +105,7 @@ def write_migration() -> None:
         for number, layer in enumerate(clipped(mode, metadata)):
             for name in ("w_q", "w_k", "w_r"):
                 arrays[f"{mode}/{number}/{name}"] = getattr(layer, name).detach().numpy()
-    np.savez_compressed(migration_cases.GOLDENS, allow_pickle=False, **arrays)
+    np.savez_compressed(cases.MIGRATION, allow_pickle=False, **arrays)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def test_memory_of_the_maxima_grows_with_the_sequence_and_not_with_its_square(le
 
     def run(query: Any, key: Any) -> Any:
         limits = jnp.array([[length, length]], jnp.int32)
-        return max_logits_tpu.max_logits(query, key, (), limits, is_causal=True, window=None)
+        return max_logits_tpu.max_logits(query, key, (), limits, window=(None, 0))
 
     shapes = (1, length, 8, 64), (1, length, 2, 64)
     compiled = _compile("tpu", tpu_devices("v5e:2x2")[0], run, *shapes, dtype="bfloat16")

@@ -202,16 +202,6 @@ def test_arguments_have_the_original_names_kinds_and_order(original: Any, ours: 
 # -- behaviours, asked of both libraries --
 
 
-TOO_MANY = {"ns_coeffs": ROWS, "ns_steps": 2}
-
-
-@both
-@pytest.mark.parametrize("coefficients", [TOO_MANY, {"ns_coeffs": "chebyshov"}])
-def test_coefficients_that_are_refused(muon: Any, coefficients: dict[str, Any]):
-    with pytest.raises(ValueError, match=r"coeff|chebyshov"):
-        muon(0.1, **coefficients).init(normal_tree({"w": (4, 4)}, 0))
-
-
 @both
 def test_where_the_state_is(muon: Any):
     params = normal_tree(MIXED, 0)

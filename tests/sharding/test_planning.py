@@ -146,22 +146,6 @@ def test_assignments_have_every_matrix_and_are_balanced(kinds: list[Any], groups
     assert max(assigned @ costs) <= np.dot(counts, costs) / groups + max(costs)
 
 
-def test_bad_options_are_errors():
-    refused: list[tuple[dict[str, Any], str]] = [
-        ({"axes": "fsdp"}, "tuple of names"),
-        ({"shard_momentum": "yes"}, "True or False"),
-        ({"axes": ("fsdp", "fsdp")}, "different names"),
-        ({"max_matrix_bytes": 0}, "max_matrix_bytes must be positive"),
-        ({"max_stack_bytes": -1}, "max_stack_bytes must be positive"),
-        ({"flops_per_byte": -1.0}, "flops_per_byte must be not negative"),
-        ({"flops_per_byte": math.nan}, "flops_per_byte must be not negative"),
-    ]
-    for arguments, message in refused:
-        is_type = isinstance(next(iter(arguments.values())), str)
-        with pytest.raises(TypeError if is_type else ValueError, match=message):
-            Distribution(**arguments)
-
-
 def test_axes_that_do_not_exist_are_errors():
     with pytest.raises(ValueError, match=r"'dcn', and the mesh has the axes 'fsdp', 'tp'"):
         plan_of([LEAVES["rows"]], Distribution(axes=("dcn",)))
