@@ -141,8 +141,9 @@ def test_train_state_forwards_what_is_not_a_field():
     class Annotated(TrainState):
         note: Any = 0
 
-    recorder = optax.GradientTransformationExtraArgs(lambda params: {}, update)
     params, maxima = {"kernel": jnp.ones((2, 2))}, {"attention": {"max_logits": jnp.ones(4)}}
+    empty = {"max_logits": jax.tree.map(jnp.zeros_like, maxima)}
+    recorder = optax.GradientTransformationExtraArgs(lambda params: empty, update)
     state: Any = Annotated.create(apply_fn=None, params=params, tx=recorder)
     state = state.apply_gradients(grads=params, max_logits=maxima, note=7)
     assert state.opt_state == {"max_logits": maxima}
@@ -152,8 +153,6 @@ def test_train_state_forwards_what_is_not_a_field():
     multi = optax.MultiSteps(recorder, 1)
     for tx in (multi, multi.gradient_transformation()):
         state = TrainState.create(apply_fn=None, params=params, tx=tx)
-        inner = {"max_logits": jax.tree.map(jnp.zeros_like, maxima)}
-        state = state.replace(opt_state=state.opt_state._replace(inner_opt_state=inner))
         state = state.apply_gradients(grads=params, max_logits=maxima)
         found = state.opt_state.inner_opt_state
         jax.tree.map(np.testing.assert_array_equal, found, {"max_logits": maxima})

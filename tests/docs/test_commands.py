@@ -36,3 +36,4 @@ def test_make_knows_the_target(target: str):
     made = ("-o", ".venv/.ready", "-o", ".venv/.bench")
     planned = finished("make", *made, "--dry-run", *target.split())
     assert planned.returncode == 0, planned.stderr
+    assert "Nothing to be done" not in planned.stdout

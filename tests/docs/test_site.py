@@ -9,7 +9,7 @@ import yaml
 
 from tests.docs.test_pages import shown
 from tests.helpers import ROOT, finished
-from tools.site_hooks import all_pages, expand, from_notebook, mathml, outside
+from tools.site_hooks import all_pages, expand
 
 
 @pytest.mark.slow
@@ -48,19 +48,3 @@ def test_the_navigation_has_every_page_once():
         return [page for child in children for page in pages(child)]
 
     assert sorted(pages(expand(nav, there))) == sorted(there)
-
-
-def test_links_lead_to_pages_and_to_the_repository():
-    text = "[page](../../docs/a.md#b) [other](other.ipynb) [code](../run.py) [web](https://a.b)"
-    moved = "[page](../a.md#b) [other](other.md) [code](../../examples/run.py) [web](https://a.b)"
-    assert from_notebook(text) == moved
-    text = "[here](a.md#x) [code](../../examples/run.py) ![picture](../../x.png) [web](https://a.b)"
-    kept = "[here](a.md#x) {} ![picture](../../x.png) [web](https://a.b)"
-    assert outside(text, "guide/page.md", None) == kept.format("code")
-    linked = "[code](https://forge/me/it/blob/main/examples/run.py)"
-    assert outside(text, "guide/page.md", "https://forge/me/it/") == kept.format(linked)
-
-
-def test_an_equation_without_mathml_is_refused():
-    with pytest.raises(ValueError, match="not known"):
-        mathml('<div class="arithmatex">\\[\\begin{aligned} a &amp;= b \\end{aligned}\\]</div>')

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import pytest
 from common import program
 from common.boards import open_boards
 from common.records import Metrics
@@ -41,10 +40,3 @@ def test_a_run_goes_to_weights_and_biases_and_goes_on_there(tmp_path: Path, monk
         run.reset_mock()
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == RECORDS
-
-
-def test_without_the_package_it_says_what_to_write(tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(SystemExit):
-        write(tmp_path, tmp_path, "--wandb", "muon")
-    assert "pip install wandb" in capsys.readouterr().err

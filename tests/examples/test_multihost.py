@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from common.processes import NUMBER, environments
 
@@ -23,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "examples" / "train_multihost.py"
 #: Long enough that a process is killed well before the end, and with a threshold that is reached.
 STEPS, EVERY = 60, 20
-OPTIONS = ("--layers", 1, "--width", 32, "--batch-size", 8)
+OPTIONS = ("--layers", 1, "--width", 32, "--batch-size", 8, "--data", ROOT / "muonclip_jax")
 OPTIONS += ("--steps", STEPS, "--checkpoint-every", EVERY)
 #: A machine may be busy with other tests: what must end has this long, and takes seconds.
 PATIENCE = 400
@@ -113,22 +112,11 @@ def shared(tmp_path_factory) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    """Bytes with something to learn, so that steps move the parameters."""
-    rng = np.random.default_rng(0)
-    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
-    words = ["".join(rng.choice(letters, size)) for size in rng.integers(2, 9, 200)]
-    file = tmp_path_factory.mktemp("text") / "own.txt"
-    file.write_text(" ".join(rng.choice(words, 12_000)))
-    return file
-
-
 def test_when_a_process_is_killed_the_others_end_and_a_restart_ends_with_the_same_bits(
-    tmp_path: Path, shared: dict[str, str], text: Path
+    tmp_path: Path, shared: dict[str, str]
 ):
     # Heads are shared two by two, so that tensor parallelism crosses processes too.
-    options = (*OPTIONS, "--data", text, "--tp", 2, "--folder")
+    options = (*OPTIONS, "--tp", 2, "--folder")
     program, whole, folder = (sys.executable, PROGRAM), tmp_path / "whole", tmp_path / "killed"
     with cluster(tmp_path / "w", shared, (*program, *options, whole), count=4) as undisturbed:
         said = undisturbed.finish()
@@ -157,9 +145,7 @@ def test_when_a_process_is_killed_the_others_end_and_a_restart_ends_with_the_sam
 PAGE = (ROOT / "docs" / "multihost.md").read_text()
 
 
-def test_processes_that_are_told_to_end_save_the_same_step(
-    tmp_path: Path, shared: dict[str, str], text: Path
-):
+def test_processes_that_are_told_to_end_save_the_same_step(tmp_path: Path, shared: dict[str, str]):
     """With the command that the page gives a container, whose first process is told."""
     (line,) = re.findall(r'command: \["sh", "-c"\].*?args:\n +- (.*?)\n +env:', PAGE, re.DOTALL)
     # A shell between would keep the signal to itself; not every one gives way by itself.
@@ -168,7 +154,7 @@ def test_processes_that_are_told_to_end_save_the_same_step(
     line = f"JOB_COMPLETION_INDEX=${NUMBER}; unset {NUMBER}; {line}"
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     # More steps than there is time for.
-    words = ("sh", "-c", line, "sh", *OPTIONS, "--data", text, "--steps", 10**6)
+    words = ("sh", "-c", line, "sh", *OPTIONS, "--steps", 10**6)
     saved = tmp_path / "run" / "checkpoints"
     with cluster(tmp_path / "logs", shared | {"PATH": path}, words, count=2) as told:
         told.wait(saved / str(EVERY))

@@ -21,6 +21,7 @@ SEEDS = {
     216: "a clip on Explicit axes without set_mesh",
     10: "adaptive with ZeRO-1 on Explicit axes",
     16: "ZeRO-1 on Auto axes",
+    143: "columns of a matrix on all devices, several steps",
     735: "axes of both types, matrices split over devices",
 }
 

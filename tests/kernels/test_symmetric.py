@@ -1,12 +1,16 @@
 """The kernels for symmetric products, interpreted, against float64; symmetric to the bit."""
 
 import functools
+import inspect
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from muonclip_jax.kernels import symmetric_gpu, symmetric_tpu, triangle
 from tests.helpers import TOLERANCE, lowered
@@ -57,12 +61,54 @@ def test_tpu_vmap_is_a_longer_stack():
         _check(lambda *_, i=i: actual[i], x[:, i], y[:, i], addend[:, 0])
 
 
+def interpret_hopper(monkeypatch: pytest.MonkeyPatch, programs: int) -> Any:
+    """Teaches JAX's interpreter of Mosaic GPU transposed views and layouts, which it lacks.
+
+    For so many multiprocessors; returns what is passed as `interpret`.
+    """
+    module = "jax._src.pallas.mosaic_gpu.interpret"
+    callbacks: Any = pytest.importorskip(f"{module}.gpu_callbacks")
+    params: Any = pytest.importorskip(f"{module}.params")
+    swap, wgmma, local = callbacks._swap, callbacks.wgmma, threading.local()
+
+    def without_transpose(transforms: Any) -> tuple[tuple[Any, ...], bool]:
+        kept = tuple(each for each in transforms if not hasattr(each, "permutation"))
+        return kept, len(kept) < len(transforms)
+
+    def swap_transposed(*arguments: Any, **keywords: Any) -> Any:
+        given = inspect.signature(swap).bind(*arguments, **keywords).arguments
+        given["transforms"], is_transposed = without_transpose(given["transforms"])
+        if not is_transposed:
+            return swap(**given)
+        given["val"] = np.asarray(given["val"]).T
+        token, old = swap(**given)
+        return token, old.T
+
+    def wgmma_transposed(*, b_transforms: Any, **keywords: Any) -> Any:
+        kept, local.is_transposed = without_transpose(b_transforms)
+        return wgmma(b_transforms=kept, **keywords)
+
+    def matmul(a: np.ndarray, b: np.ndarray, dtype: Any) -> np.ndarray:
+        return a.astype(dtype) @ (b.T if local.is_transposed else b).astype(dtype)
+
+    def iota(dtype: Any, shape: Any, axis: int, *, layout: Any) -> Any:
+        del layout
+        return lax.broadcasted_iota(dtype, shape, axis)
+
+    monkeypatch.setattr(callbacks, "_swap", swap_transposed)
+    monkeypatch.setattr(callbacks, "wgmma", wgmma_transposed)
+    monkeypatch.setattr(callbacks, "np", SimpleNamespace(**{**vars(np), "matmul": matmul}))
+    monkeypatch.setattr(symmetric_gpu.plgpu, "layout_cast", lambda x, layout: x)
+    monkeypatch.setattr(symmetric_gpu.plgpu, "broadcasted_iota", iota)
+    monkeypatch.setattr(symmetric_gpu, "_PROGRAMS", programs)
+    return params.InterpretGPUParams()
+
+
 @pytest.mark.parametrize("with_addend", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_hopper_kernel_is_what_float64_says(monkeypatch, with_addend):
-    hopper = pytest.importorskip("tests.kernels.hopper")
     # More tiles than programs, more steps than the ring has stages, a last tile that is not full.
     x, y, addend = _operands("float16", *((2, 200, 300) if with_addend else (1, 130, 60)))
-    interpret = hopper.interpret_hopper(monkeypatch, 2)
+    interpret = interpret_hopper(monkeypatch, 2)
     run = functools.partial(symmetric_gpu.symmetric_product, interpret=interpret)
     _check(run, x, y, addend if with_addend else None)
 

@@ -20,7 +20,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
-from benchmarks.hlo import device_groups, tally
+from benchmarks.hlo import tally
 from muonclip_jax.routing import MatrixSpec, normalized_axes
 from tests.helpers import TOLERANCE, normal_tree, polynomial_of_singular_values
 from tests.sharding.cases import (
@@ -119,15 +119,6 @@ def test_a_tree_of_mixed_shardings_equals_one_device_and_float64(
     same_places(after.mu, case.shardings)
     program(case.params, after)  # refuses arrays of another form or place than the first state's
     assert collectives(program.as_text(), in_loops=True) == {}
-
-
-def test_work_stays_on_the_axes_that_are_named():
-    case = stack_of(4, P(None, "tp"))
-    updates, text = case.compiled(case.sharded(distribution=mc.Distribution(axes=("tp",))))
-    case.check(updates)
-    assert collectives(text) == {"all-to-all": 2}
-    # Devices are numbered along "tp" first.
-    assert set(device_groups(text)) == {(0, 1), (2, 3), (4, 5), (6, 7)}
 
 
 def test_the_platform_is_that_of_the_mesh(monkeypatch: pytest.MonkeyPatch):
