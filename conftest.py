@@ -22,6 +22,7 @@ os.environ["XLA_FLAGS"] = (
 import hypothesis
 import jax
 import pytest
+from packaging.version import Version
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_traceback_in_locations_limit", 0)  # lowers faster
@@ -56,19 +57,31 @@ def _programs_are_freed() -> Iterator[None]:
 
 # Needs torch and others' code; the tests read the files that it wrote.
 collect_ignore = ["tests/golden/write_goldens.py"]
-#: What an older Flax does not have for NNX models: tests skip what needs it, docstrings cannot.
-ABSENT = "nnx.capture of Flax 0.12.6|nnx has no attribute 'capture'|argument 'num_kv_heads'"
-OLDER_FLAX = version("flax") in ("0.12.3", "0.12.4", "0.12.5")
-if OLDER_FLAX:
+#: What came with a version of a package, by the errors of earlier ones. Tests skip what needs it;
+#: examples in docstrings cannot.
+CAME_WITH = {
+    ("flax", "0.12.6"): "nnx.capture of Flax 0.12.6|nnx has no attribute 'capture'"
+    r"|argument 'num_kv_heads'|RngStream.__call__\(\) takes 1",
+    ("optax", "0.2.8"): r"muon\(\) got an unexpected keyword argument 'consistent_rms'",
+    # The host's memory on CPUs, and gradients that XLA shards unevenly.
+    ("jax", "0.10"): "annotate_device_placement|is incompatible with mesh_shape=OrderedDict",
+}
+ABSENT = {
+    f"came with {package} {first}": messages
+    for (package, first), messages in CAME_WITH.items()
+    if Version(version(package)) < Version(first)
+}
+if "came with flax 0.12.6" in ABSENT:
     collect_ignore += ["muonclip_jax/nnx.py"]
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Generator[None]:
-    """Skips a test that needs, itself or in a program, what an older Flax does not have."""
+    """Skips a test that needs, itself or in a program, what a package does not have yet."""
     try:
         return (yield)
     except Exception as error:
-        if OLDER_FLAX and (absent := re.search(ABSENT, str(error))):
-            pytest.skip(f"Flax {version('flax')}: {absent[0]}")
+        for reason, messages in ABSENT.items():
+            if absent := re.search(messages, str(error)):
+                pytest.skip(f"{absent[0]}: {reason}")
         raise

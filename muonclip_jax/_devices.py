@@ -20,10 +20,7 @@ PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
 
 
 def check_platform(platform: str | None) -> str | None:
-    """Returns a caller's `platform=` by our name for it.
-
-    Raises:
-        ValueError: If there is no such platform.
+    """Returns a caller's `platform=` by our name for it, or raises if there is none.
 
     Example:
         >>> check_platform("cuda")
@@ -43,14 +40,9 @@ def plan_platform(
 ) -> str:
     """Decides which platform a computation is for.
 
-    Args:
-        given: The caller's platform (checked), or None.
-        mesh: The mesh of the computation, if known. An abstract one may know its devices too.
-        arrays: The inputs. While tracing they have no device.
-
-    Returns:
-        The first that is known of: the caller's, and those of the mesh's devices, the arrays,
-        `jax.default_device` and JAX's default backend.
+    It is the first that is known of: the caller's (checked), and those of the mesh's devices, which
+    an abstract one may know too, of the arrays, which have none while tracing, of
+    `jax.default_device` and of JAX's default backend.
     """
     if given is not None:
         return given
@@ -149,4 +141,8 @@ def all_gather(x: jax.Array, names: tuple[str, ...], axis: int, *, tiled: bool =
     `to="invarying"` is wrong: a device returns its own cotangent instead of the sum over devices.
     """
     to = "invarying" if varying_axes(x).intersection(names) else "varying"
+    if to == "invarying" and jax.__version_info__ < (0, 10):  # where it has a private name
+        from jax._src.lax.parallel import all_gather_invariant
+
+        return all_gather_invariant(x, names, axis=axis, tiled=tiled)
     return lax.all_gather(x, names, axis=axis, tiled=tiled, to=to)

@@ -82,8 +82,7 @@ def _differentiable(
     name: str, x: jax.Array, y: jax.Array, addend: jax.Array | None, factors: jax.Array
 ) -> jax.Array:
     """Runs a kernel, with the derivative of XLA's product."""
-    kernel = load_kernel("symmetric", name, SYMMETRIC[name])
-    return kernel.symmetric_product(x, y, addend, factors)
+    return load_kernel("symmetric", name, SYMMETRIC[name]).symmetric_product(x, y, addend, factors)
 
 
 @_differentiable.defjvp

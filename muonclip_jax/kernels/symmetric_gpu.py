@@ -203,10 +203,11 @@ def symmetric_product(
     table = triangle(pl.cdiv(rows, _TILE))
     work = batch * table.shape[1]
     programs = min(_PROGRAMS, work)
+    # Of a product's type: inside shard_map that includes what varies between devices.
+    out_type = jax.eval_shape(lambda x, y: jnp.matmul(x, jnp.swapaxes(y, 1, 2)), *operands[:2])
     kernel = plgpu.kernel(
         functools.partial(_kernel, tiles=table.shape[1], work=work, programs=programs),
-        # Of a product's type: inside shard_map that includes what varies between devices.
-        out_type=jax.eval_shape(lambda x, y: jnp.matmul(x, jnp.swapaxes(y, 1, 2)), *operands[:2]),
+        **{"out_type" if jax.__version_info__ >= (0, 10) else "out_shape": out_type},
         grid=(programs,),
         grid_names=("program",),
         num_threads=_GROUPS + 1,

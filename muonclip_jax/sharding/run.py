@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from muonclip_jax._devices import vary_like
+from muonclip_jax._devices import vary_like, varying_axes
 from muonclip_jax.matrices.sequential import map_matrices, orthogonalize_on_one_device
 from muonclip_jax.newton_schulz import (
     PolarPlan,
@@ -68,7 +68,7 @@ def orthogonalize_leaves(
         ) from error
     # In a checked `shard_map`, a stack of two leaves varies along the mesh axes of both, and so
     # would the results of both: leaves that vary along different axes share no stack.
-    kinds = [getattr(jax.typeof(leaf), "manual_axis_type", None) for leaf in directions]
+    kinds = [varying_axes(leaf) for leaf in directions]
     in_axes = in_shardings.leaves if in_shardings else [((),) * x.ndim for x in directions]
     out_axes = out_shardings.leaves if out_shardings else in_axes
     settings = list(zip(specs, in_axes, out_axes, strict=True))
