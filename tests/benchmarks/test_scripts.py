@@ -70,7 +70,6 @@ def test_another_checkout_of_optax_is_imported_beside_the_installed_one(tmp_path
     muon.write_text(
         muon.read_text() + "\nmuon_here, muon = muon, lambda *a, **k: muon_here(*a, **k)\n"
     )
-    before = dict(sys.modules)
     params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
     numbers = {"w": optax.contrib.MuonDimensionNumbers((0,), (1,)), "b": None}
     updates = {}
@@ -78,10 +77,7 @@ def test_another_checkout_of_optax_is_imported_beside_the_installed_one(tmp_path
         tx = make(numbers)
         updates[name] = tx.update(params, tx.init(params), params)[0]
     jax.tree.map(np.testing.assert_array_equal, updates["ours"], updates["beside"])
-    optax_modules = {name for name in before if name.split(".")[0] == "optax"}
-    assert all(sys.modules[name] is before[name] for name in optax_modules)
-    with pytest.raises(ImportError, match="no package optax"):
-        optax_at(tmp_path / "nothing")
+    assert sys.modules["optax"] is optax
 
 
 @pytest.mark.slow

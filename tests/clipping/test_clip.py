@@ -55,9 +55,8 @@ def test_weights_keep_their_dtype_and_round_once(dtype):
     new = apply_qk_clip(params, {"attn": jnp.full(4, 300.0)})[0]["attn"]["key"]["kernel"]
     expected = jnp.asarray(np.float32(params["attn"]["key"]["kernel"]) / np.sqrt(3), dtype)
     assert new.dtype == dtype
-    np.testing.assert_allclose(
-        np.float32(new), np.float32(expected), rtol=float(jnp.finfo(dtype).eps)
-    )
+    # Rounded factors or products would differ in many a last bit.
+    assert np.mean(np.float32(new) != np.float32(expected)) < 0.02
 
 
 def test_odd_weights_keep_their_bits_too():

@@ -4,9 +4,8 @@ The oracle is the training of `train_lm.py`: Linen, a Python loop over layers, o
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +18,8 @@ from common.model import ModelConfig
 from common.training import Settings, Training
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec as P
+
+from tests.helpers import assert_close
 
 pytestmark = pytest.mark.slow
 
@@ -34,21 +35,13 @@ SETTINGS = Settings(
 Params = dict[str, Any]
 
 
-class Expected:
+class Expected(NamedTuple):
     """What the oracle came to."""
 
-    def __init__(self) -> None:
-        random = np.random.default_rng(0)
-        text = random.integers(97, 123, 4000).astype(np.uint8)
-        training = Training(SETTINGS, Corpus(text, text, text))
-        state = training.init()
-        self.first: Params = jax.tree.map(np.asarray, state.params)
-        self.batches = [training.batch(step) for step in range(STEPS)]
-        self.records = []
-        for tokens in self.batches:
-            state, record = training.step(state, tokens)
-            self.records.append(jax.device_get(record))
-        self.last: Params = jax.tree.map(np.asarray, state.params)
+    first: Params
+    batches: list[Any]
+    records: list[Any]
+    last: Params
 
     def check(self, records: list[dict[str, jax.Array]], params: Params) -> None:
         """Compares; another order of sums is all that may differ."""
@@ -59,16 +52,22 @@ class Expected:
                 np.testing.assert_allclose(record[name], value, rtol=2e-5, err_msg=name)
         moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), self.first, self.last)
         assert min(jax.tree.leaves(moved)) > 1e-3
-        chex.assert_trees_all_close(params, self.last, rtol=0, atol=2e-5)
+        assert_close(params, self.last, 2e-5)
 
 
 @pytest.fixture(scope="module")
 def expected() -> Expected:
-    found = Expected()
-    clipped = [int(record["clipped_heads"]) for record in found.records]
+    text = np.random.default_rng(0).integers(97, 123, 4000).astype(np.uint8)
+    training, records = Training(SETTINGS, Corpus(text, text, text)), []
+    state = training.init()
+    first, batches = jax.tree.map(np.asarray, state.params), list(map(training.batch, range(STEPS)))
+    for tokens in batches:
+        state, record = training.step(state, tokens)
+        records.append(jax.device_get(record))
+    clipped = [int(record["clipped_heads"]) for record in records]
     assert max(clipped) > 0
     assert min(clipped) < SETTINGS.model.layers * SETTINGS.model.query_heads
-    return found
+    return Expected(first, batches, records, jax.tree.map(np.asarray, state.params))
 
 
 def test_nnx_trains_as_linen_does(expected):
