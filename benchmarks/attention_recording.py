@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.harness import interleave, parser, ratio, store
-from muonclip_jax.attention import attention_max_logits, dot_product_attention
+from muonclip_jax.attention.dot_product import attention_max_logits, dot_product_attention
 
 HEADS = 8
 #: Longest sequence for which `jax.nn`'s attention by XLA, which keeps all logits, is compared.

@@ -33,8 +33,8 @@ from benchmarks.matrices import (
     spectra,
 )
 from benchmarks.momentum import momentum_by_shape
-from muonclip_jax.newton_schulz import COEFFICIENT_SETS, PolarPlan, apply_polar, plan_polar
-from muonclip_jax.newton_schulz.coefficients import evaluate
+from muonclip_jax.newton_schulz import PolarPlan, apply_polar, plan_polar
+from muonclip_jax.newton_schulz.coefficients import COEFFICIENT_SETS, evaluate
 
 SHAPES = ((96, 96), (96, 256))
 _POWERS = {"frobenius": 2, "schatten": 4, "schatten8": 8}

@@ -3,9 +3,11 @@
 from optax.contrib import MuonDimensionNumbers as MuonDimensionNumbers
 
 from muonclip_jax._config import MuonClipConfig as MuonClipConfig
-from muonclip_jax.attention import (
+from muonclip_jax.attention.dot_product import (
     attention_max_logits as attention_max_logits,
     dot_product_attention as dot_product_attention,
+)
+from muonclip_jax.attention.maxima import (
     merge_max_logits as merge_max_logits,
     reduce_max_logits as reduce_max_logits,
 )
@@ -28,7 +30,7 @@ from muonclip_jax.routing import (
     infer_dimension_numbers as infer_dimension_numbers,
     label_params as label_params,
 )
-from muonclip_jax.sharding import Distribution as Distribution
+from muonclip_jax.sharding.mesh_shardings import Distribution as Distribution
 from muonclip_jax.transforms._accumulate import (
     AccumulateState as AccumulateState,
     accumulate as accumulate,

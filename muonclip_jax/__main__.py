@@ -7,13 +7,8 @@ from collections.abc import Sequence
 from muonclip_jax._commands.describe import describe
 from muonclip_jax._commands.doctor import doctor
 from muonclip_jax._devices import PLATFORMS
-from muonclip_jax.newton_schulz import (
-    COEFFICIENT_SETS,
-    DEFAULT_METHOD,
-    DEFAULT_SET,
-    NS_DTYPES,
-    NS_METHODS,
-)
+from muonclip_jax.newton_schulz.coefficients import COEFFICIENT_SETS, DEFAULT_METHOD, DEFAULT_SET
+from muonclip_jax.newton_schulz.plan import NS_DTYPES, NS_METHODS
 
 
 def parser() -> argparse.ArgumentParser:

@@ -26,13 +26,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from muonclip_jax._tree import MAX_LOGITS
-from muonclip_jax.attention import (
+from muonclip_jax.attention.dot_product import attention_max_logits, dot_product_attention as attend
+from muonclip_jax.attention.maxima import only_max_logits
+from muonclip_jax.attention.recording import (
     RecordingBeside,
     arguments_of,
     as_bool,
-    attention_max_logits,
-    dot_product_attention as attend,
-    only_max_logits,
     records,
     with_arguments_of,
 )

@@ -13,8 +13,8 @@ from muonclip_jax._arguments import check_number, names_known
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree, array_leaves, tree_from
 from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.heads.finding import Blocks, block_rules
-from muonclip_jax.newton_schulz import DEFAULT_DTYPE, DEFAULT_EPS, DEFAULT_METHOD, DEFAULT_SET
-from muonclip_jax.newton_schulz.coefficients import Coefficients, resolve_coefficients
+from muonclip_jax.newton_schulz import coefficients
+from muonclip_jax.newton_schulz.coefficients import Coefficients
 from muonclip_jax.routing import (
     MatrixRules,
     as_rules,
@@ -23,7 +23,7 @@ from muonclip_jax.routing import (
     route_once,
     spec_tree,
 )
-from muonclip_jax.sharding import Distribution
+from muonclip_jax.sharding.mesh_shardings import Distribution
 from muonclip_jax.transforms._checks import check_decay, check_moments, check_rates, transformation
 from muonclip_jax.transforms._matrix_axes import WeightDimNumOrFn, scale_by_shape
 from muonclip_jax.transforms._placing import on_mesh
@@ -44,13 +44,13 @@ def muonclip(
     beta: ScalarOrSchedule = 0.95,
     nesterov: bool = True,
     consistent_rms: ScalarLike | None = 0.2,
-    ns_coeffs: Coefficients = DEFAULT_SET,
+    ns_coeffs: Coefficients = coefficients.DEFAULT_SET,
     ns_steps: int | None = None,
-    ns_method: str = DEFAULT_METHOD,
-    ns_dtype: DTypeLike | None = DEFAULT_DTYPE,
+    ns_method: str = coefficients.DEFAULT_METHOD,
+    ns_dtype: DTypeLike | None = coefficients.DEFAULT_DTYPE,
     ns_implementation: str = "xla",
     preconditioning: str | None = None,
-    eps: ScalarLike = DEFAULT_EPS,
+    eps: ScalarLike = coefficients.DEFAULT_EPS,
     mu_dtype: DTypeLike | None = None,
     adam_learning_rate: ScalarOrSchedule | None = None,
     adam_b1: ScalarLike = 0.9,
@@ -201,8 +201,8 @@ def muon(
     adam_learning_rate: ScalarOrSchedule | None = None,
     muon_weight_dimension_numbers: WeightDimNumOrFn | None = None,
     consistent_rms: ScalarLike | None = None,
-    ns_method: str = DEFAULT_METHOD,
-    ns_dtype: DTypeLike | None = DEFAULT_DTYPE,
+    ns_method: str = coefficients.DEFAULT_METHOD,
+    ns_dtype: DTypeLike | None = coefficients.DEFAULT_DTYPE,
     ns_implementation: str = "xla",
     rules: MatrixRules | None = None,
     param_shardings: Tree = None,
@@ -365,7 +365,7 @@ def _steps(ns_coeffs: Coefficients, ns_steps: int | None) -> int | None:
     """Optax's rule: a triple runs `ns_steps` times; all rows run, and `ns_steps` is no smaller."""
     if ns_steps is None:
         return None
-    rows, source = resolve_coefficients(ns_coeffs)
+    rows, source = coefficients.resolve_coefficients(ns_coeffs)
     is_triple = not isinstance(ns_coeffs, str) and len(np.asarray(ns_coeffs).shape) == 1
     if is_triple or source.repeat_row is not None:
         return ns_steps

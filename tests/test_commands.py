@@ -186,7 +186,7 @@ def test_describe_takes_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ([], "mystery of shape (4, 2, 3)"),
         (["--rules", "tests"], "Write 'package.module:name'"),
         (["--rules", f"{__name__}:NOTHING"], "has no attribute 'NOTHING'"),
-        (["--rules", f"{__name__}:ROOT"], "is a muonclip_jax.MatrixRules"),
+        (["--rules", f"{__name__}:NET"], "is a muonclip_jax.MatrixRules"),
         (["--rules", "no_such_module:RULES"], "No module named 'no_such_module'"),
     ):
         assert main(["describe", str(path), *rules]) == 1
@@ -202,7 +202,7 @@ def test_doctor_passes_here(capsys: pytest.CaptureFixture[str]):
     printed = capsys.readouterr().out
     assert f"jax {importlib.metadata.version('jax')} (0.9.2 or newer)" in printed
     assert "8 x cpu" in printed
-    assert "(768, 3072): ns_method 'gram', ns_dtype 'float32'" in printed
+    assert "1 x (768, 3072)    gram      float32" in printed
     assert "dot_product_attention: 'xla' is the default" in printed
     assert "implementation='cudnn' cannot be used: it runs on NVIDIA GPUs" in printed
     assert "FAIL" not in printed

@@ -222,9 +222,9 @@ TYPE_ERRORS: Calls = [
     (lambda: mc.label_params({"scale": 2.0}), r"'scale' is 2.0 of type float.*eqx\.filter"),
     (
         lambda: CAPTURE(jax.jit(LINEN.apply)),
-        r"got a jitted function.*Write jax\.jit\(capture_max_logits\(model\.apply\)\)",
+        r"got a jitted function.*whole: jax\.jit\(capture_max_logits\(model\.apply\)\)",
     ),
-    (lambda: CAPTURE(LINEN), r"got the model, a.*Write capture_max_logits\(model\.apply\)"),
+    (lambda: CAPTURE(LINEN), r"got a MultiHead.*Write .*capture_max_logits\(model\.apply\)"),
     (lambda: CAPTURE(jnp.ones(3)), r"capture_max_logits takes model\.apply, got"),
     (lambda: CAPTURE_NNX(jnp.ones(3)), r"an nnx\.Module.*; got .*linen\.capture_max_logits"),
     (

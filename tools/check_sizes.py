@@ -15,15 +15,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "muonclip_jax"
 #: Lines with docstrings; in brackets the aim.
 SUBPACKAGES = {
-    "_commands": 339,  # (250)
-    "linen": 375,  # (400)
+    "_commands": 335,  # (250)
+    "linen": 369,  # (400)
     "checkpoint": 444,  # (400)
     "transforms": 2050,  # (1,200)
-    "sharding": 1309,
+    "sharding": 1291,
     "matrices": 501,  # (600)
-    "newton_schulz": 946,
+    "newton_schulz": 929,
     "clipping": 781,  # (800)
-    "attention": 975,  # (900)
+    "attention": 959,  # (900)
     "heads": 1243,  # (1,200)
     "routing": 1680,  # (1,300)
     "kernels": 647,
@@ -35,8 +35,8 @@ LONGER_FUNCTIONS = {
     "_program": 95,
 }
 TOTAL = {
-    "muonclip_jax": 12_736,  # (11,000)
-    "tests": 12_459,  # (12,000)
+    "muonclip_jax": 12_671,  # (11,000)
+    "tests": 12_451,  # (12,000)
     "benchmarks": 4_000,
 }
 

@@ -1,5 +1,6 @@
 """`doctor`: installed packages, devices, and the defaults of the library on this machine."""
 
+import contextlib
 import functools
 import importlib.metadata
 import platform as machine
@@ -13,17 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from muonclip_jax._devices import plan_platform
-from muonclip_jax.attention import IMPLEMENTATIONS, attention_max_logits, dot_product_attention
+from muonclip_jax.attention.dot_product import attention_max_logits, dot_product_attention
 from muonclip_jax.kernels import MAX_LOGITS, SYMMETRIC, load_kernel
-from muonclip_jax.newton_schulz import DEFAULT_SET, orthogonalize, plan_polar
+from muonclip_jax.matrices import describe_cost
+from muonclip_jax.newton_schulz import orthogonalize
+from muonclip_jax.newton_schulz.coefficients import DEFAULT_SET
 
 #: A line of the report: True or False for a check, None for information; and its text.
 Finding: TypeAlias = tuple[bool | None, str]
 
-#: What the library does not need, and what it is for.
+#: What the library does not need: what it is for.
 OPTIONAL = {
-    "flax": "muonclip_jax.linen and muonclip_jax.nnx",
-    "orbax-checkpoint": "`python -m muonclip_jax describe` on folders of Orbax",
+    "muonclip_jax": "this is a folder of its source",
+    "flax": "it is for muonclip_jax.linen and muonclip_jax.nnx",
+    "orbax-checkpoint": "it is for `python -m muonclip_jax describe` on folders of Orbax",
 }
 # Device files on Linux, and what lets JAX use the device.
 _ACCELERATORS = {"/dev/nvidia0": "jax[cuda13]", "/dev/accel0": "jax[tpu]"}
@@ -62,18 +66,15 @@ def packages() -> Iterator[Finding]:
     """Installed versions, compared with the package's requirements."""
     yield None, f"Python {machine.python_version()}"
     requirements: list[str] = []
-    try:
-        yield True, f"muonclip_jax {importlib.metadata.version('muonclip_jax')}"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         requirements = importlib.metadata.requires("muonclip_jax") or []
-    except importlib.metadata.PackageNotFoundError:
-        yield None, "muonclip_jax is not installed; this is a folder of its source"
     pattern = re.compile(r"([\w.-]+)(?:\[[^]]*\])?\s*>=\s*([\d.]+)")
     least = {m[1]: m[2] for x in reversed(requirements) if (m := pattern.match(x))}
-    for name in ("jax", "jaxlib", "optax", *OPTIONAL):
+    for name in dict.fromkeys(("muonclip_jax", "jax", "jaxlib", "optax", *OPTIONAL)):
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            cure = f"; it is for {OPTIONAL[name]}" if name in OPTIONAL else f": pip install {name}"
+            cure = f"; {OPTIONAL[name]}" if name in OPTIONAL else f": pip install {name}"
             yield None if name in OPTIONAL else False, f"{name} is not installed{cure}"
             continue
         wanted = least.get(name, "")
@@ -100,34 +101,29 @@ def devices() -> Iterator[Finding]:
 
 def newton_schulz() -> Iterator[Finding]:
     """The choices of `ns_method="auto"` and `ns_dtype=None` here, for shapes of known models."""
-    polar = plan_polar()
-    yield None, f"muonclip: ns_coeffs {DEFAULT_SET!r}, {len(polar.rows)} steps, and for matrices"
-    for rows, columns in SHAPES:
-        resolved = polar.resolve((rows, columns), "float32")  # of 16 bits the same
-        choice = f"ns_method {resolved.method!r}, ns_dtype {resolved.dtype!r}"
-        yield None, f"  ({rows}, {columns}): {choice}, {resolved.flops / 1e9:,.0f} GFLOP"
+    matrices = {f"w{n}": jax.ShapeDtypeStruct(shape, "float32") for n, shape in enumerate(SHAPES)}
+    yield None, f"muonclip: ns_coeffs {DEFAULT_SET!r}, and for matrices"
+    for line in describe_cost(matrices).partition("\n\n")[0].splitlines():
+        yield None, f"  {line}"
 
 
 def implementations() -> Iterator[Finding]:
     """Attention with maxima and Pallas kernels: which of them work here, and the defaults."""
-    x = jax.ShapeDtypeStruct((1, 2048, 16, 128), jnp.bfloat16)
-
-    def attend(name: str) -> None:
-        attention = functools.partial(dot_product_attention, is_causal=True, implementation=name)
-        jax.jit(attention).lower(x, x, x)
-
-    def load(operation: str, name: str) -> None:
-        load_kernel(operation, name, plan_platform(None))
-
-    for argument, names, try_out in (
-        ("dot_product_attention", IMPLEMENTATIONS[1:], attend),
-        ("ns_implementation", SYMMETRIC, functools.partial(load, "symmetric")),
-        ("attention_max_logits", MAX_LOGITS, functools.partial(load, "max_logits")),
+    x, platform = jax.ShapeDtypeStruct((1, 2048, 16, 128), jnp.bfloat16), plan_platform(None)
+    attend = functools.partial(dot_product_attention, is_causal=True, implementation="cudnn")
+    load = {
+        operation: {n: functools.partial(load_kernel, operation, n, platform) for n in names}
+        for operation, names in (("symmetric", SYMMETRIC), ("max_logits", MAX_LOGITS))
+    }
+    for argument, attempts in (
+        ("dot_product_attention", {"cudnn": lambda: jax.jit(attend).lower(x, x, x)}),
+        ("ns_implementation", load["symmetric"]),
+        ("attention_max_logits", load["max_logits"]),
     ):
         yield None, f"{argument}: 'xla' is the default"
-        for name in names:
+        for name, attempt in attempts.items():
             try:
-                try_out(name)
+                attempt()
                 yield None, f"  {name!r} is available"
             except NotImplementedError as error:
                 yield None, f"  {str(error).partition('. ')[0].rstrip('.')}"

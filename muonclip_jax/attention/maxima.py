@@ -108,5 +108,7 @@ def reduce_max_logits(tree: Tree, axis_name: str | tuple[str, ...]) -> Tree:
         >>> reduced["attention"]["max_logits"].tolist()
         [[5.0, 8.0], [5.0, 8.0]]
     """
+    if not jax.tree.leaves(tree):
+        return tree
     packed, unpack = ravel_pytree(tree)
     return unpack(_finite_first(packed, lambda parts: jax.lax.pmax(parts, axis_name)))

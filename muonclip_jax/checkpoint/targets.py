@@ -7,7 +7,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from muonclip_jax._tree import SEPARATOR, Shaped, Tree, flatten_with_paths
-from muonclip_jax.sharding import align_shardings
+from muonclip_jax.sharding.reading import align_shardings
 from muonclip_jax.transforms._checks import differences
 
 

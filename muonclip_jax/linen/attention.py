@@ -15,13 +15,9 @@ from jax.lax import PrecisionLike
 from jaxtyping import Array, Float
 
 from muonclip_jax._tree import MAX_LOGITS, SEPARATOR
-from muonclip_jax.attention import (
-    arguments_of,
-    as_bool,
-    dot_product_attention as attend,
-    with_arguments_of,
-)
+from muonclip_jax.attention.dot_product import dot_product_attention as attend
 from muonclip_jax.attention.inputs import bias_permits, permitted_max
+from muonclip_jax.attention.recording import arguments_of, as_bool, with_arguments_of
 
 COLLECTION = "intermediates"
 

@@ -10,7 +10,8 @@ from flax.core.scope import CollectionFilter, in_filter, union_filters
 from flax.linen.dtypes import promote_dtype
 
 from muonclip_jax._tree import MAX_LOGITS, Tree
-from muonclip_jax.attention import RecordingBeside, arguments_of, only_max_logits, records
+from muonclip_jax.attention.maxima import only_max_logits
+from muonclip_jax.attention.recording import RecordingBeside, arguments_of, records
 from muonclip_jax.linen.attention import (
     COLLECTION,
     capturing,
@@ -82,17 +83,14 @@ def capture_max_logits(apply_fn: Callable[..., Any]) -> Callable[..., tuple[Any,
         >>> jax.tree.map(jnp.shape, max_logits)
         {'layers_1': {'max_logits': (2,)}}
     """
-    given, kind = None, type(apply_fn).__name__
-    if isinstance(apply_fn, nn.Module):
-        given = f"the model, a {kind}. Write capture_max_logits(model.apply)."
-    elif isinstance(apply_fn, jax.stages.Wrapped):
-        given = "a jitted function, whose arguments must be arrays and cannot be "
-        given += "mutable=['intermediates']. Write jax.jit(capture_max_logits(model.apply))."
-    elif not callable(apply_fn):
-        given = f"{apply_fn!r} of type {kind}. Write "
-        given += "out, max_logits = capture_max_logits(model.apply)(variables, inputs)."
-    if given is not None:
-        raise TypeError(f"capture_max_logits takes model.apply, got {given}")
+    is_jitted = isinstance(apply_fn, jax.stages.Wrapped)
+    if is_jitted or isinstance(apply_fn, nn.Module) or not callable(apply_fn):
+        given = "a jitted function" if is_jitted else f"a {type(apply_fn).__name__}"
+        raise TypeError(
+            f"capture_max_logits takes model.apply, got {given}. Write out, max_logits = "
+            "capture_max_logits(model.apply)(variables, inputs); if it is to be compiled, as a "
+            "whole: jax.jit(capture_max_logits(model.apply))."
+        )
 
     @functools.wraps(apply_fn)
     def captured(

@@ -7,7 +7,7 @@ import jax
 from muonclip_jax._devices import plan_platform
 from muonclip_jax._specs import matrix_shapes
 from muonclip_jax._tree import Tree
-from muonclip_jax.newton_schulz import Coefficients, coefficients, plan_polar
+from muonclip_jax.newton_schulz import coefficients, plan_polar
 from muonclip_jax.routing import MatrixRules, resolve_specs
 
 _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1e3, "kFLOP"))
@@ -19,7 +19,7 @@ def describe_cost(
     params: Tree,
     rules: MatrixRules | None = None,
     *,
-    ns_coeffs: Coefficients = coefficients.DEFAULT_SET,
+    ns_coeffs: coefficients.Coefficients = coefficients.DEFAULT_SET,
     ns_steps: int | None = None,
     ns_method: str = coefficients.DEFAULT_METHOD,
     ns_dtype: jax.typing.DTypeLike | None = coefficients.DEFAULT_DTYPE,

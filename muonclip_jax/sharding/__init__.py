@@ -9,17 +9,3 @@ whole ones, orthogonalises them alone and sends the results back.
    shardings and the mesh, without arrays.
 3. `run` follows the plan, with the all-to-alls in `exchange`.
 """
-
-from muonclip_jax.sharding.mesh_shardings import (
-    Distribution as Distribution,
-    MeshShardings as MeshShardings,
-    check_momentum as check_momentum,
-    on_devices as on_devices,
-    place as place,
-    zero1_shardings as zero1_shardings,
-)
-from muonclip_jax.sharding.reading import (
-    align_shardings as align_shardings,
-    read_shardings as read_shardings,
-)
-from muonclip_jax.sharding.run import orthogonalize_leaves as orthogonalize_leaves

@@ -14,12 +14,8 @@ from jax.sharding import PartitionSpec
 
 from muonclip_jax._devices import vary_like, varying_axes
 from muonclip_jax.matrices.sequential import map_matrices, orthogonalize_on_one_device
-from muonclip_jax.newton_schulz import (
-    PolarPlan,
-    apply_polar,
-    apply_polar_by_columns,
-    decide_platform,
-)
+from muonclip_jax.newton_schulz._orthogonalize import apply_polar, apply_polar_by_columns
+from muonclip_jax.newton_schulz.plan import PolarPlan, decide_platform
 from muonclip_jax.routing import MatrixSpec
 from muonclip_jax.sharding.blocks import LocalLeaf, from_blocks, local_matrices, to_blocks
 from muonclip_jax.sharding.exchange import gather_matrices, members_sent, scatter_results

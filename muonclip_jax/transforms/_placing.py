@@ -15,15 +15,15 @@ from muonclip_jax._devices import varying_axes
 from muonclip_jax._tree import ScalarLike, Tree
 from muonclip_jax.newton_schulz import PolarPlan
 from muonclip_jax.routing import MatrixRules, MatrixSpec, as_rules, resolve_muon_specs
-from muonclip_jax.sharding import (
+from muonclip_jax.sharding.mesh_shardings import (
     Distribution,
     MeshShardings,
     on_devices,
-    orthogonalize_leaves,
     place,
-    read_shardings,
     zero1_shardings,
 )
+from muonclip_jax.sharding.reading import read_shardings
+from muonclip_jax.sharding.run import orthogonalize_leaves
 from muonclip_jax.transforms._matrix_axes import WeightDimNumOrFn
 
 T = TypeVar("T")

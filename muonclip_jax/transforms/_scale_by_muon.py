@@ -12,7 +12,7 @@ from muonclip_jax._arguments import check_flags, names_known
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree
 from muonclip_jax.newton_schulz import coefficients, plan_polar
 from muonclip_jax.routing import MatrixRules
-from muonclip_jax.sharding import Distribution, check_momentum
+from muonclip_jax.sharding.mesh_shardings import Distribution, check_momentum
 from muonclip_jax.transforms._checks import check_decay, check_moments, transformation, value_at
 from muonclip_jax.transforms._matrix_axes import WeightDimNumOrFn
 from muonclip_jax.transforms._placing import Orthogonalizer, place_tree, replicate, zeros_on_mesh

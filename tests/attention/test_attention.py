@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from jax import export
 
-from muonclip_jax.attention import attention_max_logits, blocks, dot_product_attention
+from muonclip_jax import attention_max_logits, dot_product_attention
+from muonclip_jax.attention import blocks
 from muonclip_jax.attention.dot_product import bound_from_log_sum_exp
 from muonclip_jax.attention.inputs import bias_permits, read_inputs
 from tests.attention.cases import CASES, make
@@ -235,11 +236,7 @@ BAD: list[tuple[tuple[jax.Array, ...], dict[str, Any], str]] = [
     ((HALF, X), {}, "of one real floating dtype. They are bfloat16 of .*, float32"),
     ((INTEGERS, INTEGERS), {}, "of one real floating dtype. They are int32"),
     ((X, X), {"mask": jnp.ones((4, 4))}, r"must be boolean.*mask.astype\(bool\)"),
-    (
-        (X, X),
-        {"mask": X[0, :3, :, 0] > 0},
-        r"mask has shape \(3, 2\); .* broadcast .* \(2, 2, 4, 4\)",
-    ),
+    ((X, X), {"mask": X[0, :3, :, 0] > 0}, r"mask has shape \(3, 2\).* \(2, 2, 4, 4\)"),
     ((X, X), {"bias": jnp.ones((1, 2, 2, 4, 4))}, r"bias has shape .* broadcast"),
     ((X, X), {"query_seq_lengths": jnp.ones((3,), "int32")}, r"one integer per .* shape \(2,\)"),
     ((X, X), FLASH, "'flash' is not known. Pass one of 'xla', 'mosaic_tpu'"),

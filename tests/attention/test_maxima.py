@@ -9,12 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from muonclip_jax.attention import (
-    RecordingBeside,
-    attention_max_logits,
-    merge_max_logits,
-    reduce_max_logits,
-)
+from muonclip_jax import attention_max_logits, merge_max_logits, reduce_max_logits
+from muonclip_jax.attention.recording import RecordingBeside
 from tests.attention.cases import make
 from tests.attention.dense import dense_attention
 from tests.helpers import TOLERANCE
@@ -35,11 +31,8 @@ def test_merging_takes_the_largest_finite_maximum():
     tree = {"a": {"max_logits": jnp.ones(4)}}
     for given, message in (
         ((), "at least one tree"),
-        ((tree, {"b": tree["a"]}), r"'a/max_logits' tree 1 has \(4,\) and tree 2 nothing"),
-        (
-            (tree, {"a": {"max_logits": jnp.ones(2)}}),
-            r"'a/max_logits' tree 1 has \(4,\) and tree 2 \(2,\)",
-        ),
+        ((tree, {"b": tree["a"]}), r"at 'a/max_logits' tree 1 has \(4,\) and tree 2 nothing"),
+        ((tree, {"a": {"max_logits": jnp.ones(2)}}), r"tree 1 has \(4,\) and tree 2 \(2,\)"),
     ):
         with pytest.raises(ValueError, match=message):
             merge_max_logits(*given)

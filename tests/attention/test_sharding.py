@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
-from muonclip_jax.attention import attention_max_logits, blocks, dot_product_attention
+from muonclip_jax import attention_max_logits, dot_product_attention
+from muonclip_jax.attention import blocks
 from tests.attention.dense import dense_attention
 from tests.helpers import TOLERANCE, equations
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
-from muonclip_jax.attention import attention_max_logits, inputs
+from muonclip_jax import attention_max_logits
+from muonclip_jax.attention import inputs
 from muonclip_jax.kernels import max_logits_tpu
 from tests.attention.dense import dense_attention
 from tests.helpers import TOLERANCE, described_mesh, lowered

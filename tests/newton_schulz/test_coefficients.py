@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from benchmarks.matrices import minimax_rows
-from muonclip_jax.newton_schulz import ALIASES, COEFFICIENT_SETS
 from muonclip_jax.newton_schulz.coefficients import (
+    ALIASES,
+    COEFFICIENT_SETS,
     find_sign_flip,
     resolve_coefficients,
     with_safety_factor,

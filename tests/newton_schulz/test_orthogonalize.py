@@ -9,22 +9,20 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from muonclip_jax.newton_schulz import (
-    COEFFICIENT_SETS,
-    PRECONDITIONINGS,
-    PolarPlan,
+from muonclip_jax.newton_schulz import iteration
+from muonclip_jax.newton_schulz._orthogonalize import (
     apply_polar,
     apply_polar_by_columns,
-    iteration,
     orthogonalize,
-    plan_polar,
 )
 from muonclip_jax.newton_schulz.coefficients import (
+    COEFFICIENT_SETS,
     GROWTH,
     evaluate,
     guard_rows,
     resolve_coefficients,
 )
+from muonclip_jax.newton_schulz.plan import PRECONDITIONINGS, PolarPlan, plan_polar
 from tests.helpers import TOLERANCE, polynomial_of_singular_values
 
 KJ = (3.4445, -4.7750, 2.0315)

@@ -7,8 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from muonclip_jax.newton_schulz import COEFFICIENT_SETS, PolarPlan, apply_polar, plan_polar
-from muonclip_jax.newton_schulz.coefficients import choose_restarts, evaluate, guard_rows
+from muonclip_jax.newton_schulz import PolarPlan, apply_polar, plan_polar
+from muonclip_jax.newton_schulz.coefficients import (
+    COEFFICIENT_SETS,
+    choose_restarts,
+    evaluate,
+    guard_rows,
+)
 from tests.helpers import polynomial_of_singular_values
 
 KJ = COEFFICIENT_SETS["keller_jordan"].rows

@@ -10,9 +10,9 @@ from hypothesis import given, strategies as st
 
 from muonclip_jax.newton_schulz import plan_polar
 from muonclip_jax.routing import MatrixSpec
-from muonclip_jax.sharding import Distribution, orthogonalize_leaves
-from muonclip_jax.sharding.mesh_shardings import axes_of
+from muonclip_jax.sharding.mesh_shardings import Distribution, axes_of
 from muonclip_jax.sharding.planning import assign_longest_first, branches_of, plan_tree
+from muonclip_jax.sharding.run import orthogonalize_leaves
 from tests.sharding.cases import TREE
 
 SIZES = (("fsdp", 4), ("tp", 2))

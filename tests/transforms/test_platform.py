@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import muonclip_jax as mc
 from muonclip_jax.__main__ import parser
-from muonclip_jax.newton_schulz import COEFFICIENT_SETS, DEFAULT_SET, plan_polar
-from muonclip_jax.newton_schulz.coefficients import guard_rows
+from muonclip_jax.newton_schulz import plan_polar
+from muonclip_jax.newton_schulz.coefficients import COEFFICIENT_SETS, DEFAULT_SET, guard_rows
 from tests.helpers import equations, normal_tree, polynomial_of_singular_values, update
 
 # Wide matrices for which "auto" takes the Gram form, square ones for which it does not.
