@@ -21,6 +21,7 @@ os.environ["XLA_FLAGS"] = (
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
 from packaging.version import Version
 
@@ -53,6 +54,14 @@ def _programs_are_freed() -> Iterator[None]:
     """A worker that keeps every program grows to several GB."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Without the check of annotations that `make test-all` adds to every function."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 # Needs torch and others' code; the tests read the files that it wrote.

@@ -5,13 +5,12 @@ import functools
 import importlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -26,6 +25,8 @@ mc: Any = importlib.import_module("muonclip_jax")
 mc_linen: Any = importlib.import_module("muonclip_jax.linen")
 mc_nnx: Any = importlib.import_module("muonclip_jax.nnx")
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # as users call it
+
 KERNEL = jax.random.normal(jax.random.key(0), (8, 2, 4))
 PARAMS = {
     "attention": {"query": {"kernel": KERNEL}, "key": {"kernel": KERNEL[::-1]}},
@@ -34,14 +35,6 @@ PARAMS = {
 GRADS = jax.tree.map(jnp.sin, PARAMS)
 MAX_LOGITS = {"attention": jnp.array([400.0, 30.0])}
 MLP = {"mlp": PARAMS["mlp"]}
-
-
-@pytest.fixture(autouse=True)
-def _as_users_call_it() -> Iterator[None]:
-    """Without the check of annotations that the tests add to every function."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @jax.tree_util.register_dataclass
@@ -243,16 +236,13 @@ TYPE_ERRORS: Calls = [
 VALUE_ERRORS: Calls = [
     # Dtypes of moments and products.
     *(
-        (lambda make=make: make(mu_dtype="complex64").init(REAL), "w .*'complex64' is complex")
+        (lambda make=make, dtype=dtype, tree=tree: make(mu_dtype=dtype).init(tree), message)
         for make in MUON
-    ),
-    *(
-        (lambda make=make: make(mu_dtype="float32").init(COMPLEX), "w .*'float32' is real")
-        for make in MUON
-    ),
-    *(
-        (lambda make=make: make(mu_dtype="float64").init(REAL), "'float64' needs 64-bit types")
-        for make in MUON
+        for dtype, tree, message in (
+            ("complex64", REAL, "w .*'complex64' is complex"),
+            ("float32", COMPLEX, "w .*'float32' is real"),
+            ("float64", REAL, "'float64' needs 64-bit types"),
+        )
     ),
     (lambda: muon(mu_dtype="complex64").init(VECTOR), "bias .*'complex64' is complex"),
     (

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import unflatten_dict
 
 import muonclip_jax as mc
 from tests.docs.test_pages import ROOT, define
@@ -25,17 +26,6 @@ ATOL = 2e-6
 def page(name: str, blocks: int | None = None) -> dict[str, Any]:
     """What the first blocks of a page define."""
     return define(ROOT / "docs" / "migration" / f"{name}.md", blocks)
-
-
-def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *outer, last = path.split("/")
-        node = tree
-        for name in outer:
-            node = node.setdefault(name, {})
-        node[last] = value
-    return tree
 
 
 def to_flax(x: np.ndarray) -> jax.Array:
@@ -65,7 +55,7 @@ def check_trajectory(
         return optax.apply_updates(params, updates), state
 
     def in_flax(arrays: dict[str, np.ndarray]) -> Any:
-        return nested({name: to_flax(value) for name, value in arrays.items()})
+        return unflatten_dict({name: to_flax(x) for name, x in arrays.items()}, sep="/")
 
     first, gradients = problem
     before, params = first, in_flax(first)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import unflatten_dict
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
@@ -29,14 +30,7 @@ class Run(NamedTuple):
 
 def tree_of(case: Case, value: Callable[[Leaf], Any]) -> Any:
     """A value for every leaf of a case, in its tree."""
-    tree: dict[str, Any] = {}
-    for leaf in case.leaves:
-        *outer, last = leaf.path.split("/")
-        node = tree
-        for name in outer:
-            node = node.setdefault(name, {})
-        node[last] = value(leaf)
-    return tree
+    return unflatten_dict({leaf.path: value(leaf) for leaf in case.leaves}, sep="/")
 
 
 def draw_arrays(case: Case) -> list[Any]:
