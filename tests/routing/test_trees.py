@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax.traverse_util import unflatten_dict
 
 from muonclip_jax._specs import normalized_axes
 from muonclip_jax.routing import MatrixRules, MatrixSpec, normalize_spec
@@ -35,14 +36,10 @@ def leaves_of(family):
 
 
 def nest(leaves):
-    tree = {}
-    for path, leaf in leaves.items():
-        node = tree
-        *outer, last = path.split("/")
-        for name in outer:
-            node = node.setdefault(name, {})
-        node[last] = jax.ShapeDtypeStruct(tuple(leaf["shape"]), jnp.float32)
-    return tree
+    forms = {
+        path: jax.ShapeDtypeStruct(leaf["shape"], jnp.float32) for path, leaf in leaves.items()
+    }
+    return unflatten_dict(forms, sep="/")
 
 
 def decide(leaves, tree=None):
