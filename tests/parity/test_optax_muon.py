@@ -86,25 +86,22 @@ COSINE, LINE = optax.cosine_decay_schedule(0.05, STEPS), optax.linear_schedule(0
 WIDE = {"block": {"wide": True, "tall": False}} | dict.fromkeys(
     ("norm", "stack", "temperature"), False
 )
+LISTS, DECAY = [list(row) for row in ROWS], {"weight_decay": 0.3, "adam_weight_decay": 0.2}
+ADAM = {"adam_b1": 0.7, "adam_b2": 0.9, "adam_eps_root": 1e-2, "adam_learning_rate": 0.01}
 ADAPTIVE: dict[str, Any] = {"adaptive": True, "learning_rate": 1e-3}
 ORDER = {"w": Dims((3, 0), 2), "x": Dims(1, 0), "bias": None}
 #: Arguments that do not meet share a case: one that is ignored still moves the trajectory.
 CASES: dict[str, Case] = {
     "defaults": case(),
-    "schedules": case(learning_rate=COSINE, adam_learning_rate=LINE),
-    "a named set of rows": case(ns_coeffs="dion"),
-    "a triple": case(ns_coeffs=(2.0, -1.5, 0.5), ns_steps=7),
-    "as many rows as steps": case(ns_coeffs=[list(row) for row in ROWS], ns_steps=3),
-    "fewer rows than steps": case(ns_coeffs=ROWS),
-    "plain momentum": case(beta=0.8, nesterov=False, ns_steps=3, eps=1e-3),
-    "decay": case(weight_decay=0.3, adam_weight_decay=0.2),
-    "decay masked by a function": case(weight_decay=0.3, weight_decay_mask=not_tall),
-    "decay masked by a prefix": case(weight_decay=0.3, weight_decay_mask=WIDE),
+    "schedules, named rows": case(learning_rate=COSINE, adam_learning_rate=LINE, ns_coeffs="dion"),
+    "a triple": case(ns_coeffs=(2.0, -1.5, 0.5), ns_steps=7, **DECAY, weight_decay_mask=not_tall),
+    "as many rows as steps": case(ns_coeffs=LISTS, ns_steps=3, **DECAY, weight_decay_mask=WIDE),
+    "fewer rows than steps": case(ns_coeffs=ROWS, **ADAM),
+    "plain momentum": case(beta=0.8, nesterov=False, ns_steps=3, eps=1e-3, **DECAY),
     "adaptive": case(**ADAPTIVE, adam_learning_rate=0.03),
     "spectral": case(preconditioning="spectral"),
     "aol": case(preconditioning="aol"),
     "schatten": case(preconditioning="schatten"),
-    "adam": case(adam_b1=0.7, adam_b2=0.9, adam_eps_root=1e-2, adam_learning_rate=0.01),
     "consistent_rms": case(consistent_rms=0.2),
     # Not "schatten": the original forgets to conjugate there.
     "complex": complex_case(),
