@@ -22,9 +22,8 @@ from common.model import GPT, ModelConfig, next_byte_loss
 
 import muonclip_jax as mc
 from benchmarks import attention_recording, polar_quality, step_time
-from benchmarks.counting import needed_flops
 from benchmarks.harness import interleave, ratio, summary
-from benchmarks.matrices import Reference, over_all, spectra
+from benchmarks.matrices import Reference, needed_flops, over_all, spectra
 from benchmarks.models import MODELS, Model
 from benchmarks.optimizers import FAST, OPTAX, OPTIMIZERS, OURS, ours
 from benchmarks.training_runs import train_step

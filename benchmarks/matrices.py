@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from muonclip_jax.newton_schulz.plan import ResolvedPlan
+
 Shape = tuple[int, int]
 
 #: A singular value beyond this is on its way out; no set is meant to pass 1.21.
@@ -104,3 +106,20 @@ def over_all(qualities: list[dict[str, float]]) -> dict[str, float]:
 def diverges(quality: Mapping[str, float]) -> bool:
     """Tells whether a result is not finite or has a singular value beyond `DIVERGED`."""
     return not bool(quality["largest"] <= DIVERGED)
+
+
+def needed_flops(plan: ResolvedPlan, rows: int, columns: int) -> float:
+    """Counts the operations of all products on one matrix, `rows <= columns`, symmetric ones half.
+
+    `X X^T`, the square of a symmetric matrix and the product of two that commute are symmetric: of
+    `2 m k n` operations one triangle is all that has to be computed.
+
+    Example:
+        >>> from muonclip_jax.newton_schulz import plan_polar
+        >>> plain = plan_polar("keller_jordan", ns_method="standard")
+        >>> needed_flops(plain.resolve((8, 16), "float32"), 8, 16)  # 5 n^3 (3 * 2 + 1)
+        17920.0
+    """
+    passes = len(plan.restarts) + 1 if plan.method == "gram" else len(plan.rows)
+    # Of each pass half of `X X^T` and a whole product with `X`; of all others half.
+    return plan.flops / 2 + passes * rows * rows * columns

@@ -30,6 +30,7 @@ COMMANDS = {
     **dict.fromkeys(("training_runs", "comparison"), "make comparison"),
     **dict.fromkeys(_GPU, report_gpu.COMMAND),
     "pods": "python -m benchmarks.pods",
+    "scale_up": "python examples/scale_up.py",
 }
 
 
@@ -80,6 +81,7 @@ PAGES: Mapping[str, Blocks] = {
             part.replace("_", " "): _trained(report_training.part_table, part=part)
             for part in ("fine_tuning", "long", "transfer")
         },
+        "scale up": _from(report_gpu.run_table, "scale_up"),
         "machine": _trained(_training_machines),
     },
     "docs/performance.md": {

@@ -95,17 +95,16 @@ def kernels_table(stored: Stored) -> str:
 
 
 def run_table(stored: Stored) -> str:
-    """The training run of GPT-2 small's shape."""
-    lines = [
-        [
-            row["optimizer"],
-            f"{row['rate']:g}",
-            f"{row['steps']}",
-            f"{row['seconds']:.0f}",
-            f"{row['validation_loss'][-1]:.3f}",
-            f"{max(row['largest_logit']):.1f}",
-        ]
-        for row in stored["rows"]
-        if row["what"] == "run"
-    ]
-    return table(["", "rate", "steps", "s", "validation loss", "largest logit"], lines)
+    """Training runs, and how much of a step the optimizer takes."""
+    rows = [row for row in stored["rows"] if row["what"] == "run"]
+    seconds = next(row["seconds"] for row in stored["rows"] if row["what"] == "step")
+    lines = []
+    for row in rows:
+        name = row["optimizer"]
+        loss = row.get("held_out_loss") or row["validation_loss"]
+        share = f"{100 * (1 - seconds['none'] / seconds[name]):.0f} %"
+        settings = [name, f"{row['rate']:g}", f"{row.get('decay', 0.1):g}", f"{row['steps']}"]
+        results = [f"{row['seconds']:.0f}", share, f"{loss[-1]:.3f}"]
+        lines.append([*settings, *results, f"{max(row['largest_logit']):.1f}"])
+    head = ["", "rate", "decay", "steps", "s", "optimizer's share of a step", "loss"]
+    return table([*head, "largest logit"], lines)

@@ -13,9 +13,8 @@ import argparse
 
 from common import plots, program
 from common.boards import open_boards
-from common.checkpoints import Checkpoints
 from common.data import load_corpus
-from common.records import Metrics, describe, open_folder
+from common.records import describe, open_folder
 from common.sample import sample
 from common.training import OPTIMIZERS, Record, Training
 
@@ -46,19 +45,13 @@ def train(options: argparse.Namespace) -> list[Record]:
     sizes = ", ".join(f"{len(corpus.part(p)) / 1e6:.2f} MB {p}" for p in ("train", "held_out"))
     print(f"{settings.optimizer}, peak rate {settings.rate:g}; {sizes}; writing {folder}")
 
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        state = start = training.init()
-        if options.resume:
-            state = start = checkpoints.restore(like=start)
-            print(f"resuming after step {int(start.step)}")
-        begin = int(start.step)
-        boards = open_boards(options, folder, described, step=begin)
-        metrics = Metrics(folder, step=begin, boards=boards)
-        for state, _ in program.follow(training.run(start), settings, metrics, begin=begin):
-            if int(state.step) % options.checkpoint_every == 0 or state.step == settings.steps:
-                checkpoints.save(state)
-        records = metrics.read()
-
+    state, records = program.train_resumable(
+        training,
+        folder,
+        resume=options.resume,
+        checkpoint_every=options.checkpoint_every,
+        boards=lambda step: open_boards(options, folder, described, step=step),
+    )
     text = sample(
         training.model, state.params, prompt="def ", count=400, length=settings.length, seed=0
     )

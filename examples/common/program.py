@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import jax
 from tqdm import tqdm
 
-from common.boards import add_options, open_boards
+from common.boards import Board, add_options, open_boards
+from common.checkpoints import Checkpoints
 from common.data import load_corpus
 from common.model import ModelConfig
 from common.records import Metrics, describe, open_folder
-from common.training import Record, Settings, run, scored_windows, step_windows
+from common.training import Record, Settings, State, Training, run, scored_windows, step_windows
 
 DEFAULT = Settings()
 _State = TypeVar("_State")
@@ -125,6 +126,39 @@ def train(
     records = metrics.read()
     print(summary(records, settings))
     return state, records
+
+
+def train_resumable(
+    training: Training,
+    folder: Path,
+    *,
+    resume: bool,
+    checkpoint_every: int,
+    boards: Callable[[int], Sequence[Board]] = lambda step: (),
+) -> tuple[State, list[Record]]:
+    """Trains with checkpoints, from the first step or from the last checkpoint.
+
+    Args:
+        training: The run.
+        folder: The run's, which `open_folder` has prepared.
+        resume: Whether to go on from the folder's last checkpoint.
+        checkpoint_every: Steps from one checkpoint to the next, a multiple of `score_every`.
+        boards: Returns where metrics go as well, given the step that the run goes on from.
+
+    Returns:
+        The last state, and the records of all steps.
+    """
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        state = start = training.init()
+        if resume:
+            state = start = checkpoints.restore(like=start)
+            print(f"resuming after step {int(start.step)}")
+        begin, steps = int(start.step), training.settings.steps
+        metrics = Metrics(folder, step=begin, boards=boards(begin))
+        for state, _ in follow(training.run(start), training.settings, metrics, begin=begin):
+            if int(state.step) % checkpoint_every == 0 or state.step == steps:
+                checkpoints.save(state)
+        return state, metrics.read()
 
 
 def follow(

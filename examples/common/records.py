@@ -60,6 +60,13 @@ def open_folder(folder: Path, described: dict[str, Any], *, resume: bool) -> Non
         )
 
 
+def read_records(folder: Path) -> list[Record]:
+    """Returns every whole line of a run's metrics; a kill may have cut the last one short."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 class Metrics:
     """Appends records to `metrics.jsonl`, one JSON object a line and a step.
 
@@ -84,11 +91,8 @@ class Metrics:
             board.write(records)
 
     def read(self) -> list[Record]:
-        """Returns every whole line; a kill may have cut the last one short."""
-        if not self._file.exists():
-            return []
-        lines = self._file.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        """Returns every whole line."""
+        return read_records(self._file.parent)
 
     def __enter__(self) -> Self:
         return self

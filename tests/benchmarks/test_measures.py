@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 import muonclip_jax as mc
-from benchmarks.counting import needed_flops
 from benchmarks.harness import compact, interleave, ratio, summary
-from benchmarks.matrices import Reference, diverges, over_all
+from benchmarks.matrices import Reference, diverges, needed_flops, over_all
 from benchmarks.models import MODELS, layers_of_256
 from muonclip_jax.newton_schulz import plan_polar
 

@@ -134,7 +134,7 @@ def test_a_page_is_what_the_stored_results_say(name):
 
 
 @pytest.mark.parametrize(
-    "module", ["counting", "replica_groups", "report_tables", "report_training"]
+    "module", ["matrices", "replica_groups", "report_tables", "report_training"]
 )
 def test_doctests(module):
     assert doctest.testmod(import_module(f"benchmarks.{module}")).failed == 0

@@ -120,6 +120,18 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path, short_run):
 
 
 @pytest.mark.slow
+def test_rates_are_carried_over_to_a_larger_model_and_nothing_is_trained_twice(tmp_path: Path):
+    said = run("scale_up.py", "--smoke", "--runs", tmp_path)
+    assert "resuming" not in run("scale_up.py", "--smoke", "--runs", tmp_path)
+    stored = json.loads((tmp_path / "scale_up" / "scale_up.json").read_text())
+    for row, power in zip(stored["rows"][1:], (1.0, 0.5), strict=True):
+        tried = re.findall(rf"{row['optimizer']}, rate (\S+): validation loss (\S+)", said)
+        rate = float(min(tried, key=lambda found: float(found[1]))[0])
+        assert row["rate"] == pytest.approx(rate * 0.5**power * 0.5, rel=0.01)
+        assert row["held_out_loss"][-1] < row["held_out_loss"][0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("smoke", [True, False])
 def test_muon_trains_the_convolutions_in_fewer_steps_than_adamw(smoke: bool, tmp_path: Path):
     picture = tmp_path / "convnet.png"
