@@ -45,6 +45,9 @@ from muonclip_jax.transforms._matrix_axes import (
     scale_by_shape as scale_by_shape,
 )
 from muonclip_jax.transforms._metrics import metrics as metrics, read_metrics as read_metrics
+from muonclip_jax.transforms._orthogonalize_updates import (
+    orthogonalize_updates as orthogonalize_updates,
+)
 from muonclip_jax.transforms._qk_clip import (
     QKClipState as QKClipState,
     clip_until as clip_until,
@@ -52,7 +55,6 @@ from muonclip_jax.transforms._qk_clip import (
 )
 from muonclip_jax.transforms._scale_by_muon import (
     MuonState as MuonState,
-    orthogonalize_updates as orthogonalize_updates,
     scale_by_muon as scale_by_muon,
 )
 from muonclip_jax.transforms._variants import (

@@ -7,15 +7,22 @@ import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+
+from muonclip_jax._tree import ScalarOrSchedule, Tree
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+#: Dtypes of moments, the real ones first.
+MOMENTS = ("float32", "bfloat16", "float16", "float64", "complex64", "complex128")
 #: Names that other optimizers use and that do not end one of ours.
 _ELSEWHERE = {
     "lr": "learning_rate",
@@ -101,7 +108,7 @@ def check_number(
     if is_function and schedule:
         return
     if isinstance(value, jax.Array | np.ndarray) and any(
-        jax.numpy.issubdtype(value.dtype, kind) for kind in (np.integer, np.floating)
+        jnp.issubdtype(value.dtype, kind) for kind in (np.integer, np.floating)
     ):
         return
     got = f"{value!r} of type {type(value).__name__}."
@@ -138,3 +145,78 @@ def check_flags(**flags: object) -> None:
     """Raises a TypeError where an argument is not True or False."""
     for name, value in flags.items():
         check_type(name, value, bool | np.bool_, "True or False")
+
+
+def value_at(value: Any, count: Any) -> Any:
+    """Returns a schedule's value after `count` updates, and anything else as it is."""
+    return value(count) if callable(value) else value
+
+
+def check_rates(
+    rates: Sequence[ScalarOrSchedule], decays: Sequence[ScalarOrSchedule], mask: Tree
+) -> None:
+    """Checks rates and decays of Muon and Adam; warns if Adam's rate alone is constant."""
+    for prefix, rate, decay in zip(("", "adam_"), rates, decays, strict=True):
+        check_number(f"{prefix}learning_rate", rate, "positive and finite", schedule=True)
+        check_number(f"{prefix}weight_decay", decay, "finite and not negative", schedule=True)
+    check_mask("weight_decay_mask", mask)
+    if callable(rates[0]) and not callable(rates[1]):
+        warnings.warn(
+            f"learning_rate is a schedule and adam_learning_rate={rates[1]} is not: Adam's rate "
+            "stays the same while the other one warms up and decays. Write "
+            "adam_learning_rate=lambda count: ratio * schedule(count), or "
+            "optax.constant_schedule(...) if a constant is meant.",
+            stacklevel=4,
+        )
+
+
+def check_mask(name: str, mask: Tree) -> None:
+    """Raises if a mask is a single value and not a tree or a function."""
+    if isinstance(mask, str | bool | int | float | np.generic | np.ndarray | jax.Array):
+        raise TypeError(
+            f"{name} must be a tree of bools like the parameters, or a function from them to one, "
+            f"got {mask!r}. optax.inject_hyperparams takes functions for schedules: give it "
+            f"static_args=({name!r},)."
+        )
+
+
+def check_decay(
+    name: str, decay: ScalarOrSchedule, mu_dtype: Tree = None, schedule: bool = False
+) -> None:
+    """Raises for a decay rate outside [0, 1), or a `mu_dtype` too coarse for a moment with it.
+
+    A step changes a moment by `1 - decay` of its distance to the gradient, which is rounded to
+    zero in integers, mostly in 8-bit floats, and in any float with a larger spacing.
+
+    `optax.inject_hyperparams` casts numbers to the dtype of the parameters, and bfloat16 has no
+    number between 0.996 and 1: a decay rate of 0.999 becomes 1, and Adam divides by zero. A
+    concrete value raises an error; a traced 16-bit one, whose value is unknown, gives a warning.
+    """
+    held, hint = getattr(decay, "dtype", np.dtype(float)), "Usual values are 0.9 to 0.999."
+    if held.itemsize < 4:
+        hint = (
+            f"{name} is held in {held}, where 0.999 is {float(np.asarray(0.999, held)):.4g}; "
+            "keep it in float32: optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32)."
+        )
+        if isinstance(decay, Tracer):
+            warnings.warn(hint, stacklevel=4)
+        else:
+            decay = float(np.asarray(decay))
+    check_number(name, decay, "in [0, 1)", hint, schedule=schedule)
+    if mu_dtype is None:
+        return
+    dtype = None
+    with contextlib.suppress(TypeError):
+        dtype = jnp.dtype(mu_dtype)
+    if dtype is None or dtype.name not in MOMENTS:
+        raise ValueError(
+            f"mu_dtype={mu_dtype!r} cannot hold a moving average. Pass one of "
+            f"{', '.join(map(repr, MOMENTS[:4]))}, or None for the parameter's dtype."
+        )
+    spacing = float(jnp.finfo(dtype).eps)
+    if is_concrete(decay) and 1 - decay < spacing / 2:
+        raise ValueError(
+            f"mu_dtype={dtype.name!r} is too coarse for a moving average with {name}={decay}: a "
+            f"step changes it by {1 - decay:.2g} of its distance to the gradient, and its numbers "
+            f"are {spacing:.2g} apart. Pass mu_dtype='float32' or a smaller {name}."
+        )

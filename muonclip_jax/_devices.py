@@ -15,6 +15,8 @@ from jax.core import Tracer
 from jax.interpreters import batching, mlir
 from jax.sharding import AbstractMesh, Mesh
 
+from muonclip_jax._arguments import check_choice
+
 #: The platforms that JAX lowers for, and what `platform=` calls them.
 PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
 
@@ -26,13 +28,8 @@ def check_platform(platform: str | None) -> str | None:
         >>> check_platform("cuda")
         'gpu'
     """
-    known = PLATFORMS.get(str(platform), platform)
-    if platform is not None and known not in PLATFORMS.values():
-        raise ValueError(
-            f"platform={platform!r} is not known. Pass one of 'cpu', 'gpu', 'tpu', or None for "
-            "that of the mesh's devices or of JAX's default one."
-        )
-    return known
+    check_choice("platform", platform, ("cpu", "gpu", "tpu", "cuda", "rocm", None))
+    return platform and PLATFORMS.get(platform, platform)
 
 
 def plan_platform(

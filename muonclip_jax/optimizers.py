@@ -1,6 +1,8 @@
 """The optimizers, assembled from the transformations: `muon` and `muonclip`."""
 
-from collections.abc import Callable
+from __future__ import annotations  # so that help() shows the names of types
+
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -9,7 +11,7 @@ import optax
 from jax.typing import DTypeLike
 from optax.contrib import MuonDimensionNumbers
 
-from muonclip_jax._arguments import check_number, names_known
+from muonclip_jax._arguments import check_decay, check_number, check_rates, names_known
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree, array_leaves, tree_from
 from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.heads.finding import Blocks, block_rules
@@ -24,11 +26,10 @@ from muonclip_jax.routing import (
     spec_tree,
 )
 from muonclip_jax.sharding.mesh_shardings import Distribution
-from muonclip_jax.transforms._checks import check_decay, check_moments, check_rates, transformation
 from muonclip_jax.transforms._matrix_axes import WeightDimNumOrFn, scale_by_shape
-from muonclip_jax.transforms._placing import on_mesh
 from muonclip_jax.transforms._qk_clip import qk_clip
 from muonclip_jax.transforms._scale_by_muon import scale_by_muon
+from muonclip_jax.transforms._states import check_moments, on_mesh, transformation
 
 
 @names_known
@@ -331,25 +332,26 @@ def _adam(
     param_shardings: Tree,
 ) -> optax.GradientTransformation:
     """Adam's direction, with checked settings and its state sharded on a mesh."""
-    check_decay("adam_b1", b1, 0.9, mu_dtype)
-    check_decay("adam_b2", b2, 0.95)
+    check_decay("adam_b1", b1, mu_dtype)
+    check_decay("adam_b2", b2)
     check_number("adam_eps", eps, "finite and not negative")
     adam = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
-    adam = on_mesh(adam, param_shardings)
 
     def init(params: Tree) -> optax.OptState:
         if mu_dtype is not None:
             check_moments(params, mu_dtype)
         return adam.init(params)
 
-    return optax.GradientTransformation(init, adam.update)
+    return on_mesh(optax.GradientTransformation(init, adam.update), param_shardings)
 
 
-def _step(weight_decay: ScalarOrSchedule, mask: Tree, rate: ScalarOrSchedule, at: Tree) -> Any:
+def _step(
+    weight_decay: ScalarOrSchedule, mask: Tree, rate: ScalarOrSchedule, param_shardings: Tree
+) -> Iterator[optax.GradientTransformation]:
     """Decoupled decay and learning rate, the end of a chain; counts of schedules on the mesh."""
     decay, step = optax.add_decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(rate)
-    decay = on_mesh(decay, at) if callable(weight_decay) else decay
-    return decay, on_mesh(step, at) if callable(rate) else step
+    for setting, tx in ((weight_decay, decay), (rate, step)):
+        yield on_mesh(tx, param_shardings) if callable(setting) else tx
 
 
 def _is_bool(x: object) -> bool:
@@ -363,11 +365,9 @@ def _every_rank_two_leaf(params: optax.Params) -> Any:
 
 def _steps(ns_coeffs: Coefficients, ns_steps: int | None) -> int | None:
     """Optax's rule: a triple runs `ns_steps` times; all rows run, and `ns_steps` is no smaller."""
-    if ns_steps is None:
-        return None
     rows, source = coefficients.resolve_coefficients(ns_coeffs)
     is_triple = not isinstance(ns_coeffs, str) and len(np.asarray(ns_coeffs).shape) == 1
-    if is_triple or source.repeat_row is not None:
+    if ns_steps is None or is_triple or source.repeat_row is not None:
         return ns_steps
     if len(rows) > ns_steps:
         raise ValueError(

@@ -300,7 +300,7 @@ VALUE_ERRORS: Calls = [
         "qk_clip needs the parameters",
     ),
     (lambda: step(mc.qk_clip()), r"tx\.update\(grads, state, params, max_logits="),
-    (lambda: step(muonclip()), "needs the largest attention logits.*qk_clip_threshold=None"),
+    (lambda: step(muonclip()), "the largest attention logits.*qk_clip_threshold=None"),
     (flax_train_state, r"muonclip_jax\.linen\.TrainState does"),
     (
         lambda: step(muonclip(), MLP, MLP, max_logits=MAX_LOGITS),

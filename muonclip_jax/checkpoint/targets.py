@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from muonclip_jax._tree import SEPARATOR, Shaped, Tree, flatten_with_paths
 from muonclip_jax.sharding.reading import align_shardings
-from muonclip_jax.transforms._checks import differences
+from muonclip_jax.transforms._states import differences
 
 
 def abstract_params(params: Tree, param_shardings: Tree = None, mesh: Mesh | None = None) -> Tree:

@@ -196,11 +196,11 @@ def resolve_specs(
                 "MuonDimensionNumbers, or None where AdamW trains it."
             )
         resolved.append((path, leaf, spec and normalize_spec(spec, leaf.shape, path)))
-    # An entry belongs to no leaf where the leaf is masked or None here.
+    # An entry belongs to no leaf where the leaf is masked or None here, and in optax's placeholder.
     nodes = flatten_with_paths(params, is_leaf=lambda x: x is None or is_masked(x))[0]
     absent = {path for path, node in nodes if node is None or is_masked(node)}
     known = {"", *(container for path, _ in nodes for container in _containers(path))}
-    for path, entry in entries.items():
+    for path, entry in entries.items() if resolved else ():
         if not (path in known or is_masked(entry) or absent.intersection(_containers(path))):
             raise nothing_matched(
                 "The entry of weight_dimension_numbers at", path, [path for path, _, _ in resolved]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from muonclip_jax._arguments import check_number, names_known
+from muonclip_jax._arguments import check_number, names_known, value_at
 from muonclip_jax._tree import (
     MAX_LOGITS,
     ScalarOrSchedule,
@@ -25,8 +25,13 @@ from muonclip_jax._tree import (
     tree_from,
 )
 from muonclip_jax.attention.maxima import merge_max_logits
-from muonclip_jax.transforms._checks import check_inner, differences, transformation, value_at
-from muonclip_jax.transforms._placing import mesh_shardings, place_tree, replicate, zeros
+from muonclip_jax.transforms._states import (
+    check_inner,
+    differences,
+    mesh_shardings,
+    place_state,
+    transformation,
+)
 
 #: As in `optax.MultiSteps`: maps gradients, step count and parameters to whether to skip this
 #: micro-batch, and a pytree for the state.
@@ -131,9 +136,9 @@ def accumulate(
         if should_skip_update_fn is not None:
             _, skip_forms = jax.eval_shape(should_skip_update_fn, params, count, params)
         mean = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_wide(p)), params)
-        shardings = mesh_shardings(params, param_shardings)
-        small = replicate(zeros((count, count, forms, skip_forms)), shardings)
-        mean, (mini_step, step, maxima, skip_state) = place_tree(mean, shardings), small
+        state = (count, count, mean, forms, skip_forms)
+        state = place_state(state, params, mesh_shardings(params, param_shardings))
+        mini_step, step, mean, maxima, skip_state = state
         return AccumulateState(mini_step, step, mean, maxima, inner.init(params), skip_state)
 
     def update(
@@ -144,10 +149,9 @@ def accumulate(
             skip, skip_state = should_skip_update_fn(updates, state.gradient_step, params)
             skip_state = _like(skip_state, state.skip_state)
         shardings = mesh_shardings(updates, param_shardings)
-        recorded = replicate(_recorded(max_logits, state.max_logits), shardings)
-        mean, maxima, mini_step = _averages(updates, recorded, skip, state)
-        mean = place_tree(mean, shardings)
-        maxima, mini_step = replicate((maxima, mini_step), shardings)
+        recorded = place_state(_recorded(max_logits, state.max_logits), updates, shardings)
+        averages = _averages(updates, recorded, skip, state)
+        mean, maxima, mini_step = place_state(averages, updates, shardings)
         complete = mini_step >= value_at(every, state.gradient_step)
 
         def act(inner_state: Tree, mean: Tree, maxima: Tree, params: Tree) -> tuple[Tree, Tree]:

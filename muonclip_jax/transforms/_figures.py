@@ -144,7 +144,9 @@ def matrices_of(tree: Tree, rules: MatrixRules | None) -> tuple[Matrices, list[j
     leaves = [x for _, x, _ in found]
     share = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves) // _STACK_SHARE
     stacks = plan_stacks(plans, [x.dtype.name for x in leaves], max(_STACK_BYTES, share))
-    counts = tuple(sum(part.count for part in plan.parts) for plan in plans)
+    counts = tuple(
+        sum(part.count for part in plan.parts if part.fan_in * part.fan_out) for plan in plans
+    )
     return Matrices(tuple(path for path, *_ in found), counts, stacks), leaves
 
 
@@ -152,21 +154,21 @@ def matrix_figures(
     matrices: Matrices, updates: Sequence[jax.Array], momentum: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """Figure -> its value for every matrix, float32; of updates, and of their momentum by path."""
+    figures = dict.fromkeys(OF_MATRICES, jnp.zeros(sum(matrices.counts), jnp.float32))
 
-    def measure(function: Callable[..., jax.Array], xs: Sequence[jax.Array], n: int) -> jax.Array:
-        leaves = map_parts(lambda x: function(x)[:, None], xs, matrices.stacks)
-        parts = [x for leaf in leaves for x in leaf]
-        # A part without entries comes back as it was.
-        found = [x.reshape(-1, n) if x.size else jnp.zeros((len(x), n)) for x in parts]
-        return jnp.concatenate(found or [jnp.zeros((0, n))]).astype(jnp.float32).T
+    def measure(function: Callable[..., jax.Array], xs: Sequence[jax.Array]) -> jax.Array:
+        parts = map_parts(lambda x: function(x)[:, None], xs, matrices.stacks)
+        # A part without entries comes back as it was, and has no figures.
+        rows = [x.reshape(len(x), -1) for leaf in parts for x in leaf if x.size]
+        return jnp.concatenate(rows).astype(jnp.float32).T
 
-    figures = measure(_update_figures, updates, 3)
-    ranks = jnp.zeros_like(figures[:1])
-    if momentum:
+    if any(matrices.counts):
+        figures |= zip(OF_MATRICES, measure(_update_figures, updates), strict=False)
+    if any(matrices.counts) and momentum:
         pairs = zip(matrices.paths, updates, strict=True)
         known = [momentum.get(path, jnp.zeros_like(x)) for path, x in pairs]
-        ranks = measure(_effective_rank, known, 1)
-    return dict(zip(OF_MATRICES, (*figures, *ranks), strict=True))
+        figures["effective_rank"] = measure(_effective_rank, known)[0]
+    return figures
 
 
 def _update_figures(x: Inexact[Array, "count m n"]) -> Float[Array, "count 3"]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from muonclip_jax._arguments import check_number, names_known
+from muonclip_jax._arguments import check_choice, check_number, names_known
 from muonclip_jax._tree import ScalarLike, Tree
 from muonclip_jax.routing import MatrixRules, Split, normalized_axes, resolve_muon_specs
 
@@ -52,8 +52,7 @@ class MatrixAxes:
 
     def over(self, over: Over) -> tuple[int, ...]:
         """Returns the axes that are reduced."""
-        if over not in ("inputs", "outputs", "matrix"):
-            raise ValueError(f"over={over!r} is unknown. Write 'inputs', 'outputs' or 'matrix'.")
+        check_choice("over", over, ("inputs", "outputs", "matrix"))
         return self.inputs + self.outputs if over == "matrix" else getattr(self, over)
 
     def sum(self, x: jax.Array, over: Over) -> jax.Array:

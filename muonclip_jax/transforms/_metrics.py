@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from muonclip_jax._arguments import check_number, is_concrete, names_known
+from muonclip_jax._arguments import check_number, is_concrete, names_known, value_at
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree, flatten_with_paths
 from muonclip_jax.attention.maxima import finite_max
 from muonclip_jax.clipping.gamma import check_clip_settings, clip_gamma
@@ -19,7 +19,6 @@ from muonclip_jax.clipping.matching import find_in, match_maxima, merge_recordin
 from muonclip_jax.heads.clips import read_block
 from muonclip_jax.heads.finding import Blocks, Rule, block_rules
 from muonclip_jax.routing import MatrixRules
-from muonclip_jax.transforms._checks import check_inner, transformation, value_at
 from muonclip_jax.transforms._figures import (
     OF_MATRICES,
     Matrices,
@@ -28,7 +27,12 @@ from muonclip_jax.transforms._figures import (
     matrices_of,
     matrix_figures,
 )
-from muonclip_jax.transforms._placing import mesh_shardings, replicate
+from muonclip_jax.transforms._states import (
+    check_inner,
+    mesh_shardings,
+    place_state,
+    transformation,
+)
 
 #: Maxima up to this multiple of the threshold do not count as clipped without effect. An effective
 #: clip leaves a maximum at the threshold, and one update raises it again by some percent.
@@ -104,18 +108,19 @@ def metrics(
     def init(params: Tree) -> MetricsState:
         blocks = 0 if qk_clip_threshold is None else len(_selected(params, attention))
         matrices = sum(matrices_of(params, rules)[0].counts)
-        # Every array is made by itself: a state whose leaves share memory cannot be donated.
+        zeros, none = functools.partial(jax.ShapeDtypeStruct, (blocks,)), jnp.zeros([], jnp.int32)
         sample = {
-            "step": jnp.full([], -1, jnp.int32),
-            **{name: jnp.zeros(matrices, jnp.float32) for name in OF_MATRICES},
-            "max_logit": jnp.zeros(blocks, jnp.float32),
+            "step": none - 1,
+            **dict.fromkeys(OF_MATRICES, jax.ShapeDtypeStruct((matrices,), jnp.float32)),
+            "max_logit": zeros(jnp.float32),
             "min_gamma": jnp.ones(blocks, jnp.float32),
-            "clipped_heads": jnp.zeros(blocks, jnp.int32),
-            "clips_without_effect": jnp.zeros(blocks, jnp.int32),
+            "clipped_heads": zeros(jnp.int32),
+            "clips_without_effect": zeros(jnp.int32),
         }
-        small = (jnp.zeros([], jnp.int32), sample, jnp.zeros(blocks, jnp.float32))
+        state = (none, sample, zeros(jnp.float32))
         shardings = mesh_shardings(params, param_shardings)
-        return MetricsState(*replicate(small, shardings), measured.init(params))
+        count, sample, lowest = place_state(state, params, shardings)
+        return MetricsState(count, sample, lowest, measured.init(params))
 
     def update(updates: Tree, state: Tree, params: Tree = None, **extra: Any) -> tuple[Tree, Tree]:
         updates, inner_state = measured.update(updates, state.inner_state, params, **extra)
@@ -129,16 +134,11 @@ def metrics(
             # On Explicit mesh axes JAX would ask how every product is sharded.
             everywhere = NamedSharding(shardings.mesh, PartitionSpec())
             program = jax.sharding.auto_axes(program, out_sharding=everywhere)
-        sample, lowest = program(
-            state.count % every == 0,
-            (state.count, dict(state.sample), state.lowest),
-            leaves,
-            _momentum(inner_state, matrices.paths),
-            maxima,
-            value_at(threshold, state.count),
-        )
-        count = jnp.asarray(optax.safe_increment(jnp.asarray(state.count)))
-        return updates, MetricsState(*replicate((count, sample, lowest), shardings), inner_state)
+        state = (state.count, dict(state.sample), state.lowest)
+        momentum, now = _momentum(inner_state, matrices.paths), value_at(threshold, state[0])
+        state = program(state, every, leaves, momentum, maxima, now)
+        count, sample, lowest = place_state(state, updates, shardings)
+        return updates, MetricsState(count, sample, lowest, inner_state)
 
     return transformation("metrics", init, update)
 
@@ -147,25 +147,27 @@ def metrics(
 @functools.partial(jax.jit, static_argnums=0)
 def _next_sample(
     matrices: Matrices,
-    now: jax.Array,
     state: tuple[jax.Array, dict[str, jax.Array], jax.Array],
+    every: ScalarLike,
     updates: Sequence[jax.Array],
     momentum: dict[str, jax.Array],
     maxima: Sequence[jax.Array],
     threshold: ScalarLike,
-) -> tuple[dict[str, jax.Array], jax.Array]:
-    """The sample, a new one if `now`, and the lowest maximum of each block that is clipped."""
+) -> Tree:
+    """The count, the sample and the lowest maximum of each clipped block, after one more update."""
     count, old, lowest = state
-    without_effect = old["clips_without_effect"]
+    now, without_effect = count % every == 0, old["clips_without_effect"]
     sample = old | {"step": count.astype(jnp.int32)}
+
+    def stacked(values: Iterable[jax.Array], dtype: str = "float32") -> jax.Array:
+        return jnp.stack([x.astype(dtype) for x in values])
+
     if maxima:
         gammas = [clip_gamma(x, threshold) for x in maxima]
-        sample |= {
-            "max_logit": jnp.stack([x.max().astype(jnp.float32) for x in maxima]),
-            "min_gamma": jnp.stack([gamma.min().astype(jnp.float32) for gamma in gammas]),
-            "clipped_heads": jnp.stack([jnp.sum(gamma < 1, dtype=jnp.int32) for gamma in gammas]),
-        }
-        largest = jnp.stack([finite_max(x, range(x.ndim)).astype(jnp.float32) for x in maxima])
+        sample["max_logit"] = stacked(x.max() for x in maxima)
+        sample["min_gamma"] = stacked(gamma.min() for gamma in gammas)
+        sample["clipped_heads"] = stacked(((gamma < 1).sum() for gamma in gammas), "int32")
+        largest = stacked(finite_max(x, range(x.ndim)) for x in maxima)
         noticed = _NOTICEABLE * jnp.asarray(threshold, jnp.float32)
         clipped = clip_gamma(largest, noticed) < 1
         fell = (lowest == 0) | (largest < _FALL * lowest)
@@ -177,7 +179,8 @@ def _next_sample(
         lambda: {name: old[name] for name in OF_MATRICES},
     )
     sample = {name: jnp.where(now, x, old[name]) for name, x in sample.items()}
-    return sample | {"clips_without_effect": without_effect}, lowest
+    sample["clips_without_effect"] = without_effect
+    return optax.safe_increment(count), sample, lowest
 
 
 def _selected(tree: Tree, rules: tuple[Rule, ...] | None) -> list[str]:

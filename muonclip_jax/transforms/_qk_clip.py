@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from muonclip_jax._arguments import check_number, names_known
+from muonclip_jax._arguments import check_number, names_known, value_at
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree
 from muonclip_jax.clipping.clip import clip_tree
 from muonclip_jax.clipping.gamma import check_clip_settings
 from muonclip_jax.clipping.matching import find_in
 from muonclip_jax.heads.finding import Blocks, block_rules
-from muonclip_jax.transforms._checks import check_params, transformation, value_at
+from muonclip_jax.transforms._states import transformation
 
 
 class QKClipState(NamedTuple):
@@ -122,12 +122,11 @@ def qk_clip(
     def update(
         updates: Tree, state: Tree, params: Tree = None, *, max_logits: Tree = None, **_: object
     ) -> tuple[Tree, Tree]:
-        check_params("qk_clip", params, ", max_logits=max_logits")
-        if max_logits is None and jax.tree.leaves(params):
+        if params is None or (max_logits is None and jax.tree.leaves(params)):
             raise ValueError(
-                "qk_clip needs the largest attention logits of the forward pass: call "
-                "tx.update(grads, state, params, max_logits=max_logits), with what Flax returned "
-                "as intermediates or a dict {'path/of/attention': array of (heads,)}. "
+                "qk_clip needs the parameters and the largest attention logits of the forward "
+                "pass: call tx.update(grads, state, params, max_logits=max_logits), with what Flax "
+                "returned as intermediates or a dict {'path/of/attention': array of (heads,)}. "
                 "muonclip_jax.dot_product_attention returns them, muonclip_jax.linen and "
                 "muonclip_jax.nnx capture them. Flax's own TrainState.apply_gradients does not "
                 "pass them on; muonclip_jax.linen.TrainState does. To train without the clip, "

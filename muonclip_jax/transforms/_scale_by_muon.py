@@ -1,4 +1,4 @@
-"""`scale_by_muon`: momentum, then the polar factor; `orthogonalize_updates`: the latter alone."""
+"""`scale_by_muon`: momentum, then the polar factor of every matrix."""
 
 import functools
 from typing import NamedTuple
@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from muonclip_jax._arguments import check_flags, names_known
+from muonclip_jax._arguments import check_decay, check_flags, names_known, value_at
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree
 from muonclip_jax.newton_schulz import coefficients, plan_polar
 from muonclip_jax.routing import MatrixRules
 from muonclip_jax.sharding.mesh_shardings import Distribution, check_momentum
-from muonclip_jax.transforms._checks import check_decay, check_moments, transformation, value_at
 from muonclip_jax.transforms._matrix_axes import WeightDimNumOrFn
-from muonclip_jax.transforms._placing import Orthogonalizer, place_tree, replicate, zeros_on_mesh
+from muonclip_jax.transforms._orthogonalize_updates import Orthogonalizer
+from muonclip_jax.transforms._states import check_moments, place_state, transformation
 
 
 class MuonState(NamedTuple):
@@ -128,7 +128,7 @@ def scale_by_muon(
         Jordan et al. 2024, kellerjordan.github.io/posts/muon; Bernstein and Newhouse 2024,
         arXiv 2409.20325; Liu et al. 2025, arXiv 2502.16982.
     """
-    check_decay("beta", beta, 0.95, mu_dtype, schedule=True)
+    check_decay("beta", beta, mu_dtype, schedule=True)
     check_flags(nesterov=nesterov, bias_correction=bias_correction)
     polar = ns_coeffs, ns_steps, ns_method, ns_dtype, preconditioning, relative_eps
     plan = plan_polar(*polar, ns_implementation, platform)
@@ -138,16 +138,20 @@ def scale_by_muon(
     def init(params: Tree) -> MuonState:
         check_moments(params, mu_dtype)
         leaves = orthogonalizer.read(params, init=True)
+        zeros = functools.partial(optax.tree.zeros_like, params, dtype=mu_dtype)
+        mu = zeros()
+        if leaves.placed is not None:
+            mu = place_state(jax.eval_shape(zeros), params, leaves.placed)
         # Where an update leaves it, so that the second step has the types of the first.
-        count = replicate(jnp.zeros([], jnp.int32), leaves.shardings)
-        return MuonState(count, zeros_on_mesh(params, mu_dtype, leaves.placed))
+        count = place_state(jnp.zeros([], jnp.int32), params, leaves.shardings)
+        return MuonState(count, mu)
 
     def update(updates: Tree, state: Tree, params: Tree = None, **_: object) -> tuple[Tree, Tree]:
         leaves = orthogonalizer.read(updates)
         if param_shardings is None and leaves.sharded is not None:
             check_momentum(state.mu, leaves.sharded)
-        before, updates = (place_tree(tree, leaves.placed) for tree in (state.mu, updates))
-        count = jnp.asarray(optax.safe_increment(jnp.asarray(state.count)))
+        before, updates = place_state((state.mu, updates), updates, leaves.placed)
+        count = optax.safe_increment(state.count)
         decay = value_at(beta, state.count)
         weights = (decay, 1 - decay)
         # M <- beta M + (1 - beta) G
@@ -157,13 +161,13 @@ def scale_by_muon(
         if bias_correction:
             # Divided by 1 - beta^t; with Nesterov, the t of M is that of the next step.
             power = functools.partial(jax.lax.pow, jnp.asarray(decay, jnp.result_type(float)))
-            counts = (jnp.asarray(optax.safe_increment(count)), count)[-len(weights) :]
+            counts = (jnp.asarray(optax.safe_increment(count)), jnp.asarray(count))[-len(weights) :]
             weights = tuple(w / (1 - power(t)) for w, t in zip(weights, counts, strict=True))
         average = functools.partial(_average, weights)
         directions = jax.tree.map(lambda m, g: average(m, g).astype(g.dtype), mu, updates)
         polars = orthogonalizer.polar_factors(directions, leaves)
         mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
-        return polars, MuonState(count, place_tree(mu, leaves.placed))
+        return polars, MuonState(count, place_state(mu, updates, leaves.placed))
 
     return transformation("scale_by_muon", init, update)
 
@@ -175,80 +179,3 @@ def _average(weights: tuple[ScalarLike, ...], m: jax.Array, g: jax.Array) -> jax
     if len(weights) > 1:
         average = average + weights[1] * g.astype(dtype)
     return jnp.asarray(average, dtype)
-
-
-@names_known
-def orthogonalize_updates(
-    rules: MatrixRules | None = None,
-    *,
-    weight_dimension_numbers: WeightDimNumOrFn | None = None,
-    ns_coeffs: coefficients.Coefficients = coefficients.DEFAULT_SET,
-    ns_steps: int | None = None,
-    ns_method: str = coefficients.DEFAULT_METHOD,
-    ns_dtype: DTypeLike | None = coefficients.DEFAULT_DTYPE,
-    ns_implementation: str = "xla",
-    preconditioning: str | None = None,
-    eps: ScalarLike = coefficients.DEFAULT_EPS,
-    relative_eps: bool = True,
-    adaptive: bool = False,
-    param_shardings: Tree = None,
-    axis_name: str | tuple[str, ...] | None = None,
-    distribution: Distribution | None = None,
-    platform: str | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Replaces each matrix of the updates by its polar factor.
-
-    `scale_by_muon` is momentum followed by this transformation. Use it alone after a different
-    momentum, or after a transformation of the input to Newton-Schulz:
-
-        optax.chain(optax.trace(0.95, nesterov=True), normalize_rows, orthogonalize_updates())
-
-    Args:
-        rules: `MatrixRules`: which axes of a leaf form matrices; None is the built-in inference.
-        weight_dimension_numbers: As in `scale_by_muon`.
-        ns_coeffs: Newton-Schulz coefficients (see `orthogonalize`).
-        ns_steps: Number of steps (see `orthogonalize`).
-        ns_method: "auto", "standard", "gram" or "svd" (see `orthogonalize`).
-        ns_dtype: Dtype of the products (see `orthogonalize`).
-        ns_implementation: "xla" or the name of a kernel (see `orthogonalize`).
-        preconditioning: The first rescaling (see `orthogonalize`).
-        eps: As in `scale_by_muon`. May be traced; everything else is static.
-        relative_eps: As in `scale_by_muon`.
-        adaptive: Whether to multiply by the dual norm, as in `scale_by_muon`.
-        param_shardings: As in `scale_by_muon`.
-        axis_name: As in `scale_by_muon`.
-        distribution: As in `scale_by_muon`.
-        platform: "cpu", "gpu" or "tpu" (see `orthogonalize`).
-
-    Returns:
-        A stateless transformation. Updates keep their dtype and are sharded like the parameters.
-
-    Raises:
-        ValueError: At construction for an invalid hyperparameter; while tracing for a leaf that is
-            not a matrix, with its path.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> tx = orthogonalize_updates(ns_method="svd")
-        >>> updates = {"w": jnp.array([[3.0, 0.0, 0.0], [0.0, -0.1, 0.0]])}
-        >>> tx.update(updates, tx.init(updates))[0]["w"].tolist()
-        [[1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]
-
-    References:
-        Jordan et al. 2024, kellerjordan.github.io/posts/muon; Bernstein and Newhouse 2024,
-        arXiv 2409.20325.
-    """
-    polar = ns_coeffs, ns_steps, ns_method, ns_dtype, preconditioning, relative_eps
-    plan = plan_polar(*polar, ns_implementation, platform)
-    leaves = rules, weight_dimension_numbers, param_shardings, axis_name, distribution
-    orthogonalizer = Orthogonalizer(plan, eps, adaptive, *leaves)
-
-    def init(params: Tree) -> optax.EmptyState:
-        orthogonalizer.read(params, init=True)
-        return optax.EmptyState()
-
-    def update(updates: Tree, state: Tree, params: Tree = None, **_: object) -> tuple[Tree, Tree]:
-        leaves = orthogonalizer.read(updates)
-        return orthogonalizer.polar_factors(place_tree(updates, leaves.placed), leaves), state
-
-    return optax.GradientTransformationExtraArgs(init, update)

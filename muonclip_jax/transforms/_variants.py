@@ -7,12 +7,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from muonclip_jax._arguments import check_flags, check_number, names_known
+from muonclip_jax._arguments import (
+    check_decay,
+    check_flags,
+    check_mask,
+    check_number,
+    names_known,
+    value_at,
+)
 from muonclip_jax._tree import ScalarLike, ScalarOrSchedule, Tree
 from muonclip_jax.routing import MatrixRules
-from muonclip_jax.transforms._checks import check_decay, check_mask, check_params, value_at
 from muonclip_jax.transforms._matrix_axes import MatrixAxes, WeightDimNumOrFn, matrix_axes
-from muonclip_jax.transforms._placing import on_mesh, zeros
+from muonclip_jax.transforms._states import on_mesh
 
 
 class NeuronRmsState(NamedTuple):
@@ -71,7 +77,7 @@ def scale_by_neuron_rms(
     References:
         Li et al. 2025, NorMuon, arXiv 2510.05491, Algorithm 1.
     """
-    check_decay("b2", b2, 0.95)
+    check_decay("b2", b2)
     check_number("eps", eps, "finite and not negative")
 
     def square(u: jax.Array, a: MatrixAxes) -> jax.Array:
@@ -80,7 +86,7 @@ def scale_by_neuron_rms(
     def init(params: Tree) -> NeuronRmsState:
         axes = matrix_axes(params, rules, weight_dimension_numbers=weight_dimension_numbers)
         nu = jax.eval_shape(lambda tree: jax.tree.map(square, tree, axes), params)
-        return NeuronRmsState(zeros(nu))
+        return NeuronRmsState(nu)
 
     def update(updates: Tree, state: Tree, params: Tree = None, **_: object) -> tuple[Tree, Tree]:
         axes = matrix_axes(updates, rules, weight_dimension_numbers=weight_dimension_numbers)
@@ -170,15 +176,18 @@ def hyperball(
     def init(params: Tree) -> HyperballState:
         axes = matrix_axes(params, rules, weight_dimension_numbers=weight_dimension_numbers)
         norm = jax.eval_shape(lambda tree: norms(tree, axes), params)
-        return HyperballState(jnp.zeros([], jnp.int32), zeros(norm))
+        return HyperballState(jnp.zeros([], jnp.int32), norm)
 
     def update(updates: Tree, state: Tree, params: Tree = None, **_: object) -> tuple[Tree, Tree]:
-        check_params("hyperball", params)
+        if params is None:
+            raise ValueError("hyperball needs the parameters: tx.update(grads, state, params).")
         axes = matrix_axes(updates, rules, weight_dimension_numbers=weight_dimension_numbers)
-        rate = value_at(learning_rate, state.count)
-
-        def first(n: jax.Array, now: jax.Array) -> jax.Array:
-            return jnp.where(state.count == 0, now.astype(n.dtype), n)
+        rate, is_first = value_at(learning_rate, state.count), state.count == 0
+        norm = jax.tree.map(
+            lambda n, now: jnp.where(is_first, now.astype(n.dtype) + jnp.zeros_like(n), n),
+            state.norm,
+            norms(params, axes),
+        )
 
         def step(u: jax.Array, p: jax.Array, n: jax.Array, a: MatrixAxes) -> jax.Array:
             wide = jnp.promote_types(jnp.promote_types(u.dtype, p.dtype), jnp.float32)
@@ -190,8 +199,7 @@ def hyperball(
             kept = jnp.where(n == 0, jnp.minimum(length, radius), radius)
             return (_ratio(kept, length) * moved - p_wide).astype(u.dtype)
 
-        norm = jax.tree.map(first, state.norm, norms(params, axes))
-        count = jnp.asarray(optax.safe_increment(jnp.asarray(state.count)))
+        count = jnp.asarray(optax.safe_increment(state.count))
         return jax.tree.map(step, updates, params, norm, axes), HyperballState(count, norm)
 
     return on_mesh(optax.GradientTransformationExtraArgs(init, update), param_shardings)
@@ -254,7 +262,10 @@ def add_weight_decay(
     decay = optax.add_decayed_weights(weight_decay, mask)
 
     def update(updates: Tree, state: Tree, params: Tree = None, **_: object) -> tuple[Tree, Tree]:
-        check_params("add_weight_decay", params)
+        if params is None:
+            raise ValueError(
+                "add_weight_decay needs the parameters: tx.update(grads, state, params)."
+            )
         decayed = params
         if base_width is not None:
             decayed = jax.tree.map(

@@ -92,7 +92,7 @@ def test_axes_follow_rules_masks_and_refuse_what_is_no_matrix():
     assert (axes.batch, axes.inputs, axes.outputs) == ((1,), (0,), (2,))
     with pytest.raises(ValueError, match="bias of shape"):
         mc.matrix_axes({"bias": jnp.ones(3)})
-    with pytest.raises(ValueError, match="over='rows' is unknown"):
+    with pytest.raises(ValueError, match="over='rows' is not known"):
         axes.sum(jnp.ones((8, 4, 2)), "rows")
 
 
@@ -147,6 +147,13 @@ def test_hyperball_keeps_norms_and_lets_a_zero_matrix_grow(params: Any):
     # And it stops at its bound: sqrt(fan_out), in a single step that is longer than it.
     far, _ = run(mc.hyperball(2.0, **GIVEN), ZERO)
     assert float(jnp.linalg.norm(far["plain"])) == pytest.approx(4.0, rel=1e-5)
+
+
+def test_map_params_finds_the_moments_with_a_spec_for_every_leaf():
+    for tx in (mc.scale_by_neuron_rms(**GIVEN), mc.hyperball(0.1, **GIVEN)):
+        state = tx.init(PARAMS)
+        found = optax.tree.map_params(tx, lambda x: x.shape, state, transform_non_params=jnp.shape)
+        assert found == jax.tree.map(jnp.shape, state)
 
 
 @pytest.mark.parametrize("attention", ["merged", "per_head"])
@@ -239,8 +246,11 @@ TRANSFORMATIONS = {
 }
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+KINDS = [*zip(TRANSFORMATIONS, [AUTO, EXPLICIT] * 2, strict=True), ("hyperball", EXPLICIT)]
+
+
+@pytest.mark.parametrize(("name", "kind"), [*KINDS, ("orthogonalize_updates", EXPLICIT)])
 def test_one_device_equals_eight(name: str, kind: AxisType):
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
     shardings = {leaf: NamedSharding(mesh, spec) for leaf, spec in PARTITIONS.items()}

@@ -1,114 +1,27 @@
-"""The matrices and shardings of a tree, read once an update; trees and states placed on a mesh."""
+"""`orthogonalize_updates`: the polar factor of every matrix of a tree, on one device or a mesh."""
 
 import dataclasses
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from muonclip_jax._arguments import check_flags, check_number, check_type
+from muonclip_jax._arguments import check_flags, check_number, check_type, names_known
 from muonclip_jax._devices import varying_axes
 from muonclip_jax._tree import ScalarLike, Tree
-from muonclip_jax.newton_schulz import PolarPlan
+from muonclip_jax.newton_schulz import PolarPlan, coefficients, plan_polar
 from muonclip_jax.routing import MatrixRules, MatrixSpec, as_rules, resolve_muon_specs
 from muonclip_jax.sharding.mesh_shardings import (
     Distribution,
     MeshShardings,
-    on_devices,
-    place,
     zero1_shardings,
 )
 from muonclip_jax.sharding.reading import read_shardings
 from muonclip_jax.sharding.run import orthogonalize_leaves
 from muonclip_jax.transforms._matrix_axes import WeightDimNumOrFn
-
-T = TypeVar("T")
-
-
-def mesh_shardings(tree: Tree, param_shardings: Tree) -> MeshShardings | None:
-    """The shardings of a tree; None inside of `shard_map`, where arrays are local."""
-    shardings = read_shardings(tree, param_shardings, warn=False)
-    return None if shardings is None or shardings.mesh.manual_axes else shardings
-
-
-def place_tree(tree: T, shardings: MeshShardings | None) -> T:
-    return tree if shardings is None else jax.tree.map(place, tree, _by_leaf(tree, shardings))
-
-
-def _by_leaf(tree: Tree, shardings: MeshShardings) -> Tree:
-    return jax.tree.unflatten(jax.tree.structure(tree), shardings.shardings())
-
-
-def replicate(tree: T, shardings: MeshShardings | None) -> T:
-    """Places small arrays on every device of a mesh."""
-    if shardings is None or shardings.mesh.manual_axes:
-        return tree
-    everywhere = NamedSharding(shardings.mesh, PartitionSpec())
-    return jax.tree.map(lambda x: place(x, everywhere), tree)
-
-
-def zeros(forms: Tree) -> Tree:
-    """Zeros of shapes and dtypes, on no mesh; each is an array of its own, so it can be donated."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), forms)
-
-
-def zeros_on_mesh(
-    params: optax.Params, dtype: DTypeLike | None, shardings: MeshShardings | None
-) -> optax.Updates:
-    """Zeros like the parameters; outside of a trace every device creates its own shard."""
-    if shardings is None or isinstance(jnp.zeros(()), Tracer):
-        return place_tree(optax.tree.zeros_like(params, dtype=dtype), shardings)
-    return jax.tree.map(
-        lambda x, sharding: jnp.zeros(x.shape, dtype or x.dtype, device=on_devices(sharding)),
-        params,
-        _by_leaf(params, shardings),
-    )
-
-
-def on_mesh(
-    tx: optax.GradientTransformation, param_shardings: Tree
-) -> optax.GradientTransformationExtraArgs:
-    """Returns `tx` with updates and state sharded like the parameters.
-
-    Under jit, zeros that `init` makes have no sharding: JAX replicates them, and the compiler
-    chooses the sharding after an update. A moment is replicated along dimensions of length one,
-    which may be reduced, and so is everything that is no tree like the parameters.
-    """
-    tx = optax.with_extra_args_support(tx)
-
-    def placed(state: Tree, like: Tree, shardings: MeshShardings | None) -> Tree:
-        if shardings is None:
-            return state
-        by_leaf = _by_leaf(like, shardings)
-
-        def place_moment(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-            axes = zip(sharding.spec, x.shape, strict=False)
-            spec = [names if length > 1 else None for names, length in axes]
-            return place(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
-
-        def is_moments(node: Tree) -> bool:
-            return jax.tree.structure(node) == jax.tree.structure(like)
-
-        def place_part(node: Tree) -> Tree:
-            if is_moments(node):
-                return jax.tree.map(place_moment, node, by_leaf)
-            return replicate(node, shardings)
-
-        return jax.tree.map(place_part, state, is_leaf=is_moments)
-
-    def init(params: Tree) -> Tree:
-        return placed(tx.init(params), params, mesh_shardings(params, param_shardings))
-
-    def update(updates: Tree, state: Tree, params: Tree = None, **extra: Any) -> tuple[Tree, Tree]:
-        new, after = tx.update(updates, state, params, **extra)
-        shardings = mesh_shardings(updates, param_shardings)
-        return place_tree(new, shardings), placed(after, updates, shardings)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+from muonclip_jax.transforms._states import place_state
 
 
 class Leaves(NamedTuple):
@@ -183,7 +96,86 @@ class Orthogonalizer:
         if self.adaptive:
             beside = polars
             if leaves.sharded is not leaves.shardings:
-                beside = place_tree(polars, leaves.sharded)
+                beside = place_state(polars, xs, leaves.sharded)
             # <U, O> is the sum of U's singular values where O is its polar factor.
             polars = [jnp.sum(u.conj() * b) * o for u, b, o in zip(xs, beside, polars, strict=True)]
         return jax.tree.unflatten(treedef, polars)
+
+
+@names_known
+def orthogonalize_updates(
+    rules: MatrixRules | None = None,
+    *,
+    weight_dimension_numbers: WeightDimNumOrFn | None = None,
+    ns_coeffs: coefficients.Coefficients = coefficients.DEFAULT_SET,
+    ns_steps: int | None = None,
+    ns_method: str = coefficients.DEFAULT_METHOD,
+    ns_dtype: DTypeLike | None = coefficients.DEFAULT_DTYPE,
+    ns_implementation: str = "xla",
+    preconditioning: str | None = None,
+    eps: ScalarLike = coefficients.DEFAULT_EPS,
+    relative_eps: bool = True,
+    adaptive: bool = False,
+    param_shardings: Tree = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    distribution: Distribution | None = None,
+    platform: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replaces each matrix of the updates by its polar factor.
+
+    `scale_by_muon` is momentum followed by this transformation. Use it alone after a different
+    momentum, or after a transformation of the input to Newton-Schulz:
+
+        optax.chain(optax.trace(0.95, nesterov=True), normalize_rows, orthogonalize_updates())
+
+    Args:
+        rules: `MatrixRules`: which axes of a leaf form matrices; None is the built-in inference.
+        weight_dimension_numbers: As in `scale_by_muon`.
+        ns_coeffs: Newton-Schulz coefficients (see `orthogonalize`).
+        ns_steps: Number of steps (see `orthogonalize`).
+        ns_method: "auto", "standard", "gram" or "svd" (see `orthogonalize`).
+        ns_dtype: Dtype of the products (see `orthogonalize`).
+        ns_implementation: "xla" or the name of a kernel (see `orthogonalize`).
+        preconditioning: The first rescaling (see `orthogonalize`).
+        eps: As in `scale_by_muon`. May be traced; everything else is static.
+        relative_eps: As in `scale_by_muon`.
+        adaptive: Whether to multiply by the dual norm, as in `scale_by_muon`.
+        param_shardings: As in `scale_by_muon`.
+        axis_name: As in `scale_by_muon`.
+        distribution: As in `scale_by_muon`.
+        platform: "cpu", "gpu" or "tpu" (see `orthogonalize`).
+
+    Returns:
+        A stateless transformation. Updates keep their dtype and are sharded like the parameters.
+
+    Raises:
+        ValueError: At construction for an invalid hyperparameter; while tracing for a leaf that is
+            not a matrix, with its path.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tx = orthogonalize_updates(ns_method="svd")
+        >>> updates = {"w": jnp.array([[3.0, 0.0, 0.0], [0.0, -0.1, 0.0]])}
+        >>> tx.update(updates, tx.init(updates))[0]["w"].tolist()
+        [[1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]
+
+    References:
+        Jordan et al. 2024, kellerjordan.github.io/posts/muon; Bernstein and Newhouse 2024,
+        arXiv 2409.20325.
+    """
+    polar = ns_coeffs, ns_steps, ns_method, ns_dtype, preconditioning, relative_eps
+    plan = plan_polar(*polar, ns_implementation, platform)
+    leaves = rules, weight_dimension_numbers, param_shardings, axis_name, distribution
+    orthogonalizer = Orthogonalizer(plan, eps, adaptive, *leaves)
+
+    def init(params: Tree) -> optax.EmptyState:
+        orthogonalizer.read(params, init=True)
+        return optax.EmptyState()
+
+    def update(updates: Tree, state: Tree, params: Tree = None, **_: object) -> tuple[Tree, Tree]:
+        leaves = orthogonalizer.read(updates)
+        return orthogonalizer.polar_factors(
+            place_state(updates, updates, leaves.placed), leaves
+        ), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
