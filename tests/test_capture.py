@@ -85,7 +85,7 @@ BOTH = ("linen", "nnx")
 DROPOUT = {"dropout_rate": 0.5, "deterministic": False}
 RNGS = {"rngs": {"dropout": jax.random.key(3)}}
 CAUSAL = {"mask": None, "is_causal": True}
-EINSUM = {"qk_attn_weights_einsum_cls": lambda: jnp.einsum}
+PRODUCTS = ("qk_attn_weights_einsum_cls", "attn_weights_value_einsum_cls")
 #: Frameworks, settings of the module, and arguments of a call; "ours" is our attention function.
 SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
     "plain": (BOTH, {}, {}),
@@ -93,11 +93,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
     "float16 with dropout": (("linen",), {"dtype": "float16", **DROPOUT}, RNGS),
     "dropout with rngs of the call": (("nnx",), {"keep_rngs": False, **DROPOUT}, RNGS),
     "normalised": (BOTH, {"normalize_qk": True}, {}),
-    "products of the user's own": (
-        ("linen",),
-        {"attn_weights_value_einsum_cls": lambda: jnp.einsum, **EINSUM},
-        {},
-    ),
+    "products of the user's own": (("linen",), dict.fromkeys(PRODUCTS, lambda: jnp.einsum), {}),
     "a function of the user's own": (("linen",), {"attention_fn": _twice}, {}),
     "the same in NNX": (("nnx",), {"attention_fn": _twice_nnx}, {}),
     "ours, bound": (BOTH, {"attention_fn": "bound"}, {}),
@@ -107,6 +103,16 @@ SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
     "causal": (("nnx",), {}, CAUSAL),
     "ours, causal": (("nnx",), {"attention_fn": "ours"}, CAUSAL),
 }
+
+
+@pytest.mark.parametrize(("ours", "flax"), [(mc_linen, nn), (mc_nnx, nnx)])
+def test_dropout_and_products_of_the_users_own_are_those_of_flax(ours, flax):
+    x, key = X.reshape(2, LENGTH, HEADS, -1), RNGS["rngs"]["dropout"]
+    doubled = lambda *arguments: 2 * jnp.einsum(*arguments)  # noqa: E731
+    own = {"attn_weights_value_einsum": doubled, "qk_attn_weights_einsum": doubled}
+    for given in ({"dropout_rng": key, "dropout_rate": 0.5}, own if flax is nn else {}):
+        out, expected = (each.dot_product_attention(x, x, x, **given) for each in (ours, flax))
+        np.testing.assert_allclose(out, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

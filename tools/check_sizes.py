@@ -16,7 +16,7 @@ PACKAGE = ROOT / "muonclip_jax"
 #: Lines with docstrings; in brackets the aim.
 SUBPACKAGES = {
     "_commands": 335,  # (250)
-    "linen": 369,  # (400)
+    "linen": 344,  # (400)
     "checkpoint": 444,  # (400)
     "transforms": 1965,  # (1,200)
     "sharding": 1291,
@@ -35,8 +35,8 @@ LONGER_FUNCTIONS = {
     "_program": 95,
 }
 TOTAL = {
-    "muonclip_jax": 12_663,  # (11,000)
-    "tests": 12_344,  # (12,000)
+    "muonclip_jax": 12_638,  # (11,000)
+    "tests": 12_342,  # (12,000)
     "benchmarks": 3_997,
 }
 

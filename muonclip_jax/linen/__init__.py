@@ -12,6 +12,8 @@ scales. Under `nn.scan` and `nn.vmap` maxima are stacked like the kernels, if `v
 contains `intermediates` in addition to `params`.
 """
 
-from muonclip_jax.linen.attention import dot_product_attention as dot_product_attention
-from muonclip_jax.linen.capture import capture_max_logits as capture_max_logits
+from muonclip_jax.linen.attention import (
+    capture_max_logits as capture_max_logits,
+    dot_product_attention as dot_product_attention,
+)
 from muonclip_jax.linen.train_state import TrainState as TrainState

@@ -1,7 +1,7 @@
-"""Flax's attention function that records its largest logits in the module that calls it."""
+"""Attention that records its largest logits in the module that calls it, and their capture."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -9,20 +9,27 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import errors
+from flax.core.scope import CollectionFilter, in_filter, union_filters
 from flax.linen.dtypes import promote_dtype
 from jax import lax
-from jax.lax import PrecisionLike
 from jaxtyping import Array, Float
 
-from muonclip_jax._tree import MAX_LOGITS, SEPARATOR
+from muonclip_jax._tree import MAX_LOGITS, SEPARATOR, Tree
 from muonclip_jax.attention.dot_product import dot_product_attention as attend
 from muonclip_jax.attention.inputs import bias_permits, permitted_max
-from muonclip_jax.attention.recording import arguments_of, as_bool, with_arguments_of
+from muonclip_jax.attention.maxima import only_max_logits
+from muonclip_jax.attention.recording import (
+    RecordingBeside,
+    arguments_of,
+    as_bool,
+    records,
+    with_arguments_of,
+)
 
-COLLECTION = "intermediates"
+_COLLECTION = "intermediates"
 
 # Whether a capture is active: then failing to record is an error.
-capturing: ContextVar[bool] = ContextVar("capturing", default=False)
+_capturing: ContextVar[bool] = ContextVar("capturing", default=False)
 
 
 # With one of these arguments attention is Flax's own: it sows its weights, or products are given.
@@ -36,7 +43,7 @@ class _Probe(nn.Module):
     """An empty module, whose parent is the module that is being called."""
 
 
-def record(max_logits: Float[Array, " N"], module: nn.Module | None = None) -> None:
+def _record(max_logits: Float[Array, " N"], module: nn.Module | None = None) -> None:
     """Sows maxima at the path of a module, if `intermediates` are collected.
 
     By default it is the module whose method is running; outside of any, nothing is recorded.
@@ -52,47 +59,34 @@ def record(max_logits: Float[Array, " N"], module: nn.Module | None = None) -> N
         module = parent if isinstance(parent, nn.Module) else None
     if module is None or module.scope is None or module.is_initializing():
         return
-    if not module.sow(COLLECTION, MAX_LOGITS, max_logits) and capturing.get():
+    if not module.sow(_COLLECTION, MAX_LOGITS, max_logits) and _capturing.get():
         raise ValueError(
             f"The maxima of {SEPARATOR.join(module.path)!r} are lost, because a transformation "
-            f"around it does not return the collection {COLLECTION!r}. Add it, for example "
+            f"around it does not return the collection {_COLLECTION!r}. Add it, for example "
             "nn.scan(..., variable_axes={'params': 0, 'intermediates': 0})."
         )
 
 
-def flax_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    bias: jax.Array | None = None,
-    mask: jax.Array | None = None,
-    *,
-    precision: PrecisionLike = None,
-    einsum_dot_general: Callable[..., jax.Array] | None = None,
-    qk_attn_weights_einsum: Callable[..., jax.Array] | None = None,
-    attn_weights_value_einsum: Callable[..., jax.Array] | None = None,
-    **keywords: Any,
-) -> tuple[jax.Array, jax.Array]:
+def _flax_attention(given: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
     """Runs Flax's own attention, bit for bit, and takes the maxima from the logits it computes.
 
     Flax takes the product that computes the logits as an argument. This one wraps Flax's own.
     """
+    dot_general = given.pop("einsum_dot_general") or lax.dot_general
     plain = functools.partial(
-        jnp.einsum, precision=precision, _dot_general=einsum_dot_general or lax.dot_general
+        jnp.einsum, precision=given.pop("precision"), _dot_general=dot_general
     )
+    einsum, mask, bias = given["qk_attn_weights_einsum"] or plain, given["mask"], given["bias"]
     seen: list[jax.Array] = []
 
     def logits_einsum(subscripts: str, query: jax.Array, key: jax.Array) -> jax.Array:
-        logits = (qk_attn_weights_einsum or plain)(subscripts, query, key)
+        logits = einsum(subscripts, query, key)
         seen.append(lax.stop_gradient(logits))
         return logits
 
-    out = nn.dot_product_attention(
-        *(query, key, value, bias, mask),
-        qk_attn_weights_einsum=logits_einsum,
-        attn_weights_value_einsum=attn_weights_value_einsum or plain,
-        **keywords,
-    )
+    given["qk_attn_weights_einsum"] = logits_einsum
+    given["attn_weights_value_einsum"] = given["attn_weights_value_einsum"] or plain
+    out = nn.dot_product_attention(**given)
     (logits,) = seen
     permitted = as_bool(mask)
     if bias is not None:
@@ -154,9 +148,117 @@ def dot_product_attention(
     given.update(query=query, key=key, value=value)
     drops = given["dropout_rate"] > 0.0 and not given["deterministic"]
     if drops or any(given[name] is not None for name in _OF_FLAX):
-        out, max_logits = flax_attention(**given)
+        out, max_logits = _flax_attention(given)
     else:
         bias, mask = given["bias"], as_bool(given["mask"])
         out, max_logits = attend(query, key, value, bias, mask, implementation=implementation)
-    record(max_logits, record_in or given["module"])
+    _record(max_logits, record_in or given["module"])
     return out
+
+
+@functools.wraps(nn.dot_product_attention)
+def _flax_recording(*arguments: Any, **keywords: Any) -> jax.Array:
+    """Flax's default attention, bit for bit, and the maxima of its own logits."""
+    given = arguments_of(nn.dot_product_attention, *arguments, **keywords)
+    out, max_logits = _flax_attention(given)
+    _record(max_logits)
+    return out
+
+
+def _record_flax_attention(
+    method: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    keywords: Mapping[str, Any],
+    context: nn.module.InterceptorContext,
+) -> Any:
+    """Makes Flax's attention modules record while one of their calls runs."""
+    module = context.module
+    if not isinstance(module, nn.MultiHeadDotProductAttention) or context.method_name != "__call__":
+        return method(*arguments, **keywords)
+    attention_fn = recording = module.attention_fn
+    if attention_fn is nn.dot_product_attention:
+        recording = _flax_recording
+    elif not records(attention_fn, dot_product_attention):
+        recording = RecordingBeside(attention_fn, promote_dtype, _record)
+    # A bound module is this call's own copy; its field is put back all the same.
+    object.__setattr__(module, "attention_fn", recording)
+    try:
+        return method(*arguments, **keywords)
+    finally:
+        object.__setattr__(module, "attention_fn", attention_fn)
+
+
+def capture_max_logits(apply_fn: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """Makes `model.apply` also return the largest logit of every attention head.
+
+    The model and its output do not change, bit for bit. Flax's attention modules and their
+    subclasses record while the call runs: with Flax's default `attention_fn` the maxima are those
+    of its logits; with another one they are computed separately, block by block, from its
+    arguments, without any scaling or masking inside of it. Other entries sown as `max_logits` are
+    returned too. Works under `jit`, `value_and_grad`, `nn.remat`, `nn.scan` and `nn.vmap`.
+
+    Args:
+        apply_fn: `model.apply`, or a function with the same first argument and `mutable=`.
+
+    Returns:
+        A function of the same arguments that returns the result of `apply_fn`, and the tree of
+        maxima with the paths of the attention modules.
+
+    Raises:
+        TypeError: If `apply_fn` is a model, a jitted function or not a function.
+        ValueError: From the returned function: if no attention module recorded a maximum, or if a
+            transformation such as `nn.scan` does not return `intermediates`.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> model = nn.Sequential([nn.Dense(8), nn.MultiHeadAttention(num_heads=2)])
+        >>> x = jnp.ones((1, 3, 8))
+        >>> params = model.init(jax.random.key(0), x)
+        >>> out, max_logits = capture_max_logits(model.apply)(params, x)
+        >>> jax.tree.map(jnp.shape, max_logits)
+        {'layers_1': {'max_logits': (2,)}}
+    """
+    is_jitted = isinstance(apply_fn, jax.stages.Wrapped)
+    if is_jitted or isinstance(apply_fn, nn.Module) or not callable(apply_fn):
+        given = "a jitted function" if is_jitted else f"a {type(apply_fn).__name__}"
+        raise TypeError(
+            f"capture_max_logits takes model.apply, got {given}. Write out, max_logits = "
+            "capture_max_logits(model.apply)(variables, inputs); if it is to be compiled, as a "
+            "whole: jax.jit(capture_max_logits(model.apply))."
+        )
+
+    @functools.wraps(apply_fn)
+    def captured(
+        variables: Tree, *arguments: Any, mutable: CollectionFilter = False, **keywords: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        if not isinstance(variables, Mapping):
+            raise TypeError(
+                "The first argument must be the variables, {'params': params}, got a "
+                f"{type(variables).__name__}. Write capture_max_logits(model.apply)(variables, "
+                "inputs); an NNX model goes to muonclip_jax.nnx.capture_max_logits(model)."
+            )
+        # Recordings of earlier calls are dropped.
+        variables = {name: tree for name, tree in variables.items() if name != _COLLECTION}
+        keywords["mutable"] = union_filters(mutable, [_COLLECTION])
+        token = _capturing.set(True)
+        try:
+            with nn.intercept_methods(_record_flax_attention):
+                out, state = apply_fn(variables, *arguments, **keywords)
+        finally:
+            _capturing.reset(token)
+        max_logits = only_max_logits(state.get(_COLLECTION, {}))
+        if not max_logits:
+            raise ValueError(
+                "No attention module recorded a maximum logit. Only "
+                "nn.MultiHeadDotProductAttention and its subclasses, such as nn.SelfAttention and "
+                "nn.MultiHeadAttention, do so automatically. In other attention modules call "
+                "muonclip_jax.linen.dot_product_attention, or sow maxima "
+                f"yourself: self.sow({_COLLECTION!r}, {MAX_LOGITS!r}, max_logits)."
+            )
+        if mutable is False:
+            return out, max_logits
+        if not in_filter(mutable, _COLLECTION):
+            state = {name: tree for name, tree in state.items() if name != _COLLECTION}
+        return (out, state), max_logits
+
+    return captured

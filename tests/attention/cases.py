@@ -43,7 +43,7 @@ CASES: dict[str, tuple[int, int, int, int, Callable[..., dict[str, Any]]]] = {
     "causal, more keys": (40, 72, 4, 2, _fixed(is_causal=True)),
     "causal, more queries": (72, 40, 4, 2, _fixed(is_causal=True)),
     "sided window": (72, 72, 4, 4, _fixed(local_window_size=(5, 1))),
-    "causal window": (72, 72, 4, 2, _fixed(is_causal=True, local_window_size=(4, 0))),
+    "causal window": (72, 72, 4, 2, _fixed(is_causal=True, local_window_size=(4, 2))),
     "many blocks of a window": (200, 150, 2, 1, _fixed(local_window_size=(40, 30))),
     "window past the keys": (72, 40, 4, 2, _fixed(local_window_size=3)),
     "mask": (40, 40, 4, 2, lambda r, s: {"mask": _mask(r, s)}),

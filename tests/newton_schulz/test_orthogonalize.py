@@ -9,12 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from muonclip_jax.newton_schulz import iteration
-from muonclip_jax.newton_schulz._orthogonalize import (
-    apply_polar,
-    apply_polar_by_columns,
-    orthogonalize,
-)
+from muonclip_jax.newton_schulz import apply_polar, iteration, orthogonalize
+from muonclip_jax.newton_schulz._orthogonalize import apply_polar_by_columns
 from muonclip_jax.newton_schulz.coefficients import (
     COEFFICIENT_SETS,
     GROWTH,
