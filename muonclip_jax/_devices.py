@@ -15,21 +15,8 @@ from jax.core import Tracer
 from jax.interpreters import batching, mlir
 from jax.sharding import AbstractMesh, Mesh
 
-from muonclip_jax._arguments import check_choice
-
 #: The platforms that JAX lowers for, and what `platform=` calls them.
 PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
-
-
-def check_platform(platform: str | None) -> str | None:
-    """Returns a caller's `platform=` by our name for it, or raises if there is none.
-
-    Example:
-        >>> check_platform("cuda")
-        'gpu'
-    """
-    check_choice("platform", platform, ("cpu", "gpu", "tpu", "cuda", "rocm", None))
-    return platform and PLATFORMS.get(platform, platform)
 
 
 def plan_platform(

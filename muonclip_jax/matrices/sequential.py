@@ -63,10 +63,7 @@ def orthogonalize_on_one_device(
     """Replaces every matrix by its polar factor, in stacks of at most `max_stack_bytes`."""
     plans = [plan_leaf(x.shape, spec) for x, spec in zip(leaves, specs, strict=True)]
     dtypes = [x.dtype.name for x in leaves]
-
-    def function(x: jax.Array) -> jax.Array:
-        return _polar(polar, x, eps)
-
+    function = functools.partial(_polar, polar, eps=eps)
     if polar.platform == "cpu":
         share = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves) // _CPU_STACK_SHARE
         chunks = plan_chunks(plans, dtypes, min(max(_CPU_STACK_BYTES, share), max_stack_bytes))

@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh
 
 from muonclip_jax._arguments import check_choice
-from muonclip_jax._devices import check_lowering, check_platform, plan_platform
+from muonclip_jax._devices import PLATFORMS, check_lowering, plan_platform
 from muonclip_jax.kernels import SYMMETRIC, load_kernel
 from muonclip_jax.newton_schulz.coefficients import (
     DEFAULT_DTYPE,
@@ -191,10 +191,9 @@ def plan_polar(
             f"the polynomial. Pass {instead}ns_method='standard', or ns_method='auto', which uses "
             "the Gram form where it is stable."
         )
-    platform = check_platform(platform)
-    plan = PolarPlan(
-        rows, ns_method, dtype, preconditioning, relative_eps, ns_implementation, platform
-    )
+    check_choice("platform", platform, ("cpu", "gpu", "tpu", "cuda", "rocm", None))
+    settings = rows, ns_method, dtype, preconditioning, relative_eps, ns_implementation
+    plan = PolarPlan(*settings, platform and PLATFORMS.get(platform, platform))
     if ns_method == "svd":
         plan.choose_dtype("float32")
     return plan

@@ -186,11 +186,7 @@ def scale_by_shape(
         >>> float(tx.update(params, tx.init(params))[0]["w"][0, 0])
         1.0
     """
-    if rule not in (None, "width_transfer", "rms_to_rms"):
-        raise ValueError(
-            f"rule={rule!r} is not known. Write 'width_transfer' or 'rms_to_rms'; "
-            "c sqrt(max(fan_in, fan_out)) is consistent_rms=c."
-        )
+    check_choice("rule", rule, (None, "width_transfer", "rms_to_rms"))
     if consistent_rms is not None:
         hint = "Write 0.2 for AdamW's RMS, None for none."
         check_number("consistent_rms", consistent_rms, "positive and finite", hint)

@@ -17,10 +17,9 @@ _QKV = _array(4, 2 * 3 * 5)
 _GROUPED = _array(6, 2 * (3 + 2) * 4)  # two groups of three query heads, a key and a value head
 _KV_B = _array(8, 2, 3 + 4)
 _STACKED = _array(3, 4, 2, 5)
-_PLAIN, _QUERY, _OUT = _array(4, 6), _array(4, 2, 5), _array(2, 5, 4)
+_PLAIN, _QUERY, _OUT, _LAST = _array(4, 6), _array(4, 2, 5), _array(2, 5, 4), _array(4, 5, 3)
 _EVERY_HEAD, _EVERY_GROUP = ((1, 1, 1), (2, 3, 5), 1), ((3, 1, 1), (2, 5, 4), 1)
 CASES = {
-    "plain": (_PLAIN, MatrixSpec(), [_PLAIN[None]]),
     "attention query": (_QUERY, MatrixSpec((0, (1, 2))), [_QUERY.reshape(1, 4, 10)]),
     "attention output": (_OUT, MatrixSpec(((0, 1), 2)), [_OUT.reshape(1, 10, 4)]),
     "one matrix a head": (_QUERY, MatrixSpec((0, 2)), [np.moveaxis(_QUERY, 1, 0)]),
@@ -30,6 +29,7 @@ CASES = {
         MatrixSpec((0, (2, 3))),
         [np.moveaxis(_STACKED, 1, 0).reshape(4, 3, 10)],
     ),
+    "stacked last": (_LAST, MatrixSpec((0, 1)), [np.moveaxis(_LAST, 2, 0)]),
     "output before input": (_PLAIN, MatrixSpec((1, 0)), [_PLAIN.T[None]]),
     "concatenated qkv": (
         _QKV,
