@@ -136,6 +136,7 @@ VALUES: Settings = [
     (describe_cost, {"platform": "gpus"}, "'gpus' is not known"),
     (CLIP, {"ns_coeffs": "kj"}, "ns_coeffs='kj' is not a coefficient set"),
     (CLIP, {"ns_method": "fast"}, "ns_method='fast' is not known"),
+    (muon, {"ns_coeffs": [(2, -1.5, 0.5)] * 3, "ns_steps": 2}, "3 rows and ns_steps is 2"),
     # Numbers.
     (CLIP, {"learning_rate": 0.0}, f"learning_rate {POSITIVE} 0.0"),
     (CLIP, {"adam_learning_rate": -1.0}, f"adam_learning_rate {POSITIVE} -1.0"),
@@ -245,10 +246,7 @@ VALUE_ERRORS: Calls = [
         )
     ),
     (lambda: muon(mu_dtype="complex64").init(VECTOR), "bias .*'complex64' is complex"),
-    (
-        lambda: mc.scale_by_muon(ns_dtype="float16").init(COMPLEX),
-        "w: ns_dtype='float16' is not pos",
-    ),
+    (lambda: mc.scale_by_muon(ns_dtype="float16").init(COMPLEX), "w: ns_dtype='float16' is not"),
     (lambda: mc.scale_by_muon(ns_dtype="float64").init(REAL), "w: ns_dtype='float64' needs 64-bit"),
     (
         lambda: optax.inject_hyperparams(mc.muon)(1e-3).init(optax.tree.cast(MLP, jnp.bfloat16)),
@@ -328,15 +326,15 @@ def test_calls(kind: type[Exception], call: Callable[[], Any], message: str):
 
 
 def test_the_state_of_another_transformation_is_refused():
-    ours, message = mc.muonclip(1e-3), "The state is not one that muonclip's init creates for these"
-    cure = r".*muonclip_jax\.checkpoint\.from_optax_state\(state, tx, p"
+    ours = mc.muonclip(1e-3)
+    message = r"The state is not one that muonclip's .*\.checkpoint\.from_optax_state\(state, tx, p"
     for tx, old in (
         (ours, optax.adamw(1e-3)),
         (ours, unclipped()),
         (unclipped(), ours),
         (ours, optax.contrib.muon(1e-3)),
     ):
-        with pytest.raises(ValueError, match=f"(?s){message}{cure}"):
+        with pytest.raises(ValueError, match=f"(?s){message}"):
             step(tx, state=old.init(PARAMS), max_logits=MAX_LOGITS)
 
 
@@ -410,5 +408,5 @@ def test_labels_and_maxima_that_can_be_called_are_trees():
 def test_a_partial_is_a_function():
     mask = jax.tree_util.Partial(lambda flag, params: jax.tree.map(lambda _: flag, params), False)
     tx = unclipped(weight_decay_mask=mask)
-    plain = unclipped(weight_decay=0.0)
-    jax.tree.map(np.testing.assert_array_equal, step(tx)[0], step(plain)[0])
+    expected = step(unclipped(weight_decay=0.0))[0]
+    jax.tree.map(np.testing.assert_array_equal, step(tx)[0], expected)

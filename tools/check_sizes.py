@@ -36,7 +36,7 @@ LONGER_FUNCTIONS = {
 }
 TOTAL = {
     "muonclip_jax": 12_617,  # (11,000)
-    "tests": 12_342,  # (12,000)
+    "tests": 12_340,  # (12,000)
     "benchmarks": 3_997,
 }
 
