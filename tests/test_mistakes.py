@@ -287,8 +287,8 @@ VALUE_ERRORS: Calls = [
         "The state is not one that qk_clip's init creates.*'count' is only in a new one",
     ),
     (
-        lambda: step(mc.scale_by_muon(), REAL, REAL, state=()),
-        "The state is not one that scale_by_muon's init creates",
+        lambda: step(mc.scale_by_muon(), REAL, REAL, mc.scale_by_muon().init(REAL)._asdict()),
+        "not one that scale_by_muon's init creates.*it is a dict, expected a MuonState",
     ),
     (lambda: mc.hyperball(0.1).update(REAL, None, None), "hyperball needs the parameters"),
     (lambda: step(mc.add_weight_decay(0.1), params=None), "add_weight_decay needs the parameters"),
