@@ -16,17 +16,17 @@ PACKAGE = ROOT / "muonclip_jax"
 #: Lines with docstrings; in brackets the aim.
 SUBPACKAGES = {
     "_commands": 335,  # (250)
-    "linen": 344,  # (400)
+    "linen": 400,
     "checkpoint": 444,  # (400)
     "transforms": 1961,  # (1,200)
-    "sharding": 1291,
-    "matrices": 498,  # (600)
-    "newton_schulz": 929,
-    "clipping": 781,  # (800)
+    "sharding": 1_500,
+    "matrices": 600,
+    "newton_schulz": 1_000,
+    "clipping": 800,
     "attention": 959,  # (900)
     "heads": 1243,  # (1,200)
     "routing": 1680,  # (1,300)
-    "kernels": 647,
+    "kernels": 650,
 }
 FILE, FUNCTION, ANY = 300, 60, 126  # Any: (150)
 LONGER_FILES = {"optimizers.py": 378}
@@ -35,9 +35,9 @@ LONGER_FUNCTIONS = {
     "_program": 95,
 }
 TOTAL = {
-    "muonclip_jax": 12_617,  # (11,000)
-    "tests": 12_340,  # (12,000)
-    "benchmarks": 3_997,
+    "muonclip_jax": 12_619,  # (11,000)
+    "tests": 12_343,  # (12,000)
+    "benchmarks": 4_000,
 }
 
 

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -106,7 +107,8 @@ class MeshShardings:
 
 def place(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     """Reshards `x`, traced or not, for all types of mesh axes."""
-    if not isinstance(x, Tracer):
+    # While a function is traced its constants move like traced arrays: the mesh may be abstract.
+    if not isinstance(x, Tracer) and not isinstance(jnp.zeros(()), Tracer):
         return jax.device_put(x, on_devices(sharding))
     mesh, constrain = sharding.mesh, jax.lax.with_sharding_constraint
     for kind, move in ((mesh.explicit_axes, jax.reshard), (mesh.auto_axes, constrain)):
