@@ -198,6 +198,22 @@ def simplify_spec(spec: MatrixSpec) -> SpecLike:
     return MatrixSpec(dims, spec.splits) if spec.splits else dims
 
 
+def write_spec(spec: MatrixSpec | None) -> str:
+    """Returns a spec as code to paste; None is AdamW."""
+    if spec is None:
+        return "None"
+    parts = ((x.axis, x.sizes, x.view, x.along)[: 4 if x.view else 2] for x in spec.splits)
+    splits = ", ".join(f"Split{part}" for part in parts)
+    reduction, output = (a[0] if len(a) == 1 else a for a in normalized_axes(spec))
+    return f"MatrixSpec(({reduction}, {output}){f', [{splits}]' if splits else ''})"
+
+
+def write_rule(pattern: str, spec: MatrixSpec | None) -> str:
+    """A rule to paste; None is AdamW."""
+    raw = "r" if "\\" in pattern else ""
+    return f'MatrixRules([({raw}"{pattern}", {write_spec(spec)})])'
+
+
 def matrix_shapes(spec: SpecLike, shape: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
     """Lists `(count, rows, columns)` of the matrices in a parameter, one entry a kind of part."""
     spec = normalize_spec(spec, shape)

@@ -7,7 +7,7 @@ and nothing else, because attention modules also have a submodule called "value"
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
@@ -83,6 +83,14 @@ def array_leaves(tree: Tree) -> list[tuple[str, Any]]:
     return leaves
 
 
+def containers(path: str) -> Iterator[str]:
+    """Yields the path itself, and those of all containers, the innermost first."""
+    yield path
+    while path:
+        path = path.rpartition(SEPARATOR)[0]
+        yield path
+
+
 def is_masked(x: object) -> bool:
     """Whether `x` is the node that Optax leaves in place of a masked leaf."""
     return isinstance(x, optax.MaskedNode)
@@ -121,6 +129,21 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
             "searched in paths such as 'decoder/block_0/attention/query/kernel'; escape special "
             "characters with re.escape."
         ) from error
+
+
+def pattern_for(group: Sequence[str], paths: Sequence[str]) -> str:
+    """A pattern that matches the paths of a group and none of the others."""
+    pattern = f"^{generalised(group[0])}$"
+    if {path for path in paths if re.search(pattern, path)} == set(group):
+        return pattern
+    escaped = "|".join(re.escape(path).replace(r"\-", "-") for path in group)
+    return f"^({escaped})$" if len(group) > 1 else f"^{escaped}$"
+
+
+def generalised(path: str) -> str:
+    """A pattern for a path with any numbers."""
+    escaped = re.escape(path).replace(r"\-", "-")
+    return re.sub(r"(?<![A-Za-z\d])\d+", lambda _: r"\d+", escaped)
 
 
 def listed(paths: Iterable[str], limit: int = 8) -> str:

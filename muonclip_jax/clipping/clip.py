@@ -96,7 +96,7 @@ class QKClipInfo(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("plans",))
 def _info(recorded: Recorded, threshold: ScalarLike, *, plans: tuple[BlockPlan, ...]) -> QKClipInfo:
-    maxima = {p.path: merge_recordings(recorded[p.path], p.maxima_shape, p.path) for p in plans}
+    maxima = {p.path: merge_recordings(recorded[p.path], p.maxima_shape) for p in plans}
     gamma = {path: clip_gamma(largest, threshold) for path, largest in maxima.items()}
     clipped = {path: jnp.sum(g < 1.0, dtype=jnp.int32) for path, g in gamma.items()}
     return QKClipInfo(max_logits=maxima, gamma=gamma, clipped_heads=clipped)

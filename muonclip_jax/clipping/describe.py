@@ -59,23 +59,23 @@ def describe_attention(
     """
     check_clip_settings(1.0, 0.5, shared_keys)
     rules = block_rules(blocks)
-    found, masked = find_in(params, rules)
-    shapes: dict[str, tuple[int, ...]] = {}
+    found, frozen = find_in(params, rules)
+    shapes: dict[str, list[tuple[int, ...]]] = {}
     if max_logits is not None:
-        _, shapes = match_maxima(found, max_logits, masked, rules)
-    described = (_describe_block(b, shapes.get(b.path), shared_keys) for b in found)
+        _, shapes = match_maxima(found, max_logits, frozen, rules)
+    described = (_describe_block(b, shapes.get(b.path, []), shared_keys) for b in found)
     return "\n".join(itertools.chain(*described))
 
 
 def _describe_block(
-    block: FoundBlock, shape: tuple[int, ...] | None, shared_keys: str
+    block: FoundBlock, shapes: list[tuple[int, ...]], shared_keys: str
 ) -> Iterator[str]:
     start = f"{block.path or '(the whole tree)'}: "
     if not block.selected:
         yield f"{start}{block.layout.name}, not selected by blocks="
         return
     try:
-        plan = guess_block(block) if shape is None else read_block(block, shape)
+        plan = read_block(block, *shapes) if shapes else guess_block(block)
     except ValueError as error:
         yield f"{start}{block.layout.name}, cannot be clipped: {error}"
         return

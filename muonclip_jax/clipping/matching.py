@@ -6,7 +6,7 @@ boxed tuples, a tree of modules, or a flat dict by path such as "decoder/block_0
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, TypeAlias
 
 import jax
@@ -17,6 +17,7 @@ from muonclip_jax._tree import (
     Shaped,
     Tree,
     array_leaves,
+    containers,
     flatten_with_paths,
     is_masked,
     listed,
@@ -50,15 +51,19 @@ def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
 
 def find_in(
     tree: Tree, rules: tuple[Rule, ...] | None, *, whole: bool = True
-) -> tuple[list[FoundBlock], tuple[str, ...]]:
-    """Returns the attention blocks of a tree, and its masked leaves.
+) -> tuple[list[FoundBlock], Set[str]]:
+    """Returns the attention blocks of a tree, and the modules whose kernels are masked or None.
 
     If the tree must be `whole`, it is an error if there is no block or parts of one are masked.
     """
     shapes = tuple((path, tuple(leaf.shape)) for path, leaf in named_leaves(tree))
-    nodes = flatten_with_paths(tree, is_leaf=is_masked)[0]
+    nodes = flatten_with_paths(tree, is_leaf=lambda x: x is None or is_masked(x))[0]
     masked = tuple(strip_outer(path) for path, node in nodes if is_masked(node))
-    return (_find(shapes, masked, rules, whole) if shapes else []), masked
+    absent = {strip_outer(path) for path, node in nodes if node is None or is_masked(node)}
+    there = {path for path, shape in shapes if len(shape) > 1}
+    frozen = {x for path in absent for x in containers(path)}
+    frozen -= {x for path in there for x in containers(path)}
+    return (_find(shapes, masked, rules, whole) if shapes else []), frozen
 
 
 @functools.lru_cache(maxsize=64)
@@ -135,10 +140,10 @@ def read_maxima(max_logits: Tree) -> tuple[Recorded, bool]:
 def match_maxima(
     found: Sequence[FoundBlock],
     max_logits: Tree,
-    masked: Sequence[str],
+    frozen: Set[str],
     rules: tuple[Rule, ...] | None,
-) -> tuple[Recorded, dict[str, Shape]]:
-    """Returns the recordings of each selected block, by path, and the shape with the fewest axes.
+) -> tuple[Recorded, dict[str, list[Shape]]]:
+    """Returns the recordings of each selected block, by path, and their shapes, short ones first.
 
     A recording belongs to the block with the same path. One named `max_logits` may also come from a
     submodule: if no block has its path, it belongs to the nearest enclosing block. A block that is
@@ -149,13 +154,17 @@ def match_maxima(
     matched = {path: list(recorded[path]) for path in paths if path in recorded}
     for module in [module for module in recorded if module not in paths]:
         owners = [path for path in paths if _inside(module, path)] if sown else []
-        if rules is not None and any(_inside(path, module) for path in masked):
+        if rules is not None and module in frozen:
             continue
         if not owners:
+            keys = ", ".join(f"{path!r}: (heads,)" for path in paths[:2])
+            cure = f"Blocks are: {listed(paths)}. Write max_logits={{{keys}, ...}}. Where its "
+            cure += "projections have other names, write blocks=[(pattern, AttentionLayout(...))]."
+            if module in frozen:
+                cure = "Its kernels are None or masked. If it is frozen, select the others with "
+                cure += "blocks= (muonclip: qk_clip_blocks=), else put the clip last in the chain."
             raise ValueError(
-                f"A maximum was recorded for {module!r}, and no attention block has that path. "
-                f"Blocks are: {listed(paths)}. Where its projections have other names, write "
-                f"blocks=[(pattern, AttentionLayout(...))].{_MASKED if masked else ''}"
+                f"A maximum was recorded for {module!r}, where no attention block is. {cure}"
             )
         if (owner := max(owners, key=len)) not in recorded:
             matched.setdefault(owner, []).extend(recorded[module])
@@ -168,27 +177,16 @@ def match_maxima(
                 "clip with blocks=, as in blocks='decoder/.*attention$'."
             )
     matched = {block.path: matched[block.path] for block in selected}
-    shapes = {path: min((tuple(x.shape) for x in xs), key=len) for path, xs in matched.items()}
-    return matched, shapes
+    shapes = {path: {tuple(x.shape) for x in xs} for path, xs in matched.items()}
+    return matched, {path: sorted(each, key=len) for path, each in shapes.items()}
 
 
-def merge_recordings(arrays: Sequence[jax.Array], shape: Shape, path: str) -> jax.Array:
+def merge_recordings(arrays: Sequence[jax.Array], shape: Shape) -> jax.Array:
     """Returns the maximum over recordings and over the axes before `shape`, in float32 or wider."""
     reduced: list[jax.Array] = []
     for x in arrays:
-        leading = len(x.shape) - len(shape)
-        wrong = None
-        if leading < 0 or tuple(x.shape[leading:]) != shape:
-            wrong = f"for its kernels they must end in {shape}: stacked layers, then query heads"
-        elif leading >= 2 and x.shape[-3] == shape[-1]:
-            wrong = "which may be whole logits (..., query heads, queries, keys) too. Expected "
-            wrong += f"{shape}: take the maximum over all other axes first"
-        if wrong is not None:
-            raise ValueError(
-                f"The maxima of attention block {path!r} have shape {tuple(x.shape)}, {wrong}."
-            )
         wide = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
-        reduced.append(finite_max(wide, range(leading)))
+        reduced.append(finite_max(wide, range(len(x.shape) - len(shape))))
     return reduced[0] if len(reduced) == 1 else finite_max(jnp.stack(reduced), (0,))
 
 
@@ -196,9 +194,9 @@ def plan_clip(
     params: Tree, max_logits: Tree, rules: tuple[Rule, ...] | None
 ) -> tuple[tuple[BlockPlan, ...], Recorded]:
     """Returns what a clip scales in each block, and the recordings of each block."""
-    found, masked = find_in(params, rules)
+    found, frozen = find_in(params, rules)
     if not found:  # the tree is empty
         return (), {}
-    matched, shapes = match_maxima(found, max_logits, masked, rules)
-    plans = (read_block(block, shapes[block.path]) for block in found if block.selected)
+    matched, shapes = match_maxima(found, max_logits, frozen, rules)
+    plans = (read_block(block, *shapes[block.path]) for block in found if block.selected)
     return tuple(plans), matched

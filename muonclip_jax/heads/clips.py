@@ -1,10 +1,9 @@
 """The leaves of a block that a clip scales, and the positions of their heads, or an error.
 
 If queries and keys are normalised, `q = gain * normalise(W_q x)` does not depend on the scale of
-`W_q`, so scaling the kernels has no effect. Scaling the gain is exact, and possible for a single
-head if the gain has an entry for every feature of every head, as in OLMo 2. A gain of
-`(head_dim,)`, as in Qwen 3 and Gemma 3, is shared by all heads, which is an error. The stored gain
-is assumed to be the multiplier; if a model stores its offset from one, its block must be excluded.
+`W_q`. Scaling the gain is exact, and possible for one head if every head has its own gain, as in
+OLMo 2. A gain of `(head_dim,)`, as in Qwen 3 and Gemma 3, is shared by all heads: an error. The
+stored gain is taken for the multiplier; if it is an offset from one, the block must be excluded.
 """
 
 import dataclasses
@@ -39,11 +38,13 @@ _SHIFTS = ("bias", "beta", "offset")
 _MORE_LOGITS = {"q", "k", "query", "key", "qkv", "kv", "r", "rel", "relative", "pos", "position"}
 
 
-def read_block(block: FoundBlock, maxima_shape: Shape) -> BlockPlan:
-    """Returns the plan of one block, given the shape of its maxima `(..., stack, query heads)`."""
+def read_block(block: FoundBlock, *shapes: Shape) -> BlockPlan:
+    """Returns a block's plan for maxima `(..., stack, query heads)`, the shortest shape first."""
+    maxima_shape = shapes[0]
     plans, misfits = _plans(block.layout, tuple(block.leaves.items()), maxima_shape)
     if len(plans) == 1:
-        # With full paths instead of names inside the block.
+        for shape in shapes:
+            _check_maxima(block, plans[0], shape)
         plan, paths = plans[0], block.paths
         leaves = tuple(dataclasses.replace(leaf, path=paths[leaf.path]) for leaf in plan.leaves)
         return dataclasses.replace(plan, path=block.path, leaves=leaves)
@@ -67,7 +68,7 @@ def read_block(block: FoundBlock, maxima_shape: Shape) -> BlockPlan:
         f"{kernel} ({block.layout.name}) and its maxima of shape {maxima_shape} do not match"
         f"{_other_heads(block, maxima_shape)}. Expected maxima (query heads,), or (stacked layers, "
         "query heads) where the kernels are stacked; axes before those are reduced."
-        f"{_reduction(block, maxima_shape)} "
+        f"{''.join(_reductions(block, maxima_shape).values())} "
         f"Tried: {reasons or 'nothing, for there are too few axes'}."
     )
 
@@ -216,31 +217,49 @@ def _gain_plans(reading: Reading, norm: str | None, segment: Segment) -> list[Le
 
 def _other_heads(block: FoundBlock, maxima_shape: Shape) -> str:
     """Describes the number of heads of the kernel, if its axes or the output projection show it."""
-    plans = [
-        plan
-        for plan in _plans(block.layout, tuple(block.leaves.items()), None)[0]
-        if len(plan.stack) < len(maxima_shape)
-        and (plan.agrees or len(plan.leaves[0].feature_axes) > 1)
-    ]
-    most = max((len(plan.stack) for plan in plans), default=0)
-    heads = {plan.heads for plan in plans if len(plan.stack) == most}
+    plans = _plans(block.layout, tuple(block.leaves.items()), None)[0]
+    told = [plan for plan in plans if plan.agrees or len(plan.leaves[0].feature_axes) > 1]
+    told = [plan for plan in told if len(plan.stack) < len(maxima_shape)]
+    most = max((len(plan.stack) for plan in told), default=0)
+    heads = {plan.heads for plan in told if len(plan.stack) == most}
     if len(heads) != 1 or maxima_shape[-1] in heads:
         return ""
     return f": the kernel has {heads.pop()} heads, {maxima_shape[-1]} maxima were given"
 
 
-def _reduction(block: FoundBlock, maxima_shape: Shape) -> str:
-    """Suggests a reduction if the maxima fit after a maximum over some of their axes."""
-    rank = len(maxima_shape)
-    batch = "If their axes are (stacked layers, batch, query heads), as of a module that records "
-    batch += "(batch, query heads) under nn.scan, take the maximum over the batch"
-    whole = "If they are whole logits (batch, query heads, queries, keys), take the maximum first"
-    for heads, what in ((rank - 1, batch), (rank - 3, whole)):
-        for layers in range(min(rank - 1, heads + 1)) if heads >= 0 else ():
-            kept = (*range(layers), heads)
-            shape = tuple(maxima_shape[axis] for axis in kept)
-            if _plans(block.layout, tuple(block.leaves.items()), shape)[0]:
+def _check_maxima(block: FoundBlock, plan: BlockPlan, shape: Shape) -> None:
+    """Refuses maxima of another shape than the plan's, or whose axes can be read in two ways."""
+    wanted, wrong = plan.maxima_shape, ""
+    if shape[-len(wanted) :] != wanted:
+        wrong = f"and must end in {wanted} for its kernels: stacked layers, then query heads"
+    elif len(shape) > len(wanted) and len(ways := _reductions(block, shape, plan.agrees)) > 1:
+        wrong = "which can be read in several ways. Expected maxima over the batch and both "
+        wrong += f"sequences, as of attention_max_logits, here {wanted}.{''.join(ways.values())}"
+    if wrong:
+        raise ValueError(f"The maxima of attention block {block.path!r} are {shape}, {wrong}")
+
+
+def _reductions(block: FoundBlock, shape: Shape, agrees: bool = False) -> dict[Shape, str]:
+    """Returns how maxima with further axes can be read: the axes to reduce -> what to write."""
+    rank, found = len(shape), dict[Shape, str]()
+    ends = {rank - 1: ""} | ({rank - 2: ""} if shape[-2:-1] == shape[-1:] else {})
+    if rank > 2 and 1 not in shape[-2:]:
+        ends[rank - 3] = "they are whole logits, and "
+    for heads, what in ends.items():
+        counts = range(heads + 1)
+        for stack in itertools.chain(*(itertools.combinations(range(heads), n) for n in counts)):
+            kept = (*stack, heads)
+            sizes = tuple(shape[axis] for axis in kept)
+            plans = _plans(block.layout, tuple(block.leaves.items()), sizes)[0]
+            if any(plan.maxima_shape == sizes and plan.agrees >= agrees for plan in plans):
+                names = dict.fromkeys(range(rank), "batch") | dict.fromkeys(stack, "layers")
+                names |= {rank - 2: "queries", rank - 1: "keys"} if what else {}
+                named = ", ".join((names | {heads: "query heads"}).values())
                 axes = tuple(axis for axis in range(rank) if axis not in kept)
                 axis = f"axis={axes[0] if len(axes) == 1 else axes}"
-                return f" {what}: jax.tree.map(lambda s: s.max({axis}), max_logits)."
-    return ""
+                found.setdefault(
+                    tuple(axis for axis in axes if shape[axis] > 1),
+                    f" If {what}their axes are ({named}), take the maximum first: "
+                    f"jax.tree.map(lambda s: s.max({axis}), max_logits).",
+                )
+    return found

@@ -1,7 +1,5 @@
 """Division of attention kernels into matrices: whole, by part, or by head.
 
-Every matrix is orthogonalised separately and has its own shape scale:
-
 | name | query `(d, heads, size)` | GPT-2's `(d, 3 d)` | DeepSeek's `(rank, heads (nope + rope))` |
 |---|---|---|---|
 | "merged" | one matrix | by name | one matrix |
@@ -11,13 +9,11 @@ Every matrix is orthogonalised separately and has its own shape scale:
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any, TypeAlias
-
-import numpy as np
+from collections.abc import Iterator, Mapping
+from typing import TypeAlias
 
 from muonclip_jax._specs import MatrixSpec, Split, matrix_shapes, normalize_spec, normalized_axes
-from muonclip_jax.heads.finding import Rule, Shape, find_blocks, kernel_name
+from muonclip_jax.heads.finding import Shape, kernel_name
 from muonclip_jax.heads.layouts import ROLES, VALUE_NAMES, AttentionLayout, Projection
 from muonclip_jax.heads.plan import BlockPlan, LeafPlan, MisfitError, RefusalError, Segment
 from muonclip_jax.heads.reading import Reading, solve
@@ -29,77 +25,24 @@ Cut: TypeAlias = tuple[MatrixSpec, str]
 #: Those of a block's kernels, by name in the block.
 Cuts: TypeAlias = tuple[tuple[str, Cut], ...]
 
-_SOME_MATRIX = np.broadcast_to(0.0, (1, 1))  # in the place of a masked leaf
-
-
-def attention_cuts(
-    leaves: Mapping[str, Any],
-    specs: Mapping[str, MatrixSpec | None],
-    hidden: Iterable[str],
-    *,
-    attention: str,
-    stack: tuple[int, ...],
-    stacked: Collection[str],
-    head_dim: int | None,
-    blocks: tuple[Rule, ...] | None,
-) -> dict[str, Cut]:
-    """Returns spec and description, by path, of leaves that layouts split differently than names.
-
-    `specs` are of the leaves that may be split, stacked on the axes `stack`; `hidden` are masked.
-    """
-    masked = dict.fromkeys(hidden, _SOME_MATRIX)
-    cuts: dict[str, Cut] = {}
-    for block in find_blocks({**masked, **leaves}, blocks, strict=False):
-        names = (kernel_name(block.leaves, path) for path in block.layout.paths)
-        needed = [block.paths[name] for name in names if name is not None]
-        if not block.selected or not any(path in specs for path in needed):
-            continue
-        missing = [path for path in needed if path in masked]
-        if missing:
-            raise ValueError(
-                f"attention={attention!r} reads attention block {block.path!r} "
-                f"({block.layout.name}) whole, and {missing[0]!r} is masked here. Let all "
-                "its kernels go to Muon, or pass weight_dimension_numbers="
-                "infer_dimension_numbers(params, rules), made of the whole tree."
-            )
-        try:
-            found = _block_cuts(
-                block.layout,
-                tuple((n, x) for n, x in block.leaves.items() if block.paths[n] not in masked),
-                tuple((n, specs[path]) for n, path in block.paths.items() if path in specs),
-                attention,
-                stack[0] if stack else 0,
-                needed[0] in stacked,
-                head_dim,
-            )
-        except MisfitError as misfit:
-            raise ValueError(
-                f"attention={attention!r} cannot split the kernels of attention block "
-                f"{block.path!r} ({block.layout.name}): {misfit}. A rule for its kernels, such as "
-                f'("{needed[0]}$", MatrixSpec((0, 1))), takes precedence over layouts.'
-            ) from None
-        cuts |= {block.paths[name]: cut for name, cut in found}
-    return cuts
-
 
 @functools.lru_cache(maxsize=1024)
-def _block_cuts(
+def block_cuts(
     layout: AttentionLayout,
     shapes: tuple[tuple[str, Shape], ...],
     table: tuple[tuple[str, MatrixSpec | None], ...],
     attention: str,
-    scan_axis: int,
-    stacked: bool,
+    stacks: tuple[tuple[int, ...], ...],
     head_dim: int | None,
 ) -> Cuts:
-    """Returns the splits of one block's kernels by name; results are cached for equal blocks."""
+    """Returns the splits of one block's kernels by name; results are cached for equal blocks.
+
+    `table` has the specs of those that may be split, `stacks` the axes they may be stacked on.
+    """
     leaves, specs = dict(shapes), dict(table)
     joint = not layout.own_keys and not all(ROLES[part] for part in layout.query.parts)
     if joint and layout.head_dim is None:
         layout = dataclasses.replace(layout, head_dim=head_dim)
-    stackings: list[tuple[int, ...]] = [(), (scan_axis,)]
-    if scan_axis == 0:
-        stackings = [tuple(range(n)) for n in range(max(map(len, leaves.values()), default=0))]
 
     def finish(reading: Reading, plan: BlockPlan) -> tuple[tuple[int, ...], Cuts]:
         segments = [s for kernel in plan.leaves for s in kernel.segments]
@@ -110,24 +53,24 @@ def _block_cuts(
         whole = plan.leaves[layout.projections.index(layout.query)]
         wide = whole.total == len(whole.segments) * whole.shape[whole.input_axis]
         unequal = joint and wide and plan.heads != plan.kv_heads
-        stacks = bool(plan.stack) != stacked, len(plan.stack)
-        return (not plan.agrees, *stacks, misses, unequal), cuts
+        return (not plan.agrees, stacks.index(reading.stack_axes), misses, unequal), cuts
 
-    found, misfits = solve(layout, leaves, finish, stacked=stackings)
+    found, misfits = solve(layout, leaves, finish, stacked=stacks)
     if len(found) == 1:
         return next(iter(found))
     if found:
         plans = [plan for plans in found.values() for plan in plans]
-        heads = sorted({plan.heads for plan in plans})
-        shown = ", ".join(map(str, heads[:8])) + (", ..." if len(heads) > 8 else "")
-        cure = (
-            f"the head size: MatrixRules(attention={attention!r}, head_dim=64), or for one block "
-        )
-        size = "head_dim=64"
-        if len({plan.head_dim for plan in plans}) == 1:
-            cure, size = "the number of key heads: ", f"kv_heads={plans[0].kv_heads}"
-        cure += f"blocks=[(pattern, AttentionLayout(..., {size}))]"
-        raise MisfitError(f"its shapes allow {shown} heads. Give {cure}")
+        sizes = {plan.heads: plan.head_dim for plan in plans}
+        shown = ", ".join(f"{n} of {sizes[n]}" for n in sorted(sizes)[:8])
+        # For example, near that of common models.
+        heads, size = min(sizes.items(), key=lambda item: (item[0] == 1, abs(item[1] - 64)))
+        cure, told = f"the head size, for {heads} heads ", f"head_dim={size}"
+        cure += f"MatrixRules(attention={attention!r}, {told}), or for one block "
+        if len({*sizes.values()}) == 1:
+            cure, told = "the number of key heads: ", f"kv_heads={plans[0].kv_heads}"
+        cure += f"blocks=[(pattern, AttentionLayout(..., {told}))]"
+        more = ", ..." * (len(sizes) > 8)
+        raise MisfitError(f"its shapes allow heads: {shown}{more} features. Give {cure}")
     if attention == "split" and not (misfits and type(misfits[0]) is RefusalError):
         # Names may have split every kernel of several parts into them already.
         kernels = ((kernel_name(leaves, p.path), len(p.parts)) for p in layout.projections)

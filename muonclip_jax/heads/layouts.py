@@ -1,13 +1,9 @@
 """Attention layouts: which features of which projection belong to which head.
 
-The largest logit of a head is `scale * q . k`, so it is reduced by scaling the weights of its
-queries and keys. Their position depends on the model:
-
-* Grouped-query attention has fewer key heads, each shared by a group of query heads.
-* A fused projection produces queries, keys and values, concatenated (GPT-2), interleaved by head
-  (`q k v q k v ...`, BLOOM), or interleaved by group (Falcon).
-* In multi-head latent attention (DeepSeek, Kimi) each head has its own key for the part without
-  rotary positions, and all heads share one rotary key, which is not scaled.
+A clip scales the weights of a head's queries and keys. Grouped-query attention has fewer key heads,
+each shared by a group of query heads. A fused projection produces queries, keys and values,
+concatenated (GPT-2), interleaved by head (BLOOM), or by group (Falcon). In latent attention
+(DeepSeek, Kimi) each head has its own key without rotary positions, and all share a rotary one.
 
 A layout is a tuple of `Projection`s, and a projection is a tuple of parts, each with a role:
 
@@ -171,6 +167,7 @@ QUERY_KEY_VALUE: tuple[tuple[str, str, str], ...] = tuple(
         ("query", "key", "value", "{} {}_proj {}_projection {}_linear {}_dense {}_w"),
         ("q", "k", "v", "{} c_{} proj_{} {}_proj {}_lin {}_linear {}_dense"),
         ("q", "k", "v", "w{} w_{} W{} W_{} to_{} linear_{}"),
+        ("Q", "K", "V", "W_{}"),
     )
     for form in forms.split()
 )

@@ -116,6 +116,8 @@ def divide(
     output projection.
     """
     size, kv_heads = _head_size(layout, kernels, heads, rope, out), heads
+    if size == 1 and all(kernel.features[-1] > 1 for kernel in kernels):
+        raise MisfitError(f"{heads} heads of one feature each are none")
     rows: list[list[int]] = []
     for kernel, p in zip(kernels, layout.projections, strict=True):
         sizes = list(p.sizes or (rope or 0 if x == "query_alone" else size for x in p.parts))

@@ -69,6 +69,8 @@ class Reading:
             axes = KERNEL_NAMES[name[len(p.path) + 1 :]]
             # A matrix under the name "weight" is (outputs, inputs); more axes have either order.
             axes = axes if len(one) > 2 else axes[:1]
+            # So is a plain array: (heads, inputs, size) in TransformerLens, where inputs are more.
+            axes = (-2,) if name == p.path and len(one) > 2 and one[-2] > one[0] else axes
         axes = axes if isinstance(axes, tuple) else (axes,)
         axis = axes[min(self.choice, len(axes) - 1)]
         if len(one) < 2 or not -len(one) <= axis < len(one):

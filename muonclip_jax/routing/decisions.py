@@ -2,8 +2,7 @@
 
 An output head has the shape of the token embedding, transposed: if exactly one kernel outside of
 all blocks has, it is the head, and beside a head that its name tells, such a leaf is the table. If
-this does not decide, the candidates get a flag. Leaves that stay unknown are an error with every
-possible layout, as a rule to paste.
+this does not decide, the candidates get a flag.
 """
 
 import dataclasses
@@ -12,14 +11,17 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from muonclip_jax._specs import MatrixSpec, normalized_axes, simplify_spec
-from muonclip_jax.heads.cuts import attention_cuts
-from muonclip_jax.heads.finding import Rule, Shape, strip_outer
+import numpy as np
+
+from muonclip_jax._specs import MatrixSpec, normalized_axes, write_rule, write_spec
+from muonclip_jax._tree import generalised, pattern_for
+from muonclip_jax.heads.cuts import block_cuts
+from muonclip_jax.heads.finding import Rule, Shape, find_blocks, kernel_name, strip_outer
+from muonclip_jax.heads.plan import MisfitError
 from muonclip_jax.routing.inference import token_tables
 from muonclip_jax.routing.leaves import Decision, Leaf, lengths, to_spec
 from muonclip_jax.routing.table import EXPERT_STACK, OUTPUT_HEAD, direction, fits, look_up
 
-_NUMBERED = re.compile(r"(?:^|/)\d+/.*/")  # one of a list of layers
 _LEAVES_SHOWN = 8
 _TABLE = "a table of embeddings"
 
@@ -46,19 +48,20 @@ def find_output_head(leaves: Sequence[Leaf]) -> None:
     """Gives the output head to AdamW, or flags the candidates."""
     free = [leaf for leaf in leaves if leaf.ruled is None]
     matrices = [leaf for leaf in free if leaf.decision.spec is not None]
-    listed = {x for x in leaves if x.stack or x.name.grouped or _NUMBERED.search(x.path)}
-    blocks, layers = _blocks(leaves)
+    listed = {
+        x for x in leaves if x.stack or x.name.grouped or re.search(r"(?:^|/)\d+/.*/", x.path)
+    }
+    blocks, layers, ends = _blocks(leaves)
     outside = [
         leaf
         for leaf in matrices
         if leaf not in listed
-        and blocks.isdisjoint(leaf.modules[1:])
+        and blocks.isdisjoint({*leaf.modules[1:]} - ends[leaf])
         and direction(leaf.name) != "i"
     ]
     tables = token_tables(free)
     heads = [leaf for leaf in outside if _sizes(leaf)[::-1] in tables]
     named = [leaf for leaf in free if leaf.decision.why == OUTPUT_HEAD]
-    # What the heads that names tell have as tables, and leaves that may be tables.
     turned = [x.shape if x.output_first else x.shape[::-1] for x in named]
     unsure = [x for x in outside if not (x.biased or look_up(x.name, x.layer).sure)]
     beside = [x for x in unsure if x.shape in turned and x.shape not in tables]
@@ -83,11 +86,12 @@ def find_output_head(leaves: Sequence[Leaf]) -> None:
         shapes = Counter(map(_sizes, outside))
         for leaf in outside:
             inputs, outputs = _sizes(leaf)
-            twins = shapes[outputs, inputs]  # a table beside its head
+            twins = 0 if ends[leaf] else shapes[outputs, inputs]  # a table beside its head
             if shapes[inputs, outputs] > 1 < twins:
                 continue  # layers without modules of their own
             if len(leaf.shape) == 2 and inputs != outputs and read[outputs] <= twins:
-                flags[leaf] = "the output layer"
+                either = not (made[inputs] or leaf.biased)  # nothing makes what it would read
+                flags[leaf] = "the output layer" + f" or {_TABLE}" * either
             elif len(leaf.shape) == 2 and inputs > outputs and made[inputs] <= twins:
                 flags |= {leaf: _TABLE} if layered and not tables else {}
         pair = [leaf for leaf, flag in flags.items() if flag == _TABLE]
@@ -104,27 +108,32 @@ def find_output_head(leaves: Sequence[Leaf]) -> None:
         leaf.decision = dataclasses.replace(leaf.decision, flag=flag)
 
 
-def _blocks(leaves: Sequence[Leaf]) -> tuple[set[str], set[str]]:
-    """Modules with several kernels, and those among them that are numbered layers."""
-    kernels: Counter[str] = Counter()
+def _blocks(leaves: Sequence[Leaf]) -> tuple[set[str], set[str], defaultdict[Leaf, set[str]]]:
+    """Modules with several kernels, numbered layers among them, and last kernels of MLPs."""
+    kernels: defaultdict[str, list[Leaf]] = defaultdict(list)
     wider = {"", "params"}  # lists, stacks, token embeddings, and the root of Flax's variables
     for leaf in leaves:
         if leaf.stack or leaf.name.grouped or token_tables([leaf]):
             wider.update(leaf.modules)
         elif leaf.decision.spec is not None:
-            kernels.update(leaf.modules)
-    blocks = {module for module, count in kernels.items() if count > 1} - wider
+            for module in leaf.modules:
+                kernels[module].append(leaf)
+    blocks = {module for module, inside in kernels.items() if len(inside) > 1} - wider
     # Blocks that differ in their number alone are layers; what contains them is no block.
     alike = Counter(re.sub(r"\d+", "", module) for module in blocks)
     layers = {module for module in blocks if alike[re.sub(r"\d+", "", module)] > 1}
     for leaf in leaves:
         outer = [i for i, module in enumerate(leaf.modules) if module in layers]
         blocks.difference_update(leaf.modules[outer[-1] + 1 :] if outer else ())
-    return blocks, layers
+    ends: defaultdict[Leaf, set[str]] = defaultdict(set)
+    for module in blocks - layers:
+        if len({re.sub(r"\d+", "", leaf.path) for leaf in kernels[module]}) == 1:
+            last = max(kernels[module], key=lambda x: [*map(int, re.findall(r"\d+", x.path))])
+            ends[last].add(module)
+    return blocks, layers, ends
 
 
 def _sizes(leaf: Leaf) -> tuple[int, int]:
-    """Input and output features of a leaf that Muon trains."""
     spec = leaf.decision.spec or MatrixSpec()
     inputs, outputs = (math.prod(leaf.shape[a] for a in axes) for axes in normalized_axes(spec))
     return inputs, outputs
@@ -139,33 +148,46 @@ def cut_attention(
 ) -> None:
     """Decides by attention layouts, which replace names but not rules."""
     by_path = {strip_outer(leaf.path): leaf for leaf in leaves}
-    for stack in sorted({leaf.stack or () for leaf in leaves}):
-        inside = {
-            path: leaf
-            for path, leaf in by_path.items()
-            if (leaf.stack or ()) == stack
-            and leaf.ruled is None
-            and (leaf.decision.spec or leaf.decision.readings)
+    masked = dict.fromkeys(map(strip_outer, hidden), np.zeros((1, 1)))
+    for block in find_blocks(masked | by_path, blocks, strict=False):
+        kernels = (kernel_name(block.leaves, path) for path in block.layout.paths)
+        needed = [name for name in kernels if name is not None]
+        seen = {name: by_path[path] for name, path in block.paths.items() if path not in masked}
+        free = {
+            name: leaf
+            for name, leaf in seen.items()
+            if leaf.ruled is None and (leaf.decision.spec or leaf.decision.readings)
         }
-        later = stack[:1] not in ((), (0,))
-        cuts = attention_cuts(
-            by_path,
-            {path: leaf.decision.spec for path, leaf in inside.items()},
-            [strip_outer(path) for path in hidden],
-            attention=attention,
-            stack=stack,
-            stacked={p for p, x in inside.items() if x.name.stacked or (x.name.grouped and later)},
-            head_dim=head_dim,
-            blocks=blocks,
-        )
-        if cuts and len(stack) > 1 and stack != tuple(range(len(stack))):
+        first = next((free[name] for name in needed if name in free), None)
+        if not block.selected or first is None:
+            continue
+        # The axes of stacked layers, or where they are open those in front, as names have it.
+        counts = sorted(range(len(first.shape)), key=bool, reverse=first.name.stacked)
+        stacks = (first.stack or (), *(tuple(range(n)) for n in counts))
+        what = f"attention block {block.path!r} ({block.layout.name})"
+        if missing := [block.paths[name] for name in needed if name not in seen]:
             raise ValueError(
-                f"{next(iter(cuts))} is stacked on axes {stack}. Attention kernels in nested scans "
-                "can only be split if the layers are on the first axes. Write a rule for those "
-                "kernels."
+                f"attention={attention!r} reads {what} whole; {missing[0]!r} is masked here. Pass "
+                "weight_dimension_numbers=infer_dimension_numbers(params, rules) of the whole tree."
             )
-        for path, cut in cuts.items():
-            by_path[path].decision = Decision(*cut)
+        try:
+            found = block_cuts(
+                block.layout,
+                tuple((name, leaf.shape) for name, leaf in seen.items()),
+                tuple((name, leaf.decision.spec) for name, leaf in free.items()),
+                attention,
+                stacks[:1] if first.decision.spec else stacks[1:],
+                head_dim,
+            )
+        except MisfitError as misfit:
+            spec = write_spec(first.decision.spec)
+            such = f', such as ("{first.path}$", {spec}),' if first.decision.spec else ""
+            raise ValueError(
+                f"attention={attention!r} cannot split the kernels of {what}: {misfit}. Rules for "
+                f"its kernels{such} take precedence over layouts."
+            ) from None
+        for name, cut in found:
+            free[name].decision = Decision(*cut)
 
 
 def unknown_leaves(leaves: Sequence[tuple[str, Shape, Decision]]) -> ValueError:
@@ -173,7 +195,7 @@ def unknown_leaves(leaves: Sequence[tuple[str, Shape, Decision]]) -> ValueError:
     groups: dict[tuple[str, Shape, Decision], list[str]] = {}
     for path, shape, decision in leaves:
         if decision.readings:
-            groups.setdefault((_generalised(path), shape, decision), []).append(path)
+            groups.setdefault((generalised(path), shape, decision), []).append(path)
     count = sum(map(len, groups.values()))
     lines: list[str] = []
     for (_, shape, decision), paths in list(groups.items())[:_LEAVES_SHOWN]:
@@ -189,41 +211,9 @@ def unknown_leaves(leaves: Sequence[tuple[str, Shape, Decision]]) -> ValueError:
     lines += [f"  and {len(groups) - _LEAVES_SHOWN} more"] if len(groups) > _LEAVES_SHOWN else []
     lines.append("The pair is (reduction axes, output axes), all others are batch axes.")
     if any("stacked layers" in decision.why for _, _, decision in groups):
-        lines[-1] += (
-            " If layers are stacked on one axis, write MatrixRules(scan_axis=0) or "
-            "MatrixRules(scan_axis=[(pattern, axis)])."
-        )
+        lines[-1] += " If layers are stacked on one axis, write MatrixRules(scan_axis=0) or "
+        lines[-1] += "MatrixRules(scan_axis=[(pattern, axis)])."
     return ValueError(
         f"{count} {'leaf' if count == 1 else 'leaves'} of rank three or more cannot be identified "
         "by name or structure, so their matrix axes are unknown. Write rules:\n" + "\n".join(lines)
     )
-
-
-def pattern_for(group: Sequence[str], paths: Sequence[str]) -> str:
-    """A pattern that matches the paths of a group and none of the others."""
-    pattern = f"^{_generalised(group[0])}$"
-    if {path for path in paths if re.search(pattern, path)} == set(group):
-        return pattern
-    escaped = "|".join(map(_escaped, group))
-    return f"^({escaped})$" if len(group) > 1 else f"^{escaped}$"
-
-
-def write_rule(pattern: str, spec: MatrixSpec | None, thirds_of: Shape = ()) -> str:
-    """A rule to paste, with or without equal parts of a shape; None is AdamW."""
-    raw, text = "r" if "\\" in pattern else "", "None"
-    if spec is not None:
-        (reduction, output), axis = (
-            MatrixSpec(simplify_spec(spec)).dims,
-            normalized_axes(spec)[1][0],
-        )
-        parts = f", Split({axis}, {(thirds_of[axis] // 3,) * 3})" if thirds_of else ""
-        text = f"MatrixSpec(({reduction}, {output}){parts})"
-    return f'MatrixRules([({raw}"{pattern}", {text})])'
-
-
-def _escaped(path: str) -> str:
-    return re.escape(path).replace(r"\-", "-")
-
-
-def _generalised(path: str) -> str:
-    return re.sub(r"(?<![A-Za-z\d])\d+", lambda _: r"\d+", _escaped(path))

@@ -22,20 +22,22 @@ from muonclip_jax.routing.leaves import (
     with_layers,
     without,
 )
-from muonclip_jax.routing.stacks import WIDTH_AXIS, extra_axes, find_stacks
+from muonclip_jax.routing.stacks import (
+    KEY_VALUE,
+    WIDTH_AXIS,
+    extra_axes,
+    find_heads_first,
+    find_stacks,
+)
 from muonclip_jax.routing.table import DENSE, EMBEDDING_TABLE, MOE, direction, fits, look_up, word
 
-_LARGEST_WINDOW = 16
-FUSED = "fused query, key and value, in this order"
 _PLAIN = r"(?:dense|linear|lin|fc|proj|projection)\d*"
-# Names of axes, as haliax, Flax and MaxText give them.
 _BATCH_AXIS = r"(?:.*_)?(?:experts?|exp)(?:_.*)?|(?:num_)?qkv|(?:num_)?kv_stack"
 _TABLE_AXIS = r"(?:.*_)?(?:vocab|positions?)(?:_.*)?"
 _NOT_TOKENS = word(
     "pos|position|positions|positional|posemb|posembed|wpe|type|types|segment|segments|time|layer|"
     "relative|rel|codebook|codebooks"
 )
-_KEY_VALUE = r"(?:.*_)?(?:k|v|kv|key|value|wk|wv|wkv)(?:_.*)?"
 _OUTPUT_FIRST = r"weight(?:_.*)?"  # names of kernels in libraries that have the output axis first
 _FLIP = str.maketrans("io", "oi")
 
@@ -43,6 +45,7 @@ _FLIP = str.maketrans("io", "oi")
 def infer(leaves: Sequence[Leaf], hidden: Set[str]) -> None:
     """Finds the decision for every leaf of a tree, with masked leaves at the paths `hidden`."""
     free = [leaf for leaf in leaves if leaf.ruled is None]
+    find_heads_first(leaves)
     _find_biases(leaves, hidden)
     for leaf in free:  # whose shape shows that they are not stacked
         extra = extra_axes(leaf.name, leaf.shape)
@@ -50,7 +53,7 @@ def infer(leaves: Sequence[Leaf], hidden: Set[str]) -> None:
             leaf.stack = ()
     find_stacks(free, frozenset(columns for _, columns in token_tables(free)))
     _find_biases(leaves, hidden)  # again, without stacked layers
-    _find_widths(free)
+    _find_widths(leaves)
     for leaf in leaves:
         leaf.decision = _decide(leaf)
 
@@ -93,7 +96,8 @@ def _find_biases(leaves: Sequence[Leaf], hidden: Set[str]) -> None:
 
 def _find_widths(leaves: Sequence[Leaf]) -> None:
     """Finds what kernels show together: `width`, `output_first` and `beside`."""
-    kernels = [x for x in leaves if len(x.layer) > 1 and look_up(x.name, x.layer).layout != ""]
+    free = [leaf for leaf in leaves if leaf.ruled is None and len(leaf.layer) > 1]
+    kernels = [leaf for leaf in free if look_up(leaf.name, leaf.layer).layout != ""]
     common: dict[str, set[int]] = {}  # the lengths that all kernels below a module have
     sides: dict[str, list[str]] = {}
     grids: dict[str, set[Shape]] = {}
@@ -113,8 +117,7 @@ def _find_widths(leaves: Sequence[Leaf]) -> None:
             if not common[module] or leaf.width is not None:
                 break
         shape, side, vote = leaf.layer, direction(leaf.name), _bias_is_first(leaf)
-        # In cross-attention keys and values read another hidden state.
-        told = side and len(shape) == 2 and not fits(_KEY_VALUE, leaf.name.role)
+        told = side and len(shape) == 2 and not fits(KEY_VALUE, leaf.name.role)
         if vote is None and told and leaf.width is not None and shape.count(leaf.width) == 1:
             vote = (shape[-1] == leaf.width) == (side == "i")
         if vote is not None:
@@ -164,7 +167,7 @@ def _is_window(leaf: Leaf) -> bool:
 
 
 def _is_square(window: Shape, channels: Shape) -> bool:
-    return len(set(window)) == 1 and window[0] <= min(_LARGEST_WINDOW, max(channels))
+    return len(set(window)) == 1 and window[0] <= min(16, max(channels))
 
 
 def _decide(leaf: Leaf) -> Decision:
@@ -215,8 +218,10 @@ def _decide(leaf: Leaf) -> Decision:
     )
     # Beside an output projection, and no MLP.
     fused = fused and leaf.beside & {(inputs, inputs), shape[::-1]} == {(inputs, inputs)}
-    spec = to_spec(with_layers(letters, axes, rank), leaf.shape, entry.parts)
-    return Decision(spec, why, flag=FUSED * fused)
+    letters = with_layers(letters, axes, rank)
+    cure, spec = (to_spec(letters, leaf.shape, parts) for parts in (3, entry.parts))
+    flag = "fused query, key and value, in this order" if fused else ""
+    return Decision(spec, why, flag=flag, cure=cure if fused else None)
 
 
 def _by_axis_names(leaf: Leaf, names: Sequence[str]) -> Decision | None:

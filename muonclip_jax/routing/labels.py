@@ -2,24 +2,32 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 
-from muonclip_jax._specs import MatrixSpec, is_spec, matrix_shapes, normalize_spec
+from muonclip_jax._specs import (
+    MatrixSpec,
+    is_spec,
+    matrix_shapes,
+    normalize_spec,
+    normalized_axes,
+    write_rule,
+)
 from muonclip_jax._tree import (
     Tree,
     array_leaves,
+    containers,
     flatten_with_paths,
     is_masked,
     listed,
     nothing_matched,
+    pattern_for,
     tree_from,
 )
-from muonclip_jax.routing.decisions import pattern_for, unknown_leaves, write_rule
-from muonclip_jax.routing.inference import FUSED
+from muonclip_jax.routing.decisions import unknown_leaves
 from muonclip_jax.routing.leaves import Decision, possible_layouts
 from muonclip_jax.routing.rules import ADAMW, MUON, MatrixRules, as_rules
 
@@ -32,7 +40,8 @@ def label_params(params: Tree, rules: MatrixRules | None = None) -> Tree:
         rules: A `MatrixRules`; None means `MatrixRules()`.
 
     Returns:
-        A pytree of strings with the structure of `params`.
+        A pytree of strings with the structure of `params`. Where that is callable, as an Equinox
+        module is, give `optax.multi_transform` the function `label_params` and not its result.
 
     Raises:
         ValueError: If a leaf of rank three or more is not recognised, or a rule matches nothing.
@@ -81,7 +90,8 @@ def describe_labels(params: Tree, rules: MatrixRules | None = None) -> str:
 
     Returns:
         The table, counts of leaves and parameters, and a line with a rule for each leaf marked
-        "check": trained by Muon, it may be an output layer or an embedding table.
+        "check": trained by Muon, it may be an output layer or an embedding table, or a rule
+        exchanges its input and output axes. Of square matrices the axes are shown: input->output.
 
     Raises:
         ValueError: If a leaf of rank three or more is not recognised, or a rule matches nothing.
@@ -109,15 +119,18 @@ def describe_labels(params: Tree, rules: MatrixRules | None = None) -> str:
         shape, spec = tuple(leaf.shape), decision.spec
         parts = () if spec is None else matrix_shapes(spec, shape)
         matrices = " + ".join(f"{n} x ({m}, {k})".removeprefix("1 x ") for n, m, k in parts)
+        if spec is not None:
+            (first, *more), (last, *others) = normalized_axes(spec)
+            if not (more or others) and shape[first] == shape[last]:
+                matrices += f" {first}->{last}"  # the shape does not show it
         label = ADAMW if spec is None else MUON
         sizes[label].append(math.prod(shape))
         mark = "  <- check" if decision.flag else ""
         rows.append((path, str(shape), label, matrices, decision.why + mark))
         if mark:
-            fused = decision.flag == FUSED
-            rule = write_rule(pattern_for([path], ()), spec if fused else None, shape)
-            cure = "splits it" if fused else "leaves it to AdamW"
-            checks.append(f"check: {path} may be {decision.flag}; {rule} {cure}")
+            rule = write_rule(pattern_for([path], ()), decision.cure)
+            rule += " says so" if decision.cure else " leaves it to AdamW"
+            checks.append(f"check: {path} may be {decision.flag}; {rule}")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     total = max(1, sum(map(sum, sizes.values())))
@@ -132,9 +145,7 @@ def describe_labels(params: Tree, rules: MatrixRules | None = None) -> str:
 def decay_mask(params: Tree, rules: MatrixRules | None = None) -> Tree:
     """Returns the same tree of bools: True where weight decay applies.
 
-    Leaves trained by Muon decay, and so do embeddings, output heads and routers. Norms, gains,
-    biases and other vectors do not, stacked over layers or not. Kimi K2 (arXiv 2507.20534) uses a
-    decay of 0.1 without norms and biases.
+    Norms, gains, biases and other vectors do not decay, stacked or not, as in Kimi K2.
     """
     decided = as_rules(rules).decisions(params)
     decays = [decision.spec is not None or decision.decays for _, _, decision in decided]
@@ -187,7 +198,7 @@ def resolve_specs(
             )
     resolved: list[tuple[str, Any, MatrixSpec | None]] = []
     for path, leaf in array_leaves(params):
-        spec = next((entries[x] for x in _containers(path) if x in entries), ...)
+        spec = next((entries[x] for x in containers(path) if x in entries), ...)
         if spec is ... or is_masked(spec):
             raise ValueError(
                 f"{path} of shape {tuple(leaf.shape)} has no entry in weight_dimension_numbers"
@@ -196,12 +207,11 @@ def resolve_specs(
                 "MuonDimensionNumbers, or None where AdamW trains it."
             )
         resolved.append((path, leaf, spec and normalize_spec(spec, leaf.shape, path)))
-    # An entry belongs to no leaf where the leaf is masked or None here, and in optax's placeholder.
     nodes = flatten_with_paths(params, is_leaf=lambda x: x is None or is_masked(x))[0]
     absent = {path for path, node in nodes if node is None or is_masked(node)}
-    known = {"", *(container for path, _ in nodes for container in _containers(path))}
-    for path, entry in entries.items() if resolved else ():
-        if not (path in known or is_masked(entry) or absent.intersection(_containers(path))):
+    known = {"", *(container for path, _ in nodes for container in containers(path))}
+    for path, entry in entries.items() if resolved else ():  # none in optax's placeholder
+        if not (path in known or is_masked(entry) or absent.intersection(containers(path))):
             raise nothing_matched(
                 "The entry of weight_dimension_numbers at", path, [path for path, _, _ in resolved]
             )
@@ -236,11 +246,3 @@ def resolve_muon_specs(
 
 def _is_entry(x: object) -> bool:
     return x is None or is_spec(x) or is_masked(x)
-
-
-def _containers(path: str) -> Iterator[str]:
-    """The path itself, and those of all containers, the innermost first."""
-    yield path
-    while path:
-        path = path.rpartition("/")[0]
-        yield path

@@ -1,10 +1,8 @@
 """What is known of a leaf: its names, shape and axis names; and layouts, a letter for each axis.
 
-Spelling differs between libraries, so names are normalised: "MoeBlock_0", "moe_block" and
-"MoEBlock" are all "moe_block".
-
-In a layout, "i" is an input axis (summed over), "o" an output axis, and "b" a batch axis, with one
-matrix per entry. A query kernel `(d_model, heads, head_dim)` is "ioo".
+Names are normalised: "MoeBlock_0" and "MoEBlock" are "moe_block". In a layout, "i" is an input axis
+(summed over), "o" an output axis, and "b" a batch axis, with one matrix per entry. A query kernel
+`(d_model, heads, head_dim)` is "ioo".
 """
 
 import re
@@ -22,7 +20,6 @@ from muonclip_jax._tree import Tree, array_leaves
 from muonclip_jax.heads.finding import Shape
 from muonclip_jax.heads.layouts import spelling
 
-#: Some axes of a leaf.
 Axes: TypeAlias = tuple[int, ...]
 #: What a decision may depend on: path, shape, whether the dtype is inexact, and names of axes.
 Key: TypeAlias = tuple[str, Shape, bool, tuple[str, ...] | None]
@@ -56,6 +53,7 @@ class Decision:
     decays: bool = True  # whether weight decay applies
     readings: tuple[str, ...] = ()  # where it is open what the leaf is: the layouts that fit
     flag: str = ""  # what a reader should check
+    cure: MatrixSpec | None = None  # what a rule then gives
 
 
 @dataclass(eq=False)

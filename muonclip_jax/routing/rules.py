@@ -30,7 +30,6 @@ from muonclip_jax.routing.decisions import (
 from muonclip_jax.routing.inference import infer
 from muonclip_jax.routing.leaves import Axes, Decision, Key, Leaf, read_path, read_tree
 
-#: Pairs of a pattern and a spec; None is AdamW.
 Rules: TypeAlias = tuple[tuple[str, SpecLike | None], ...]
 #: `scan_axis=` as pairs of a pattern and axes; None reads them from the stacks.
 ScanAxis: TypeAlias = tuple[tuple[str, Axes], ...] | None
@@ -57,9 +56,8 @@ class MatrixRules:
             axis, a tuple of axes for nested scans, or pairs of a pattern and axes. None infers it
             for each stack.
         attention: "merged": all heads of a projection form one matrix. "split": fused kernels are
-            split into queries, keys, values and gates, those of latent attention also into rotary
-            and other parts, and into latent and shared key. "per_head": every head of each part is
-            a matrix.
+            split into queries, keys, values and gates, in latent attention also into rotary and
+            other parts. "per_head": every head of each part is a matrix.
         head_dim: Size of a query head, for kernels `(d_model, heads * head_dim)` from which it
             cannot be inferred. Only with "split" or "per_head".
         blocks: Which attention blocks to split, and their layouts, as for `apply_qk_clip`; None
@@ -80,14 +78,6 @@ class MatrixRules:
         {'stem': {'w': 'muon'}}
         >>> rules.dimension_numbers(params)["stem"]["w"]
         MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))
-
-        Every head of an attention projection as a separate matrix:
-
-        >>> kernel = jax.ShapeDtypeStruct((64, 4, 16), "float32")
-        >>> params = {"attn": {name: {"kernel": kernel} for name in ("query", "key", "value")}}
-        >>> dims = MatrixRules(attention="per_head").dimension_numbers(params)
-        >>> dims["attn"]["value"]["kernel"]
-        MuonDimensionNumbers(reduction_axis=0, output_axis=2)
 
     References:
         Jordan et al. 2024, kellerjordan.github.io/posts/muon, splits queries, keys and values;
@@ -213,8 +203,14 @@ def _decide(
         cut_attention(leaves, hidden, rules.attention, rules.head_dim, rules.blocks)
     for leaf in leaves:
         if leaf.ruled is not None:
-            decays = leaf.ruled.spec is not None or leaf.decision.decays
-            leaf.decision = dataclasses.replace(leaf.ruled, decays=decays)
+            spec, found = leaf.ruled.spec, leaf.decision.spec
+            turned = spec and found and spec.dims == found.dims[::-1]
+            leaf.decision = dataclasses.replace(
+                leaf.ruled,
+                decays=spec is not None or leaf.decision.decays,
+                flag="transposed: without the rule its axes are exchanged" * bool(turned),
+                cure=found if turned else None,
+            )
     if any(leaf.decision.readings for leaf in leaves):
         raise unknown_leaves([(leaf.path, leaf.shape, leaf.decision) for leaf in leaves])
     return tuple(leaf.decision for leaf in leaves)

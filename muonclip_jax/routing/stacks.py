@@ -1,29 +1,51 @@
 """Infers the axes of stacked layers from the leaves that are stacked together.
 
-`nn.scan` and similar transformations add one axis of equal length and position to every parameter
-of a layer. So the kernels of a stack are those below one module that all have more axes than their
-names imply, and the layer axis is the one on which they all have the same length. Only leaves of
-rank two or more that Muon trains are used, so a masked tree gives the same result.
-
-If several axes qualify, those are used for which a layer's input width equals its output width. If
-several remain, or none qualifies, `MatrixRules(scan_axis=...)` is needed.
+`nn.scan` adds an axis of equal length and position to every parameter of a layer. So a stack are
+the kernels below one module that all have more axes than their names imply, and the same length on
+one. Only leaves of rank two or more that Muon trains are used: a masked tree gives the same result.
+Of several axes, those are used with which a layer's input width equals its output width.
 """
 
 import math
+import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import combinations
 from typing import TypeAlias
 
 from muonclip_jax.heads.finding import Shape
-from muonclip_jax.routing.leaves import Axes, Leaf, LeafName, lengths, with_layers, without
-from muonclip_jax.routing.table import direction, fits, look_up
+from muonclip_jax.heads.layouts import OUT_NAMES
+from muonclip_jax.routing.leaves import GENERIC, Axes, Leaf, LeafName, lengths, with_layers, without
+from muonclip_jax.routing.table import ALL_QKV, direction, fits, look_up
 
 #: The leaves of a stack, the kernels among them, and axes that the layers may be on.
 Ambiguous: TypeAlias = tuple[Sequence[Leaf], Sequence[Leaf], list[Axes]]
 
 _STACK_AXIS = r"(?:.*_)?(?:layers?|stages?|repeats?|blocks?|periods?|scan)"
+KEY_VALUE = r"(?:.*_)?(?:k|v|kv|key|value|wk|wv|wkv)(?:_.*)?"
 WIDTH_AXIS = r"(?:embed|emb|embedding|hidden|model|d_model|model_dim)(?:_(?!vocab).*)?"
+
+
+def find_heads_first(leaves: Sequence[Leaf]) -> None:
+    """Renames queries, keys and values `(heads, width, size)` beside outputs `(..., size, width)`.
+
+    A stack of layers has these shapes too: `heads * size` is the width, or the path is one layer's.
+    """
+    block = lambda leaf: leaf.modules[: 1 + (leaf.name.leaf in GENERIC)][-1]  # noqa: E731
+    outputs: defaultdict[str, set[Shape]] = defaultdict(set)
+    for leaf in (leaf for leaf in leaves if leaf.name.role in OUT_NAMES):
+        outputs[block(leaf)].add((len(leaf.shape), *leaf.shape[-3:]))
+    for leaf in leaves:
+        name, rank, (width, size) = leaf.name, len(leaf.shape), (0, 0, *leaf.shape)[-2:]
+        if rank == 3 + name.grouped and fits(ALL_QKV, name.role) and size < width:
+            one = name.grouped or re.search(r"\d/.+/", leaf.path)
+            heads = {
+                out[1] for out in outputs[block(leaf)] if (out[0], *out[2:]) == (rank, size, width)
+            }
+            if heads and (one or width // size in heads):
+                role = "k_einsum" if fits(KEY_VALUE, name.role) else "q_einsum"
+                leaf.name = name._replace(role=role)
 
 
 def find_stacks(leaves: Sequence[Leaf], widths: frozenset[int]) -> None:
@@ -149,7 +171,6 @@ def _flow(kernels: Sequence[Leaf], choice: Axes) -> tuple[set[int], set[int]]:
 
 
 def _sizes(leaf: Leaf, choice: Axes) -> tuple[int, int]:
-    """Input and output features of one layer's kernel."""
     shape = without(leaf.shape, _axes(leaf, choice))
     letters = look_up(leaf.name, shape).layout or "b" * len(shape)
     return math.prod(lengths(letters, shape, "i")), math.prod(lengths(letters, shape, "o"))

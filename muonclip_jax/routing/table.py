@@ -6,14 +6,12 @@ for each axis of one layer ("-" for AdamW), or "" for AdamW at any rank. Layouts
 axes of stacked layers, which `stacks.py` removes first, and have the input first; `inference.py`
 reverses those of libraries that have it last.
 
-As in Jordan et al. 2024 (kellerjordan.github.io/posts/muon) and Moonlight (arXiv 2502.16982), Muon
-trains matrices that act on hidden states. AdamW trains embedding tables, output heads, router
-kernels, biases, gains and norms, and three more kinds:
+As in Jordan et al. 2024 and Moonlight (arXiv 2502.16982), Muon trains matrices on hidden states.
+AdamW trains embedding tables, output heads, routers, vectors, and three more kinds:
 
-1. LoRA factors: only their product matters, and the polar factor of one factor is not the steepest
-   descent direction of the product.
-2. Depthwise filters: they mix no channels, so they are not matrices. Other convolutions, including
-   the first one of a model, are matrices from (window, input channels) to output channels.
+1. LoRA factors: the polar factor of one is not the steepest descent direction of their product.
+2. Depthwise filters: they mix no channels, so they are not matrices. Other convolutions are
+   matrices from (window, input channels) to output channels.
 3. Learned tokens, queries and tables, of any rank: they are inputs.
 """
 
@@ -59,7 +57,7 @@ def word(words: str) -> str:
 
 
 DENSE = word("dense|linear|lin|fc|ff|ffn|ffw|mlp|proj|projection|project|mapping|projector")
-_EMBEDDING = word(
+_EMBEDDING = "tok|" + word(
     "emb|embs|embed|embeds|embedding|embeddings|embedder|embedders|wte|wpe|wtt|posemb|posembed|"
     "tokemb|codebook|codebooks|vocab|vocabulary|vocabularies|table"
 )
@@ -82,12 +80,10 @@ _HEAD = (
     r"(?:.*_)?classifier|score|qa_outputs|readout|output_layer|to_logits"
 )
 _HEADS = rf"{_HEAD}|heads?_.*"
-# Kernels that Linen, NNX and MaxText build with the heads as an axis of their own ...
+# Kernels that have the heads as an axis of their own in Flax, and those that may have.
 _LINEN_QKV = "query|key|value"
-# ... and those that are a plain matrix in most libraries and have such an axis in some.
 _OTHER_QKV = "|".join(dict.fromkeys(spelling(x) for names in QUERY_KEY_VALUE[1:] for x in names))
-_ALL_QKV = rf"{_LINEN_QKV}|{_OTHER_QKV}|w(?:q|kv|k|v)_b|(?:q|k|v|kv)_b_proj"
-# Those that say so little, or lie so differently, have rows of their own.
+ALL_QKV = rf"{_LINEN_QKV}|{_OTHER_QKV}|w(?:q|kv|k|v)_b|(?:q|k|v|kv)_b_proj"
 _OUT = "|".join(name for name in OUT_NAMES if name not in ("out", "dense", "attn_vec_einsum"))
 _CLEAR_OUT = r"o_proj|(?:attn|attention)_(?:out|output|o|proj|projection)"
 _QKV = r"qkv|qkv_proj|wqkv|w_qkv|to_qkv|c_attn|qkv_(?:dense|linear|projection)"
@@ -133,7 +129,6 @@ OUTPUT_HEAD = "output head"
 _LORA_FACTOR = "LoRA factor: only the product acts"
 _NO_CHANNELS = "depthwise filters: no channels are mixed"
 _KERNEL = "kernel|w|weight"
-# Rows that do not fit modules of one expert, and those of them inside mixture-of-experts modules.
 _many = partial(Row, without=_ONE_EXPERT)
 _moe = partial(_many, within=MOE)
 
@@ -151,13 +146,11 @@ ROWS = (
     Row(_LORA_FACTOR, role=_LORA),
     Row(_LORA_FACTOR, within=_LORA, without=_LORA_BASE),
     *VECTORS,
-    # S5 and LRU keep complex matrices as halves or as pairs.
     Row("half of a complex matrix", role=r"[bc]\d?_(?:re|im|real|imag)"),
     Row("a complex matrix as pairs", "---", r"[bc]\d?", shape=lambda s: s[-1] == 2),
-    # Tables that are looked up, and learned inputs.
     Row("learned input or table of positions", role=_INPUT, leaf="(?!kernel$).*"),
     Row("patches as a convolution", "iiio iiiio", rf"{_PATCH}|{_EMBEDDING}", _KERNEL),
-    Row("dense layer on embeddings", "io", rf"{_PATCH}|(?={DENSE}$){_EMBEDDING}", _KERNEL),
+    Row("dense layer on embeddings", "io", rf"{_PATCH}|(?={DENSE}$)(?:{_EMBEDDING})", _KERNEL),
     Row(EMBEDDING_TABLE, role=_EMBEDDING),
     # Routers. A gate is one where mixture-of-experts modules say so; gate_proj never is.
     Row("router", within=_ROUTER),
@@ -174,31 +167,27 @@ ROWS = (
     Row("attention output, width first", "oii", "post", within=_ATTENTION),
     Row("attention, fused", "bioo", "combined_qkv"),
     # haliax counts query heads on two axes, and keeps kernels as "weight".
-    Row("attention, heads merged", "iooo", _ALL_QKV, "weight"),
-    Row("attention, heads merged", "ioo io", _ALL_QKV),
+    Row("attention, heads merged", "iooo", ALL_QKV, "weight"),
+    Row("attention, heads merged", "ioo io", ALL_QKV),
     Row("attention output, heads merged", "iio io", rf"out|{_OUT}", within=_ATTENTION),
     Row("attention output, heads merged", "iio io", rf"{_CLEAR_OUT}|attn_vec_einsum"),
     Row("attention output, heads merged", "iio", "out"),
-    # Convolutions.
     Row(_NO_CHANNELS, "", _CONV, within=_DEPTHWISE, shape=lambda s: s[-2] == 1),
     Row(_NO_CHANNELS, "--", _DEPTHWISE),
     Row("convolution, one kernel a position", "bio bbio bbbio", r"(?:.*_)?conv_?local.*"),
     Row("convolution", "iio iiio iiiio", _CONV, rf"{_KERNEL}|{_CONV}"),
-    # Fused kernels whose parts can be told.
     Row("fused query, key, value", "io", _QKV, shape=lambda s: s[-1] == 3 * s[-2], parts=3),
     Row("fused query, key, value", "oi", _QKV, shape=lambda s: s[-2] == 3 * s[-1], parts=3),
     # Gemma keeps it as (2, in, out) or (2, out, in): the hidden layer is the wider one.
     Row("gate and up on one axis", "bio bbio", "gating_einsum", shape=lambda s: s[-1] >= s[-2]),
     Row("gate and up on one axis", "boi bboi", "gating_einsum"),
     Row("gate and up on axis 1", "ibo", "wi", shape=lambda s: s[1] == 2),
-    # Stacks of experts.
     _moe(EXPERT_STACK, "bio", _MLP),
     _many(EXPERT_STACK, "bio", within=r"(?:.*_)?experts"),
     # Output heads; "cls/predictions/decoder" in BERT, "lm_head/decoder" in RoBERTa.
     Row(OUTPUT_HEAD, role=_HEAD),
     Row(OUTPUT_HEAD, role="decoder", within=rf"predictions|{_HEAD}"),
     Row("inside an output head", role=rf"{_MATRIX}|{_OUT}|layers|out|output", parent=_HEADS),
-    # Plain matrices.
     Row("matrix", "io", _MATRIX),
     Row("matrix", "io"),
 )

@@ -192,7 +192,7 @@ def _maxima(
     tree: Tree, max_logits: Tree, rules: tuple[Rule, ...] | None, clips: bool
 ) -> list[jax.Array]:
     """The maxima of each selected block; if blocks are clipped, their kernels give the shape."""
-    found, masked = find_in(tree, rules, whole=False)
+    found, frozen = find_in(tree, rules, whole=False)
     selected = [block for block in found if block.selected]
     if not selected:
         return []
@@ -202,10 +202,9 @@ def _maxima(
             "grads, state, params, max_logits=max_logits), or leave qk_clip_threshold out of "
             "metrics(...)."
         )
-    recorded, shapes = match_maxima(found, max_logits, masked, rules)
-    if clips:
-        shapes = {b.path: read_block(b, shapes[b.path]).maxima_shape for b in selected}
-    return [merge_recordings(recorded[path], shape, path) for path, shape in shapes.items()]
+    recorded, given = match_maxima(found, max_logits, frozen, rules)
+    given |= {b.path: [read_block(b, *given[b.path]).maxima_shape] for b in selected if clips}
+    return [merge_recordings(recorded[path], shapes[0]) for path, shapes in given.items()]
 
 
 def _momentum(state: Tree, paths: Sequence[str]) -> dict[str, jax.Array]:

@@ -60,9 +60,12 @@ BLOCKS: dict[str, Any] = {
     f"{GATE}.*'gate'": GATED,
 }
 FOUR = "the kernel has 4 heads, {} maxima were given"
-LOGITS = r"whole logits .*take the maximum first: .*s\.max\(axis={}\)"
+LOGITS = r"whole logits, .*take the maximum first: .*s\.max\(axis={}\)"
 WITHOUT_OUTPUT = kernels(query=(6, 4, 8), key=(6, 4, 8))
 MERGED = kernels(query=(6, 32), key=(6, 32), out=(4, 8, 6))
+EQUINOX = {name: {"weight": normal(16, 16)} for name in ("query_proj", "key_proj", "output_proj")}
+SCANNED = jax.tree.map(lambda x: jnp.stack([x] * 3), EQUINOX)
+SEVERAL = r"several ways.*of attention_max_logits, here \({}\)\..*max\(axis={}\).*max\(axis={}\)"
 #: What the block "attn" holds, the maxima given for it, and what the error says.
 MAXIMA: list[tuple[Any, Any, str]] = [
     (attention(), jnp.ones(3), FOUR.format(3) + "|maxima of shape"),
@@ -76,6 +79,14 @@ MAXIMA: list[tuple[Any, Any, str]] = [
     # What MaxText records under its scan.
     (attention(stack=(3,)), normal(3, 2, 4), r"layers, batch, query heads\).*s\.max\(axis=1\)"),
     (attention(stack=(3,)), normal(3, 1, 2, 4), r"s\.max\(axis=\(1, 2\)\)"),
+    # Heads of one feature, and axes that fit in two ways.
+    (EQUINOX, normal(4, 16, 16), LOGITS.format(r"\(1, 2\)") + ".*heads of one feature"),
+    (EQUINOX, normal(16), "heads of one feature"),
+    (EQUINOX, normal(4, 8, 8), SEVERAL.format("8,", r"\(0, 1\)", r"\(1, 2\)")),
+    (EQUINOX, normal(4, 4), SEVERAL.format("4,", 0, 1)),
+    (SCANNED, normal(3, 3, 4), SEVERAL.format("3, 4", 1, 0)),
+    (attention(), normal(4, 16, 4), SEVERAL.format("4,", r"\(0, 1\)", r"\(1, 2\)")),
+    (attention(), {"max_logits": (ONES, jnp.ones((5, 3)))}, r"\(5, 3\), .* must end in \(4,\)"),
     (attention(), {"weights": (ONES,)}, "recorded for 'attn/weights"),
     (attention(), jnp.asarray(7.0), r"shape \(\) do not match.*\(query heads,\)"),
     (attention(stack=(3,)), ONES, r"\(3, 6, 4, 8\).*Expected maxima \(query heads,\), or \("),
@@ -94,13 +105,17 @@ def test_it_is_refused(block, maxima, message):
 
 
 ATTN = {"attn": attention()}
+FROZEN = jax.tree.map(lambda _: None, attention())
+PARTLY = attention() | {"key": FROZEN["key"]}
 
 
 @pytest.mark.parametrize(
     ("params", "maxima", "settings", "message"),
     [
         ({**ATTN, "b": attention()}, ["attn"], {}, r"'b' .* has no maximum. Maxima .* for: 'attn'"),
-        (ATTN, ["attn", "a/attn"], {}, r"recorded for 'a/attn'.*Blocks are: 'attn'"),
+        (ATTN, ["attn", "a/attn"], {}, r"recorded for 'a/attn'.*max_logits=\{'attn': \(heads,\)"),
+        ({**ATTN, "b": FROZEN}, ["attn", "b"], {}, "recorded for 'b'.* None .*qk_clip_blocks="),
+        ({**ATTN, "b": PARTLY}, ["attn", "b"], {"blocks": "attn"}, "'b', where no .* block is"),
         (kernels(dense=(3, 3)), ["attn"], {}, "No attention block was found in parameters 'dense/"),
         (ATTN, ["attn"], {"threshold": 0.0, "alpha": 1.1}, "threshold must be positive"),
     ],

@@ -39,13 +39,11 @@ NAMES = {
     "wq_a wq_b wkv_a wkv_b": LOW_RANK,
     "query wkv_a wkv_b": "latent",
     "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj": LOW_RANK,
-    "q_proj kv_a_proj_with_mqa kv_b_proj": "latent",
     "wq_b wkv_a wk_b wv_b": LOW_RANK,
     "q_proj kv_a_proj_with_mqa k_b_proj v_b_proj": "latent",
     "q_nope q_rope k_nope k_rope": "latent (separate parts)",
     "c_attn c_proj": "fused q k v",
     "query_key_value dense": "fused q k v, interleaved",
-    "qkv_proj o_proj": "fused q k v",
     "combined_qkv post": "fused q k v",
     "to_q to_kv": "separate q, fused k v",
     # An indexer beside latent attention is no block.
@@ -76,7 +74,6 @@ OWN = TREE | kernels("decoder/2/attn", "ask", "answer")
         (TREE, None, ALL),
         (TREE, "decoder", ALL[2:]),
         (TREE, [r"encoder/1/", "decoder/0"], ALL[1:3]),
-        (TREE, (r"encoder/1/", "decoder/0"), ALL[1:3]),
         # The first rule that matches and whose layout is there.
         (OWN, [(r"decoder/\d+/attn", MINE), "decoder/0"], ["decoder/0/attn", "decoder/2/attn"]),
         (kernels("a", "core/wq", "core/wk"), ("a$", separate("core/wq", "core/wk")), ["a"]),

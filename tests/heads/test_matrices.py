@@ -50,6 +50,7 @@ STACKED = {"layers": {"attn": jax.tree.map(lambda x: leaf(2, *x.shape), OWN)}}
 ARRAYS = {"attn": jax.tree.map(lambda x: jnp.ones(x.shape), TWO_AXES)}
 FOUR = {"attn": jnp.ones(4)}
 SIZELESS, UNEVEN = {"attn": MERGED}, {"attn": kernels(qkv=(12, 32))}
+TURNED = {name: {"weight": leaf(16, 16)} for name in "qkvo"}
 DENSE = {"dense": {"kernel": leaf(4, 4)}}
 TWO = {"encoder": APART, "decoder": APART}
 
@@ -151,12 +152,19 @@ def test_masked_biases_do_not_matter_and_the_group_that_adamw_trains_is_not_aske
         (lambda: mc.MatrixRules(blocks="attn"), "blocks= determines how .* are split"),
         (lambda: rules("per_head", head_dim=4.0), "head_dim must be an in"),
         (lambda: rules("per_head", blocks=3), "blocks= got 3"),
-        (lambda: rules("per_head").labels(SIZELESS), "'attn'.*2, 4, 8, 16 heads.*head_dim=64"),
+        (lambda: rules("per_head").labels(SIZELESS), r"4 of 4, .* 2 heads MatrixRu.*head_dim=8"),
+        (
+            lambda: rules("per_head").labels({"attn": TURNED}),
+            r'q/weight\$", MatrixSpec\(\(1, 0\)\)\)',
+        ),
         (lambda: rules("per_head").labels(DENSE), "found no attention block among"),
         (lambda: rules("per_head", blocks="middle").labels(TWO), "'middle' matches no path"),
         (lambda: mc.label_params({"attn": OWN}), "cannot be identified by name"),
         (lambda: rules("split").labels(UNEVEN), "gives the head size"),
-        (lambda: rules("split", head_dim=4).labels(TEN), "allow 6, 8 .* key heads: .*kv_heads=2"),
+        (
+            lambda: rules("split", head_dim=4).labels(TEN),
+            "6 of 4, 8 of 4 .* key heads: .*kv_heads=2",
+        ),
         (lambda: mc.apply_qk_clip(ARRAYS, FOUR, blocks=LAST), "has 6 heads, 4 maxima were given"),
     ],
 )

@@ -35,6 +35,8 @@ TOLD_AXIS = AttentionLayout(LAYOUT.projections, stack_axes=(1,))
     [
         ((4,), pair((64, 4, 16)), (), (1, 2), 16),
         ((4,), pair((64, 64)), (), (1,), 16),
+        # (heads, inputs, size), as an array without a module.
+        ((4,), {"query": (4, 64, 16), "key": (4, 64, 16)}, (), (0, 2), 16),
         ((3, 4), pair((3, 64, 4, 16)), (0,), (2, 3), 16),
         ((3, 4), pair((64, 3, 4, 16)), (1,), (2, 3), 16),
         ((3, 4), pair((64, 4, 16, 3)), (3,), (1, 2), 16),
@@ -50,8 +52,7 @@ TOLD_AXIS = AttentionLayout(LAYOUT.projections, stack_axes=(1,))
         ((64, 4), {"layout": TOLD_AXIS, **pair((64, 64, 4, 16))}, (1,), (2, 3), 16),
         ((16, 2), pair((16, 16, 2, 4)) | biases(2, 16, 4), (1,), (2, 3), 4),
         ((16, 2), pair((16, 16, 2, 4)) | biases(16, 2, 4), (0,), (2, 3), 4),
-        # The output projection tells four micro-batches from four layers on the second axis.
-        ((4, 4), pair((64, 4, 16)) | {"out__kernel": (4, 16, 64)}, (), (1, 2), 16),
+        # The output projection tells four layers on the second axis from four micro-batches.
         ((4, 4), pair((64, 4, 64)) | {"out__kernel": (64, 4, 64)}, (1,), (2,), 16),
     ],
 )

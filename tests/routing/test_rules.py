@@ -1,6 +1,7 @@
 """MatrixRules: order, locality, staticness, errors, and the functions around them."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import optax
 import pytest
 from optax.contrib import MuonDimensionNumbers as Dims
 
+from muonclip_jax import routing
 from muonclip_jax.routing import (
     MatrixRules,
     MatrixSpec,
@@ -68,13 +70,6 @@ def test_user_rules_come_first_and_the_first_match_wins():
     assert rules.labels(PARAMS)["layers_0"]["mlp"] == ["adamw", "muon"]
 
 
-def test_equal_rules_are_equal_and_hashable():
-    a = MatrixRules([["w$", Dims(0, [1, 2])]], 1, "split", blocks=["attn"])
-    b = MatrixRules((("w$", Dims(0, (1, 2))),), 1, "split", blocks="attn")
-    assert a == b
-    assert hash(a) == hash(b)
-
-
 def test_masked_and_partial_trees_keep_their_structure():
     rules = MatrixRules([("mlp/0$", None), ("embedding$", MatrixSpec())])
     masked = jax.tree.map(lambda x: x if x.ndim > 1 else MASKED, PARAMS)
@@ -116,6 +111,17 @@ def test_what_is_no_rules_or_does_not_fit_is_an_error():
         as_rules([("w", None)])
     with pytest.raises(ValueError, match="layers_0/attention/query/bias: axis 2"):
         MatrixRules([("query", MatrixSpec((0, (1, 2))))]).labels(PARAMS)
+
+
+def test_a_rule_that_turns_a_matrix_and_the_axes_of_square_ones_are_shown():
+    shapes = {"q_proj": (16, 16), "o_proj": (16, 16), "up": (64, 16), "down": (16, 64)}
+    params = {f"blocks/{i}/{n}/weight": jnp.ones(s) for i in "01" for n, s in shapes.items()}
+    rules = MatrixRules([("1/(up|q_proj)", MatrixSpec()), ("0/up", MatrixSpec((1, 0)))])
+    text = describe_labels(params, rules)
+    assert re.findall(r"(\S+).*<- check", text) == ["blocks/1/q_proj/weight", "blocks/1/up/weight"]
+    assert re.findall(r"q_proj.* (\d->\d)", text) == ["1->0", "0->1"]
+    cures = [eval(x, dict(vars(routing))) for x in re.findall("MatrixRules.*(?= says so)", text)]
+    assert [x.rules[0][1] for x in cures] == [MatrixSpec((1, 0))] * 2
 
 
 def test_the_table_and_the_decay_mask():

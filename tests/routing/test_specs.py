@@ -136,7 +136,6 @@ def test_trees_of_specs(params, specs, muon):
         ({"w1": None, "w2": {"a": MASKED, "b": MASKED}}, ValueError, "w2/a .*masked there"),
         ({"w1": None, "w2": None, "w3": None}, ValueError, "'w3' matches no path of the tree"),
         ({"w1": (0, 1), "w2": None}, TypeError, r"0 at 'w1/0'.*Write MatrixSpec\(\(0, 1\)\)"),
-        ({"w1": "muon", "w2": None}, TypeError, "'muon' at 'w1'"),
         ({"w1": MatrixSpec((0, 2)), "w2": None}, ValueError, "w1/a: axis 2"),
         (MatrixSpec((0, 1), Split(1, (1, 1))), ValueError, "w1/a: .*covers 2 entries"),
     ],

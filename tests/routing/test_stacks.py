@@ -78,9 +78,10 @@ def test_nested_scans(axes):
     shapes |= {path: insert(shape, axes[1], 4) for path, shape in local.items()}
     expected = {path: axes if path in local else axes[:1] for path in shapes}
     assert batch_axes(shapes) == batch_axes(shapes, MatrixRules(scan_axis=axes[0])) == expected
-    if axes == (1, 2):
-        with pytest.raises(ValueError, match="layers/local_layers/attn"):
-            MatrixRules(attention="per_head").labels(tree(shapes))
+    by_head = batch_axes(shapes, MatrixRules(attention="per_head"))
+    path = "layers/local_layers/attn/query/kernel"
+    assert set(by_head[path]) > set(axes)
+    assert len(by_head[path]) == 3
 
 
 @pytest.mark.parametrize(
