@@ -22,9 +22,9 @@ SUBPACKAGES = {
     "sharding": 1_500,
     "matrices": 600,
     "newton_schulz": 1_000,
-    "clipping": 800,
+    "clipping": 804,  # (800)
     "attention": 959,  # (900)
-    "heads": 1206,  # (1,200)
+    "heads": 1219,  # (1,200)
     "routing": 1680,  # (1,300)
     "kernels": 650,
 }
@@ -35,8 +35,8 @@ LONGER_FUNCTIONS = {
     "_program": 95,
 }
 TOTAL = {
-    "muonclip_jax": 12_619,  # (11,000)
-    "tests": 12_343,  # (12,000)
+    "muonclip_jax": 12_657,  # (11,000)
+    "tests": 12_356,  # (12,000)
     "benchmarks": 4_000,
 }
 

@@ -4,6 +4,8 @@ Maxima may be Flax's intermediates (nested dicts of tuples named `max_logits`), 
 boxed tuples, a tree of modules, or a flat dict by path such as "decoder/block_0/attention".
 """
 
+import contextlib
+import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence, Set
@@ -24,9 +26,17 @@ from muonclip_jax._tree import (
 )
 from muonclip_jax.attention.maxima import finite_max
 from muonclip_jax.heads.clips import read_block
-from muonclip_jax.heads.finding import FoundBlock, Rule, Shape, find_blocks, strip_outer
+from muonclip_jax.heads.finding import (
+    FoundBlock,
+    Rule,
+    Shape,
+    find_blocks,
+    kernel_name,
+    strip_outer,
+)
 from muonclip_jax.heads.layouts import NORM_NAMES
 from muonclip_jax.heads.plan import BlockPlan
+from muonclip_jax.routing import MatrixRules, normalized_axes
 
 #: Module path -> the arrays that were recorded there.
 Recorded: TypeAlias = dict[str, list[jax.Array]]
@@ -74,7 +84,11 @@ def _find(
     whole: bool,
 ) -> list[FoundBlock]:
     leaves = {path: jax.ShapeDtypeStruct(shape, "f4") for path, shape in shapes}
-    found = find_blocks(leaves, rules, strict=whole or not masked)
+    found, stacks = find_blocks(leaves, rules, strict=whole or not masked), _stacks(leaves)
+    for i, block in enumerate(found):
+        name = kernel_name(block.leaves, block.layout.query.path)
+        if name is not None and block.layout.query.parts == ("query",):
+            found[i] = dataclasses.replace(block, stack=stacks.get(block.paths[name]))
     for block in found if masked and whole else ():
         names = (*block.layout.paths, *itertools.chain(*NORM_NAMES))
         parts = [f"{block.path}/{name}".removeprefix("/") for name in names]
@@ -95,6 +109,17 @@ def _find(
             f"{adapters}{_MASKED if masked else ''}"
         )
     return found
+
+
+def _stacks(leaves: dict[str, Any]) -> dict[str, Shape]:
+    """Returns the stacked axes of every matrix by the default rules, if those suffice."""
+    stacks = dict[str, Shape]()
+    with contextlib.suppress(ValueError):
+        for path, x, found in MatrixRules().decisions(leaves):
+            if found.spec is not None:
+                used = sum(normalized_axes(found.spec), ())
+                stacks[path] = tuple(axis for axis in range(len(x.shape)) if axis not in used)
+    return stacks
 
 
 def _inside(path: str, block: str) -> bool:

@@ -42,7 +42,19 @@ def read_block(block: FoundBlock, *shapes: Shape) -> BlockPlan:
     """Returns a block's plan for maxima `(..., stack, query heads)`, the shortest shape first."""
     maxima_shape = shapes[0]
     plans, misfits = _plans(block.layout, tuple(block.leaves.items()), maxima_shape)
+    shown = block.stack if block.layout.stack_axes is None else None
+    if shown is not None and len(plans) > 1:
+        plans = [plan for plan in plans if plan.leaves[0].stack_axes == shown] or plans
     if len(plans) == 1:
+        axes = plans[0].leaves[0].stack_axes
+        if shown and axes != shown:
+            raise ValueError(
+                f"The maxima of attention block {block.path!r} are {maxima_shape}, as of layers "
+                f"stacked on axes {axes}, and its kernels are stacked on axes {shown} by the rest "
+                "of the tree. Expected (stacked layers, query heads). If the maxima are right, "
+                f"write blocks=[(pattern, AttentionLayout(..., stack_axes={axes}))] (muonclip: "
+                "qk_clip_blocks=)."
+            )
         for shape in shapes:
             _check_maxima(block, plans[0], shape)
         plan, paths = plans[0], block.paths
@@ -59,7 +71,7 @@ def read_block(block: FoundBlock, *shapes: Shape) -> BlockPlan:
         )
         raise ValueError(
             f"{kernel} can be read in several ways: {ways}. Say which with "
-            "blocks=[(pattern, AttentionLayout(..., stack_axes=...))]."
+            "blocks=[(pattern, AttentionLayout(..., stack_axes=...))] (muonclip: qk_clip_blocks=)."
         )
     if refusal := _refusal(misfits, block):
         raise ValueError(f"QK-Clip cannot clip attention block {block.path!r}: {refusal}.")

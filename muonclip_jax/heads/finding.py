@@ -58,6 +58,7 @@ class FoundBlock:
     selected: bool  # whether `blocks=` selects it
     leaves: dict[str, Shape]  # by `plain_name` inside it
     paths: dict[str, str]  # their full paths
+    stack: Shape | None = None  # axes on which queries alone are stacked, by the whole tree
 
 
 def strip_outer(path: str) -> str:

@@ -169,3 +169,16 @@ def test_keys_that_are_values_stay(shared_keys, heads):
     np.testing.assert_array_equal(new["attn"]["k_einsum"]["w"], keys["k_einsum"]["w"])
     expected = params["attn"]["q_einsum"]["w"] / 4
     np.testing.assert_allclose(new["attn"]["q_einsum"]["w"], expected, rtol=1e-6)
+
+
+def test_the_rest_of_the_tree_shows_the_stacked_layers():
+    """As of Equinox: `(3, 12, 12)` alone may be three heads of 12, or three layers."""
+    kernel = {"weight": normal(3, 12, 12)}
+    block = dict.fromkeys(("wq", "wk", "wv", "wo"), kernel)
+    up, down = {"weight": normal(3, 24, 12)}, {"weight": normal(3, 12, 24)}
+    params = {"attn": block, "norm": {"weight": jnp.ones((3, 12))}, "up": up, "down": down}
+    said = describe_attention(params, max_logits={"attn": jnp.ones((3, 3))})
+    assert "3 heads of 4, stacked (3,)" in said
+    for transposed in ((4, 3), (2, 3), (3,)):
+        with pytest.raises(ValueError, match=r"stacked on axes \(0,\)|do not match"):
+            apply_qk_clip(params, {"attn": jnp.ones(transposed)})
