@@ -47,7 +47,7 @@ def read_block(block: FoundBlock, *shapes: Shape) -> BlockPlan:
         plans = [plan for plan in plans if plan.leaves[0].stack_axes == shown] or plans
     if len(plans) == 1:
         axes = plans[0].leaves[0].stack_axes
-        if shown and axes != shown:
+        if shown and not axes:
             raise ValueError(
                 f"The maxima of attention block {block.path!r} are {maxima_shape}, as of layers "
                 f"stacked on axes {axes}, and its kernels are stacked on axes {shown} by the rest "
