@@ -304,6 +304,7 @@ def recording(smoke: bool, left: Left) -> Iterator[Row]:
 
 #: Peak rates that are tried in short runs: the most steps go to the comparison itself.
 RATES = {"adamw": (1e-3, 2e-3), "muonclip": (2e-3, 4e-3)}
+DECAY = 0.1
 #: Without an optimizer, for the share of the step that one takes.
 NONE = "none"
 
@@ -333,7 +334,8 @@ def run(smoke: bool, left: Left) -> Iterator[Row]:
     steps = 4 if smoke else int((left() - 15) / per_step / chunk) * chunk
     for name, rate in best.items() if steps > 0 else ():
         trained = trainer.train(name, rate, steps)
-        yield {"what": "run", "optimizer": name, "rate": rate, "steps": steps, **trained}
+        settings = {"optimizer": name, "rate": rate, "decay": DECAY, "steps": steps}
+        yield {"what": "run", **settings, **trained}
 
 
 class _Trainer:
@@ -361,8 +363,8 @@ class _Trainer:
             return rate * warmup * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(1, count / steps)))
 
         if name == "muonclip":
-            return mc.muonclip(schedule, weight_decay=0.1, qk_clip_threshold=100.0)
-        adamw = optax.adamw(schedule, b2=0.95, weight_decay=0.1)
+            return mc.muonclip(schedule, weight_decay=DECAY, qk_clip_threshold=100.0)
+        adamw = optax.adamw(schedule, b2=0.95, weight_decay=DECAY)
         return optax.with_extra_args_support(optax.set_to_zero() if name == NONE else adamw)
 
     def compile(self, name: str) -> None:

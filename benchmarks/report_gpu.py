@@ -103,7 +103,7 @@ def run_table(stored: Stored) -> str:
         name = row["optimizer"]
         loss = row.get("held_out_loss") or row["validation_loss"]
         share = f"{100 * (1 - seconds['none'] / seconds[name]):.0f} %"
-        settings = [name, f"{row['rate']:g}", f"{row.get('decay', 0.1):g}", f"{row['steps']}"]
+        settings = [name, f"{row['rate']:g}", f"{row['decay']:g}", f"{row['steps']}"]
         results = [f"{row['seconds']:.0f}", share, f"{loss[-1]:.3f}"]
         lines.append([*settings, *results, f"{max(row['largest_logit']):.1f}"])
     head = ["", "rate", "decay", "steps", "s", "optimizer's share of a step", "loss"]

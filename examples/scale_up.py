@@ -29,6 +29,10 @@ SMALL, LARGE = ModelConfig(), ModelConfig(6, 384, 6, 3, 1024)
 POWERS = {"adamw": 1.0, "muonclip": 0.5}
 
 
+def _rounded(x: float) -> float:
+    return float(f"{x:.3g}")
+
+
 def carried(best: Settings, model: ModelConfig, steps: int) -> Settings:
     """Returns the settings of a larger model and a longer run.
 
@@ -38,7 +42,7 @@ def carried(best: Settings, model: ModelConfig, steps: int) -> Settings:
     rate = best.rate * (best.model.width / model.width) ** POWERS[best.optimizer]
     rate *= (best.steps / steps) ** 0.5
     decay = best.decay * best.rate * best.steps / (rate * steps)
-    changed = {"learning_rate": float(f"{rate:.3g}"), "weight_decay": float(f"{decay:.3g}")}
+    changed = {"learning_rate": _rounded(rate), "weight_decay": _rounded(decay)}
     return replace(best, **changed, model=model, steps=steps, score_every=50, score_on="held_out")
 
 
@@ -62,13 +66,13 @@ def swept(runs: Path, settings: Settings, *, smoke: bool) -> Settings:
     tried = [settings.rate * factor**power for power in (-1, 0, 1)]
     while tried:
         for rate in tried:
-            records = trained(runs, replace(settings, learning_rate=float(f"{rate:.3g}")))
+            records = trained(runs, replace(settings, learning_rate=_rounded(rate)))
             losses[rate] = records[-1]["validation_loss"]
             print(f"{settings.optimizer}, rate {rate:.3g}: validation loss {losses[rate]:.3f}")
         best = min(losses, key=losses.__getitem__)
         ends = {min(losses): 1 / factor, max(losses): factor}
         tried = [best * ends[best]] if best in ends and not smoke else []
-    return replace(settings, learning_rate=float(f"{best:.3g}"))
+    return replace(settings, learning_rate=_rounded(best))
 
 
 def step_seconds(settings: Sequence[Settings], rounds: int = 3) -> dict[str, float]:

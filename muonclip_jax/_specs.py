@@ -147,6 +147,12 @@ def normalized_axes(spec: MatrixSpec) -> tuple[tuple[int, ...], tuple[int, ...]]
     return reduction, output
 
 
+def batch_axes(spec: MatrixSpec, rank: int) -> tuple[int, ...]:
+    """Returns the axes of which every entry is a matrix of its own; the spec is normalised."""
+    used = sum(normalized_axes(spec), ())
+    return tuple(axis for axis in range(rank) if axis not in used)
+
+
 def normalize_spec(spec: SpecLike, shape: Sequence[int], path: str = "") -> MatrixSpec:
     """Checks a spec against a parameter's shape and writes its axes as non-negative tuples.
 
@@ -218,12 +224,11 @@ def matrix_shapes(spec: SpecLike, shape: Sequence[int]) -> tuple[tuple[int, int,
     """Lists `(count, rows, columns)` of the matrices in a parameter, one entry a kind of part."""
     spec = normalize_spec(spec, shape)
     cut = {split.axis: split.part_lengths for split in spec.splits}
-    sides = normalized_axes(spec)
     rows, columns = (
         [math.prod(part) for part in product(*(cut.get(a, (shape[a],)) for a in axes))]
-        for axes in sides
+        for axes in normalized_axes(spec)
     )
-    batch = math.prod(n for axis, n in enumerate(shape) if axis not in sides[0] + sides[1])
+    batch = math.prod(shape[axis] for axis in batch_axes(spec, len(shape)))
     counts = Counter(product(rows, columns))
     return tuple((count * batch, *size) for size, count in counts.items())
 

@@ -22,9 +22,8 @@ from muonclip_jax.routing import (
     as_rules,
     decay_mask,
     resolve_specs,
-    route_once,
-    spec_tree,
 )
+from muonclip_jax.routing.labels import route_once, spec_tree
 from muonclip_jax.sharding.mesh_shardings import Distribution
 from muonclip_jax.transforms._matrix_axes import WeightDimNumOrFn, scale_by_shape
 from muonclip_jax.transforms._qk_clip import qk_clip

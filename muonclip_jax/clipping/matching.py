@@ -36,7 +36,7 @@ from muonclip_jax.heads.finding import (
 )
 from muonclip_jax.heads.layouts import NORM_NAMES
 from muonclip_jax.heads.plan import BlockPlan
-from muonclip_jax.routing import MatrixRules, normalized_axes
+from muonclip_jax.routing import MatrixRules, batch_axes
 
 #: Module path -> the arrays that were recorded there.
 Recorded: TypeAlias = dict[str, list[jax.Array]]
@@ -84,7 +84,8 @@ def _find(
     whole: bool,
 ) -> list[FoundBlock]:
     leaves = {path: jax.ShapeDtypeStruct(shape, "f4") for path, shape in shapes}
-    found, stacks = find_blocks(leaves, rules, strict=whole or not masked), _stacks(leaves)
+    found = find_blocks(leaves, rules, strict=whole or not masked)
+    stacks = _stacks(leaves) if any(len(shape) > 2 for _, shape in shapes) else {}
     for i, block in enumerate(found):
         name = kernel_name(block.leaves, block.layout.query.path)
         if name is not None and block.layout.query.parts == ("query",):
@@ -117,8 +118,7 @@ def _stacks(leaves: dict[str, Any]) -> dict[str, Shape]:
     with contextlib.suppress(ValueError):
         for path, x, found in MatrixRules().decisions(leaves):
             if found.spec is not None:
-                used = sum(normalized_axes(found.spec), ())
-                stacks[path] = tuple(axis for axis in range(len(x.shape)) if axis not in used)
+                stacks[path] = batch_axes(found.spec, len(x.shape))
     return stacks
 
 

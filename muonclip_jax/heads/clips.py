@@ -46,14 +46,12 @@ def read_block(block: FoundBlock, *shapes: Shape) -> BlockPlan:
     if shown is not None and len(plans) > 1:
         plans = [plan for plan in plans if plan.leaves[0].stack_axes == shown] or plans
     if len(plans) == 1:
-        axes = plans[0].leaves[0].stack_axes
-        if shown and not axes:
+        if shown and not plans[0].stack:
             raise ValueError(
-                f"The maxima of attention block {block.path!r} are {maxima_shape}, as of layers "
-                f"stacked on axes {axes}, and its kernels are stacked on axes {shown} by the rest "
-                "of the tree. Expected (stacked layers, query heads). If the maxima are right, "
-                f"write blocks=[(pattern, AttentionLayout(..., stack_axes={axes}))] (muonclip: "
-                "qk_clip_blocks=)."
+                f"The maxima of attention block {block.path!r} are {maxima_shape}: one layer. By "
+                f"the rest of the tree its kernels are stacked on axes {shown}. Expected (stacked "
+                "layers, query heads). If the maxima are right, write blocks=[(pattern, "
+                "AttentionLayout(..., stack_axes=()))] (muonclip: qk_clip_blocks=)."
             )
         for shape in shapes:
             _check_maxima(block, plans[0], shape)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from muonclip_jax.routing import MatrixSpec, normalized_axes
+from muonclip_jax.routing import MatrixSpec, batch_axes, normalized_axes
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def plan_leaf(shape: Sequence[int], spec: MatrixSpec) -> LeafPlan:
         [(24, 64, 64)]
     """
     reduction, output = normalized_axes(spec)
-    batch = tuple(axis for axis in range(len(shape)) if axis not in reduction + output)
+    batch = batch_axes(spec, len(shape))
     grids: list[tuple[int, ...]] = [(length,) for length in shape]
     for split in spec.splits:
         grids[split.axis] = split.view or grids[split.axis]

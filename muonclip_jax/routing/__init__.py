@@ -3,6 +3,7 @@
 from muonclip_jax._specs import (
     MatrixSpec as MatrixSpec,
     Split as Split,
+    batch_axes as batch_axes,
     normalize_spec as normalize_spec,
     normalized_axes as normalized_axes,
 )
@@ -14,7 +15,5 @@ from muonclip_jax.routing.labels import (
     label_params as label_params,
     resolve_muon_specs as resolve_muon_specs,
     resolve_specs as resolve_specs,
-    route_once as route_once,
-    spec_tree as spec_tree,
 )
 from muonclip_jax.routing.rules import MatrixRules as MatrixRules, as_rules as as_rules

@@ -16,7 +16,7 @@ from jax import lax
 
 from muonclip_jax._devices import all_gather
 from muonclip_jax.matrices.parts import LeafPlan, from_matrices, plan_leaf, to_matrices
-from muonclip_jax.routing import MatrixSpec, Split, normalized_axes
+from muonclip_jax.routing import MatrixSpec, Split, batch_axes, normalized_axes
 from muonclip_jax.sharding.mesh_shardings import Axes, LeafAxes, Sizes
 
 #: Local length of a dimension, and the mesh axes that shard it.
@@ -101,7 +101,6 @@ def plan_local(
         block, transposed = Block(fan_in, fan_out, False), Block(fan_out, fan_in, True)
         rows, columns = block.gathered_shape(sizes, sizes)
         blocks.append(transposed if rows > columns else block)
-    batch = set(range(len(shape))).difference(reduction + output)
     return LocalLeaf(
         plan,
         tuple(blocks),
@@ -111,7 +110,7 @@ def plan_local(
             for axis, (names, kept) in enumerate(zip(in_axes, out_axes, strict=True))
             if len(names) > len(kept)
         ),
-        frozenset(name for axis in batch for name in dims[axis][1]),
+        frozenset(name for axis in batch_axes(spec, len(shape)) for name in dims[axis][1]),
     )
 
 

@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -105,10 +104,9 @@ class MeshShardings:
         return [NamedSharding(self.mesh, spec_of(leaf)) for leaf in self.leaves]
 
 
-def place(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """Reshards `x`, traced or not, for all types of mesh axes."""
-    # While a function is traced its constants move like traced arrays: the mesh may be abstract.
-    if not isinstance(x, Tracer) and not isinstance(jnp.zeros(()), Tracer):
+def place(x: jax.Array, sharding: NamedSharding, *, is_traced: bool) -> jax.Array:
+    """Reshards `x` for all types of mesh axes; in a trace also a constant, on an abstract mesh."""
+    if not (is_traced or isinstance(x, Tracer)):
         return jax.device_put(x, on_devices(sharding))
     mesh, constrain = sharding.mesh, jax.lax.with_sharding_constraint
     for kind, move in ((mesh.explicit_axes, jax.reshard), (mesh.auto_axes, constrain)):

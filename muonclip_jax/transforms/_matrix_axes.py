@@ -16,7 +16,7 @@ import optax
 
 from muonclip_jax._arguments import check_choice, check_number, names_known
 from muonclip_jax._tree import ScalarLike, Tree
-from muonclip_jax.routing import MatrixRules, Split, normalized_axes, resolve_muon_specs
+from muonclip_jax.routing import MatrixRules, Split, batch_axes, normalized_axes, resolve_muon_specs
 
 #: One spec for all leaves, a tree of them (full, prefix or masked), or a function of the tree.
 WeightDimNumOrFn: TypeAlias = Any
@@ -133,7 +133,7 @@ def matrix_axes(
     found = []
     for _, leaf, spec in resolve_muon_specs(tree, weight_dimension_numbers, rules):
         inputs, outputs = normalized_axes(spec)
-        batch = tuple(axis for axis in range(len(leaf.shape)) if axis not in inputs + outputs)
+        batch = batch_axes(spec, len(leaf.shape))
         found.append(MatrixAxes(batch, inputs, outputs, spec.splits))
     return jax.tree.unflatten(jax.tree.structure(tree), found)
 

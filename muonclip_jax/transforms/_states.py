@@ -40,7 +40,7 @@ def place_state(state: Tree, like: Tree, shardings: MeshShardings | None) -> Tre
         if isinstance(x, jax.ShapeDtypeStruct):
             device = None if to is None or is_traced else on_devices(to)
             x = jnp.zeros(x.shape, x.dtype, device=device)
-        return x if to is None else place(x, to)
+        return x if to is None else place(x, to, is_traced=is_traced)
 
     if shardings is None:
         return jax.tree.map(lambda x: put(x, None), state)
